@@ -1,0 +1,201 @@
+"""Binds one loop + one rule + compile-time flags into one named kernel, and keeps compiled kernels on disk if asked to.
+
+A loop such as ``cpu.elementwise`` is an ordinary function that mentions a few upper-case globals (``RULE``, ``L2``, ...)
+that nobody has defined. `bind` rebuilds it with those names set: numba takes a global as a constant, prunes ``if FLAG:``
+on it and inlines a function behind it, so a loop is written once and a feature that is off costs nothing.
+"""
+
+from __future__ import annotations
+
+import dis
+import hashlib
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import CellType, CodeType, FunctionType
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import caching
+
+CACHE_VARIABLE = "FASTOPT_CACHE_DIR"
+
+
+def scalar_of(value: object) -> FunctionType | None:
+    """The plain scalar function behind `value`: itself, or what a Rule carries in ``.scalar``; None for anything else."""
+    if isinstance(value, FunctionType):
+        return value
+    inner = getattr(value, "scalar", None)
+    return inner if isinstance(inner, FunctionType) else None
+
+
+def bind(
+    function: FunctionType,
+    constants: Mapping[str, Any],
+    *,
+    label: str,
+    scalar: Callable[[FunctionType], Any],
+) -> FunctionType:
+    """Rebuild `function` with `constants` as its globals; every scalar function it reaches is compiled by `scalar`.
+
+    `scalar` is the target's way to compile a scalar function (njit on the CPU, an inlined device function on CUDA).
+    The scalar functions of `constants`, those they call, and those a rule finds in its own module or closure are all
+    compiled the same way, so a rule may call another rule or a plain function of its file.
+
+    The result is named ``label_digest``. The digest covers the bytecode and constants of everything that went in: it
+    is what makes numba's on-disk cache, whose own key leaves these out, safe to use.
+    """
+    return _Binder(scalar).bind(function, constants, label)
+
+
+class _Binder:
+    """One binding: compiles each scalar function once, however often it is reached."""
+
+    def __init__(self, scalar: Callable[[FunctionType], Any]):
+        self.scalar = scalar
+        self.compiled: dict[FunctionType, tuple[Any, str]] = {}
+        self.open: set[FunctionType] = set()
+
+    def bind(self, function: FunctionType, constants: Mapping[str, Any], label: str) -> FunctionType:
+        digest = hashlib.sha256(f"{sys.version}|{numba.__version__}".encode())
+        for part in _describe_code(function.__code__):
+            digest.update(part)
+
+        def resolve(name: str, value: Any) -> Any:
+            inner = scalar_of(value)
+            if inner is None:
+                digest.update(f"{name}={_describe(value)};".encode())
+                return value
+            compiled, inner_digest = self.compile(inner)
+            digest.update(f"{name}={inner_digest};".encode())
+            return compiled
+
+        mentioned = set(_names(function.__code__))
+        own = {name: value for name, value in function.__globals__.items() if name in mentioned}
+        namespace = {name: resolve(name, value) for name, value in sorted({**own, **constants}.items())}
+        cells = None
+        if function.__closure__ is not None:
+            names = function.__code__.co_freevars
+            cells = tuple(
+                CellType(resolve(name, cell.cell_contents))
+                for name, cell in zip(names, function.__closure__, strict=True)
+            )
+        bound = FunctionType(
+            function.__code__,
+            {**function.__globals__, **namespace},
+            function.__name__,
+            function.__defaults__,
+            cells,
+        )
+        bound.__name__ = bound.__qualname__ = f"{label}_{digest.hexdigest()[:16]}"
+        bound.__module__ = function.__module__
+        return bound
+
+    def compile(self, function: FunctionType) -> tuple[Any, str]:
+        if function not in self.compiled:
+            if function in self.open:
+                raise TypeError(f"scalar function {function.__qualname__!r} calls itself: recursion cannot be bound")
+            self.open.add(function)
+            bound = self.bind(function, {}, function.__name__)
+            self.open.discard(function)
+            self.compiled[function] = (self.scalar(bound), bound.__qualname__)
+        return self.compiled[function]
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The globals that `code` reads. Not co_names: those hold attributes too, and h.momentum is not the rule momentum."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _describe_code(code: CodeType) -> Iterator[bytes]:
+    yield code.co_code
+    yield repr((code.co_names, code.co_varnames, code.co_freevars, code.co_argcount, code.co_flags)).encode()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _describe_code(constant)
+        else:
+            yield repr(constant).encode()
+
+
+def _describe(value: object) -> str:
+    """What a global adds to the digest: the value of a constant, the fields of a NamedTuple, the name of the rest."""
+    if isinstance(value, bool | int | float | str | bytes | tuple | np.generic | None):
+        return repr(value)
+    if isinstance(value, np.ndarray):  # numba freezes a global array into the code: its contents are part of the kernel
+        return f"{value.dtype}{value.shape}{hashlib.sha256(np.ascontiguousarray(value)).hexdigest()}"
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    dispatcher = getattr(value, "py_func", None)
+    if isinstance(dispatcher, FunctionType):  # someone else's @njit function: its bytecode, one level deep, is its identity
+        code = hashlib.sha256(b"".join(_describe_code(dispatcher.__code__))).hexdigest()
+        return f"{name}:{code}"
+    return f"{name}{getattr(value, '_fields', '')}"
+
+
+# --- the opt-in cache -------------------------------------------------------------------------------------------------
+
+
+def cache_directory() -> Path | None:
+    """The directory named by FASTOPT_CACHE_DIR, made if absent; None where the variable is unset or empty.
+
+    Raises PermissionError where others may write to it: numba's cache files are pickles, so whoever writes there runs
+    code here.
+    """
+    name = os.environ.get(CACHE_VARIABLE)
+    if not name:
+        return None
+    path = Path(name).expanduser().resolve()
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid"):
+        status = path.stat()
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(
+                f"{CACHE_VARIABLE}={name}: the cache directory must belong to you and be writable by nobody else, "
+                f"because cache files are executable code; run: chmod 700 {name}"
+            )
+    return path
+
+
+def keep_on_disk(dispatcher: Any, directory: Path) -> None:
+    """Make numba keep the compiled code of `dispatcher`, whose name holds a digest of all its sources, in `directory`."""
+
+    class Locator(caching._CacheLocator):  # type: ignore[misc]
+        """Where the files go, and a stamp that never changes: the digest in the function's name says what is stale."""
+
+        def __init__(self, function: FunctionType):
+            self.function = function
+
+        def get_cache_path(self) -> str:
+            return str(directory)
+
+        def get_source_stamp(self) -> str:
+            return self.function.__qualname__
+
+        def get_disambiguator(self) -> str:
+            return ""
+
+        @classmethod
+        def from_function(cls, function: FunctionType, source: str) -> Locator:
+            return cls(function)
+
+    class Files(caching.CompileResultCacheImpl):  # type: ignore[misc]
+        _locator_classes = [Locator]
+
+    class Cache(caching.FunctionCache):  # type: ignore[misc]
+        _impl_class = Files
+
+        def load_overload(self, signature: Any, target: Any) -> Any:
+            try:
+                return super().load_overload(signature, target)
+            except Exception:  # a truncated or foreign file must mean "compile again", not fail for ever
+                self.flush()
+                return None
+
+    dispatcher._cache = Cache(dispatcher.py_func)

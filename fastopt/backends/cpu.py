@@ -1,0 +1,471 @@
+"""The CPU backend: every loop, once; how a loop becomes a kernel; and the driver that decides on which threads it runs."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+from numba import njit, prange, types
+from numba.np.unsafe.ndarray import to_fixed_tuple
+from numba.np.ufunc import parallel as numba_parallel
+
+from fastopt.backends import ALIGNMENT, BLOCK, Array, Features, Kernel, StepHyper
+from fastopt.backends.bind import bind, cache_directory, keep_on_disk
+
+if TYPE_CHECKING:
+    from fastopt.rule import Rule
+
+SERIAL_BELOW = 16_384
+"""Elements. Below this one thread is faster than waking a second one (measured: a parallel launch costs 4-6 us)."""
+
+# --- the loops --------------------------------------------------------------------------------------------------------
+# Upper-case names are constants that `bind` supplies. Loops run over chunks and, inside, over views: indexing the whole
+# array with start + i is 7-15x slower, because numba's wrap-around of negative indices stops the vectoriser.
+
+RULE: Any
+APPLY: Any
+RATIO: Any
+DTYPE: Any
+ELEMENT: Any
+HYPER: Any
+N_STATES: Any
+N_STEP: Any
+N_HYPER: Any
+UNSCALE: Any
+L2: Any
+DECOUPLED: Any
+LOOP: Any
+
+
+def element(step, p, g, *rest):
+    """One element: what surrounds the rule, then the rule. `rest` is the rule's states and its hyperparameters."""
+    if UNSCALE:
+        g = step.unscale * g
+    if L2:
+        g = g + step.weight_decay * p
+    if DECOUPLED:
+        p = step.keep * p
+    return RULE(p, g, *rest)
+
+
+def elementwise(p, g, states, table, chunks, first, last):
+    """Update chunks[first:last] by a rule whose every element stands alone."""
+    # One branch per number of states, all but one pruned. Tried: slicing, loading and storing the tuple of states by
+    # functions folded over its length, which has no such branches: the same machine code, but 8x the compile time.
+    for c in range(first, last):
+        start = chunks[c, 0]
+        stop = chunks[c, 1]
+        row = table[chunks[c, 2]]
+        step = StepHyper(*to_fixed_tuple(row, N_STEP))
+        h = HYPER(*to_fixed_tuple(row[N_STEP:], N_HYPER))
+        pc = p[start:stop]
+        gc = g[start:stop]
+        if N_STATES == 0:
+            for i in range(pc.size):
+                pc[i] = ELEMENT(step, pc[i], gc[i], h)
+        elif N_STATES == 1:
+            a = states[0][start:stop]
+            for i in range(pc.size):
+                pc[i], a[i] = ELEMENT(step, pc[i], gc[i], a[i], h)
+        elif N_STATES == 2:
+            a = states[0][start:stop]
+            b = states[1][start:stop]
+            for i in range(pc.size):
+                pc[i], a[i], b[i] = ELEMENT(step, pc[i], gc[i], a[i], b[i], h)
+        elif N_STATES == 3:
+            a = states[0][start:stop]
+            b = states[1][start:stop]
+            c3 = states[2][start:stop]
+            for i in range(pc.size):
+                pc[i], a[i], b[i], c3[i] = ELEMENT(step, pc[i], gc[i], a[i], b[i], c3[i], h)
+        elif N_STATES == 4:
+            a = states[0][start:stop]
+            b = states[1][start:stop]
+            c3 = states[2][start:stop]
+            d = states[3][start:stop]
+            for i in range(pc.size):
+                pc[i], a[i], b[i], c3[i], d[i] = ELEMENT(step, pc[i], gc[i], a[i], b[i], c3[i], d[i], h)
+
+
+MAX_STATES = 4
+
+
+def propose(p, g, states, table, chunks, partials, first, last):
+    """First pass of a layerwise rule: update the states, and sum the squares of p and of the proposed update u.
+
+    u itself is not stored: the second pass computes it again from the new states, which reads no more memory than a
+    buffer for u would.
+    """
+    for c in range(first, last):
+        row = table[chunks[c, 2]]
+        step = StepHyper(*to_fixed_tuple(row, N_STEP))
+        h = HYPER(*to_fixed_tuple(row[N_STEP:], N_HYPER))
+        block = chunks[c, 4]
+        for start in range(chunks[c, 0], chunks[c, 1], BLOCK):
+            stop = min(start + BLOCK, chunks[c, 1])
+            pc = p[start:stop]
+            gc = g[start:stop]
+            # float64: squares of float32 are exact in it, and neither 1e30 nor 1e-30 leaves its range.
+            pp = 0.0
+            uu = 0.0
+            if N_STATES == 1:
+                a = states[0][start:stop]
+                for i in range(pc.size):
+                    u, a[i] = ELEMENT(step, pc[i], gc[i], a[i], h)
+                    pp += np.float64(pc[i]) * np.float64(pc[i])
+                    uu += np.float64(u) * np.float64(u)
+            elif N_STATES == 2:
+                a = states[0][start:stop]
+                b = states[1][start:stop]
+                for i in range(pc.size):
+                    u, a[i], b[i] = ELEMENT(step, pc[i], gc[i], a[i], b[i], h)
+                    pp += np.float64(pc[i]) * np.float64(pc[i])
+                    uu += np.float64(u) * np.float64(u)
+            partials[block, 0] = pp
+            partials[block, 1] = uu
+            block += 1
+
+
+def merge(chunks, partials, ratios):
+    """Add the partial sums of each parameter in index order and leave its trust ratio in ratios[param]."""
+    c = 0
+    while c < chunks.shape[0]:
+        param = chunks[c, 3]
+        pp = 0.0
+        uu = 0.0
+        while c < chunks.shape[0] and chunks[c, 3] == param:
+            for block in range(chunks[c, 4], chunks[c, 4] + (chunks[c, 1] - chunks[c, 0] + BLOCK - 1) // BLOCK):
+                pp += partials[block, 0]
+                uu += partials[block, 1]
+            c += 1
+        ratios[param] = RATIO(np.sqrt(pp), np.sqrt(uu))
+
+
+def apply(p, ratios, states, table, chunks, first, last):
+    """Second pass of a layerwise rule: move p by the proposed update, scaled by its parameter's ratio."""
+    for c in range(first, last):
+        start = chunks[c, 0]
+        stop = chunks[c, 1]
+        h = HYPER(*to_fixed_tuple(table[chunks[c, 2]][N_STEP:], N_HYPER))
+        ratio = DTYPE(ratios[chunks[c, 3]])
+        pc = p[start:stop]
+        if N_STATES == 1:
+            a = states[0][start:stop]
+            for i in range(pc.size):
+                pc[i] = APPLY(pc[i], a[i], ratio, h)
+        elif N_STATES == 2:
+            a = states[0][start:stop]
+            b = states[1][start:stop]
+            for i in range(pc.size):
+                pc[i] = APPLY(pc[i], a[i], b[i], ratio, h)
+
+
+# A loop over chunks, chunks in parallel, is the loop over one chunk: the bits are those of one thread.
+
+
+def over_chunks(a, b, states, table, chunks):
+    """LOOP (elementwise or apply) on every chunk."""
+    for c in prange(chunks.shape[0]):
+        LOOP(a, b, states, table, chunks, c, c + 1)
+
+
+def over_chunks_with_partials(p, g, states, table, chunks, partials):
+    """LOOP (propose) on every chunk."""
+    for c in prange(chunks.shape[0]):
+        LOOP(p, g, states, table, chunks, partials, c, c + 1)
+
+
+# --- from a loop to a kernel ------------------------------------------------------------------------------------------
+
+
+def scalar(function: FunctionType) -> Any:
+    """Compile a scalar function: never fastmath, so that the result is bit-identical to NumPy doing the same.
+
+    error_model="numpy" on the rule itself, not only on the loop: the default model puts a branch on every division
+    (7x slower) and raises in mid-loop, leaving the buffer half updated.
+    """
+    return njit(error_model="numpy")(function)
+
+
+class Loop:
+    """One loop bound to one rule: its serial kernel, and its parallel kernel from the first time it is worth having."""
+
+    def __init__(
+        self,
+        function: FunctionType,
+        constants: dict[str, Any],
+        signature: tuple[Any, ...],
+        *,
+        label: str,
+        over: FunctionType,
+        driver: Driver,
+        fastmath: Any = False,
+    ):
+        self._label = label
+        self._over = over
+        self._signature = signature
+        self._driver = driver
+        self._dispatcher = compile_loop(
+            bind(function, constants, label=label, scalar=scalar),
+            (*signature, types.int64, types.int64),
+            fastmath=fastmath,
+        )
+        # The compiled entry itself: our arguments have one type for life, and numba's dispatch on types costs 0.3 us
+        # of the 1 us that a call on 1,000 elements takes.
+        self.serial = _entry(self._dispatcher)
+        self._parallel: Callable[..., None] | None = None
+
+    def parallel(self, *arguments: Any) -> None:
+        if self._parallel is None:
+            with self._driver.lock:
+                if self._parallel is None:
+                    bound = bind(self._over, {"LOOP": self._dispatcher}, label=f"parallel_{self._label}", scalar=scalar)
+                    self._parallel = _entry(compile_loop(bound, self._signature, parallel=True))
+        self._parallel(*arguments)
+
+    def run(self, *arguments: Any, elements: int, chunks: int) -> None:
+        """Run on every chunk, with as many threads as are worth it."""
+        if elements < SERIAL_BELOW or chunks < 2:
+            self.serial(*arguments, 0, chunks)
+        else:
+            self._driver.run(self, arguments, chunks)
+
+
+def compile_loop(function: FunctionType, signature: tuple[Any, ...], **options: Any) -> Any:
+    """Compile for exactly one signature; keep it on disk where FASTOPT_CACHE_DIR says so."""
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError("NUMBA_DISABLE_JIT is set: fastopt has no interpreted kernels; unset it")
+    dispatcher = njit(error_model="numpy", nogil=True, **options)(function)
+    directory = cache_directory()
+    if directory is not None:
+        keep_on_disk(dispatcher, directory)
+    dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    return dispatcher
+
+
+def _entry(dispatcher: Any) -> Callable[..., None]:
+    (compiled,) = dispatcher.overloads.values()
+    entry: Callable[..., None] = compiled.entry_point
+    return entry
+
+
+class ElementwiseKernel:
+    """The update of one rule in one pass."""
+
+    def __init__(self, loop: Loop):
+        self._loop = loop
+        self.serial = loop.serial
+
+    def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
+        self._loop.run(p, g, states, table, chunks, elements=p.size, chunks=chunks.shape[0])
+
+
+class LayerwiseKernel:
+    """The update of a rule that scales each parameter's step by norms: two passes and a merge between them."""
+
+    def __init__(self, propose: Loop, merge: Callable[..., None], apply: Loop):
+        self._propose = propose
+        self._merge = merge
+        self._apply = apply
+
+    def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
+        n = chunks.shape[0]
+        if n == 0:
+            return
+        last = chunks[-1]
+        partials = np.empty((int(last[4]) + -(-int(last[1] - last[0]) // BLOCK), 2))
+        ratios = np.empty(int(last[3]) + 1)
+        self._propose.run(p, g, states, table, chunks, partials, elements=p.size, chunks=n)
+        self._merge(chunks, partials, ratios)
+        self._apply.run(p, ratios, states, table, chunks, elements=p.size, chunks=n)
+
+
+class CPU:
+    """The CPU backend."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self.driver = Driver()
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}
+
+    def zeros(self, size: int, dtype: np.dtype[Any]) -> Array:
+        """A 1-D buffer of zeros, aligned to `ALIGNMENT` bytes."""
+        room = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
+        skip = -room.ctypes.data % ALIGNMENT
+        return room[skip : skip + size * dtype.itemsize].view(dtype)
+
+    def kernel(self, rule: Rule, hyper: type, dtype: np.dtype[Any], features: Features) -> Kernel:
+        """The compiled update of `rule`, whose `prepare` returns the NamedTuple `hyper`, on buffers of `dtype`.
+
+        Raises TypeError where the rule's arithmetic leaves `dtype` or its return does not match its states.
+        """
+        key = (rule, hyper, dtype, features)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            with self.driver.lock:
+                kernel = self._kernels.get(key)
+                if kernel is None:
+                    kernel = self._kernels[key] = self._compile(rule, hyper, dtype, features)
+        return kernel
+
+    def _compile(self, rule: Rule, hyper: Any, dtype: np.dtype[Any], features: Features) -> Kernel:
+        if len(rule.states) > MAX_STATES:
+            raise TypeError(f"rule {rule.name!r} has {len(rule.states)} states; at most {MAX_STATES} are supported")
+        number = numba.from_dtype(dtype)
+        check_dtypes(rule, hyper, number)
+        vector = types.Array(number, 1, "C")
+        integers = types.Array(types.int64, 2, "C")
+        states = types.UniTuple(vector, len(rule.states)) if rule.states else types.Tuple(())
+        table = types.Array(number, 2, "C")
+        partials = types.Array(types.float64, 2, "C")
+        ratios = types.Array(types.float64, 1, "C")
+
+        flags = {"UNSCALE": features.unscale, "L2": features.l2, "DECOUPLED": features.decoupled}
+        label = "_".join([rule.name, dtype.name, *(name.lower() for name, on in flags.items() if on)])
+        constants = {
+            "RULE": rule.scalar,
+            "HYPER": hyper,
+            "N_STATES": len(rule.states),
+            "N_STEP": len(StepHyper._fields),
+            "N_HYPER": len(hyper._fields),
+            "DTYPE": dtype.type,
+        }
+        bound_element = bind(element, {**constants, **flags}, label="element", scalar=scalar)
+        constants["ELEMENT"] = bound_element
+
+        if rule.layerwise is None:
+            arguments = (vector, vector, states, table, integers)
+            return ElementwiseKernel(
+                Loop(elementwise, constants, arguments, label=label, over=over_chunks, driver=self.driver)
+            )
+        return LayerwiseKernel(
+            Loop(
+                propose,
+                constants,
+                (vector, vector, states, table, integers, partials),
+                label=f"propose_{label}",
+                over=over_chunks_with_partials,
+                driver=self.driver,
+                fastmath={"reassoc"},  # for the two sums alone: the rule keeps its own flags; 16x faster than in order
+            ),
+            _entry(
+                compile_loop(
+                    bind(merge, {"RATIO": rule.layerwise.ratio}, label=f"merge_{label}", scalar=scalar),
+                    (integers, partials, ratios),
+                )
+            ),
+            Loop(
+                apply,
+                {**constants, "APPLY": rule.layerwise.apply},
+                (vector, ratios, states, table, integers),
+                label=f"apply_{label}",
+                over=over_chunks,
+                driver=self.driver,
+            ),
+        )
+
+
+def check_dtypes(rule: Rule, hyper: Any, number: Any) -> None:
+    """Compile the rule alone and hold its return against its signature.
+
+    A literal (``1 - b1``) turns float32 into float64: three times slower, and no other sign of it.
+    """
+    compiled = scalar(bind(rule.scalar, {}, label=rule.name, scalar=scalar))
+    arguments = [number] * (2 + len(rule.states)) + [types.NamedUniTuple(number, len(hyper._fields), hyper)]
+    compiled.compile(tuple(arguments))
+    returned = compiled.nopython_signatures[0].return_type
+    names = ("p", *rule.states)
+    found = tuple(returned) if isinstance(returned, types.BaseTuple) else (returned,)
+    if len(found) != len(names) or (len(names) == 1 and isinstance(returned, types.BaseTuple)):
+        expected = ", ".join(names) if len(names) > 1 else "p alone, not a tuple"
+        raise TypeError(f"rule {rule.name!r} returns {len(found)} values; its signature asks for {expected}")
+    wrong = [f"{name} as {kind}" for name, kind in zip(names, found, strict=True) if kind != number]
+    if wrong:
+        raise TypeError(
+            f"rule {rule.name!r} on {number} returns {', '.join(wrong)}. An arithmetic literal promotes float32 to "
+            f"float64: compute the constant in `prepare` and read it from h"
+        )
+
+
+# --- the driver -------------------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """Decides which threads run a loop.
+
+    ``parallel``: numba's own threads, where its layer is omp or tbb and this process is not a forked child.
+    ``pool``: the serial kernel on slices of the chunk table in a thread pool. With the workqueue layer two threads that
+    launch at once abort the process; with GNU OpenMP a forked child that launches is killed.
+
+    numba's thread count is only read, never set: setting it would change torch's where both share one OpenMP.
+    """
+
+    def __init__(self) -> None:
+        self.mode: str | None = None  # found out at the first loop that is worth more than one thread
+        self.lock = threading.RLock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._threads = 1
+        self._forked = False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        """Nothing of the parent's threads survives in a child: neither a pool, nor the holder of a lock."""
+        self.mode = "pool"
+        self.lock = threading.RLock()
+        self._pool = None
+        self._forked = True
+
+    def threads(self) -> int:
+        """How many threads a loop may use: numba's own count, which NUMBA_NUM_THREADS and set_num_threads govern."""
+        if not self._forked:  # in a forked child even asking would start the threading layer
+            self._threads = numba.get_num_threads()
+        elif self._threads == 1:
+            self._threads = numba.config.NUMBA_NUM_THREADS
+        return self._threads
+
+    def _choose(self) -> str:
+        try:
+            numba_parallel._launch_threads()
+            layer = numba.threading_layer()
+        except ValueError:  # no layer could be loaded, or the one asked for is not there
+            layer = "none"
+        self.mode = "parallel" if layer in ("omp", "tbb") else "pool"
+        return self.mode
+
+    def run(self, loop: Loop, arguments: tuple[Any, ...], chunks: int) -> None:
+        """Run `loop` on chunks 0 to `chunks`."""
+        mode = self.mode or self._choose()
+        threads = min(self.threads(), chunks)
+        if threads == 1:
+            loop.serial(*arguments, 0, chunks)
+        elif mode == "parallel":
+            loop.parallel(*arguments)
+        else:
+            self._run_in_pool(loop, arguments, chunks, threads)
+
+    def _run_in_pool(self, loop: Loop, arguments: tuple[Any, ...], chunks: int, threads: int) -> None:
+        edges = [chunks * k // threads for k in range(threads + 1)]
+        futures: list[Future[None]] = []
+        for first, last in zip(edges[1:-1], edges[2:], strict=True):
+            futures.append(self._workers().submit(loop.serial, *arguments, first, last))
+        loop.serial(*arguments, edges[0], edges[1])
+        for future in futures:
+            future.result()
+
+    def _workers(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            with self.lock:
+                if self._pool is None:
+                    self._pool = ThreadPoolExecutor(
+                        max(1, numba.config.NUMBA_NUM_THREADS - 1), thread_name_prefix="fastopt"
+                    )
+        return self._pool

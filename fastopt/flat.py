@@ -1,0 +1,340 @@
+"""`pack` lays a tree of arrays out in one aligned contiguous buffer: offsets, views, chunks, and the checks at the door."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import optree
+
+from fastopt.backends import ALIGNMENT, BLOCK, get_backend
+
+NAMESPACE = "fastopt"
+"""The optree namespace in which fastopt registers plain dataclasses; optree's global registrations are seen too."""
+
+DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+MIN_CHUNK = 1024
+MAX_CHUNK = 32_768
+CHUNKS = 64
+"""A buffer is cut into about CHUNKS pieces of MIN_CHUNK to MAX_CHUNK elements: enough of them to share out evenly among
+threads, each long enough to hide the cost of starting a loop (10-20 ns)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each parameter lies in the flat buffer. Pure arithmetic on Python ints: it allocates nothing."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def of(cls, shapes: Sequence[tuple[int, ...]], itemsize: int = 4) -> Layout:
+        """Lay out parameters of these shapes, each on a 64-byte boundary; the gaps between them are padding."""
+        step = ALIGNMENT // itemsize
+        sizes = tuple(math.prod(shape) for shape in shapes)
+        offsets = []
+        end = 0
+        for size in sizes:
+            offsets.append(end)
+            end += -(-size // step) * step
+        return cls(tuple(tuple(shape) for shape in shapes), sizes, tuple(offsets), end)
+
+    def chunks(self, rows: Sequence[int], *, layerwise: bool = False, longest: int | None = None) -> np.ndarray:
+        """The work of one launch: an int64 array with a line (start, stop, row, param, block) per chunk.
+
+        Parameters
+        ----------
+        rows : for each parameter the row of its hyperparameters in the table, or -1 to leave it out.
+        layerwise : chunks then end with their parameter, are whole numbers of `BLOCK`, and `block` numbers their first
+            partial sum. Otherwise neighbours of one row are joined where no padding lies between them.
+        longest : the length of the longest chunk; chosen from the size where it is None.
+
+        No chunk covers padding, so padding stays zero whatever the rule.
+        """
+        if longest is None:
+            longest = min(max(self.size // CHUNKS, MIN_CHUNK), MAX_CHUNK)
+        unit = BLOCK if layerwise else ALIGNMENT // 4
+        longest = max(unit, longest // unit * unit)
+        lines: list[tuple[int, int, int, int, int]] = []
+        block = 0
+        for start, stop, row, param in self._runs(rows, join=not layerwise):
+            pieces = -(-(stop - start) // longest)
+            piece = -(-(stop - start) // (pieces * unit)) * unit
+            for first in range(start, stop, piece):
+                last = min(first + piece, stop)
+                lines.append((first, last, row, param, block))
+                block += -(-(last - first) // BLOCK)
+        return np.array(lines, np.int64).reshape(-1, 5)
+
+    def _runs(self, rows: Sequence[int], join: bool) -> list[tuple[int, int, int, int]]:
+        runs: list[tuple[int, int, int, int]] = []
+        for param, (offset, size, row) in enumerate(zip(self.offsets, self.sizes, rows, strict=True)):
+            if size == 0 or row < 0:
+                continue
+            if join and runs and runs[-1][1] == offset and runs[-1][2] == row:
+                runs[-1] = (runs[-1][0], offset + size, row, runs[-1][3])
+            else:
+                runs.append((offset, offset + size, row, param))
+        return runs
+
+
+class FlatParams:
+    """A tree of parameters, and one of their gradients, whose leaves are views of two flat buffers. Made by `pack`.
+
+    Attributes
+    ----------
+    params, grads : trees of the structure given to `pack`; writing to a leaf writes to the buffer.
+    data, grad : the 1-D buffers. Every parameter starts on a 64-byte boundary; the padding between is zero.
+    paths : the parameters' names, such as ``"bn.gamma"``, in buffer order.
+    shapes, offsets : of each parameter, in elements.
+    size : elements of the buffer, padding included.
+    dtype, backend : float32 or float64; ``"cpu"``.
+    """
+
+    def __init__(
+        self, leaves: Sequence[np.ndarray], paths: Sequence[str], treespec: Any, dtype: np.dtype[Any], backend: str
+    ):
+        self.layout = Layout.of([leaf.shape for leaf in leaves], dtype.itemsize)
+        self.paths = tuple(paths)
+        self.dtype = dtype
+        self.backend = backend
+        self.treespec = treespec
+        self.data = self.new_buffer()
+        self.grad = self.new_buffer()
+        views = self.views(self.data)
+        for view, leaf in zip(views, leaves, strict=True):
+            np.copyto(view, leaf, casting="same_kind")
+        self.params = self.tree(views)
+        self._grad_views = self.views(self.grad)
+        self.grads = self.tree(self._grad_views)
+
+    shapes = property(lambda self: self.layout.shapes)
+    offsets = property(lambda self: self.layout.offsets)
+    size = property(lambda self: self.layout.size)
+
+    def __repr__(self) -> str:
+        count = sum(self.layout.sizes)
+        return f"<FlatParams: {len(self.paths)} parameters, {count:,} elements of {self.dtype}, on {self.backend}>"
+
+    def new_buffer(self) -> np.ndarray:
+        """Another buffer of zeros with this layout, for a state."""
+        return get_backend(self.backend).zeros(self.layout.size, self.dtype)
+
+    def views(self, buffer: np.ndarray) -> list[np.ndarray]:
+        """The parameters' parts of `buffer`, in their shapes."""
+        layout = self.layout
+        return [
+            buffer[offset : offset + size].reshape(shape)
+            for offset, size, shape in zip(layout.offsets, layout.sizes, layout.shapes, strict=True)
+        ]
+
+    def tree(self, leaves: Sequence[Any]) -> Any:
+        """`leaves` in the structure of the parameters."""
+        return optree.tree_unflatten(self.treespec, leaves)
+
+    def write_grads(self, grads: Any) -> list[bool] | None:
+        """Copy a tree of gradients into the buffer; where it holds None, say so.
+
+        Returns None where every gradient is there, else a list: whether parameter k has one. Everything is checked
+        before anything is copied.
+        """
+        if grads is self.grads:
+            return None
+        leaves = self._leaves_like(grads)
+        own = self._grad_views
+        for path, view, leaf in zip(self.paths, own, leaves, strict=True):
+            if leaf is None or leaf is view:
+                continue
+            if type(leaf) is not np.ndarray or leaf.dtype != self.dtype or leaf.shape != view.shape:
+                _refuse_gradient(path, leaf, view)
+            if np.may_share_memory(leaf, self.grad) and not _same_memory(leaf, view):
+                raise ValueError(
+                    f"gradient {path!r} overlaps the gradient buffer in another place than its own: pass a copy, "
+                    f"or write into opt.grads and call step() without gradients"
+                )
+            if np.may_share_memory(leaf, self.data):
+                raise ValueError(f"gradient {path!r} overlaps the parameters: pass a copy")
+        for view, leaf in zip(own, leaves, strict=True):
+            if leaf is not None and leaf is not view:
+                np.copyto(view, leaf)
+        present = [leaf is not None for leaf in leaves]
+        return None if all(present) else present
+
+    def _leaves_like(self, tree: Any) -> list[Any]:
+        try:
+            leaves: list[Any] = self.treespec.flatten_up_to(tree)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"grads: not the structure of the parameters ({', '.join(self.paths)}): {error}") from None
+        return leaves
+
+
+def _same_memory(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(a.__array_interface__["data"] == b.__array_interface__["data"] and a.strides == b.strides)
+
+
+def _refuse_gradient(path: str, leaf: Any, view: np.ndarray) -> None:
+    if not isinstance(leaf, np.ndarray):
+        raise TypeError(f"gradient {path!r}: expected a NumPy array or None, found {type(leaf).__name__}")
+    if leaf.dtype != view.dtype:
+        raise TypeError(
+            f"gradient {path!r}: expected dtype {view.dtype.str!r} as the parameter's, found {leaf.dtype.str!r}; "
+            f"use grad.astype({view.dtype.name!r})"
+        )
+    if leaf.shape != view.shape:
+        raise ValueError(f"gradient {path!r}: expected shape {view.shape} as the parameter's, found {leaf.shape}")
+
+
+def pack(params: Any, *, backend: str = "auto", dtype: Any = None) -> FlatParams:
+    """Copy a tree of arrays into one flat buffer and return it with trees of views on it.
+
+    Parameters
+    ----------
+    params : any tree (dict, list, tuple, NamedTuple, dataclass, whatever optree knows) whose leaves are NumPy arrays
+        of one dtype, float32 or float64. Empty and 0-d arrays are welcome.
+    backend : ``"cpu"``, ``"cuda"``, or ``"auto"``: the one that the arrays live on.
+    dtype : float32 or float64 to convert to; None keeps the arrays' own.
+
+    Raises
+    ------
+    TypeError or ValueError, naming the parameter's path: a leaf that is no array, another dtype (integer, complex,
+    object, mixed), a tree without arrays, two parameters of one path.
+
+    >>> import numpy as np, fastopt
+    >>> flat = fastopt.pack({"W": np.ones((2, 3)), "bn": {"gamma": np.ones(3)}})
+    >>> flat.paths, flat.offsets, flat.size
+    (('W', 'bn.gamma'), (0, 8), 16)
+    >>> flat.params["W"][0, 0] = 5.0
+    >>> float(flat.data[0])
+    5.0
+    """
+    leaves, treespec = _flatten(params)
+    paths = [_path(accessor) for accessor in treespec.accessors()]
+    if not leaves:
+        raise ValueError("params: the tree holds no arrays; expected at least one parameter")
+    doubled = sorted({path for path, following in pairwise(sorted(paths)) if path == following})
+    if doubled:
+        raise ValueError(f"parameter {doubled[0]!r}: two parameters have this path; rename one of their keys")
+    wanted = None if dtype is None else np.dtype(dtype)
+    if wanted is not None and wanted not in DTYPES:
+        raise TypeError(f"dtype={dtype!r}: expected float32 or float64")
+    if backend == "auto":
+        backend = "cuda" if any(hasattr(leaf, "__cuda_array_interface__") for leaf in leaves) else "cpu"
+    get_backend(backend)
+    for path, leaf in zip(paths, leaves, strict=True):
+        _check_leaf(path, leaf, wanted)
+    found = wanted or leaves[0].dtype
+    for path, leaf in zip(paths, leaves, strict=True):
+        if wanted is None and leaf.dtype != found:
+            raise TypeError(
+                f"parameter {path!r} is {leaf.dtype} but {paths[0]!r} is {found}: all parameters need one dtype; "
+                f"convert them, or pass dtype= to convert all"
+            )
+    return FlatParams(leaves, paths, treespec, np.dtype(found), backend)
+
+
+def _check_leaf(path: str, leaf: Any, wanted: np.dtype[Any] | None) -> None:
+    if not isinstance(leaf, np.ndarray):
+        raise TypeError(
+            f"parameter {path!r}: expected a NumPy array, found {type(leaf).__name__}; use np.asarray(...), "
+            f"or for a torch tensor on the CPU tensor.numpy()"
+        )
+    if leaf.dtype in DTYPES or (wanted is not None and leaf.dtype.kind == "f" and leaf.dtype.isnative):
+        return
+    raise TypeError(
+        f"parameter {path!r}: expected float32 or float64 in native byte order, found dtype {leaf.dtype.str!r}; "
+        f"convert it with astype"
+    )
+
+
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Flatten with optree; a plain dataclass, which optree takes for a leaf, is registered and opened."""
+    while True:
+        leaves, treespec = optree.tree_flatten(tree, namespace=NAMESPACE)
+        closed = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
+        if not closed:
+            return leaves, treespec
+        for kind in closed:
+            _register_dataclass(kind)
+
+
+def _register_dataclass(kind: type) -> None:
+    names = tuple(field.name for field in dataclasses.fields(kind) if field.init)
+
+    def flatten(instance: Any) -> tuple[tuple[Any, ...], None, tuple[str, ...]]:
+        return tuple(getattr(instance, name) for name in names), None, names
+
+    def unflatten(_: None, children: Any) -> Any:
+        return kind(**dict(zip(names, children, strict=True)))
+
+    optree.register_pytree_node(kind, flatten, unflatten, path_entry_type=optree.GetAttrEntry, namespace=NAMESPACE)
+
+
+def _path(accessor: Any) -> str:
+    """ "bn.gamma" of an optree accessor; "params" for a tree that is one bare array."""
+    names = [str(getattr(entry, "field", entry.entry)) for entry in accessor]
+    return ".".join(names) or "params"
+
+
+def match_overrides(paths: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each path the hyperparameters that `overrides` sets; of two globs that match, the later one wins.
+
+    Raises ValueError for a glob that matches no path, TypeError where `overrides` is not a mapping of mappings.
+    """
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides: expected a dict of glob -> hyperparameters, found {type(overrides).__name__}")
+    found: list[dict[str, Any]] = [{} for _ in paths]
+    for glob, values in overrides.items():
+        if not isinstance(glob, str) or not isinstance(values, Mapping):
+            raise TypeError(f"overrides[{glob!r}]: expected a dict of hyperparameters under a glob on parameter paths")
+        matches = [k for k, path in enumerate(paths) if fnmatch.fnmatchcase(path, glob)]
+        if not matches:
+            raise ValueError(f"overrides[{glob!r}] matches no parameter; the paths are {', '.join(paths)}")
+        for k in matches:
+            found[k].update(values)
+    return found
+
+
+def check_vectors(arrays: Mapping[str, Any], *, read_only: str) -> None:
+    """Refuse bare arrays on which a kernel would read or write out of bounds, or compute garbage.
+
+    All must be 1-D, contiguous, aligned, native float32 or float64 of one dtype and length, and none may overlap
+    another; all but the one called `read_only` must be writeable.
+    """
+    names = list(arrays)
+    first = arrays[names[0]]
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{name}: expected a 1-D NumPy array, found {type(array).__name__}")
+        if array.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: expected float32 or float64 in native byte order, found dtype {array.dtype.str!r}; "
+                f"convert it with astype"
+            )
+        if array.ndim != 1:
+            raise ValueError(f"{name}: expected a 1-D array, found shape {array.shape}; pass a view by reshape(-1)")
+        if array.dtype != first.dtype:
+            raise TypeError(f"{name}: expected dtype {first.dtype} as that of {names[0]}, found {array.dtype}")
+        if array.size != first.size:
+            raise ValueError(f"{name}: expected {first.size} elements as in {names[0]}, found {array.size}")
+        flags = array.flags
+        if not flags.c_contiguous:
+            raise ValueError(f"{name}: expected a contiguous array, found strides {array.strides}; pass a contiguous one")
+        if not flags.aligned:
+            raise ValueError(f"{name}: expected an aligned array; its address is no multiple of {array.itemsize} bytes")
+        if not flags.writeable and name != read_only:
+            raise ValueError(f"{name}: is read-only, and would be written in place; pass a writeable array")
+    if first.size == 0:
+        return
+    begins = sorted((array.__array_interface__["data"][0], name) for name, array in arrays.items())
+    for (begin, name), (following, other) in pairwise(begins):
+        if begin + first.nbytes > following:
+            raise ValueError(f"{name} and {other} overlap in memory; pass arrays that share none")

@@ -1,0 +1,297 @@
+"""`rule` turns a scalar update into a Rule: the mathematics of one optimizer, its hyperparameters and their ranges.
+
+A rule is a plain function on scalars. Its signature is its specification: first ``p, g``, last ``h``; the names between
+are its state buffers, which start at zero. It returns the new p and the new states.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from numbers import Integral, Real
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+
+from fastopt.backends import get_backend
+from fastopt.flat import Layout, check_vectors
+from fastopt.table import WEIGHT_DECAY, Table, check_grad_scale
+
+MISSING = inspect.Parameter.empty
+
+# --- what a hyperparameter may be -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A finite number in [low, high], or in [low, high) where `open` is set; with `length`, a tuple of them."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open: bool = False
+    length: int | None = None
+
+    def __str__(self) -> str:
+        high = ")" if self.open or self.high == math.inf else "]"
+        one = f"in [{self.low:g}, {self.high:g}{high}" if self.low > -math.inf else "finite"
+        return f"{self.length} numbers, each {one}" if self.length else f"a number {one}"
+
+    def check(self, name: str, value: Any) -> Any:
+        """`value` as float (or a tuple of floats); TypeError or ValueError, naming `name`, where it is not in here."""
+        if self.length is not None:
+            if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str) or len(value) != self.length:
+                raise TypeError(f"{name}={value!r}: expected {self}")
+            one = Interval(self.low, self.high, self.open)
+            return tuple(one.check(f"{name}[{k}]", item) for k, item in enumerate(value))
+        if not isinstance(value, Real | np.floating | np.integer) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: expected {self}, found {type(value).__name__}")
+        number = float(value)
+        if not (math.isfinite(number) and self.low <= number <= self.high) or (self.open and number == self.high):
+            raise ValueError(f"{name}={value!r}: expected {self}")
+        return number
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or False."""
+
+    def check(self, name: str, value: Any) -> bool:
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name}={value!r}: expected True or False")
+        return bool(value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few names."""
+
+    names: tuple[str, ...]
+
+    def check(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in self.names:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, self.names))}")
+        return value
+
+
+Domain = Interval | Flag | Choice
+
+POSITIVE_OR_ZERO = Interval(0.0)
+DECAY_RATE = Interval(0.0, 1.0, open=True)
+DOMAINS: dict[str, Domain] = {
+    "lr": POSITIVE_OR_ZERO,
+    "weight_decay": POSITIVE_OR_ZERO,
+    "lr_decay": POSITIVE_OR_ZERO,
+    "eps": POSITIVE_OR_ZERO,
+    "betas": Interval(0.0, 1.0, open=True, length=2),
+    "rho": DECAY_RATE,
+    "alpha": DECAY_RATE,
+    "momentum": Interval(0.0, 1.0),
+    "dampening": Interval(0.0, 1.0),
+    "eps_inside": Flag(),
+    "bias_correction": Flag(),
+}
+"""The ranges of the field's usual names. A rule may narrow them or add its own with ``domains=``."""
+
+# --- the rule ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """How a rule uses norms of whole parameters: the first value it returns is then a proposed update u, not the new p.
+
+    ``ratio(norm_p, norm_u)`` is taken once per parameter, in float64; ``apply(p, *states, ratio, h)`` is the new p.
+    """
+
+    ratio: Callable[..., Any]
+    apply: Callable[..., Any]
+
+
+class Rule:
+    """A scalar update with its hyperparameters. Made by `rule`; call it like the plain function that it is.
+
+    Attributes
+    ----------
+    name, states : the function's name, and the names of its state buffers.
+    scalar : the plain Python function.
+    prepare : ``prepare(t, **hyperparameters) -> NamedTuple``, run on the host once a step in float64.
+    hyperparameters : the names that `prepare` takes.
+    defaults : those that have a default.
+    decoupled : whether ``weight_decay`` shrinks p directly (AdamW) instead of being added to the gradient (L2).
+    layerwise : a `Layerwise`, or None for a rule whose every element stands alone.
+    """
+
+    def __init__(
+        self,
+        function: FunctionType,
+        prepare: Callable[..., Any],
+        *,
+        decoupled: bool = False,
+        layerwise: Layerwise | None = None,
+        domains: Mapping[str, Domain] | None = None,
+    ):
+        names = _positional(function, "rule")
+        if len(names) < 3 or names[:2] != ["p", "g"] or names[-1] != "h":
+            raise TypeError(
+                f"rule {function.__name__!r} has the signature ({', '.join(names)}): expected (p, g, *states, h), "
+                f"for example (p, g, m, v, h)"
+            )
+        prepared = _positional(prepare, "prepare")
+        if not prepared or prepared[0] != "t":
+            raise TypeError(f"prepare of rule {function.__name__!r} must take the step number t first, then its own")
+        self.scalar = function
+        self.name = function.__name__
+        self.__doc__ = function.__doc__
+        self.__module__ = function.__module__
+        self.__name__ = self.__qualname__ = function.__name__
+        self.states = tuple(names[2:-1])
+        self.prepare = prepare
+        self.decoupled = decoupled
+        self.layerwise = layerwise
+        self.hyperparameters = tuple(prepared[1:])
+        self.defaults: dict[str, Any] = {
+            name: parameter.default
+            for name, parameter in inspect.signature(prepare).parameters.items()
+            if parameter.default is not MISSING
+        }
+        self.owns_weight_decay = WEIGHT_DECAY in self.hyperparameters
+        if decoupled and ("lr" not in self.hyperparameters or self.owns_weight_decay):
+            raise TypeError(f"rule {self.name!r}: decoupled=True needs `lr`, and no `weight_decay`, in prepare")
+        self._domains = {**DOMAINS, **(domains or {})}
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.scalar(*arguments)
+
+    def __repr__(self) -> str:
+        return f"<rule {self.name}({', '.join(('p', 'g', *self.states, 'h'))})>"
+
+    def names(self) -> tuple[str, ...]:
+        """Every hyperparameter that the rule accepts: its own, and weight_decay, which the loop handles for all."""
+        return self.hyperparameters if self.owns_weight_decay else (*self.hyperparameters, WEIGHT_DECAY)
+
+    def check(self, name: str, value: Any, where: str = "") -> Any:
+        """`value` in the form `prepare` expects; an error that names the hyperparameter where it is out of range."""
+        domain = self._domains.get(name)
+        if domain is None:
+            domain = Flag() if isinstance(self.defaults.get(name), bool) else Interval()
+        return domain.check(where + name, value)
+
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The given hyperparameters and the defaults of the rest; TypeError for one that is unknown or missing."""
+        unknown = [name for name in given if name not in self.names()]
+        if unknown:
+            raise TypeError(
+                f"{unknown[0]}={given[unknown[0]]!r}: rule {self.name!r} has no such hyperparameter; "
+                f"it has {', '.join(self.names())}"
+            )
+        values = {WEIGHT_DECAY: 0.0, **self.defaults, **given}
+        missing = [name for name in self.names() if name not in values]
+        if missing:
+            raise TypeError(f"{missing[0]}: rule {self.name!r} has no default for it; give {missing[0]}=")
+        return {name: values[name] for name in self.names()}
+
+    def update_(
+        self, p: np.ndarray, g: np.ndarray, *states: np.ndarray, t: int = 1, grad_scale: float = 1.0, **hyper: Any
+    ) -> None:
+        """Update bare 1-D arrays in place, by the kernel that an Optimizer would use.
+
+        Parameters
+        ----------
+        p, g, *states : 1-D contiguous NumPy arrays of one length and dtype (float32 or float64), none overlapping
+            another: parameter, gradient (only read) and the rule's states, in the order of `Rule.states`.
+        t : the number of this update, from 1.
+        grad_scale : what the loss was multiplied by; the gradient is divided by it.
+        **hyper : the rule's hyperparameters, numbers (not schedules); the defaults of its optimizer for the rest.
+
+        Raises TypeError or ValueError, naming the argument, before anything is written. A layerwise rule (LAMB) takes
+        the arrays as one parameter.
+
+        >>> import numpy as np, fastopt
+        >>> p, m, v = np.ones(3), np.zeros(3), np.zeros(3)
+        >>> fastopt.rules.adam.update_(p, np.array([1.0, -2.0, 0.0]), m, v, t=1, lr=0.1)
+        >>> p.round(6)
+        array([0.9, 1.1, 1. ])
+        """
+        if len(states) != len(self.states):
+            raise TypeError(
+                f"rule {self.name!r} has {len(self.states)} states ({', '.join(self.states) or 'none'}); "
+                f"found {len(states)} arrays after p and g"
+            )
+        check_vectors(dict(zip(("p", "g", *self.states), (p, g, *states), strict=True)), read_only="g")
+        if not isinstance(t, Integral) or isinstance(t, bool) or t < 1:
+            raise ValueError(f"t={t!r}: expected the number of this update, an int from 1")
+        values = self.complete(hyper)
+        values = {name: self.check(name, value) for name, value in values.items()}
+        unscale = 1.0 / check_grad_scale(grad_scale)
+        table = Table(self, values, p.dtype)
+        table.write(0, int(t), values, unscale)
+        features = table.features(decays=values[WEIGHT_DECAY] != 0.0, unscale=unscale != 1.0)
+        kernel = get_backend("cpu").kernel(self, table.hyper, p.dtype, features)
+        kernel.launch(p, g, states, table.array, _whole(p.size, self.layerwise is not None))
+
+
+def rule(
+    prepare: Callable[..., Any],
+    *,
+    decoupled: bool = False,
+    layerwise: Layerwise | None = None,
+    domains: Mapping[str, Domain] | None = None,
+) -> Callable[[Callable[..., Any]], Rule]:
+    r"""Make a Rule of a scalar function: the decorator with which optimizers are written.
+
+    Parameters
+    ----------
+    prepare : function ``(t, ...) -> NamedTuple of floats``. `t` is the number of the update, from 1; the names after it
+        are the hyperparameters, with their defaults. It runs on the host once a step, in float64: powers such as
+        ``beta**t`` and differences such as ``1 - beta`` belong there. Its fields are read from `h` in the rule.
+    decoupled : whether weight_decay shrinks p (``p *= 1 - lr*weight_decay``) instead of being added to the gradient.
+    layerwise : see `Layerwise`.
+    domains : ranges of hyperparameters that the field has no usual name for, as ``{"mu": Interval(0, 1)}``.
+
+    Returns
+    -------
+    A decorator for a function ``(p, g, *states, h)`` that returns the new p (alone, where there is no state) or the
+    tuple ``(p, *states)``. Use ``math`` functions, comparisons and arithmetic; no literals in arithmetic, which would
+    promote float32 to float64 (refused when the kernel is compiled).
+
+    Raises
+    ------
+    TypeError where the signature is not ``(p, g, *states, h)``.
+
+    >>> import numpy as np, fastopt
+    >>> from typing import NamedTuple
+    >>> class Hyper(NamedTuple):
+    ...     lr: float
+    >>> def prepare(t, lr=0.1):
+    ...     return Hyper(lr)
+    >>> @fastopt.rule(prepare)
+    ... def sign_descent(p, g, h):
+    ...     return p - math.copysign(h.lr, g)
+    >>> opt = fastopt.Optimizer({"w": np.ones(2)}, sign_descent)
+    >>> _ = opt.step({"w": np.array([3.0, -3.0])})
+    >>> opt.params["w"]
+    array([0.9, 1.1])
+    """
+
+    def decorate(function: Callable[..., Any]) -> Rule:
+        if not isinstance(function, FunctionType):
+            raise TypeError(f"@rule: expected a plain function (p, g, *states, h), found {function!r}")
+        return Rule(function, prepare, decoupled=decoupled, layerwise=layerwise, domains=domains)
+
+    return decorate
+
+
+def _positional(function: Callable[..., Any], what: str) -> list[str]:
+    parameters = list(inspect.signature(function).parameters.values())
+    for parameter in parameters:
+        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            raise TypeError(f"{what} {function.__name__!r}: {parameter} is not a plain positional parameter")
+    return [parameter.name for parameter in parameters]
+
+
+@lru_cache(maxsize=64)
+def _whole(size: int, layerwise: bool) -> np.ndarray:
+    return Layout.of([(size,)]).chunks([0], layerwise=layerwise)

@@ -1,0 +1,97 @@
+r"""Stochastic gradient descent (Robbins & Monro 1951, https://doi.org/10.1214/aoms/1177729586).
+
+    p = p - lr g
+
+With momentum, in torch's form: v = momentum v + (1 - dampening) g, from v = g at the first step, and p = p - lr v;
+with ``nesterov`` p = p - lr (g + momentum v). State: velocity, in units of the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from fastopt.optimizer import Optimizer
+from fastopt.rule import rule
+from fastopt.rules.momentum import Hyper as MomentumHyper
+from fastopt.rules.momentum import momentum as momentum_rule
+from fastopt.rules.nesterov import nesterov as nesterov_rule
+
+
+class Hyper(NamedTuple):
+    lr: float
+
+
+def prepare(t: int, lr: float) -> Hyper:
+    return Hyper(lr)
+
+
+def prepare_momentum(t: int, lr: float, momentum: float, dampening: float) -> MomentumHyper:
+    # The first velocity is the gradient itself, not a dampened one.
+    return MomentumHyper(momentum, 1.0 if t == 1 else 1.0 - dampening, lr)
+
+
+@rule(prepare)
+def sgd(p, g, h):
+    return p - h.lr * g
+
+
+@rule(prepare_momentum)
+def sgd_momentum(p, g, velocity, h):
+    return momentum_rule(p, g, velocity, h)
+
+
+@rule(prepare_momentum)
+def sgd_nesterov(p, g, velocity, h):
+    return nesterov_rule(p, g, velocity, h)
+
+
+class SGD(Optimizer, rules=(sgd, sgd_momentum, sgd_nesterov)):
+    """Stochastic gradient descent, with momentum in torch's form.
+
+    Formula: ``p -= lr g``; momentum: ``v = momentum v + (1 - dampening) g``, ``p -= lr v``
+
+    Parameters
+    ----------
+    params : tree of float32 or float64 arrays, or FlatParams.
+    lr : learning rate, >= 0.
+    momentum : decay rate of the velocity, in [0, 1]; 0 keeps no state.
+    dampening : in [0, 1]; how much of the gradient the velocity leaves out after the first step.
+    nesterov : step along ``g + momentum v`` instead of v; needs momentum > 0 and no dampening.
+    weight_decay : L2, >= 0: ``g += weight_decay p`` first.
+    **options : see `Optimizer`.
+
+    Raises
+    ------
+    ValueError for a number out of range, or nesterov without momentum or with dampening.
+
+    Source: Robbins & Monro 1951, https://doi.org/10.1214/aoms/1177729586; the form of torch.optim.SGD
+
+    >>> import numpy as np, fastopt
+    >>> opt = fastopt.SGD({"w": np.ones(2)}, lr=0.5)
+    >>> _ = opt.step({"w": np.array([1.0, -1.0])})
+    >>> opt.params["w"]
+    array([0.5, 1.5])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        momentum: Any = 0.0,
+        dampening: Any = 0.0,
+        nesterov: bool = False,
+        weight_decay: Any = 0.0,
+        **options: Any,
+    ):
+        if nesterov and (momentum == 0.0 or dampening != 0.0):
+            raise ValueError(
+                f"nesterov=True needs momentum > 0 and dampening = 0; found momentum={momentum!r}, "
+                f"dampening={dampening!r}"
+            )
+        if momentum == 0.0:
+            super().__init__(params, sgd, lr=lr, weight_decay=weight_decay, **options)
+        else:
+            chosen = sgd_nesterov if nesterov else sgd_momentum
+            super().__init__(
+                params, chosen, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, **options
+            )
