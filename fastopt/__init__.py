@@ -1,4 +1,4 @@
-"""fastopt: an optimizer's mathematics written once, as a scalar function; run as one fused kernel over one flat buffer."""
+"""fastopt: an optimizer's mathematics written once, as a scalar function; run as one fused kernel on a flat buffer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pack` lays a tree of arrays out in one aligned contiguous buffer: offsets, views, chunks, and the checks at the door."""
+"""`pack` lays a tree of arrays out in one aligned buffer: offsets, views, chunks, and the checks at the door."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def _register_dataclass(kind: type) -> None:
     def flatten(instance: Any) -> tuple[tuple[Any, ...], None, tuple[str, ...]]:
         return tuple(getattr(instance, name) for name in names), None, names
 
-    def unflatten(_: None, children: Any) -> Any:
+    def unflatten(_: Any, children: Any) -> Any:
         return kind(**dict(zip(names, children, strict=True)))
 
     optree.register_pytree_node(kind, flatten, unflatten, path_entry_type=optree.GetAttrEntry, namespace=NAMESPACE)
@@ -327,7 +327,9 @@ def check_vectors(arrays: Mapping[str, Any], *, read_only: str) -> None:
             raise ValueError(f"{name}: expected {first.size} elements as in {names[0]}, found {array.size}")
         flags = array.flags
         if not flags.c_contiguous:
-            raise ValueError(f"{name}: expected a contiguous array, found strides {array.strides}; pass a contiguous one")
+            raise ValueError(
+                f"{name}: expected a contiguous array, found strides {array.strides}; pass a contiguous one"
+            )
         if not flags.aligned:
             raise ValueError(f"{name}: expected an aligned array; its address is no multiple of {array.itemsize} bytes")
         if not flags.writeable and name != read_only:

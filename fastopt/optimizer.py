@@ -1,4 +1,4 @@
-"""`Optimizer`: where a rule, a flat buffer and a backend meet. Groups, step(), state, and holding the parameters elsewhere."""
+"""`Optimizer`: where a rule, a flat buffer and a backend meet. Groups, step() and state."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from fastopt.backends import Kernel, get_backend
 from fastopt.flat import FlatParams, match_overrides, pack
-from fastopt.rule import WEIGHT_DECAY, Rule
-from fastopt.table import Table, check_grad_scale
+from fastopt.rule import Rule
+from fastopt.table import WEIGHT_DECAY, Table, check_grad_scale
 
 STATE_FORMAT = 1
 
@@ -111,7 +111,10 @@ class Optimizer:
         else:
             self.flat = pack(params, backend=backend)
         changes = match_overrides(self.flat.paths, overrides or {})
-        self._changes = [_checked(rule, change, f"overrides: {path}: ") for path, change in zip(self.flat.paths, changes, strict=True)]
+        self._changes = [
+            _checked(rule, change, f"overrides: {path}: ")
+            for path, change in zip(self.flat.paths, changes, strict=True)
+        ]
         self._states = tuple(self.flat.new_buffer() for _ in rule.states)
         self._step_count = 0
         self._missed = [0] * len(self.flat.paths)
@@ -179,7 +182,9 @@ class Optimizer:
         TypeError or ValueError, naming the parameter's path or the hyperparameter, before anything is changed.
         """
         if self._held:
-            raise RuntimeError("step() inside `with opt.lookahead()`: leave the block first, it restores the parameters")
+            raise RuntimeError(
+                "step() inside `with opt.lookahead()`: leave the block first, it restores the parameters"
+            )
         unscale = 1.0 if grad_scale == 1.0 else 1.0 / check_grad_scale(grad_scale)
         present = None if grads is None else self.flat.write_grads(grads)
         chunks = self._chunks if present is None else self._chunks_without(present)

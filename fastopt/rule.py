@@ -60,6 +60,7 @@ class Flag:
     """True or False."""
 
     def check(self, name: str, value: Any) -> bool:
+        """`value`; TypeError, naming `name`, where it is no bool."""
         if not isinstance(value, bool | np.bool_):
             raise TypeError(f"{name}={value!r}: expected True or False")
         return bool(value)
@@ -72,6 +73,7 @@ class Choice:
     names: tuple[str, ...]
 
     def check(self, name: str, value: Any) -> str:
+        """`value`; ValueError, naming `name`, where it is none of the names."""
         if not isinstance(value, str) or value not in self.names:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, self.names))}")
         return value
@@ -163,6 +165,7 @@ class Rule:
         self._domains = {**DOMAINS, **(domains or {})}
 
     def __call__(self, *arguments: Any) -> Any:
+        """Run the plain scalar function: so one rule can be written in terms of another."""
         return self.scalar(*arguments)
 
     def __repr__(self) -> str:

@@ -32,6 +32,7 @@ class Table:
         self.array = np.zeros((rows, width), dtype)
         row = struct.Struct(f"={width}{'f' if dtype.itemsize == 4 else 'd'}")
         self._pack_into = row.pack_into
+        self._rows = self.array.data
         self._stride = row.size
 
     def write(self, row: int, t: int, values: Mapping[str, Any], unscale: float) -> None:
@@ -46,7 +47,7 @@ class Table:
         try:
             if not math.isfinite(sum(prepared)):
                 raise OverflowError
-            self._pack_into(self.array, row * self._stride, unscale, decay, keep, *prepared)
+            self._pack_into(self._rows, row * self._stride, unscale, decay, keep, *prepared)
         except OverflowError:
             raise ValueError(
                 f"hyperparameters of rule {rule.name!r} at step {t} leave the range of {self.array.dtype}: {prepared}"
@@ -55,7 +56,9 @@ class Table:
     def features(self, *, decays: bool, unscale: bool) -> Features:
         """The kernel's flags where some group decays its weights (`decays`) and gradients are scaled (`unscale`)."""
         by_loop = decays and not self.rule.owns_weight_decay
-        return Features(unscale=unscale, l2=by_loop and not self.rule.decoupled, decoupled=by_loop and self.rule.decoupled)
+        return Features(
+            unscale=unscale, l2=by_loop and not self.rule.decoupled, decoupled=by_loop and self.rule.decoupled
+        )
 
 
 def check_grad_scale(grad_scale: Any) -> float:

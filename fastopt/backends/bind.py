@@ -1,8 +1,8 @@
-"""Binds one loop + one rule + compile-time flags into one named kernel, and keeps compiled kernels on disk if asked to.
+"""One loop + one rule + compile-time flags -> one named kernel; and the opt-in cache of compiled kernels on disk.
 
-A loop such as ``cpu.elementwise`` is an ordinary function that mentions a few upper-case globals (``RULE``, ``L2``, ...)
-that nobody has defined. `bind` rebuilds it with those names set: numba takes a global as a constant, prunes ``if FLAG:``
-on it and inlines a function behind it, so a loop is written once and a feature that is off costs nothing.
+A loop such as ``cpu.elementwise`` is an ordinary function that mentions a few upper-case globals (``RULE``, ``L2``,
+...) that nobody has defined. `bind` rebuilds it with those names set: numba takes a global as a constant, prunes
+``if FLAG:`` on it and inlines a function behind it, so a loop is written once and a feature that is off costs nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import CellType, CodeType, FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
@@ -25,7 +25,7 @@ CACHE_VARIABLE = "FASTOPT_CACHE_DIR"
 
 
 def scalar_of(value: object) -> FunctionType | None:
-    """The plain scalar function behind `value`: itself, or what a Rule carries in ``.scalar``; None for anything else."""
+    """The plain scalar function behind `value`: itself, or what a Rule carries in ``.scalar``; None for the rest."""
     if isinstance(value, FunctionType):
         return value
     inner = getattr(value, "scalar", None)
@@ -33,7 +33,7 @@ def scalar_of(value: object) -> FunctionType | None:
 
 
 def bind(
-    function: FunctionType,
+    function: Callable[..., Any],
     constants: Mapping[str, Any],
     *,
     label: str,
@@ -48,7 +48,10 @@ def bind(
     The result is named ``label_digest``. The digest covers the bytecode and constants of everything that went in: it
     is what makes numba's on-disk cache, whose own key leaves these out, safe to use.
     """
-    return _Binder(scalar).bind(function, constants, label)
+    plain = scalar_of(function)
+    if plain is None:
+        raise TypeError(f"bind: expected a plain function, found {function!r}")
+    return _Binder(scalar).bind(plain, constants, label)
 
 
 class _Binder:
@@ -106,7 +109,7 @@ class _Binder:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The globals that `code` reads. Not co_names: those hold attributes too, and h.momentum is not the rule momentum."""
+    """The globals that `code` reads. co_names holds attributes too, and h.momentum is not the rule momentum."""
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             yield instruction.argval
@@ -130,10 +133,10 @@ def _describe(value: object) -> str:
     if isinstance(value, bool | int | float | str | bytes | tuple | np.generic | None):
         return repr(value)
     if isinstance(value, np.ndarray):  # numba freezes a global array into the code: its contents are part of the kernel
-        return f"{value.dtype}{value.shape}{hashlib.sha256(np.ascontiguousarray(value)).hexdigest()}"
+        return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     dispatcher = getattr(value, "py_func", None)
-    if isinstance(dispatcher, FunctionType):  # someone else's @njit function: its bytecode, one level deep, is its identity
+    if isinstance(dispatcher, FunctionType):  # somebody's @njit function: its own bytecode is its identity
         code = hashlib.sha256(b"".join(_describe_code(dispatcher.__code__))).hexdigest()
         return f"{name}:{code}"
     return f"{name}{getattr(value, '_fields', '')}"
@@ -164,9 +167,9 @@ def cache_directory() -> Path | None:
 
 
 def keep_on_disk(dispatcher: Any, directory: Path) -> None:
-    """Make numba keep the compiled code of `dispatcher`, whose name holds a digest of all its sources, in `directory`."""
+    """Have numba keep the compiled code of `dispatcher`, whose name holds a digest of all sources, in `directory`."""
 
-    class Locator(caching._CacheLocator):  # type: ignore[misc]
+    class Locator(caching._CacheLocator):
         """Where the files go, and a stamp that never changes: the digest in the function's name says what is stale."""
 
         def __init__(self, function: FunctionType):
@@ -185,10 +188,10 @@ def keep_on_disk(dispatcher: Any, directory: Path) -> None:
         def from_function(cls, function: FunctionType, source: str) -> Locator:
             return cls(function)
 
-    class Files(caching.CompileResultCacheImpl):  # type: ignore[misc]
-        _locator_classes = [Locator]
+    class Files(caching.CompileResultCacheImpl):
+        _locator_classes: ClassVar[list[Any]] = [Locator]
 
-    class Cache(caching.FunctionCache):  # type: ignore[misc]
+    class Cache(caching.FunctionCache):
         _impl_class = Files
 
         def load_overload(self, signature: Any, target: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The CPU backend: every loop, once; how a loop becomes a kernel; and the driver that decides on which threads it runs."""
+"""The CPU backend: every loop, once; how a loop becomes a kernel; and the driver that decides on which threads."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
 from numba import njit, prange, types
-from numba.np.unsafe.ndarray import to_fixed_tuple
 from numba.np.ufunc import parallel as numba_parallel
+from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from fastopt.backends import ALIGNMENT, BLOCK, Array, Features, Kernel, StepHyper
 from fastopt.backends.bind import bind, cache_directory, keep_on_disk
@@ -198,12 +199,12 @@ class Loop:
 
     def __init__(
         self,
-        function: FunctionType,
+        function: Callable[..., Any],
         constants: dict[str, Any],
         signature: tuple[Any, ...],
         *,
         label: str,
-        over: FunctionType,
+        over: Callable[..., None],
         driver: Driver,
         fastmath: Any = False,
     ):
@@ -219,9 +220,11 @@ class Loop:
         # The compiled entry itself: our arguments have one type for life, and numba's dispatch on types costs 0.3 us
         # of the 1 us that a call on 1,000 elements takes.
         self.serial = _entry(self._dispatcher)
+        self.from_disk = bool(self._dispatcher.stats.cache_hits)
         self._parallel: Callable[..., None] | None = None
 
     def parallel(self, *arguments: Any) -> None:
+        """Run on every chunk with numba's threads."""
         if self._parallel is None:
             with self._driver.lock:
                 if self._parallel is None:
@@ -261,9 +264,10 @@ class ElementwiseKernel:
 
     def __init__(self, loop: Loop):
         self._loop = loop
-        self.serial = loop.serial
+        self.from_disk = loop.from_disk
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
+        """As `fastopt.backends.Kernel`."""
         self._loop.run(p, g, states, table, chunks, elements=p.size, chunks=chunks.shape[0])
 
 
@@ -272,10 +276,12 @@ class LayerwiseKernel:
 
     def __init__(self, propose: Loop, merge: Callable[..., None], apply: Loop):
         self._propose = propose
+        self.from_disk = propose.from_disk
         self._merge = merge
         self._apply = apply
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
+        """As `fastopt.backends.Kernel`."""
         n = chunks.shape[0]
         if n == 0:
             return
@@ -319,8 +325,22 @@ class CPU:
     def _compile(self, rule: Rule, hyper: Any, dtype: np.dtype[Any], features: Features) -> Kernel:
         if len(rule.states) > MAX_STATES:
             raise TypeError(f"rule {rule.name!r} has {len(rule.states)} states; at most {MAX_STATES} are supported")
+        compiled_rule = scalar(bind(rule.scalar, {}, label=rule.name, scalar=scalar))
+        try:
+            kernel = self._bind_loops(rule, compiled_rule, hyper, dtype, features)
+        except numba.core.errors.NumbaError:
+            check_returns(
+                rule, returned_dtypes(compiled_rule, rule, hyper, dtype), dtype
+            )  # it may know a better reason
+            raise
+        if not kernel.from_disk:  # what is on disk was checked when it was compiled
+            check_returns(rule, returned_dtypes(compiled_rule, rule, hyper, dtype), dtype)
+        return kernel
+
+    def _bind_loops(
+        self, rule: Rule, compiled_rule: Any, hyper: Any, dtype: np.dtype[Any], features: Features
+    ) -> ElementwiseKernel | LayerwiseKernel:
         number = numba.from_dtype(dtype)
-        check_dtypes(rule, hyper, number)
         vector = types.Array(number, 1, "C")
         integers = types.Array(types.int64, 2, "C")
         states = types.UniTuple(vector, len(rule.states)) if rule.states else types.Tuple(())
@@ -331,7 +351,7 @@ class CPU:
         flags = {"UNSCALE": features.unscale, "L2": features.l2, "DECOUPLED": features.decoupled}
         label = "_".join([rule.name, dtype.name, *(name.lower() for name, on in flags.items() if on)])
         constants = {
-            "RULE": rule.scalar,
+            "RULE": compiled_rule,
             "HYPER": hyper,
             "N_STATES": len(rule.states),
             "N_STEP": len(StepHyper._fields),
@@ -373,24 +393,30 @@ class CPU:
         )
 
 
-def check_dtypes(rule: Rule, hyper: Any, number: Any) -> None:
-    """Compile the rule alone and hold its return against its signature.
+def returned_dtypes(compiled_rule: Any, rule: Rule, hyper: Any, dtype: np.dtype[Any]) -> list[str] | str:
+    """The numba types that a rule returns on `dtype`: a list for a tuple, else one name."""
+    number = numba.from_dtype(dtype)
+    arguments = (*[number] * (2 + len(rule.states)), types.NamedUniTuple(number, len(hyper._fields), hyper))
+    compiled_rule.compile(arguments)
+    returned = compiled_rule.overloads[arguments].signature.return_type
+    return [str(kind) for kind in returned] if isinstance(returned, types.BaseTuple) else str(returned)
+
+
+def check_returns(rule: Rule, returned: list[str] | str, dtype: np.dtype[Any]) -> None:
+    """Hold what a rule returns against its signature.
 
     A literal (``1 - b1``) turns float32 into float64: three times slower, and no other sign of it.
     """
-    compiled = scalar(bind(rule.scalar, {}, label=rule.name, scalar=scalar))
-    arguments = [number] * (2 + len(rule.states)) + [types.NamedUniTuple(number, len(hyper._fields), hyper)]
-    compiled.compile(tuple(arguments))
-    returned = compiled.nopython_signatures[0].return_type
     names = ("p", *rule.states)
-    found = tuple(returned) if isinstance(returned, types.BaseTuple) else (returned,)
-    if len(found) != len(names) or (len(names) == 1 and isinstance(returned, types.BaseTuple)):
-        expected = ", ".join(names) if len(names) > 1 else "p alone, not a tuple"
-        raise TypeError(f"rule {rule.name!r} returns {len(found)} values; its signature asks for {expected}")
-    wrong = [f"{name} as {kind}" for name, kind in zip(names, found, strict=True) if kind != number]
+    found = [returned] if isinstance(returned, str) else returned
+    if isinstance(returned, str) != (len(names) == 1) or len(found) != len(names):
+        what = "one value" if isinstance(returned, str) else f"a tuple of {len(found)}"
+        expected = "p alone, not in a tuple" if len(names) == 1 else f"the tuple ({', '.join(names)})"
+        raise TypeError(f"rule {rule.name!r} returns {what}; its signature asks for {expected}")
+    wrong = [f"{name} as {kind}" for name, kind in zip(names, found, strict=True) if kind != dtype.name]
     if wrong:
         raise TypeError(
-            f"rule {rule.name!r} on {number} returns {', '.join(wrong)}. An arithmetic literal promotes float32 to "
+            f"rule {rule.name!r} on {dtype} returns {', '.join(wrong)}. An arithmetic literal promotes float32 to "
             f"float64: compute the constant in `prepare` and read it from h"
         )
 
@@ -455,7 +481,7 @@ class Driver:
     def _run_in_pool(self, loop: Loop, arguments: tuple[Any, ...], chunks: int, threads: int) -> None:
         edges = [chunks * k // threads for k in range(threads + 1)]
         futures: list[Future[None]] = []
-        for first, last in zip(edges[1:-1], edges[2:], strict=True):
+        for first, last in pairwise(edges[1:]):
             futures.append(self._workers().submit(loop.serial, *arguments, first, last))
         loop.serial(*arguments, edges[0], edges[1])
         for future in futures:

@@ -72,5 +72,12 @@ class Adagrad(Optimizer, rules=(adagrad,)):
         **options: Any,
     ):
         super().__init__(
-            params, adagrad, lr=lr, lr_decay=lr_decay, eps=eps, eps_inside=eps_inside, weight_decay=weight_decay, **options
+            params,
+            adagrad,
+            lr=lr,
+            lr_decay=lr_decay,
+            eps=eps,
+            eps_inside=eps_inside,
+            weight_decay=weight_decay,
+            **options,
         )

@@ -1,0 +1,637 @@
+"""Learning-rate schedules: pure functions of the step number, which is 0 at the first update.
+
+Every name here is called once, with its settings, and gives an object that is called with a step and returns a float:
+
+    >>> from fastopt import schedules
+    >>> lr = schedules.warmup(schedules.cosine(0.1, 0.0, steps=90), steps=9)
+    >>> lr
+    warmup(schedule=cosine(start=0.1, end=0.0, steps=90), steps=9)
+    >>> [round(lr(t), 6) for t in (0, 4, 9, 54, 99, 500)]
+    [0.01, 0.05, 0.1, 0.05, 0.0, 0.0]
+
+A schedule holds its settings and nothing else: asking for step 7 twice, or before step 3, gives the same number, so a
+run that is resumed at step `t` needs no more than `t`. Schedules compare equal when their settings do, can be hashed,
+copied and pickled, and cannot be changed after they are made (`dataclasses.replace` makes an altered one).
+They serve any hyperparameter, not only the learning rate; since no hyperparameter of this library is negative, neither
+are the values here.
+
+The classes carry lower-case names because they are called the way functions are, as `functools.partial` is.
+"""
+
+# ruff: noqa: N801
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Literal, cast
+
+__all__ = [
+    "Schedule",
+    "constant",
+    "cosine",
+    "cyclical",
+    "exponential",
+    "inverse_time",
+    "linear",
+    "one_cycle",
+    "piecewise",
+    "polynomial",
+    "sequence",
+    "step_decay",
+    "warmup",
+]
+
+
+class Schedule:
+    """What the schedules of this module have in common: the check of the step and of the settings.
+
+    Calling a schedule with `step`, an int >= 0 (NumPy integers too), returns a float.
+    A negative step raises ValueError, anything that is not an integer TypeError.
+    To write your own schedule no class is needed: any function of the step will do.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, step: int) -> float:
+        """The value at `step`, which is 0 at the first update."""
+        if type(step) is not int or step < 0:
+            step = _checked_step(step)
+        return self._at(step)
+
+    def _at(self, step: int) -> float:
+        """The formula itself, for a step already known to be an int >= 0."""
+        raise NotImplementedError
+
+    # The checks below read a field, refuse it or store it in its plain Python type, so that settings given as NumPy
+    # scalars compare, print and pickle like those given as numbers. They write past `frozen` and only while the object
+    # is being made.
+
+    def _store(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _refuse(self, kind: type[Exception], name: str, expected: str, found: object) -> Exception:
+        return kind(f"{type(self).__name__}: {name} must be {expected}, found {found!r}")
+
+    def _checked_number(
+        self,
+        name: str,
+        value: object,
+        at_least: float = -math.inf,
+        above: float = -math.inf,
+        at_most: float = math.inf,
+        below: float = math.inf,
+    ) -> float:
+        limits = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
+        expected = "a finite number " + " and ".join(
+            f"{sign} {limit:g}" for sign, limit in limits if math.isfinite(limit)
+        )
+        expected = expected.rstrip()
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise self._refuse(TypeError, name, expected, value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not (math.isfinite(number) and at_least <= number <= at_most and above < number < below):
+            raise self._refuse(ValueError, name, expected, value)
+        return number
+
+    def _number(self, name: str, **limits: float) -> None:
+        self._store(name, self._checked_number(name, getattr(self, name), **limits))
+
+    def _checked_count(self, name: str, value: object, at_least: int) -> int:
+        expected = f"an int >= {at_least} (a number of steps)"
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise self._refuse(TypeError, name, expected, value)
+        if value < at_least:
+            raise self._refuse(ValueError, name, expected, value)
+        return int(value)
+
+    def _count(self, name: str, at_least: int) -> None:
+        self._store(name, self._checked_count(name, getattr(self, name), at_least))
+
+    def _choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in choices:
+            raise self._refuse(ValueError, name, "one of " + ", ".join(map(repr, choices)), value)
+
+    def _items(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        if isinstance(value, str | bytes):
+            raise self._refuse(TypeError, name, "a sequence such as a list or a tuple", value)
+        try:
+            return tuple(value)
+        except TypeError:
+            raise self._refuse(TypeError, name, "a sequence such as a list or a tuple", value) from None
+
+    def _switch_steps(self, parts: str) -> None:
+        """Check `boundaries`, the steps at which the next of `parts` (a field already stored as a tuple) takes over."""
+        steps = tuple(self._checked_count(f"boundaries[{i}]", b, 1) for i, b in enumerate(self._items("boundaries")))
+        for i in range(1, len(steps)):
+            if steps[i] <= steps[i - 1]:
+                raise self._refuse(
+                    ValueError, f"boundaries[{i}]", f"greater than boundaries[{i - 1}]={steps[i - 1]}", steps[i]
+                )
+        count = len(getattr(self, parts))
+        if count != len(steps) + 1:
+            raise ValueError(
+                f"{type(self).__name__}: {parts} must have one entry more than boundaries, one before the first "
+                f"boundary and one from each boundary on, found {count} {parts} for {len(steps)} boundaries"
+            )
+        self._store("boundaries", steps)
+
+    def _part(self, name: str, value: object) -> Callable[[int], float] | float:
+        if callable(value) and not isinstance(value, type):
+            return cast("Callable[[int], float]", value)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise self._refuse(
+                TypeError, name, "a schedule made with its settings, a function of the step, or a number", value
+            )
+        return self._checked_number(name, value, at_least=0.0)
+
+
+def _checked_step(step: object) -> int:
+    if isinstance(step, bool) or not isinstance(step, Integral):
+        raise TypeError(f"step must be an int >= 0 (0 at the first update), found {step!r}")
+    if step < 0:
+        raise ValueError(f"step must be >= 0 (0 at the first update), found {step!r}")
+    return int(step)
+
+
+# Both ways from `start` (fraction 0) to `end` (fraction 1) are weighted means, which meet both ends exactly and stay
+# >= 0; start + (end - start) * fraction may miss `end` by a rounding error.
+
+
+def _line(start: float, end: float, fraction: float) -> float:
+    return (1.0 - fraction) * start + fraction * end
+
+
+def _half_cosine(start: float, end: float, fraction: float) -> float:
+    # (1 + cos x) / 2 = cos(x / 2)^2, which keeps its precision where the left side cancels to nothing.
+    angle = 0.5 * math.pi * fraction
+    return math.cos(angle) ** 2 * start + math.sin(angle) ** 2 * end
+
+
+def _value(part: Callable[[int], float] | float, step: int) -> float:
+    return float(part(step)) if callable(part) else part
+
+
+@dataclass(frozen=True, slots=True)
+class constant(Schedule):
+    """The same value at every step.
+
+    .. math:: f(t) = lr
+
+    Args:
+        lr: the value; finite, >= 0.
+
+    Raises:
+        ValueError, TypeError: naming `lr` when it is out of range or not a number.
+
+    >>> constant(0.1)(12345)
+    0.1
+    """
+
+    lr: float
+
+    def __post_init__(self) -> None:
+        self._number("lr", at_least=0.0)
+
+    def _at(self, step: int) -> float:
+        return self.lr
+
+
+@dataclass(frozen=True, slots=True)
+class exponential(Schedule):
+    r"""Exponential decay: the value shrinks by the same factor at every step.
+
+    .. math:: f(t) = lr \, e^{-k t}
+
+    Args:
+        lr: the value at step 0; finite, >= 0.
+        k: decay per step; finite, >= 0. To multiply by `gamma` at every step (torch's ExponentialLR) use
+            `k=-math.log(gamma)`; to halve every `n` steps use `k=math.log(2) / n`.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range or not a number.
+
+    >>> schedule = exponential(0.1, k=0.01)
+    >>> [round(schedule(t), 6) for t in (0, 100, 200)]
+    [0.1, 0.036788, 0.013534]
+    """
+
+    lr: float
+    k: float
+
+    def __post_init__(self) -> None:
+        self._number("lr", at_least=0.0)
+        self._number("k", at_least=0.0)
+
+    def _at(self, step: int) -> float:
+        return self.lr * math.exp(-self.k * step)
+
+
+@dataclass(frozen=True, slots=True)
+class inverse_time(Schedule):
+    r"""Decay as one over the time, as Robbins & Monro (1951) ask: the sum has no limit, the sum of the squares has one.
+
+    .. math:: f(t) = \frac{lr}{1 + k t}
+
+    Args:
+        lr: the value at step 0; finite, >= 0.
+        k: decay per step; finite, >= 0. The value has halved at step `1 / k`.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range or not a number.
+
+    >>> schedule = inverse_time(0.1, k=0.01)
+    >>> [schedule(t) for t in (0, 100, 300)]
+    [0.1, 0.05, 0.025]
+    """
+
+    lr: float
+    k: float
+
+    def __post_init__(self) -> None:
+        self._number("lr", at_least=0.0)
+        self._number("k", at_least=0.0)
+
+    def _at(self, step: int) -> float:
+        return self.lr / (1.0 + self.k * step)
+
+
+@dataclass(frozen=True, slots=True)
+class cyclical(Schedule):
+    r"""A triangular wave between two values: the cyclical learning rate.
+
+    .. math:: f(t) = low + (high - low) \, \Bigl(1 - \Bigl|\frac{2\,(t \bmod period)}{period} - 1\Bigr|\Bigr) \, a(t)
+
+    where the amplitude is :math:`a = 1` for "triangular", :math:`a = 2^{-\lfloor t / period \rfloor}` (halved after
+    each cycle) for "triangular2", and :math:`a = gamma^t` for "exp_range".
+
+    Args:
+        low: the value at the start of every cycle; finite, >= 0.
+        high: the value at step `period / 2`; finite, >= low. With an odd period the peak lies between two steps and is
+            not met.
+        period: the whole cycle, up and down, in steps; int >= 2. Smith's `stepsize` is half of it.
+        mode: "triangular", "triangular2" or "exp_range".
+        gamma: factor per step for "exp_range", in (0, 1]; refused with the other modes, which have no use for it.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range or of the wrong type.
+
+    >>> schedule = cyclical(0.1, 0.5, period=4)
+    >>> [round(schedule(t), 6) for t in range(6)]
+    [0.1, 0.3, 0.5, 0.3, 0.1, 0.3]
+
+    Source: Smith, "Cyclical Learning Rates for Training Neural Networks" (WACV 2017, https://arxiv.org/abs/1506.01186),
+    section 3.2.
+    """
+
+    low: float
+    high: float
+    period: int
+    mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._number("low", at_least=0.0)
+        self._number("high", at_least=self.low)
+        self._count("period", at_least=2)
+        self._choice("mode", ("triangular", "triangular2", "exp_range"))
+        self._number("gamma", above=0.0, at_most=1.0)
+        if self.mode != "exp_range" and self.gamma != 1.0:
+            raise ValueError(
+                f"cyclical: gamma={self.gamma!r} has no effect with mode={self.mode!r}; "
+                "leave it out or pass mode='exp_range'"
+            )
+
+    def _at(self, step: int) -> float:
+        # Integer division keeps the phase exact at any step; the paper's floating-point form drifts with time.
+        cycle, position = divmod(step, self.period)
+        height = 1.0 - abs(2 * position / self.period - 1.0)
+        if self.mode == "triangular2":
+            height *= 0.5**cycle
+        elif self.mode == "exp_range":
+            height *= self.gamma**step
+        return _line(self.low, self.high, height)
+
+
+@dataclass(frozen=True, slots=True)
+class step_decay(Schedule):
+    r"""Multiplied by a factor every so many steps: a staircase (torch's StepLR).
+
+    .. math:: f(t) = lr \cdot factor^{\lfloor t / every \rfloor}
+
+    Args:
+        lr: the value of the first stair; finite, >= 0.
+        factor: what each stair is multiplied by to give the next, in (0, 1].
+        every: length of a stair in steps; int >= 1. Step `every` is the first on the second stair.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range or of the wrong type.
+
+    >>> schedule = step_decay(0.4, factor=0.5, every=30)
+    >>> [schedule(t) for t in (0, 29, 30, 60)]
+    [0.4, 0.4, 0.2, 0.1]
+    """
+
+    lr: float
+    factor: float
+    every: int
+
+    def __post_init__(self) -> None:
+        self._number("lr", at_least=0.0)
+        self._number("factor", above=0.0, at_most=1.0)
+        self._count("every", at_least=1)
+
+    def _at(self, step: int) -> float:
+        return float(self.lr * self.factor ** (step // self.every))
+
+
+@dataclass(frozen=True, slots=True)
+class piecewise(Schedule):
+    """One constant after another.
+
+    .. math:: f(t) = values_i, \\quad i = \\#\\{\\,b \\in boundaries : b \\le t\\,\\}
+
+    Args:
+        boundaries: steps at which the value changes; strictly increasing ints >= 1. Step `boundaries[0]` is the first
+            with `values[1]` (torch's MultiStepLR counts the same way).
+        values: the constants, one more than there are boundaries; each finite, >= 0.
+
+    Raises:
+        ValueError, TypeError: naming the entry that is out of range, out of order or of the wrong type, or both
+            lengths.
+
+    >>> schedule = piecewise([100, 150], [0.1, 0.01, 0.001])
+    >>> [schedule(t) for t in (0, 99, 100, 149, 150)]
+    [0.1, 0.1, 0.01, 0.01, 0.001]
+    """
+
+    boundaries: Sequence[int]
+    values: Sequence[float]
+
+    def __post_init__(self) -> None:
+        values = self._items("values")
+        self._store(
+            "values", tuple(self._checked_number(f"values[{i}]", v, at_least=0.0) for i, v in enumerate(values))
+        )
+        self._switch_steps("values")
+
+    def _at(self, step: int) -> float:
+        return self.values[bisect_right(self.boundaries, step)]
+
+
+@dataclass(frozen=True, slots=True)
+class linear(Schedule):
+    r"""A straight line from one value to another, which is then kept.
+
+    .. math:: f(t) = start + (end - start) \, \min(1, t / steps)
+
+    Args:
+        start: the value at step 0; finite, >= 0.
+        end: the value at step `steps` and ever after; finite, >= 0. May be above `start`.
+        steps: length of the line in steps; int >= 1.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range or of the wrong type.
+
+    >>> schedule = linear(0.5, 0.1, steps=4)
+    >>> [round(schedule(t), 6) for t in range(6)]
+    [0.5, 0.4, 0.3, 0.2, 0.1, 0.1]
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        self._number("start", at_least=0.0)
+        self._number("end", at_least=0.0)
+        self._count("steps", at_least=1)
+
+    def _at(self, step: int) -> float:
+        return _line(self.start, self.end, step / self.steps) if step < self.steps else self.end
+
+
+@dataclass(frozen=True, slots=True)
+class polynomial(Schedule):
+    r"""From one value to another along a power of the time that is left.
+
+    .. math:: f(t) = end + (start - end) \, \bigl(1 - \min(1, t / steps)\bigr)^{power}
+
+    Args:
+        start: the value at step 0; finite, >= 0.
+        end: the value at step `steps` and ever after; finite, >= 0. May be above `start`.
+        steps: length of the curve in steps; int >= 1.
+        power: exponent; finite, > 0. 1 is a straight line; above 1 the change is fast first, below 1 it is fast last.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range or of the wrong type.
+
+    >>> schedule = polynomial(0.5, 0.1, steps=4, power=2.0)
+    >>> [round(schedule(t), 6) for t in range(6)]
+    [0.5, 0.325, 0.2, 0.125, 0.1, 0.1]
+    """
+
+    start: float
+    end: float
+    steps: int
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._number("start", at_least=0.0)
+        self._number("end", at_least=0.0)
+        self._count("steps", at_least=1)
+        self._number("power", above=0.0)
+
+    def _at(self, step: int) -> float:
+        return (
+            float(_line(self.end, self.start, (1.0 - step / self.steps) ** self.power))
+            if step < self.steps
+            else self.end
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class cosine(Schedule):
+    r"""Cosine annealing: half a cosine from one value to another, which is then kept.
+
+    .. math:: f(t) = end + \tfrac{1}{2} (start - end) \, \bigl(1 + \cos(\pi \min(1, t / steps))\bigr)
+
+    Args:
+        start: the value at step 0; finite, >= 0.
+        end: the value at step `steps` and ever after; finite, >= 0. May be above `start`.
+        steps: length of the half wave in steps; int >= 1.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range or of the wrong type.
+
+    >>> schedule = cosine(0.5, 0.1, steps=4)
+    >>> [round(schedule(t), 6) for t in range(6)]
+    [0.5, 0.441421, 0.3, 0.158579, 0.1, 0.1]
+
+    The warm restarts of the paper, each run twice as long as the one before, are a sequence:
+
+    >>> restarts = sequence([cosine(0.5, 0.1, 4), cosine(0.5, 0.1, 8)], boundaries=[4])
+    >>> [round(restarts(t), 6) for t in (0, 2, 4, 8, 12)]
+    [0.5, 0.3, 0.5, 0.3, 0.1]
+
+    Source: Loshchilov & Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts" (ICLR 2017,
+    https://arxiv.org/abs/1608.03983), equation 5.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        self._number("start", at_least=0.0)
+        self._number("end", at_least=0.0)
+        self._count("steps", at_least=1)
+
+    def _at(self, step: int) -> float:
+        return _half_cosine(self.start, self.end, step / self.steps) if step < self.steps else self.end
+
+
+@dataclass(frozen=True, slots=True)
+class one_cycle(Schedule):
+    r"""One rise to a high value and one long descent far below where it began: the 1cycle policy.
+
+    With :math:`low = high / div\_factor`, :math:`final = low / final\_div\_factor`, the peak at
+    :math:`p = \max(0, pct\_start \cdot steps - 1)` and the last step :math:`e = steps - 1`:
+
+    .. math::
+        f(t) = \begin{cases}
+            A(low, high, t / p)                 & t \le p \\
+            A(high, final, (t - p) / (e - p))   & p < t < e \\
+            final                               & t \ge e
+        \end{cases}
+
+    where `A` is half a cosine or a straight line. `p` need not be a whole number: the peak may fall between two steps.
+    If `p = 0` the first step has the value `high`. The shape and the defaults are those of torch's OneCycleLR.
+
+    Args:
+        high: the value at the peak; finite, >= 0.
+        steps: length of the whole policy in steps; int >= 2. Step `steps - 1` and all later ones have the final value.
+        pct_start: the warm-up's fraction of `steps`, in [0, 1); 0.3 means 30 %.
+        div_factor: how many times below `high` the policy begins; finite, >= 1.
+        final_div_factor: how many times below its beginning the policy ends; finite, >= 1.
+        anneal: "cosine" or "linear" (the paper's straight lines).
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range or of the wrong type.
+
+    >>> schedule = one_cycle(1.0, steps=10, pct_start=0.5, anneal="linear")
+    >>> [round(schedule(t), 6) for t in (0, 2, 4, 9)]
+    [0.04, 0.52, 1.0, 4e-06]
+
+    Source: Smith & Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates" (2017,
+    https://arxiv.org/abs/1708.07120), section 3.
+    """
+
+    high: float
+    steps: int
+    pct_start: float = 0.3
+    div_factor: float = 25.0
+    final_div_factor: float = 1e4
+    anneal: Literal["cosine", "linear"] = "cosine"
+
+    def __post_init__(self) -> None:
+        self._number("high", at_least=0.0)
+        self._count("steps", at_least=2)
+        self._number("pct_start", at_least=0.0, below=1.0)
+        self._number("div_factor", at_least=1.0)
+        self._number("final_div_factor", at_least=1.0)
+        self._choice("anneal", ("cosine", "linear"))
+
+    def _at(self, step: int) -> float:
+        between = _half_cosine if self.anneal == "cosine" else _line
+        low = self.high / self.div_factor
+        final = low / self.final_div_factor
+        peak = max(0.0, self.pct_start * self.steps - 1.0)
+        last = self.steps - 1
+        if step <= peak:
+            return between(low, self.high, step / peak) if peak > 0.0 else self.high
+        return between(self.high, final, (step - peak) / (last - peak)) if step < last else final
+
+
+@dataclass(frozen=True, slots=True)
+class warmup(Schedule):
+    r"""A linear ramp up to the first value of another schedule, which then runs from its own beginning.
+
+    .. math::
+        f(t) = \begin{cases}
+            s(0) \, (t + 1) / (steps + 1) & t < steps \\
+            s(t - steps)                  & t \ge steps
+        \end{cases}
+
+    So the first step has :math:`s(0) / (steps + 1)`, never 0 (a first update of nothing is a wasted one), the ramp
+    climbs by the same amount at every step, its last included, and step `steps` is the first with the full value. The
+    wrapped schedule is delayed, not cut: `warmup(cosine(0.1, 0.0, 90), 10)` ends at step 100.
+
+    Args:
+        schedule: the schedule to ramp up to: one of this module's, any function of the step, or a number
+            (finite, >= 0).
+        steps: length of the ramp in steps; int >= 0. With 0 there is no ramp.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range or of the wrong type.
+
+    >>> schedule = warmup(constant(0.5), steps=4)
+    >>> [round(schedule(t), 6) for t in range(6)]
+    [0.1, 0.2, 0.3, 0.4, 0.5, 0.5]
+
+    Source: gradual warm-up of Goyal et al., "Accurate, Large Minibatch SGD" (2017, https://arxiv.org/abs/1706.02677),
+    section 2.2.
+    """
+
+    schedule: Callable[[int], float] | float
+    steps: int
+
+    def __post_init__(self) -> None:
+        self._store("schedule", self._part("schedule", self.schedule))
+        self._count("steps", at_least=0)
+
+    def _at(self, step: int) -> float:
+        if step < self.steps:
+            return _value(self.schedule, 0) * (step + 1) / (self.steps + 1)
+        return _value(self.schedule, step - self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class sequence(Schedule):
+    r"""One schedule after another, each counting its steps from where it takes over.
+
+    .. math:: f(t) = s_i(t - b_i), \quad b_0 = 0, \quad b_i = boundaries_{i-1}, \quad b_i \le t < b_{i+1}
+
+    Args:
+        schedules: the schedules in order: of this module, any function of the step, or numbers (finite, >= 0).
+        boundaries: steps at which the next schedule takes over; strictly increasing ints >= 1, one fewer than the
+            schedules.
+
+    Raises:
+        ValueError, TypeError: naming the entry that is out of range, out of order or of the wrong type, or both
+            lengths.
+
+    >>> schedule = sequence([linear(0.1, 0.5, 4), step_decay(0.5, 0.5, every=2)], boundaries=[4])
+    >>> [round(schedule(t), 6) for t in range(8)]
+    [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.25, 0.25]
+    """
+
+    schedules: Sequence[Callable[[int], float] | float]
+    boundaries: Sequence[int]
+
+    def __post_init__(self) -> None:
+        parts = self._items("schedules")
+        self._store("schedules", tuple(self._part(f"schedules[{i}]", part) for i, part in enumerate(parts)))
+        self._switch_steps("schedules")
+
+    def _at(self, step: int) -> float:
+        index = bisect_right(self.boundaries, step)
+        return _value(self.schedules[index], step - (self.boundaries[index - 1] if index else 0))
