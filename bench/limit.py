@@ -1,0 +1,52 @@
+"""The limit kernel: the loop shape and buffers of a rule, one multiply-add a value. What the memory allows, here and now."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+import fastopt
+
+
+class Hyper(NamedTuple):
+    keep: float
+
+
+def prepare(t: int) -> Hyper:
+    return Hyper(0.5)
+
+
+@fastopt.rule(prepare)
+def limit_0(p, g, h):
+    return h.keep * p + g
+
+
+@fastopt.rule(prepare)
+def limit_1(p, g, a, h):
+    return h.keep * p + g, h.keep * a + g
+
+
+@fastopt.rule(prepare)
+def limit_2(p, g, a, b, h):
+    return h.keep * p + g, h.keep * a + g, h.keep * b + g
+
+
+@fastopt.rule(prepare)
+def limit_3(p, g, a, b, c, h):
+    return h.keep * p + g, h.keep * a + g, h.keep * b + g, h.keep * c + g
+
+
+LIMITS = (limit_0, limit_1, limit_2, limit_3)
+
+
+def limit_of(optimizer: fastopt.Optimizer) -> fastopt.Optimizer:
+    """A twin of `optimizer` on parameters of the same layout that does nothing but move its bytes."""
+    twin = fastopt.Optimizer([np.zeros_like(leaf) for leaf in _leaves(optimizer)], LIMITS[len(optimizer.rule.states)])
+    twin.flat.grad[:] = optimizer.flat.grad
+    return twin
+
+
+def _leaves(optimizer: fastopt.Optimizer) -> list[np.ndarray]:
+    flat = optimizer.flat
+    return flat.views(flat.data)
