@@ -51,12 +51,12 @@ class Layout:
     def chunks(self, rows: Sequence[int], *, layerwise: bool = False, longest: int | None = None) -> np.ndarray:
         """The work of one launch: an int64 array with a line (start, stop, row, param, block) per chunk.
 
-        Parameters
-        ----------
-        rows : for each parameter the row of its hyperparameters in the table, or -1 to leave it out.
-        layerwise : chunks then end with their parameter, are whole numbers of `BLOCK`, and `block` numbers their first
-            partial sum. Otherwise neighbours of one row are joined where no padding lies between them.
-        longest : the length of the longest chunk; chosen from the size where it is None.
+        Args:
+            rows: for each parameter the row of its hyperparameters in the table, or -1 to leave it out.
+            layerwise: chunks then end with their parameter, are whole numbers of `BLOCK`, and `block` numbers their
+            first
+                partial sum. Otherwise neighbours of one row are joined where no padding lies between them.
+            longest: the length of the longest chunk; chosen from the size where it is None.
 
         No chunk covers padding, so padding stays zero whatever the rule.
         """
@@ -90,14 +90,13 @@ class Layout:
 class FlatParams:
     """A tree of parameters, and one of their gradients, whose leaves are views of two flat buffers. Made by `pack`.
 
-    Attributes
-    ----------
-    params, grads : trees of the structure given to `pack`; writing to a leaf writes to the buffer.
-    data, grad : the 1-D buffers. Every parameter starts on a 64-byte boundary; the padding between is zero.
-    paths : the parameters' names, such as ``"bn.gamma"``, in buffer order.
-    shapes, offsets : of each parameter, in elements.
-    size : elements of the buffer, padding included.
-    dtype, backend : float32 or float64; ``"cpu"``.
+    Attributes:
+        params, grads: trees of the structure given to `pack`; writing to a leaf writes to the buffer.
+        data, grad: the 1-D buffers. Every parameter starts on a 64-byte boundary; the padding between is zero.
+        paths: the parameters' names, such as ``"bn.gamma"``, in buffer order.
+        shapes, offsets: of each parameter, in elements.
+        size: elements of the buffer, padding included.
+        dtype, backend: float32 or float64; ``"cpu"``.
     """
 
     def __init__(
@@ -196,17 +195,15 @@ def _refuse_gradient(path: str, leaf: Any, view: np.ndarray) -> None:
 def pack(params: Any, *, backend: str = "auto", dtype: Any = None) -> FlatParams:
     """Copy a tree of arrays into one flat buffer and return it with trees of views on it.
 
-    Parameters
-    ----------
-    params : any tree (dict, list, tuple, NamedTuple, dataclass, whatever optree knows) whose leaves are NumPy arrays
-        of one dtype, float32 or float64. Empty and 0-d arrays are welcome.
-    backend : ``"cpu"``, ``"cuda"``, or ``"auto"``: the one that the arrays live on.
-    dtype : float32 or float64 to convert to; None keeps the arrays' own.
+    Args:
+        params: any tree (dict, list, tuple, NamedTuple, dataclass, whatever optree knows) whose leaves are NumPy arrays
+            of one dtype, float32 or float64. Empty and 0-d arrays are welcome.
+        backend: ``"cpu"``, ``"cuda"``, or ``"auto"``: the one that the arrays live on.
+        dtype: float32 or float64 to convert to; None keeps the arrays' own.
 
-    Raises
-    ------
-    TypeError or ValueError, naming the parameter's path: a leaf that is no array, another dtype (integer, complex,
-    object, mixed), a tree without arrays, two parameters of one path.
+    Raises:
+        TypeError, ValueError: naming the parameter's path: a leaf that is no array, another dtype (integer, complex,
+        object, mixed), a tree without arrays, two parameters of one path.
 
     >>> import numpy as np, fastopt
     >>> flat = fastopt.pack({"W": np.ones((2, 3)), "bn": {"gamma": np.ones(3)}})

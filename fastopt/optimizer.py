@@ -52,20 +52,19 @@ class Row:
 class Optimizer:
     """Updates a tree of parameters in place by a rule: one launch, whatever the number of tensors and groups.
 
-    Parameters
-    ----------
-    params : a tree of NumPy arrays (float32 or float64), which is copied into one flat buffer, or a `FlatParams`, which
-        is used as it is. Work with ``opt.params`` from then on: the same tree, whose leaves are views of the buffer.
-    rule : a `Rule`, made by `fastopt.rule`. The named optimizers (`fastopt.Adam`, ...) bring their own.
-    backend : ``"auto"``, ``"cpu"`` or ``"cuda"``.
-    overrides : ``{glob on parameter paths: {hyperparameter: value}}``; of two globs that match, the later one wins.
-    **hyper : the rule's hyperparameters, and ``weight_decay``. Each is a number or a callable of the step number
-        (0 at the first update) that returns one.
+    Args:
+        params: a tree of NumPy arrays (float32 or float64), which is copied into one flat buffer, or a `FlatParams`,
+            which is used as it is. Work with ``opt.params`` from then on: the same tree, whose leaves are views of the
+            buffer.
+        rule: a `Rule`, made by `fastopt.rule`. The named optimizers (`fastopt.Adam`, ...) bring their own.
+        backend: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        overrides: ``{glob on parameter paths: {hyperparameter: value}}``; of two globs that match, the later one wins.
+        **hyper: the rule's hyperparameters, and ``weight_decay``. Each is a number or a callable of the step number
+            (0 at the first update) that returns one.
 
-    Raises
-    ------
-    TypeError or ValueError naming the parameter or hyperparameter: a tree that `pack` refuses, a hyperparameter that is
-    unknown, not finite or out of range, a glob that matches nothing.
+    Raises:
+        TypeError, ValueError: naming the parameter or hyperparameter: a tree that `pack` refuses, a hyperparameter that
+        is unknown, not finite or out of range, a glob that matches nothing.
 
     >>> import numpy as np, fastopt
     >>> opt = fastopt.Adam({"w": np.ones(2), "b": np.zeros(1)}, lr=0.1, overrides={"b": {"lr": 0.01}})
@@ -166,20 +165,19 @@ class Optimizer:
     def step(self, grads: Any = None, grad_scale: float = 1.0) -> StepInfo:
         """Update every parameter and state in place, in one launch.
 
-        Parameters
-        ----------
-        grads : a tree of arrays in the structure, shapes and dtype of the parameters; it is copied into ``opt.grads``.
-            None (the default) uses what is in ``opt.grads``. A None in the tree leaves that parameter, its state and
-            its count of updates untouched (as torch does).
-        grad_scale : what the loss was multiplied by, a positive finite number: gradients are multiplied by its inverse.
+        Args:
+            grads: a tree of arrays in the structure, shapes and dtype of the parameters; it is copied into
+            ``opt.grads``.
+                None (the default) uses what is in ``opt.grads``. A None in the tree leaves that parameter, its state
+                and its count of updates untouched (as torch does).
+            grad_scale: what the loss was multiplied by, a positive finite number: gradients are multiplied by its
+            inverse.
 
-        Returns
-        -------
-        `StepInfo`.
+        Returns:
+            `StepInfo`.
 
-        Raises
-        ------
-        TypeError or ValueError, naming the parameter's path or the hyperparameter, before anything is changed.
+        Raises:
+            TypeError, ValueError: naming the parameter's path or the hyperparameter, before anything is changed.
         """
         if self._held:
             raise RuntimeError(
@@ -315,10 +313,9 @@ class Optimizer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the optimizer that gave `state` stopped: states, step count, hyperparameters.
 
-        Raises
-        ------
-        TypeError or ValueError that says what differs (another rule, other paths, shapes or dtype, a newer format, a
-        schedule that is not given here); the optimizer is then unchanged.
+        Raises:
+            TypeError, ValueError: that says what differs (another rule, other paths, shapes or dtype, a newer format, a
+            schedule that is not given here); the optimizer is then unchanged.
         """
         if self._held:
             raise RuntimeError("load_state_dict() inside `with opt.lookahead()`: leave the block first")

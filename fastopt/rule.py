@@ -115,15 +115,14 @@ class Layerwise:
 class Rule:
     """A scalar update with its hyperparameters. Made by `rule`; call it like the plain function that it is.
 
-    Attributes
-    ----------
-    name, states : the function's name, and the names of its state buffers.
-    scalar : the plain Python function.
-    prepare : ``prepare(t, **hyperparameters) -> NamedTuple``, run on the host once a step in float64.
-    hyperparameters : the names that `prepare` takes.
-    defaults : those that have a default.
-    decoupled : whether ``weight_decay`` shrinks p directly (AdamW) instead of being added to the gradient (L2).
-    layerwise : a `Layerwise`, or None for a rule whose every element stands alone.
+    Attributes:
+        name, states: the function's name, and the names of its state buffers.
+        scalar: the plain Python function.
+        prepare: ``prepare(t, **hyperparameters) -> NamedTuple``, run on the host once a step in float64.
+        hyperparameters: the names that `prepare` takes.
+        defaults: those that have a default.
+        decoupled: whether ``weight_decay`` shrinks p directly (AdamW) instead of being added to the gradient (L2).
+        layerwise: a `Layerwise`, or None for a rule whose every element stands alone.
     """
 
     def __init__(
@@ -201,13 +200,12 @@ class Rule:
     ) -> None:
         """Update bare 1-D arrays in place, by the kernel that an Optimizer would use.
 
-        Parameters
-        ----------
-        p, g, *states : 1-D contiguous NumPy arrays of one length and dtype (float32 or float64), none overlapping
-            another: parameter, gradient (only read) and the rule's states, in the order of `Rule.states`.
-        t : the number of this update, from 1.
-        grad_scale : what the loss was multiplied by; the gradient is divided by it.
-        **hyper : the rule's hyperparameters, numbers (not schedules); the defaults of its optimizer for the rest.
+        Args:
+            p, g, *states: 1-D contiguous NumPy arrays of one length and dtype (float32 or float64), none overlapping
+                another: parameter, gradient (only read) and the rule's states, in the order of `Rule.states`.
+            t: the number of this update, from 1.
+            grad_scale: what the loss was multiplied by; the gradient is divided by it.
+            **hyper: the rule's hyperparameters, numbers (not schedules); the defaults of its optimizer for the rest.
 
         Raises TypeError or ValueError, naming the argument, before anything is written. A layerwise rule (LAMB) takes
         the arrays as one parameter.
@@ -245,24 +243,21 @@ def rule(
 ) -> Callable[[Callable[..., Any]], Rule]:
     r"""Make a Rule of a scalar function: the decorator with which optimizers are written.
 
-    Parameters
-    ----------
-    prepare : function ``(t, ...) -> NamedTuple of floats``. `t` is the number of the update, from 1; the names after it
-        are the hyperparameters, with their defaults. It runs on the host once a step, in float64: powers such as
-        ``beta**t`` and differences such as ``1 - beta`` belong there. Its fields are read from `h` in the rule.
-    decoupled : whether weight_decay shrinks p (``p *= 1 - lr*weight_decay``) instead of being added to the gradient.
-    layerwise : see `Layerwise`.
-    domains : ranges of hyperparameters that the field has no usual name for, as ``{"mu": Interval(0, 1)}``.
+    Args:
+        prepare: function ``(t, ...) -> NamedTuple of floats``. `t` is the number of the update, from 1; the names after
+            it are the hyperparameters, with their defaults. It runs on the host once a step, in float64: powers such as
+            ``beta**t`` and differences such as ``1 - beta`` belong there. Its fields are read from `h` in the rule.
+        decoupled: whether weight_decay shrinks p (``p *= 1 - lr*weight_decay``) instead of being added to the gradient.
+        layerwise: see `Layerwise`.
+        domains: ranges of hyperparameters that the field has no usual name for, as ``{"mu": Interval(0, 1)}``.
 
-    Returns
-    -------
-    A decorator for a function ``(p, g, *states, h)`` that returns the new p (alone, where there is no state) or the
-    tuple ``(p, *states)``. Use ``math`` functions, comparisons and arithmetic; no literals in arithmetic, which would
-    promote float32 to float64 (refused when the kernel is compiled).
+    Returns:
+        A decorator for a function ``(p, g, *states, h)`` that returns the new p (alone, where there is no state) or the
+        tuple ``(p, *states)``. Use ``math`` functions, comparisons and arithmetic; no literals in arithmetic, which
+        would promote float32 to float64 (refused when the kernel is compiled).
 
-    Raises
-    ------
-    TypeError where the signature is not ``(p, g, *states, h)``.
+    Raises:
+        TypeError: where the signature is not ``(p, g, *states, h)``.
 
     >>> import numpy as np, fastopt
     >>> from typing import NamedTuple

@@ -42,18 +42,16 @@ class Adadelta(Optimizer, rules=(adadelta,)):
 
     Formula: ``s = rho s + (1-rho) g^2``; ``d = sqrt((r+eps)/(s+eps)) g``; ``p -= lr d``; ``r = rho r + (1-rho) d^2``
 
-    Parameters
-    ----------
-    params : tree of float32 or float64 arrays, or FlatParams.
-    lr : factor on the step, >= 0; 1 is the paper's.
-    rho : decay rate of both averages, in [0, 1).
-    eps : >= 0, in units of the gradient squared.
-    weight_decay : L2, >= 0.
-    **options : see `Optimizer`.
+    Args:
+        params: tree of float32 or float64 arrays, or FlatParams.
+        lr: factor on the step, >= 0; 1 is the paper's.
+        rho: decay rate of both averages, in [0, 1).
+        eps: >= 0, in units of the gradient squared.
+        weight_decay: L2, >= 0.
+        **options: see `Optimizer`.
 
-    Raises
-    ------
-    ValueError for a number out of range.
+    Raises:
+        ValueError: a number out of range.
 
     Source: Zeiler 2012, https://arxiv.org/abs/1212.5701, algorithm 1
 

@@ -37,19 +37,17 @@ class Adagrad(Optimizer, rules=(adagrad,)):
 
     Formula: ``s += g^2``; ``p -= lr / (1 + (t-1) lr_decay) g / (sqrt(s) + eps)``
 
-    Parameters
-    ----------
-    params : tree of float32 or float64 arrays, or FlatParams.
-    lr : learning rate, >= 0.
-    lr_decay : >= 0; how fast lr falls with the number of updates.
-    weight_decay : L2, >= 0.
-    eps : >= 0, in units of the gradient (of its square with eps_inside).
-    eps_inside : put eps inside the root: ``sqrt(s + eps)``.
-    **options : see `Optimizer`.
+    Args:
+        params: tree of float32 or float64 arrays, or FlatParams.
+        lr: learning rate, >= 0.
+        lr_decay: >= 0; how fast lr falls with the number of updates.
+        weight_decay: L2, >= 0.
+        eps: >= 0, in units of the gradient (of its square with eps_inside).
+        eps_inside: put eps inside the root: ``sqrt(s + eps)``.
+        **options: see `Optimizer`.
 
-    Raises
-    ------
-    ValueError for a number out of range.
+    Raises:
+        ValueError: a number out of range.
 
     Source: Duchi, Hazan & Singer 2011, https://jmlr.org/papers/v12/duchi11a.html, eq. 1 (diagonal)
 

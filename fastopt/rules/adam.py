@@ -59,21 +59,19 @@ class Adam(Optimizer, rules=(adam, amsgrad)):
 
     Formula: ``m = b1 m + (1-b1) g``; ``v = b2 v + (1-b2) g^2``; ``p -= lr (m/bc1) / (sqrt(v/bc2) + eps)``
 
-    Parameters
-    ----------
-    params : tree of float32 or float64 arrays, or FlatParams.
-    lr : learning rate, >= 0; about the size of a step in each element.
-    betas : decay rates (b1, b2) of the two means, each in [0, 1).
-    eps : >= 0, in units of the gradient (of its square with eps_inside).
-    weight_decay : L2, >= 0: ``g += weight_decay p`` first. For the decoupled form use `AdamW`.
-    amsgrad : divide by the root of the largest v so far.
-    eps_inside : put eps inside the root: ``sqrt(v/bc2 + eps)``.
-    bias_correction : False takes bc1 = bc2 = 1.
-    **options : see `Optimizer`.
+    Args:
+        params: tree of float32 or float64 arrays, or FlatParams.
+        lr: learning rate, >= 0; about the size of a step in each element.
+        betas: decay rates (b1, b2) of the two means, each in [0, 1).
+        eps: >= 0, in units of the gradient (of its square with eps_inside).
+        weight_decay: L2, >= 0: ``g += weight_decay p`` first. For the decoupled form use `AdamW`.
+        amsgrad: divide by the root of the largest v so far.
+        eps_inside: put eps inside the root: ``sqrt(v/bc2 + eps)``.
+        bias_correction: False takes bc1 = bc2 = 1.
+        **options: see `Optimizer`.
 
-    Raises
-    ------
-    ValueError for a number out of range.
+    Raises:
+        ValueError: a number out of range.
 
     Source: Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1; AMSGrad: Reddi et al. 2018,
     https://openreview.net/forum?id=ryQu7f-RZ

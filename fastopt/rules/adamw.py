@@ -29,14 +29,12 @@ class AdamW(Adam, rules=(adamw, adamw_amsgrad)):
 
     Formula: ``p *= 1 - lr weight_decay``, then Adam
 
-    Parameters
-    ----------
-    weight_decay : decoupled, >= 0, in units of 1/lr.
-    params, lr, betas, eps, amsgrad, eps_inside, bias_correction, **options : as for `Adam`.
+    Args:
+        weight_decay: decoupled, >= 0, in units of 1/lr.
+        params, lr, betas, eps, amsgrad, eps_inside, bias_correction, **options: as for `Adam`.
 
-    Raises
-    ------
-    ValueError for a number out of range.
+    Raises:
+        ValueError: a number out of range.
 
     Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2
 

@@ -61,19 +61,17 @@ class LAMB(Optimizer, rules=(lamb,)):
 
     Formula: ``u = (m/bc1) / (sqrt(v/bc2) + eps) + weight_decay p``; ``p -= lr norm(p)/norm(u) u``, norms per tensor
 
-    Parameters
-    ----------
-    params : tree of float32 or float64 arrays, or FlatParams.
-    lr : learning rate, >= 0; the size of a step relative to the tensor's norm.
-    betas : decay rates (b1, b2) of the two means, each in [0, 1).
-    eps : >= 0, in units of the gradient.
-    weight_decay : >= 0; added to the direction before its norm is taken.
-    bias_correction : False takes bc1 = bc2 = 1.
-    **options : see `Optimizer`.
+    Args:
+        params: tree of float32 or float64 arrays, or FlatParams.
+        lr: learning rate, >= 0; the size of a step relative to the tensor's norm.
+        betas: decay rates (b1, b2) of the two means, each in [0, 1).
+        eps: >= 0, in units of the gradient.
+        weight_decay: >= 0; added to the direction before its norm is taken.
+        bias_correction: False takes bc1 = bc2 = 1.
+        **options: see `Optimizer`.
 
-    Raises
-    ------
-    ValueError for a number out of range.
+    Raises:
+        ValueError: a number out of range.
 
     Source: You et al. 2020, https://arxiv.org/abs/1904.00962v3, algorithm 2
 

@@ -47,18 +47,16 @@ class Momentum(Optimizer, rules=(momentum,)):
     For a constant lr heavy_ball and lr_inside take the same path, and so does ema with ``lr / (1 - momentum)``; under a
     schedule lr_inside keeps the old lr in what the velocity has gathered.
 
-    Parameters
-    ----------
-    params : tree of float32 or float64 arrays, or FlatParams.
-    lr : learning rate, >= 0.
-    momentum : decay rate of the velocity, in [0, 1].
-    form : ``"heavy_ball"``, ``"ema"`` or ``"lr_inside"``.
-    weight_decay : L2, >= 0.
-    **options : see `Optimizer`.
+    Args:
+        params: tree of float32 or float64 arrays, or FlatParams.
+        lr: learning rate, >= 0.
+        momentum: decay rate of the velocity, in [0, 1].
+        form: ``"heavy_ball"``, ``"ema"`` or ``"lr_inside"``.
+        weight_decay: L2, >= 0.
+        **options: see `Optimizer`.
 
-    Raises
-    ------
-    ValueError for a number out of range or an unknown form.
+    Raises:
+        ValueError: a number out of range or an unknown form.
 
     Source: Polyak 1964, https://doi.org/10.1016/0041-5553(64)90137-5
 

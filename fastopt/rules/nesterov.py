@@ -50,18 +50,16 @@ class Nesterov(Optimizer, rules=(nesterov, nesterov_lookahead)):
     Formula: reformulated: ``v = momentum v + g``, ``p -= lr (g + momentum v)``; lookahead: g at ``p - momentum v``,
     ``v = momentum v + lr g``, ``p -= v``
 
-    Parameters
-    ----------
-    params : tree of float32 or float64 arrays, or FlatParams.
-    lr : learning rate, >= 0.
-    momentum : decay rate of the velocity, in [0, 1].
-    form : ``"reformulated"``, or ``"lookahead"`` with the gradient taken inside ``with opt.lookahead():``.
-    weight_decay : L2, >= 0.
-    **options : see `Optimizer`.
+    Args:
+        params: tree of float32 or float64 arrays, or FlatParams.
+        lr: learning rate, >= 0.
+        momentum: decay rate of the velocity, in [0, 1].
+        form: ``"reformulated"``, or ``"lookahead"`` with the gradient taken inside ``with opt.lookahead():``.
+        weight_decay: L2, >= 0.
+        **options: see `Optimizer`.
 
-    Raises
-    ------
-    ValueError for a number out of range or an unknown form.
+    Raises:
+        ValueError: a number out of range or an unknown form.
 
     Source: Nesterov 1983; Sutskever et al. 2013, http://proceedings.mlr.press/v28/sutskever13.html, eq. 3-4;
     Bengio et al. 2012, https://arxiv.org/abs/1212.0901, eq. 7

@@ -87,21 +87,19 @@ class RMSprop(Optimizer, rules=(rmsprop, rmsprop_centered, rmsprop_momentum, rms
 
     Formula: ``v = alpha v + (1-alpha) g^2``; ``p -= lr g / (sqrt(v) + eps)``
 
-    Parameters
-    ----------
-    params : tree of float32 or float64 arrays, or FlatParams.
-    lr : learning rate, >= 0.
-    alpha : decay rate of the running means, in [0, 1).
-    eps : >= 0, in units of the gradient (of its square with eps_inside).
-    weight_decay : L2, >= 0.
-    momentum : in [0, 1]; not 0: ``b = momentum b + g/(sqrt(v)+eps)``, ``p -= lr b``.
-    centered : divide by the root of the variance ``v - a^2`` (clamped at 0), ``a = alpha a + (1-alpha) g``.
-    eps_inside : put eps inside the root: ``sqrt(v + eps)``.
-    **options : see `Optimizer`.
+    Args:
+        params: tree of float32 or float64 arrays, or FlatParams.
+        lr: learning rate, >= 0.
+        alpha: decay rate of the running means, in [0, 1).
+        eps: >= 0, in units of the gradient (of its square with eps_inside).
+        weight_decay: L2, >= 0.
+        momentum: in [0, 1]; not 0: ``b = momentum b + g/(sqrt(v)+eps)``, ``p -= lr b``.
+        centered: divide by the root of the variance ``v - a^2`` (clamped at 0), ``a = alpha a + (1-alpha) g``.
+        eps_inside: put eps inside the root: ``sqrt(v + eps)``.
+        **options: see `Optimizer`.
 
-    Raises
-    ------
-    ValueError for a number out of range.
+    Raises:
+        ValueError: a number out of range.
 
     Source: Tieleman & Hinton 2012, lecture 6e; centered: Graves 2013, https://arxiv.org/abs/1308.0850, eq. 38-45
 

@@ -50,19 +50,17 @@ class SGD(Optimizer, rules=(sgd, sgd_momentum, sgd_nesterov)):
 
     Formula: ``p -= lr g``; momentum: ``v = momentum v + (1 - dampening) g``, ``p -= lr v``
 
-    Parameters
-    ----------
-    params : tree of float32 or float64 arrays, or FlatParams.
-    lr : learning rate, >= 0.
-    momentum : decay rate of the velocity, in [0, 1]; 0 keeps no state.
-    dampening : in [0, 1]; how much of the gradient the velocity leaves out after the first step.
-    nesterov : step along ``g + momentum v`` instead of v; needs momentum > 0 and no dampening.
-    weight_decay : L2, >= 0: ``g += weight_decay p`` first.
-    **options : see `Optimizer`.
+    Args:
+        params: tree of float32 or float64 arrays, or FlatParams.
+        lr: learning rate, >= 0.
+        momentum: decay rate of the velocity, in [0, 1]; 0 keeps no state.
+        dampening: in [0, 1]; how much of the gradient the velocity leaves out after the first step.
+        nesterov: step along ``g + momentum v`` instead of v; needs momentum > 0 and no dampening.
+        weight_decay: L2, >= 0: ``g += weight_decay p`` first.
+        **options: see `Optimizer`.
 
-    Raises
-    ------
-    ValueError for a number out of range, or nesterov without momentum or with dampening.
+    Raises:
+        ValueError: a number out of range, or nesterov without momentum or with dampening.
 
     Source: Robbins & Monro 1951, https://doi.org/10.1214/aoms/1177729586; the form of torch.optim.SGD
 
