@@ -57,7 +57,7 @@ def compare(benchmark: Any, title: str, contestants: dict[str, Callable[[], obje
     ours = times["fastopt"]
     cells = [f"{name} {1e6 * t:10.1f} ({t / ours:6.2f}x)" for name, t in times.items()]
     LINES.append(f"{title:32s} " + "  ".join(cells) + "".join(f"  {name} not installed" for name in missing))
-    benchmark.extra_info.update({"us": {name: 1e6 * t for name, t in times.items()}})
+    benchmark.extra_info.update({"title": title, "us": {name: 1e6 * t for name, t in times.items()}})
     benchmark.pedantic(present["fastopt"], rounds=5, iterations=1)
 
 

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 SAMPLE = 500e-6  # seconds; a faster call is repeated until a sample takes this long
 
 
-def interleave(contestants: Mapping[str, Callable[[], object]], seconds: float = 1.0, rounds: int = 7) -> dict[str, float]:
+def interleave(
+    contestants: Mapping[str, Callable[[], object]], seconds: float = 1.0, rounds: int = 7
+) -> dict[str, float]:
     """Median seconds of one call of each contestant, from at least `rounds` rounds and about `seconds` in all."""
     repeats = {}
     for name, call in contestants.items():

@@ -1,4 +1,4 @@
-"""The limit kernel: the loop shape and buffers of a rule, one multiply-add a value. What the memory allows, here and now."""
+"""The limit kernel: the loop shape and buffers of a rule, one multiply-add a value. What the memory allows."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import numpy as np
 from fastopt.backends import Kernel, get_backend
 from fastopt.flat import FlatParams, match_overrides, pack
 from fastopt.rule import Rule
-from fastopt.table import WEIGHT_DECAY, Table, check_grad_scale
+from fastopt.table import WEIGHT_DECAY, Point, Table
 
 STATE_FORMAT = 1
 
@@ -32,21 +32,23 @@ class StepInfo(NamedTuple):
 class Row:
     """One row of the table: the parameters that share hyperparameters and the number of updates they have had."""
 
-    __slots__ = ("fixed", "lag", "scheduled", "values")
+    __slots__ = ("fixed", "lag", "rule", "scheduled", "values")
 
-    def __init__(self, values: dict[str, Any], lag: int = 0):
+    def __init__(self, rule: Rule, values: dict[str, Any], lag: int):
+        self.rule = rule
         self.values = values
         self.lag = lag
         self.scheduled = tuple(name for name, value in values.items() if callable(value))
+        self.fixed = None if self.scheduled else Point.of(rule, values)
 
-    def at(self, rule: Rule, step: int) -> dict[str, Any]:
+    def at(self, step: int) -> Point:
         """The hyperparameters at `step` (0 at the first update), schedules evaluated and checked."""
-        if not self.scheduled:
-            return self.values
+        if self.fixed is not None:
+            return self.fixed
         values = dict(self.values)
         for name in self.scheduled:
-            values[name] = rule.check(name, values[name](step), f"at step {step}, schedule of ")
-        return values
+            values[name] = self.rule.check(name, values[name](step), f"at step {step}, schedule of ")
+        return Point.of(self.rule, values)
 
 
 class Optimizer:
@@ -183,7 +185,7 @@ class Optimizer:
             raise RuntimeError(
                 "step() inside `with opt.lookahead()`: leave the block first, it restores the parameters"
             )
-        unscale = 1.0 if grad_scale == 1.0 else 1.0 / check_grad_scale(grad_scale)
+        unscale = 1.0 if grad_scale == 1.0 else self._table.unscale(grad_scale)
         present = None if grads is None else self.flat.write_grads(grads)
         chunks = self._chunks if present is None else self._chunks_without(present)
         self._write_table(unscale)
@@ -210,14 +212,14 @@ class Optimizer:
             key = (missed, *(id(value) if callable(value) else value for value in values.values()))
             if key not in known:
                 known[key] = len(self._rows)
-                self._rows.append(Row(values, missed))
+                self._rows.append(Row(self.rule, values, missed))
             self._row_of.append(known[key])
         self._decays = any(row.values[WEIGHT_DECAY] != 0.0 for row in self._rows)
         self._lay_out_rows()
         self._kernel = self._kernel_for(unscale=False)
 
     def _lay_out_rows(self) -> None:
-        first = self._rows[0].at(self.rule, self._step_count)
+        first = self._rows[0].at(self._step_count)
         self._table = Table(self.rule, first, self.flat.dtype, len(self._rows))
         self._chunks = self._chunks_of(self._row_of)
         self._chunks_present: dict[tuple[bool, ...], np.ndarray] = {}
@@ -226,7 +228,7 @@ class Optimizer:
         t = self._step_count + 1
         write = self._table.write
         for index, row in enumerate(self._rows):
-            write(index, t - row.lag, row.at(self.rule, t - 1) if row.scheduled else row.values, unscale)
+            write(index, t - row.lag, row.fixed or row.at(t - 1), unscale)
 
     def _kernel_for(self, unscale: bool) -> Kernel:
         features = self._table.features(decays=self._decays, unscale=unscale)
@@ -248,7 +250,7 @@ class Optimizer:
                 if row in mixed and not here:
                     if row not in twins:
                         twins[row] = len(self._rows)
-                        self._rows.append(Row(self._rows[row].values, self._rows[row].lag))
+                        self._rows.append(Row(self.rule, self._rows[row].values, self._rows[row].lag))
                     self._row_of[k] = twins[row]
             if twins:
                 self._lay_out_rows()

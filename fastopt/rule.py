@@ -19,7 +19,7 @@ import numpy as np
 
 from fastopt.backends import get_backend
 from fastopt.flat import Layout, check_vectors
-from fastopt.table import WEIGHT_DECAY, Table, check_grad_scale
+from fastopt.table import WEIGHT_DECAY, Point, Table
 
 MISSING = inspect.Parameter.empty
 
@@ -226,9 +226,10 @@ class Rule:
             raise ValueError(f"t={t!r}: expected the number of this update, an int from 1")
         values = self.complete(hyper)
         values = {name: self.check(name, value) for name, value in values.items()}
-        unscale = 1.0 / check_grad_scale(grad_scale)
-        table = Table(self, values, p.dtype)
-        table.write(0, int(t), values, unscale)
+        point = Point.of(self, values)
+        table = Table(self, point, p.dtype)
+        unscale = table.unscale(grad_scale)
+        table.write(0, int(t), point, unscale)
         features = table.features(decays=values[WEIGHT_DECAY] != 0.0, unscale=unscale != 1.0)
         kernel = get_backend("cpu").kernel(self, table.hyper, p.dtype, features)
         kernel.launch(p, g, states, table.array, _whole(p.size, self.layerwise is not None))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Mapping
+from math import isfinite
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,12 +18,27 @@ if TYPE_CHECKING:
 WEIGHT_DECAY = "weight_decay"
 
 
+class Point(NamedTuple):
+    """Hyperparameters at one step, arranged for `Table.write`: what the loop applies, and what `prepare` is given."""
+
+    weight_decay: float
+    keep: float
+    arguments: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, rule: Rule, values: Mapping[str, Any]) -> Point:
+        """Arrange a complete set of the rule's hyperparameters."""
+        decay = values[WEIGHT_DECAY]
+        keep = 1.0 - values["lr"] * decay if rule.decoupled else 1.0
+        return cls(decay, keep, tuple(values[name] for name in rule.hyperparameters))
+
+
 class Table:
     """The rows of hyperparameters of one rule. This is the one place where host float64 becomes the compute dtype."""
 
-    def __init__(self, rule: Rule, values: Mapping[str, Any], dtype: np.dtype[Any], rows: int = 1):
-        """`values`: any complete set of the rule's hyperparameters; tells which NamedTuple `prepare` returns."""
-        prepared = rule.prepare(1, *(values[name] for name in rule.hyperparameters))
+    def __init__(self, rule: Rule, point: Point, dtype: np.dtype[Any], rows: int = 1):
+        """`point`: any; tells which NamedTuple `prepare` returns."""
+        prepared = rule.prepare(1, *point.arguments)
         if not isinstance(prepared, tuple) or not hasattr(prepared, "_fields"):
             raise TypeError(f"prepare of rule {rule.name!r} must return a NamedTuple, found {type(prepared).__name__}")
         self.rule = rule
@@ -35,23 +50,35 @@ class Table:
         self._rows = self.array.data
         self._stride = row.size
 
-    def write(self, row: int, t: int, values: Mapping[str, Any], unscale: float) -> None:
+    def write(self, row: int, t: int, point: Point, unscale: float) -> None:
         """Write what update number `t` with these hyperparameters needs into `row`.
 
         Raises ValueError where a number is not finite in the compute dtype; the row is then as it was.
         """
-        rule = self.rule
-        prepared = rule.prepare(t, *[values[name] for name in rule.hyperparameters])
-        decay = values[WEIGHT_DECAY]
-        keep = 1.0 - values["lr"] * decay if rule.decoupled else 1.0
+        decay, keep, arguments = point
+        prepared = self.rule.prepare(t, *arguments)
         try:
-            if not math.isfinite(sum(prepared)):
+            if not isfinite(sum(prepared)):
                 raise OverflowError
             self._pack_into(self._rows, row * self._stride, unscale, decay, keep, *prepared)
         except OverflowError:
             raise ValueError(
-                f"hyperparameters of rule {rule.name!r} at step {t} leave the range of {self.array.dtype}: {prepared}"
+                f"hyperparameters of rule {self.rule.name!r} at step {t} leave the range of {self.array.dtype}: "
+                f"weight_decay={decay}, {prepared}"
             ) from None
+
+    def unscale(self, grad_scale: Any) -> float:
+        """1 / grad_scale; an error unless it and its inverse in the compute dtype are finite and positive."""
+        if not isinstance(grad_scale, Real | np.floating) or isinstance(grad_scale, bool):
+            raise TypeError(f"grad_scale={grad_scale!r}: expected a positive finite number")
+        number = float(grad_scale)
+        if isfinite(number) and number > 0.0:
+            smallest, largest = np.finfo(self.array.dtype).tiny, np.finfo(self.array.dtype).max
+            if smallest <= 1.0 / number <= largest:
+                return 1.0 / number
+        raise ValueError(
+            f"grad_scale={grad_scale!r}: expected a positive finite number whose inverse is one in {self.array.dtype}"
+        )
 
     def features(self, *, decays: bool, unscale: bool) -> Features:
         """The kernel's flags where some group decays its weights (`decays`) and gradients are scaled (`unscale`)."""
@@ -59,13 +86,3 @@ class Table:
         return Features(
             unscale=unscale, l2=by_loop and not self.rule.decoupled, decoupled=by_loop and self.rule.decoupled
         )
-
-
-def check_grad_scale(grad_scale: Any) -> float:
-    """`grad_scale` as a float; an error where it is not finite and positive."""
-    if not isinstance(grad_scale, Real | np.floating) or isinstance(grad_scale, bool):
-        raise TypeError(f"grad_scale={grad_scale!r}: expected a positive finite number")
-    number = float(grad_scale)
-    if not (math.isfinite(number) and number > 0.0):
-        raise ValueError(f"grad_scale={grad_scale!r}: expected a positive finite number")
-    return number

@@ -1,0 +1,58 @@
+"""What the README says is generated or run: its tables, its code, its commands, and the speed of a user's own rule."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastopt
+from fastopt.backends import Features, cpu
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_generated_tables_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    assert report.render(README) == README, "run: python bench/report.py"
+    for name in fastopt.Optimizer.classes:
+        assert f"| `{name}` |" in README
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_code_blocks_run_and_print_what_they_say(block, capsys):
+    assert len(BLOCKS) == 2
+    exec(compile(block, "README.md", "exec", dont_inherit=True), {"__name__": "readme"})
+    promised = [line.split("#")[1].strip() for line in block.splitlines() if line.startswith("print")]
+    assert capsys.readouterr().out.split("\n")[:-1] == promised
+
+
+def test_the_two_commands_are_the_ones_that_ci_runs():
+    assert "python3 -m venv .venv && .venv/bin/pip install '.[cli]' && .venv/bin/fastopt train\n" in README
+    test_command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest\n"
+    assert test_command in README
+    assert test_command in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
+def test_a_users_rule_compiles_to_the_same_instructions_as_ours(dtype):
+    namespace: dict = {"__name__": "readme"}
+    exec(compile(BLOCKS[1], "README.md", "exec", dont_inherit=True), namespace)
+    theirs, ours = namespace["averaged"], fastopt.rules.momentum
+    backend = cpu.CPU()
+    instructions = []
+    for rule, hyper in ((theirs, namespace["Hyper"]), (ours, type(ours.prepare(1, 0.1, 0.9, "ema")))):
+        kernel = backend.kernel(rule, hyper, np.dtype(dtype), Features())
+        (assembly,) = kernel._loop._dispatcher.inspect_asm().values()
+        mnemonics = re.findall(r"^\t([a-z]\w*)", assembly, flags=re.MULTILINE)
+        instructions.append(Counter(mnemonics))
+    assert instructions[0] == instructions[1]
+    assert sum(instructions[0].values()) > 50
