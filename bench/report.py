@@ -51,8 +51,8 @@ def speed() -> str:
     lines = [
         f"Microseconds per `opt.step()`, all Python included, in float32 on {stored['cores']} cores of a "
         f"{stored['cpu']} ({stored['date']}; {versions}). Each line was measured in one run, the contestants taking "
-        "turns. `limit` is a kernel that reads and writes the same buffers with one multiply-add per value: what this memory "
-        "allows. Measure your own machine with `pytest bench/bench_step.py --benchmark-enable -s`.",
+        "turns. `limit` is a kernel that reads and writes the same buffers with one multiply-add per value: what this "
+        "memory allows. Measure your own machine: `pytest bench/bench_step.py --benchmark-enable -s`.",
         "",
         "| step | " + " | ".join(CONTESTANTS) + " |",
         "|---|" + "---:|" * len(CONTESTANTS),
