@@ -140,14 +140,8 @@ class FlatParams:
         """`leaves` in the structure of the parameters."""
         return optree.tree_unflatten(self.treespec, leaves)
 
-    def write_grads(self, grads: Any) -> list[bool] | None:
-        """Copy a tree of gradients into the buffer; where it holds None, say so.
-
-        Returns None where every gradient is there, else a list: whether parameter k has one. Everything is checked
-        before anything is copied.
-        """
-        if grads is self.grads:
-            return None
+    def check_grads(self, grads: Any) -> list[Any]:
+        """The leaves of a tree of gradients, an array or None for each parameter; an error where one does not fit."""
         leaves = self._leaves_like(grads)
         own = self._grad_views
         for path, view, leaf in zip(self.paths, own, leaves, strict=True):
@@ -162,11 +156,13 @@ class FlatParams:
                 )
             if np.may_share_memory(leaf, self.data):
                 raise ValueError(f"gradient {path!r} overlaps the parameters: pass a copy")
-        for view, leaf in zip(own, leaves, strict=True):
+        return leaves
+
+    def copy_grads(self, leaves: Sequence[Any]) -> None:
+        """Copy what `check_grads` returned into the buffer of gradients."""
+        for view, leaf in zip(self._grad_views, leaves, strict=True):
             if leaf is not None and leaf is not view:
                 np.copyto(view, leaf)
-        present = [leaf is not None for leaf in leaves]
-        return None if all(present) else present
 
     def _leaves_like(self, tree: Any) -> list[Any]:
         try:

@@ -13,7 +13,7 @@ import numpy as np
 from fastopt.backends import Kernel, get_backend
 from fastopt.flat import FlatParams, match_overrides, pack
 from fastopt.rule import Rule
-from fastopt.table import WEIGHT_DECAY, Point, Table
+from fastopt.table import WEIGHT_DECAY, Point, Table, hyper_of
 
 STATE_FORMAT = 1
 
@@ -88,7 +88,7 @@ class Optimizer:
                 for rule in rules:
                     if name in rule.names() and parameter.default is not parameter.empty:
                         rule.defaults.setdefault(name, parameter.default)
-        cls.rules = rules
+            cls.rules = rules
 
     rules: ClassVar[tuple[Rule, ...]] = ()
 
@@ -150,12 +150,16 @@ class Optimizer:
     @property
     def lr(self) -> float:
         """The learning rate of the next step (of parameters without an override); assign a number or a schedule."""
+        if "lr" not in self._values:
+            raise AttributeError(f"rule {self.rule.name!r} has no lr; it has {', '.join(self.rule.names())}")
         value = self._values["lr"]
         return float(value(self._step_count)) if callable(value) else float(value)
 
     @lr.setter
     def lr(self, value: Any) -> None:
-        self._values = {**self._values, **_checked(self.rule, {"lr": value})}
+        if "lr" not in self._values:
+            raise AttributeError(f"rule {self.rule.name!r} has no lr; it has {', '.join(self.rule.names())}")
+        self._values = {**self._values, **_checked(self.rule, {"lr": value}, step=self._step_count)}
         self._build_rows()
 
     def __repr__(self) -> str:
@@ -186,9 +190,15 @@ class Optimizer:
                 "step() inside `with opt.lookahead()`: leave the block first, it restores the parameters"
             )
         unscale = 1.0 if grad_scale == 1.0 else self._table.unscale(grad_scale)
-        present = None if grads is None else self.flat.write_grads(grads)
-        chunks = self._chunks if present is None else self._chunks_without(present)
+        chunks, present = self._chunks, None
+        if grads is not None:
+            leaves = self.flat.check_grads(grads)
+            if any(leaf is None for leaf in leaves):
+                present = [leaf is not None for leaf in leaves]
+                chunks = self._chunks_without(present)
         self._write_table(unscale)
+        if grads is not None:
+            self.flat.copy_grads(leaves)
         kernel = self._kernel if unscale == 1.0 else self._kernel_for(unscale=True)
         kernel.launch(self.flat.data, self.flat.grad, self._states, self._table.array, chunks)
         self._step_count += 1
@@ -214,13 +224,13 @@ class Optimizer:
                 known[key] = len(self._rows)
                 self._rows.append(Row(self.rule, values, missed))
             self._row_of.append(known[key])
+        self._hyper = hyper_of(self.rule, self._rows[0].at(self._step_count))
         self._decays = any(row.values[WEIGHT_DECAY] != 0.0 for row in self._rows)
         self._lay_out_rows()
         self._kernel = self._kernel_for(unscale=False)
 
     def _lay_out_rows(self) -> None:
-        first = self._rows[0].at(self._step_count)
-        self._table = Table(self.rule, first, self.flat.dtype, len(self._rows))
+        self._table = Table(self.rule, self._hyper, self.flat.dtype, len(self._rows))
         self._chunks = self._chunks_of(self._row_of)
         self._chunks_present: dict[tuple[bool, ...], np.ndarray] = {}
 
@@ -231,8 +241,8 @@ class Optimizer:
             write(index, t - row.lag, row.fixed or row.at(t - 1), unscale)
 
     def _kernel_for(self, unscale: bool) -> Kernel:
-        features = self._table.features(decays=self._decays, unscale=unscale)
-        return get_backend(self.flat.backend).kernel(self.rule, self._table.hyper, self.flat.dtype, features)
+        features = self.rule.features(decays=self._decays, unscale=unscale)
+        return get_backend(self.flat.backend).kernel(self.rule, self._hyper, self.flat.dtype, features)
 
     def _chunks_of(self, rows: list[int]) -> np.ndarray:
         return self.flat.layout.chunks(rows, layerwise=self.rule.layerwise is not None)
@@ -273,8 +283,8 @@ class Optimizer:
             raise RuntimeError("lookahead() inside lookahead(): the parameters are at the look-ahead point already")
         backup = self.flat.data.copy()
         self._write_table(1.0)
-        features = self._table.features(decays=False, unscale=False)
-        kernel = get_backend(self.flat.backend).kernel(shift, self._table.hyper, self.flat.dtype, features)
+        features = shift.features(decays=False, unscale=False)
+        kernel = get_backend(self.flat.backend).kernel(shift, self._hyper, self.flat.dtype, features)
         self._held = True
         try:
             kernel.launch(self.flat.data, self.flat.grad, self._states, self._table.array, self._chunks)
@@ -321,27 +331,33 @@ class Optimizer:
         """
         if self._held:
             raise RuntimeError("load_state_dict() inside `with opt.lookahead()`: leave the block first")
-        if not isinstance(state, Mapping) or not {"format", "rule", "step", "hyper", "state"} <= set(state):
-            raise TypeError("state: expected what state_dict() returned")
+        keys = ("format", "rule", "step", "missed", "hyper", "overrides", "state")
+        if not isinstance(state, Mapping) or not set(keys) <= set(state):
+            raise TypeError(f"state: expected what state_dict() returned, a dict of {', '.join(keys)}")
+        for key in ("missed", "hyper", "overrides", "state"):
+            if not isinstance(state[key], Mapping):
+                raise TypeError(f"state: {key!r} must be a dict, as state_dict() returned it")
+        if not all(isinstance(change, Mapping) for change in state["overrides"].values()):
+            raise TypeError("state: 'overrides' must hold a dict for each path, as state_dict() returned it")
         if state["format"] != STATE_FORMAT:
             raise ValueError(f"state: format {state['format']!r}; this version of fastopt reads format {STATE_FORMAT}")
         if state["rule"] != self.rule.name:
             raise ValueError(f"state: of rule {state['rule']!r}, but this optimizer runs rule {self.rule.name!r}")
         step = _count(state["step"], "step")
-        missed = {path: _count(count, f"missed[{path!r}]") for path, count in state.get("missed", {}).items()}
-        overrides = state.get("overrides", {})
-        for what, keys in (("missed", missed), ("overrides", overrides)):
-            unknown = [path for path in keys if path not in self.flat.paths]
+        missed = {path: _count(count, f"missed[{path!r}]") for path, count in state["missed"].items()}
+        overrides = state["overrides"]
+        for what, named in (("missed", missed), ("overrides", overrides)):
+            unknown = [path for path in named if path not in self.flat.paths]
             if unknown:
                 raise ValueError(f"state: {what} names {unknown[0]!r}; the paths are {', '.join(self.flat.paths)}")
         late = [path for path, count in missed.items() if count > step]
         if late:
             raise ValueError(f"state: missed[{late[0]!r}] is {missed[late[0]]}, more than the {step} steps made")
-        values = self._values_from(state["hyper"], self._values, "hyper: ")
+        values = self._values_from(state["hyper"], self._values, "hyper: ", step)
         if set(values) != set(self._values):
             raise ValueError(f"state: hyper lacks {', '.join(sorted(set(self._values) - set(values)))}")
         changes = [
-            self._values_from(overrides.get(path, {}), {**self._values, **change}, f"overrides of {path!r}: ")
+            self._values_from(overrides.get(path, {}), {**self._values, **change}, f"overrides of {path!r}: ", step)
             for path, change in zip(self.flat.paths, self._changes, strict=True)
         ]
         copies = [self._state_from(state["state"], name) for name in self.rule.states]
@@ -355,7 +371,9 @@ class Optimizer:
         self._changes = changes
         self._build_rows()
 
-    def _values_from(self, stored: Mapping[str, Any], present: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def _values_from(
+        self, stored: Mapping[str, Any], present: Mapping[str, Any], where: str, step: int
+    ) -> dict[str, Any]:
         values = {}
         for name, value in stored.items():
             if isinstance(value, Mapping):
@@ -370,10 +388,10 @@ class Optimizer:
                     f"{name}={value!r}, and assign the schedule after loading"
                 )
             values[name] = value
-        return _checked(self.rule, values, f"state: {where}")
+        return _checked(self.rule, values, f"state: {where}", step)
 
     def _state_from(self, stored: Mapping[str, Any], name: str) -> list[np.ndarray]:
-        if name not in stored or set(stored[name]) != set(self.flat.paths):
+        if not isinstance(stored.get(name), Mapping) or set(stored[name]) != set(self.flat.paths):
             raise ValueError(f"state: {name!r} must hold an array for each of {', '.join(self.flat.paths)}")
         arrays = []
         for path, shape in zip(self.flat.paths, self.flat.shapes, strict=True):
@@ -395,8 +413,8 @@ def _count(value: Any, name: str) -> int:
     return int(value)
 
 
-def _checked(rule: Rule, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Hyperparameters in the form `prepare` expects; a schedule is tried at step 0."""
+def _checked(rule: Rule, values: Mapping[str, Any], where: str = "", step: int = 0) -> dict[str, Any]:
+    """Hyperparameters in the form `prepare` expects; a schedule is tried at `step`, the next one."""
     for name in values:
         if name not in rule.names():
             raise TypeError(
@@ -405,7 +423,7 @@ def _checked(rule: Rule, values: Mapping[str, Any], where: str = "") -> dict[str
     checked = {}
     for name, value in values.items():
         if callable(value):
-            rule.check(name, value(0), f"{where}at step 0, schedule of ")
+            rule.check(name, value(step), f"{where}at step {step}, schedule of ")
             checked[name] = value
         else:
             checked[name] = rule.check(name, value, where)

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends import get_backend
+from fastopt.backends import Features, get_backend
 from fastopt.flat import Layout, check_vectors
-from fastopt.table import WEIGHT_DECAY, Point, Table
+from fastopt.table import WEIGHT_DECAY, Point, Table, hyper_of
 
 MISSING = inspect.Parameter.empty
 
@@ -49,7 +49,10 @@ class Interval:
             return tuple(one.check(f"{name}[{k}]", item) for k, item in enumerate(value))
         if not isinstance(value, Real | np.floating | np.integer) or isinstance(value, bool):
             raise TypeError(f"{name}={value!r}: expected {self}, found {type(value).__name__}")
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an int beyond the floats
+            number = math.inf
         if not (math.isfinite(number) and self.low <= number <= self.high) or (self.open and number == self.high):
             raise ValueError(f"{name}={value!r}: expected {self}")
         return number
@@ -112,6 +115,10 @@ class Layerwise:
     apply: Callable[..., Any]
 
 
+LAYERWISE_STATES = (1, 2)
+"""The numbers of states for which the backends have layerwise loops."""
+
+
 class Rule:
     """A scalar update with its hyperparameters. Made by `rule`; call it like the plain function that it is.
 
@@ -161,6 +168,11 @@ class Rule:
         self.owns_weight_decay = WEIGHT_DECAY in self.hyperparameters
         if decoupled and ("lr" not in self.hyperparameters or self.owns_weight_decay):
             raise TypeError(f"rule {self.name!r}: decoupled=True needs `lr`, and no `weight_decay`, in prepare")
+        if layerwise is not None and (decoupled or len(self.states) not in LAYERWISE_STATES):
+            raise TypeError(
+                f"rule {self.name!r}: a layerwise rule has one of {LAYERWISE_STATES} states and does its own weight "
+                f"decay; found {len(self.states)} states, decoupled={decoupled}"
+            )
         self._domains = {**DOMAINS, **(domains or {})}
 
     def __call__(self, *arguments: Any) -> Any:
@@ -195,6 +207,11 @@ class Rule:
             raise TypeError(f"{missing[0]}: rule {self.name!r} has no default for it; give {missing[0]}=")
         return {name: values[name] for name in self.names()}
 
+    def features(self, *, decays: bool, unscale: bool) -> Features:
+        """The kernel's flags where some group decays its weights (`decays`) and gradients are scaled (`unscale`)."""
+        by_loop = decays and not self.owns_weight_decay
+        return Features(unscale=unscale, l2=by_loop and not self.decoupled, decoupled=by_loop and self.decoupled)
+
     def update_(
         self, p: np.ndarray, g: np.ndarray, *states: np.ndarray, t: int = 1, grad_scale: float = 1.0, **hyper: Any
     ) -> None:
@@ -227,11 +244,12 @@ class Rule:
         values = self.complete(hyper)
         values = {name: self.check(name, value) for name, value in values.items()}
         point = Point.of(self, values)
-        table = Table(self, point, p.dtype)
+        hyper_type = hyper_of(self, point)
+        table = Table(self, hyper_type, p.dtype)
         unscale = table.unscale(grad_scale)
         table.write(0, int(t), point, unscale)
-        features = table.features(decays=values[WEIGHT_DECAY] != 0.0, unscale=unscale != 1.0)
-        kernel = get_backend("cpu").kernel(self, table.hyper, p.dtype, features)
+        features = self.features(decays=values[WEIGHT_DECAY] != 0.0, unscale=unscale != 1.0)
+        kernel = get_backend("cpu").kernel(self, hyper_type, p.dtype, features)
         kernel.launch(p, g, states, table.array, _whole(p.size, self.layerwise is not None))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastopt.backends import Features, StepHyper
+from fastopt.backends import StepHyper
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule
@@ -33,17 +33,21 @@ class Point(NamedTuple):
         return cls(decay, keep, tuple(values[name] for name in rule.hyperparameters))
 
 
+def hyper_of(rule: Rule, point: Point) -> Any:
+    """The NamedTuple that the rule's `prepare` returns; TypeError where it is none."""
+    prepared = rule.prepare(1, *point.arguments)
+    if not isinstance(prepared, tuple) or not hasattr(prepared, "_fields"):
+        raise TypeError(f"prepare of rule {rule.name!r} must return a NamedTuple, found {type(prepared).__name__}")
+    return type(prepared)
+
+
 class Table:
     """The rows of hyperparameters of one rule. This is the one place where host float64 becomes the compute dtype."""
 
-    def __init__(self, rule: Rule, point: Point, dtype: np.dtype[Any], rows: int = 1):
-        """`point`: any; tells which NamedTuple `prepare` returns."""
-        prepared = rule.prepare(1, *point.arguments)
-        if not isinstance(prepared, tuple) or not hasattr(prepared, "_fields"):
-            raise TypeError(f"prepare of rule {rule.name!r} must return a NamedTuple, found {type(prepared).__name__}")
+    def __init__(self, rule: Rule, hyper: Any, dtype: np.dtype[Any], rows: int = 1):
+        """`hyper`: the NamedTuple that `prepare` returns, as `hyper_of` tells."""
         self.rule = rule
-        self.hyper = type(prepared)
-        width = len(StepHyper._fields) + len(self.hyper._fields)
+        width = len(StepHyper._fields) + len(hyper._fields)
         self.array = np.zeros((rows, width), dtype)
         row = struct.Struct(f"={width}{'f' if dtype.itemsize == 4 else 'd'}")
         self._pack_into = row.pack_into
@@ -58,7 +62,7 @@ class Table:
         decay, keep, arguments = point
         prepared = self.rule.prepare(t, *arguments)
         try:
-            if not isfinite(sum(prepared)):
+            if not isfinite(keep + sum(prepared)):
                 raise OverflowError
             self._pack_into(self._rows, row * self._stride, unscale, decay, keep, *prepared)
         except OverflowError:
@@ -78,11 +82,4 @@ class Table:
                 return 1.0 / number
         raise ValueError(
             f"grad_scale={grad_scale!r}: expected a positive finite number whose inverse is one in {self.array.dtype}"
-        )
-
-    def features(self, *, decays: bool, unscale: bool) -> Features:
-        """The kernel's flags where some group decays its weights (`decays`) and gradients are scaled (`unscale`)."""
-        by_loop = decays and not self.rule.owns_weight_decay
-        return Features(
-            unscale=unscale, l2=by_loop and not self.rule.decoupled, decoupled=by_loop and self.rule.decoupled
         )

@@ -14,7 +14,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, ClassVar
 
 import numba
@@ -59,53 +59,44 @@ class _Binder:
 
     def __init__(self, scalar: Callable[[FunctionType], Any]):
         self.scalar = scalar
-        self.compiled: dict[FunctionType, tuple[Any, str]] = {}
+        self.compiled: dict[FunctionType, Any] = {}
         self.open: set[FunctionType] = set()
 
     def bind(self, function: FunctionType, constants: Mapping[str, Any], label: str) -> FunctionType:
-        digest = hashlib.sha256(f"{sys.version}|{numba.__version__}".encode())
-        for part in _describe_code(function.__code__):
-            digest.update(part)
-
-        def resolve(name: str, value: Any) -> Any:
-            inner = scalar_of(value)
-            if inner is None:
-                digest.update(f"{name}={_describe(value)};".encode())
-                return value
-            compiled, inner_digest = self.compile(inner)
-            digest.update(f"{name}={inner_digest};".encode())
-            return compiled
-
-        mentioned = set(_names(function.__code__))
-        own = {name: value for name, value in function.__globals__.items() if name in mentioned}
-        namespace = {name: resolve(name, value) for name, value in sorted({**own, **constants}.items())}
+        names = set(_names(function.__code__))
+        own = {name: value for name, value in function.__globals__.items() if name in names}
+        namespace = {**own, **constants}
+        digest = hashlib.sha256(f"{sys.version}|{numba.__version__}|{_describe_function(function, namespace)}".encode())
         cells = None
         if function.__closure__ is not None:
-            names = function.__code__.co_freevars
-            cells = tuple(
-                CellType(resolve(name, cell.cell_contents))
-                for name, cell in zip(names, function.__closure__, strict=True)
-            )
+            cells = tuple(CellType(self.resolve(cell.cell_contents)) for cell in function.__closure__)
+        resolved = {name: self.resolve(value) for name, value in namespace.items()}
         bound = FunctionType(
             function.__code__,
-            {**function.__globals__, **namespace},
+            {**function.__globals__, **resolved},
             function.__name__,
             function.__defaults__,
             cells,
         )
+        bound.__kwdefaults__ = function.__kwdefaults__
         bound.__name__ = bound.__qualname__ = f"{label}_{digest.hexdigest()[:16]}"
         bound.__module__ = function.__module__
         return bound
 
-    def compile(self, function: FunctionType) -> tuple[Any, str]:
+    def resolve(self, value: Any) -> Any:
+        function = scalar_of(value)
+        if function is None:
+            return value
         if function not in self.compiled:
             if function in self.open:
                 raise TypeError(f"scalar function {function.__qualname__!r} calls itself: recursion cannot be bound")
             self.open.add(function)
-            bound = self.bind(function, {}, function.__name__)
+            self.compiled[function] = self.scalar(self.bind(function, {}, function.__name__))
             self.open.discard(function)
-            self.compiled[function] = (self.scalar(bound), bound.__qualname__)
         return self.compiled[function]
+
+
+# --- the digest: everything that shapes the machine code --------------------------------------------------------------
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -118,27 +109,50 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _describe_code(code: CodeType) -> Iterator[bytes]:
-    yield code.co_code
-    yield repr((code.co_names, code.co_varnames, code.co_freevars, code.co_argcount, code.co_flags)).encode()
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _describe_code(constant)
-        else:
-            yield repr(constant).encode()
+def _describe_code(code: CodeType) -> str:
+    parts = [code.co_code.hex(), repr((code.co_names, code.co_varnames, code.co_freevars, code.co_argcount))]
+    parts += [_describe_code(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
+    return "|".join(parts)
 
 
-def _describe(value: object) -> str:
-    """What a global adds to the digest: the value of a constant, the fields of a NamedTuple, the name of the rest."""
-    if isinstance(value, bool | int | float | str | bytes | tuple | np.generic | None):
-        return repr(value)
+def _describe_function(
+    function: FunctionType, namespace: Mapping[str, Any] | None = None, seen: frozenset[Any] = frozenset()
+) -> str:
+    """The bytecode, defaults, closure and globals of a function, and so on of every function that it reaches."""
+    if function in seen:
+        return "recursion"
+    seen |= {function}
+    found = function.__globals__ if namespace is None else namespace
+    parts = [_describe_code(function.__code__), repr(function.__defaults__), repr(function.__kwdefaults__)]
+    for cell in function.__closure__ or ():
+        parts.append(_describe(cell.cell_contents, function, seen))
+    for name in sorted(set(_names(function.__code__)) | set(namespace or ())):
+        if name in found:
+            parts.append(f"{name}={_describe(found[name], function, seen)}")
+    return hashlib.sha256(";".join(parts).encode()).hexdigest()
+
+
+def _describe(value: Any, function: FunctionType, seen: frozenset[Any]) -> str:
+    """What a value that `function` reaches adds to the digest."""
+    if isinstance(value, bool | int | float | str | bytes | np.generic | numba.types.Type | None):
+        return f"{type(value).__name__}:{value!r}"
+    if isinstance(value, tuple):
+        return f"({','.join(_describe(item, function, seen) for item in value)})"
     if isinstance(value, np.ndarray):  # numba freezes a global array into the code: its contents are part of the kernel
         return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, ModuleType):
+        if value in seen:
+            return value.__name__
+        attributes = [name for name in function.__code__.co_names if hasattr(value, name)]
+        inner = (f"{name}={_describe(getattr(value, name), function, seen | {value})}" for name in attributes)
+        return f"{value.__name__}({','.join(inner)})"
+    plain = scalar_of(value)
+    if plain is not None:
+        return _describe_function(plain, seen=seen)
+    inside = getattr(value, "py_func", None)
+    if isinstance(inside, FunctionType):  # a numba dispatcher: ours, or a function that the user compiled
+        return f"{sorted(getattr(value, 'targetoptions', {}).items())!r}:{_describe_function(inside, seen=seen)}"
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    dispatcher = getattr(value, "py_func", None)
-    if isinstance(dispatcher, FunctionType):  # somebody's @njit function: its own bytecode is its identity
-        code = hashlib.sha256(b"".join(_describe_code(dispatcher.__code__))).hexdigest()
-        return f"{name}:{code}"
     return f"{name}{getattr(value, '_fields', '')}"
 
 

@@ -439,7 +439,7 @@ class Driver:
         self.lock = threading.RLock()
         self._pool: ThreadPoolExecutor | None = None
         self._threads = 1
-        self._forked = False
+        self._ask_numba = True
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._after_fork)
 
@@ -448,11 +448,11 @@ class Driver:
         self.mode = "pool"
         self.lock = threading.RLock()
         self._pool = None
-        self._forked = True
+        self._ask_numba = False  # to ask would start the threading layer
 
     def threads(self) -> int:
         """How many threads a loop may use: numba's own count, which NUMBA_NUM_THREADS and set_num_threads govern."""
-        if not self._forked:  # in a forked child even asking would start the threading layer
+        if self._ask_numba:
             self._threads = numba.get_num_threads()
         elif self._threads == 1:
             self._threads = numba.config.NUMBA_NUM_THREADS
@@ -464,6 +464,7 @@ class Driver:
             layer = numba.threading_layer()
         except ValueError:  # no layer could be loaded, or the one asked for is not there
             layer = "none"
+            self._ask_numba = False
         self.mode = "parallel" if layer in ("omp", "tbb") else "pool"
         return self.mode
 

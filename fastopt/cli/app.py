@@ -1,0 +1,36 @@
+"""The command line put together: one command per file, each a function that typer reads the options from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import fastopt
+from fastopt.cli import info, train
+
+app = typer.Typer(
+    help="Train small networks with the optimizers of fastopt, and see what they find on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,  # a plain traceback is what a bug report needs
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train", epilog=train.EXAMPLES)(train.train)
+app.command("info", epilog=info.EXAMPLES)(info.info)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(fastopt.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,190 @@
+"""`fastopt info`: what fastopt runs on here. Written to be pasted into a bug report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numba
+import typer
+from llvmlite import binding as llvm  # type: ignore[import-untyped]
+from numba.np.ufunc import parallel as numba_parallel
+from rich.table import Table
+from rich.text import Text
+
+import fastopt
+from fastopt.backends import get_backend
+from fastopt.backends.bind import CACHE_VARIABLE, cache_directory
+from fastopt.cli.output import STDOUT, blame, check_writable, console, write_json
+
+EXAMPLES = "\n\n".join(["[bold]Examples[/bold]", "fastopt info", "fastopt info --json -"])
+
+PACKAGES = ("numba", "llvmlite", "numpy", "optree", "safetensors", "numba-cuda")
+VARIABLES = ("FASTOPT_", "NUMBA_", "OMP_", "OPENBLAS_", "MKL_", "CUDA_")
+"""Beginnings of the environment variables that change what fastopt, NumPy or CUDA do."""
+
+FEATURES = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "neon", "sve")
+
+
+def info(
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the same as JSON; - is standard output.")
+    ] = None,
+) -> None:
+    """Say what fastopt finds on this machine: versions, CPU, threads, cache of compiled kernels, CUDA.
+
+    Nothing is changed, and nothing that is missing is an error: where CUDA cannot work, the reason is printed.
+    """
+    with blame("--json"):
+        if json is not None:
+            check_writable(json)
+    found = gather()
+    if json != STDOUT:
+        console().print(_table(found))
+    if json is not None:
+        with blame("--json"):
+            write_json(json, found)
+
+
+def _table(found: dict[str, dict[str, Any]]) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for topic, facts in found.items():
+        table.add_row(Text(topic, style="bold"), "")
+        for name, value in facts.items():
+            if value is not None:
+                table.add_row(f"  {_spelled(name)}", Text(_in_words(value)))
+    return table
+
+
+def gather() -> dict[str, dict[str, Any]]:
+    """Everything that `fastopt info` prints, by topic."""
+    return {
+        "versions": _versions(),
+        "cpu": _cpu(),
+        "threads": _threads(),
+        "cache": _cache(),
+        "cuda": _cuda(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+    }
+
+
+def _versions() -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "fastopt": fastopt.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    return {**found, **{package: _version(package) for package in PACKAGES}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    features = llvm.get_host_cpu_features()
+    return {
+        "name": _cpu_name(),
+        "architecture": platform.machine(),
+        "llvm": llvm.get_host_cpu_name(),
+        "features": [name for name in FEATURES if features.get(name, False)],
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def _cpu_name() -> str:
+    """The name the maker gave it, which Python's own `platform` does not know on Linux and macOS."""
+    try:
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip().lower() == "model name":
+                return value.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return platform.processor() or "unknown"
+
+
+def _threads() -> dict[str, Any]:
+    found: dict[str, Any] = {"numba": numba.config.NUMBA_NUM_THREADS, "layer": None, "reason": None}
+    try:
+        numba_parallel._launch_threads()  # numba names its layer only once it runs
+        found["layer"] = numba.threading_layer()
+    except Exception as error:
+        found["reason"] = _one_line(error)
+    return found
+
+
+def _cache() -> dict[str, Any]:
+    """The setting and what became of it. The directory is not made here: that is for the first kernel."""
+    setting = os.environ.get(CACHE_VARIABLE) or None
+    found: dict[str, Any] = {CACHE_VARIABLE: setting, "usable": None, "kernels": None, "reason": None}
+    if setting is None:
+        found["reason"] = "FASTOPT_CACHE_DIR is not set: kernels are compiled anew in every process"
+    elif not Path(setting).expanduser().exists():
+        found["reason"] = "the directory will be made when the first kernel is compiled"
+    else:
+        try:
+            directory = cache_directory()
+            found["usable"] = True
+            found["kernels"] = len(list(directory.glob("*.nbc"))) if directory else 0
+        except OSError as error:
+            found["usable"] = False
+            found["reason"] = _one_line(error)
+    return found
+
+
+def _cuda() -> dict[str, Any]:
+    """What CUDA finds. Whatever goes wrong in there, and much can, is a reason and not a crash."""
+    found: dict[str, Any] = {"available": False, "simulator": False, "devices": [], "backend": False, "reason": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numba's CUDA target announces its retirement at import
+        try:
+            from numba import cuda
+
+            found["available"] = bool(cuda.is_available())
+            found["simulator"] = bool(numba.config.ENABLE_CUDASIM)
+            if not found["simulator"]:
+                found["devices"] = [_device(device) for device in cuda.list_devices()]
+            get_backend("cuda")
+            found["backend"] = True
+        except Exception as error:
+            found["reason"] = _one_line(error)
+    return found
+
+
+def _device(device: Any) -> dict[str, Any]:
+    name = device.name.decode() if isinstance(device.name, bytes) else str(device.name)
+    return {"name": name, "compute_capability": ".".join(map(str, device.compute_capability))}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(" :") or type(error).__name__
+
+
+def _spelled(key: str) -> str:
+    """A key as a person writes it; the names of environment variables stay what they are."""
+    return key if key.isupper() else key.replace("_", " ")
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_in_words(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{_spelled(key)} {_in_words(item)}" for key, item in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

@@ -1,0 +1,214 @@
+"""`fastopt info`: it says what is there, gives the reason for what is not, changes nothing and never fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import numba
+import pytest
+from typer.testing import CliRunner
+
+import fastopt
+from fastopt.cli import info
+from fastopt.cli.app import app
+
+
+def invoke(*arguments, **environment):
+    return CliRunner().invoke(app, ["info", *map(str, arguments)], env={"COLUMNS": "300", **environment})
+
+
+def report(**environment):
+    result = invoke("--json", "-", **environment)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_versions_are_those_installed():
+    versions = report()["versions"]
+    assert versions["fastopt"] == fastopt.__version__
+    assert versions["python"] == platform.python_version()
+    for package in ("numba", "llvmlite", "numpy", "optree"):
+        assert versions[package] == version(package)
+
+
+def test_cpu_and_threads():
+    found = report()
+    cpu, threads = found["cpu"], found["threads"]
+    assert cpu["name"]
+    assert cpu["cores"] == os.cpu_count()
+    assert 1 <= cpu["usable_cores"] <= cpu["cores"]
+    assert threads["numba"] == numba.config.NUMBA_NUM_THREADS
+    assert threads["layer"] in ("omp", "tbb", "workqueue")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="compares with what Linux says in /proc/cpuinfo")
+def test_cpu_features_are_those_of_the_kernel():
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    flags = next((line.split(":")[1].split() for line in text.splitlines() if line.startswith("flags")), None)
+    if flags is None:
+        pytest.skip("no x86: /proc/cpuinfo has no line of flags")
+    found = report()["cpu"]
+    for name in ("avx2", "fma", "avx512f"):
+        assert (name in found["features"]) == (name in flags)
+    assert found["name"] in text
+
+
+def test_the_table_holds_what_the_json_holds():
+    result = invoke()
+    assert result.exit_code == 0
+    found = report()
+    for topic, facts in found.items():
+        assert topic in result.output
+        for value in facts.values():
+            if isinstance(value, str | int) and not isinstance(value, bool):
+                assert str(value) in result.output
+    for feature in found["cpu"]["features"]:
+        assert feature in result.output
+
+
+def test_json_goes_to_a_file_beside_the_table(tmp_path):
+    path = tmp_path / "info.json"
+    result = invoke("--json", path)
+    assert "versions" in result.output
+    assert json.loads(path.read_text(encoding="utf-8")).keys() == report().keys()
+
+
+def test_a_json_path_that_cannot_be_is_an_error_with_the_remedy(tmp_path):
+    result = invoke("--json", tmp_path / "nowhere" / "info.json")
+    assert result.exit_code == 2
+    assert "mkdir -p" in result.output
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_no_cache_is_said():
+    cache = report(FASTOPT_CACHE_DIR="")["cache"]
+    assert cache["FASTOPT_CACHE_DIR"] is None
+    assert "is not set" in cache["reason"]
+
+
+def test_a_cache_directory_is_not_made_by_asking(tmp_path):
+    path = tmp_path / "cache"
+    cache = report(FASTOPT_CACHE_DIR=str(path))["cache"]
+    assert cache["FASTOPT_CACHE_DIR"] == str(path)
+    assert "will be made" in cache["reason"]
+    assert not path.exists()
+
+
+def test_a_cache_directory_of_ours_is_usable_and_its_kernels_are_counted(tmp_path):
+    tmp_path.chmod(0o700)
+    (tmp_path / "adam.1.nbc").touch()
+    cache = report(FASTOPT_CACHE_DIR=str(tmp_path))["cache"]
+    assert (cache["usable"], cache["kernels"], cache["reason"]) == (True, 1, None)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="permissions as POSIX has them")
+def test_a_cache_directory_that_others_may_write_to_is_not_usable(tmp_path):
+    tmp_path.chmod(0o777)
+    cache = report(FASTOPT_CACHE_DIR=str(tmp_path))["cache"]
+    assert cache["usable"] is False
+    assert "chmod 700" in cache["reason"]
+
+
+# --- CUDA, whatever is the matter with it -----------------------------------------------------------------------------
+
+
+class Cuda(ModuleType):
+    """A stand-in for numba.cuda."""
+
+    def __init__(self, devices=(), error=None):
+        super().__init__("numba.cuda")
+        self.devices = devices
+        self.error = error
+
+    def is_available(self):
+        warnings.warn("this target is retired", DeprecationWarning, stacklevel=1)
+        return bool(self.devices)
+
+    def list_devices(self):
+        if self.error is not None:
+            raise self.error
+        return self.devices
+
+
+class Device:
+    name = b"NVIDIA Imaginary 1"
+    compute_capability = (9, 0)
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    def put(module):
+        monkeypatch.setitem(sys.modules, "numba.cuda", module)
+        monkeypatch.setattr(numba, "cuda", module, raising=False)
+        monkeypatch.setattr(numba.config, "ENABLE_CUDASIM", 0)
+
+    return put
+
+
+def test_cuda_without_a_driver_gives_the_reason(with_cuda):
+    with_cuda(Cuda(error=RuntimeError("Error at driver init:\n\nCUDA driver library cannot be found.\n:")))
+    cuda = report()["cuda"]
+    assert (cuda["available"], cuda["devices"], cuda["backend"]) == (False, [], False)
+    assert cuda["reason"] == "Error at driver init: CUDA driver library cannot be found."
+
+
+def test_cuda_that_cannot_be_imported_gives_the_reason(with_cuda, monkeypatch):
+    with_cuda(None)
+    monkeypatch.delattr(numba, "cuda")
+    cuda = report()["cuda"]
+    assert cuda["available"] is False
+    assert cuda["reason"]
+
+
+def test_cuda_devices_are_listed(with_cuda, monkeypatch):
+    with_cuda(Cuda(devices=[Device()]))
+    monkeypatch.setattr(info, "get_backend", lambda name: object())
+    cuda = report()["cuda"]
+    assert cuda["devices"] == [{"name": "NVIDIA Imaginary 1", "compute_capability": "9.0"}]
+    assert (cuda["available"], cuda["backend"], cuda["reason"]) == (True, True, None)
+    assert "name NVIDIA Imaginary 1, compute capability 9.0" in invoke().output
+
+
+def test_a_backend_that_cannot_work_gives_the_reason(with_cuda, monkeypatch):
+    def refuse(name):
+        raise RuntimeError(f"{name}: no compiler for it")
+
+    with_cuda(Cuda(devices=[Device()]))
+    monkeypatch.setattr(info, "get_backend", refuse)
+    cuda = report()["cuda"]
+    assert (cuda["available"], cuda["backend"], cuda["reason"]) == (True, False, "cuda: no compiler for it")
+
+
+def test_threads_that_cannot_start_give_the_reason(monkeypatch):
+    def refuse():
+        raise ValueError("No threading layer could be loaded.")
+
+    monkeypatch.setattr(info.numba_parallel, "_launch_threads", refuse)
+    threads = report()["threads"]
+    assert threads["layer"] is None
+    assert threads["reason"] == "No threading layer could be loaded."
+
+
+def test_the_cuda_of_this_machine_does_not_stop_the_command():
+    cuda = report()["cuda"]
+    assert cuda["backend"] or cuda["reason"]
+
+
+def test_variables_that_matter_are_listed():
+    environment = report(NUMBA_DEVELOPER_NOTE="7", UNRELATED="8")["environment"]
+    assert environment["NUMBA_DEVELOPER_NOTE"] == "7"
+    assert "UNRELATED" not in environment
+
+
+def test_a_count_of_one_is_a_number_and_not_yes(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert [line.split() for line in invoke().output.splitlines() if line.split()[:1] == ["cores"]] == [["cores", "1"]]
