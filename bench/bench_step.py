@@ -39,7 +39,7 @@ def numpy_step(name: str, size: int, dtype: Any, g: np.ndarray, **hyper: Any) ->
     return lambda: update(p, g, state, 10, **hyper)
 
 
-def torch_step(name: str, grads: list[np.ndarray], **options: Any) -> Callable[[], object] | None:
+def torch_step(name: str, grads: list[np.ndarray], groups: int = 1, **options: Any) -> Callable[[], object] | None:
     if torch is None:
         return None
     params = []
@@ -47,7 +47,8 @@ def torch_step(name: str, grads: list[np.ndarray], **options: Any) -> Callable[[
         param = torch.nn.Parameter(torch.ones(g.shape))
         param.grad = torch.from_numpy(g.copy())
         params.append(param)
-    return getattr(torch.optim, name)(params, **options).step
+    alone = [{"params": [param], "lr": 1e-3 / (k + 2)} for k, param in enumerate(params[: groups - 1])]
+    return getattr(torch.optim, name)([*alone, {"params": params[groups - 1 :]}], **options).step
 
 
 def compare(benchmark: Any, title: str, contestants: dict[str, Callable[[], object] | None], seconds: float) -> None:
@@ -98,7 +99,7 @@ def test_adam_on_1000_tensors_of_64(benchmark, groups):
         {
             "fastopt": optimizer.step,
             "limit": limit_of(optimizer).step,
-            "torch fused": torch_step("Adam", optimizer.grads, fused=True),
+            "torch fused": torch_step("Adam", optimizer.grads, groups, fused=True),
         },
         seconds=2.0,
     )

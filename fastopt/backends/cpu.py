@@ -220,7 +220,6 @@ class Loop:
         # The compiled entry itself: our arguments have one type for life, and numba's dispatch on types costs 0.3 us
         # of the 1 us that a call on 1,000 elements takes.
         self.serial = _entry(self._dispatcher)
-        self.from_disk = bool(self._dispatcher.stats.cache_hits)
         self._parallel: Callable[..., None] | None = None
 
     def parallel(self, *arguments: Any) -> None:
@@ -242,8 +241,6 @@ class Loop:
 
 def compile_loop(function: FunctionType, signature: tuple[Any, ...], **options: Any) -> Any:
     """Compile for exactly one signature; keep it on disk where FASTOPT_CACHE_DIR says so."""
-    if numba.config.DISABLE_JIT:
-        raise RuntimeError("NUMBA_DISABLE_JIT is set: fastopt has no interpreted kernels; unset it")
     dispatcher = njit(error_model="numpy", nogil=True, **options)(function)
     directory = cache_directory()
     if directory is not None:
@@ -264,7 +261,6 @@ class ElementwiseKernel:
 
     def __init__(self, loop: Loop):
         self._loop = loop
-        self.from_disk = loop.from_disk
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
         """As `fastopt.backends.Kernel`."""
@@ -276,7 +272,6 @@ class LayerwiseKernel:
 
     def __init__(self, propose: Loop, merge: Callable[..., None], apply: Loop):
         self._propose = propose
-        self.from_disk = propose.from_disk
         self._merge = merge
         self._apply = apply
 
@@ -325,17 +320,13 @@ class CPU:
     def _compile(self, rule: Rule, hyper: Any, dtype: np.dtype[Any], features: Features) -> Kernel:
         if len(rule.states) > MAX_STATES:
             raise TypeError(f"rule {rule.name!r} has {len(rule.states)} states; at most {MAX_STATES} are supported")
-        compiled_rule = scalar(bind(rule.scalar, {}, label=rule.name, scalar=scalar))
-        try:
-            kernel = self._bind_loops(rule, compiled_rule, hyper, dtype, features)
-        except numba.core.errors.NumbaError:
-            check_returns(
-                rule, returned_dtypes(compiled_rule, rule, hyper, dtype), dtype
-            )  # it may know a better reason
-            raise
-        if not kernel.from_disk:  # what is on disk was checked when it was compiled
-            check_returns(rule, returned_dtypes(compiled_rule, rule, hyper, dtype), dtype)
-        return kernel
+        if numba.config.DISABLE_JIT:
+            raise RuntimeError("NUMBA_DISABLE_JIT is set: fastopt has no interpreted kernels; unset it")
+        compiled_rule = scalar(bind(rule.scalar, {}, label=f"{rule.name}_{dtype}", scalar=scalar))
+        # Before any loop is compiled around it, and kept on disk. The rule itself is not kept: its signature holds the
+        # user's NamedTuple, which another process does not recognise if it cannot import it.
+        check_returns(rule, returned_dtypes(compiled_rule, rule, hyper, dtype), dtype)
+        return self._bind_loops(rule, compiled_rule, hyper, dtype, features)
 
     def _bind_loops(
         self, rule: Rule, compiled_rule: Any, hyper: Any, dtype: np.dtype[Any], features: Features

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import numba
 import typer
-from llvmlite import binding as llvm  # type: ignore[import-untyped]
+from llvmlite import binding as llvm
 from numba.np.ufunc import parallel as numba_parallel
 from rich.table import Table
 from rich.text import Text

@@ -1,0 +1,38 @@
+"""Runs a Python file in a process of its own: what threads, forks, imports and caches do is a property of a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import fastopt
+
+ROOT = Path(fastopt.__file__).parents[1]
+SETTINGS = ("NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "FASTOPT_CACHE_DIR")  # decided by the test, never inherited
+
+
+def run(*arguments: str | Path, timeout: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python *arguments`` with this environment on top of ours; past `timeout` it and all its children are killed."""
+    inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    path = os.pathsep.join([str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])])
+    command = [sys.executable, *map(str, arguments)]
+    process = subprocess.Popen(
+        command,
+        env={**inherited, "PYTHONPATH": path, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, so that children it left behind can be killed with it
+    )
+    try:
+        out, error = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        out, error = process.communicate()
+        error += f"\nkilled: it ran longer than {timeout:g} s"
+    return subprocess.CompletedProcess(command, process.returncode, out, error)

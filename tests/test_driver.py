@@ -1,0 +1,405 @@
+"""Threads and forks: the same bits whoever computes them, and no process that dies or hangs.
+
+The file is also the script that its tests run in processes of their own: ``python test_driver.py drivers`` and
+``python test_driver.py scenarios`` print one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from scripts import run
+
+import fastopt
+from fastopt import flat
+from fastopt.backends import cpu, get_backend
+from fastopt.flat import Layout
+
+BELOW = (100, 33)
+ABOVE = (20_001, 30_011)
+LARGE = (1, 7, 4097, 65_537, 100_003, 33, 50_001)  # 219,679 elements, none a multiple of a vector or a block
+
+
+def train(name: str, sizes: tuple[int, ...], dtype: Any = np.float32, steps: int = 3, seed: int = 0) -> str:
+    """A digest of every bit of the parameters and states after `steps` steps."""
+    rng = np.random.default_rng(seed)
+    opt = getattr(fastopt, name)(
+        {f"p{k}": rng.normal(size=size).astype(dtype) for k, size in enumerate(sizes)}, lr=0.01
+    )
+    noise = rng.normal(size=opt.flat.size).astype(dtype)
+    for _ in range(steps):
+        for grad, param in zip(opt.grads.values(), opt.params.values(), strict=True):
+            grad[...] = param + noise[: grad.size]
+        opt.step()
+    digest = hashlib.sha256(opt.flat.data)
+    for tree in opt.states.values():
+        for leaf in tree.values():
+            digest.update(leaf)
+    return digest.hexdigest()
+
+
+# --- the same bits from every driver and any number of threads --------------------------------------------------------
+
+DRIVERS = (("serial", 1), ("parallel", 2), ("parallel", 3), ("parallel", 4), ("pool", 2), ("pool", 3), ("pool", 4))
+TRAINED = [(name, dtype) for name in ("Adam", "LAMB") for dtype in ("float32", "float64")]
+
+
+def report_drivers() -> None:
+    """Train under every driver; say which of them really ran."""
+    driver = get_backend("cpu").driver
+    calls = dict.fromkeys(("serial", "parallel", "pool"), 0)
+
+    def counted(kind: str, function: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            calls[kind] += 1
+            function(*arguments)
+
+        return call
+
+    cpu.Loop.parallel = counted("parallel", cpu.Loop.parallel)
+    driver._run_in_pool = counted("pool", driver._run_in_pool)
+    for name, dtype in TRAINED:
+        for mode, threads in DRIVERS:
+            driver.mode = "parallel" if mode == "serial" else mode
+            numba.set_num_threads(threads)
+            before = dict(calls)
+            digest = train(name, LARGE, dtype)
+            ran = {kind: calls[kind] - before[kind] for kind in calls if calls[kind] != before[kind]}
+            print(json.dumps({"key": [name, dtype, mode, threads], "digest": digest, "ran": ran}), flush=True)
+
+
+@pytest.fixture(scope="module")
+def driven() -> dict[tuple[Any, ...], dict[str, Any]]:
+    finished = run(__file__, "drivers", NUMBA_NUM_THREADS="4")
+    assert finished.returncode == 0, finished.stderr
+    lines = [json.loads(line) for line in finished.stdout.splitlines()]
+    return {tuple(line["key"]): line for line in lines}
+
+
+@pytest.mark.parametrize(("name", "dtype"), TRAINED)
+def test_every_driver_and_thread_count_gives_the_same_bits(driven, name, dtype):
+    digests = {key[2:]: line["digest"] for key, line in driven.items() if key[:2] == (name, dtype)}
+    assert set(digests) == set(DRIVERS)
+    assert digests == dict.fromkeys(DRIVERS, digests["serial", 1])
+
+
+@pytest.mark.parametrize(("name", "launches"), [("Adam", 3), ("LAMB", 6)])  # a layerwise step is two loops
+def test_the_driver_asked_for_is_the_one_that_ran(driven, name, launches):
+    for key, line in driven.items():
+        if key[0] == name:
+            assert line["ran"] == ({} if key[2] == "serial" else {key[2]: launches}), key
+
+
+def test_optimizers_dtypes_and_seeds_are_told_apart_by_the_digest():
+    # The test of the tests above: a digest that ignored its input would pass them all.
+    digests = {train("Adam", BELOW, dtype, seed=seed) for dtype in ("float32", "float64") for seed in (0, 1)}
+    assert len(digests) == 4
+
+
+# --- the same bits for any chunks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Adam", "LAMB"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_any_chunk_length_gives_the_same_bits(monkeypatch, name, dtype):
+    monkeypatch.setattr(get_backend("cpu").driver, "mode", "pool")  # the parallel kernels would take seconds to compile
+    digests = {}
+    for longest in (10**9, 1, 16, 17, 100, 4096, 5000, 8192):
+        monkeypatch.setattr(flat, "MIN_CHUNK", longest)
+        monkeypatch.setattr(flat, "MAX_CHUNK", longest)
+        digests[longest] = train(name, (30_011, 1, 12_289, 4096, 7), dtype, steps=2)
+    assert digests == dict.fromkeys(digests, digests[10**9])
+
+
+def test_the_chunk_length_is_what_the_test_above_sets(monkeypatch):
+    layout = Layout.of([(100_000,)])
+    default = len(layout.chunks([0]))
+    for longest in (16, 4096, 10**9):
+        monkeypatch.setattr(flat, "MIN_CHUNK", longest)
+        monkeypatch.setattr(flat, "MAX_CHUNK", longest)
+        assert len(layout.chunks([0])) == -(-100_000 // longest) != default
+
+
+@pytest.mark.parametrize("name", ["adam", "lamb"])
+def test_packing_changes_no_bit(monkeypatch, name):
+    """A parameter gets from the packed step what it gets alone: sums start with it, wherever it lies in the buffer."""
+    monkeypatch.setattr(get_backend("cpu").driver, "mode", "pool")
+    rng = np.random.default_rng(6)
+    rule = getattr(fastopt.rules, name)
+    params = {f"p{k}": rng.normal(size=size) for k, size in enumerate((5, 30_011, 17, 9000))}
+    opt = fastopt.Optimizer(params, rule)
+    alone = {path: [p.copy(), *(np.zeros_like(p) for _ in rule.states)] for path, p in params.items()}
+    for t in (1, 2, 3):
+        grads = {path: rng.normal(size=p.shape) for path, p in params.items()}
+        opt.step(grads)
+        for path, (p, *states) in alone.items():
+            rule.update_(p, grads[path], *states, t=t)
+    for path, (p, *states) in alone.items():
+        assert opt.params[path].tobytes() == p.tobytes(), path
+        for state, expected in zip(rule.states, states, strict=True):
+            assert opt.states[state][path].tobytes() == expected.tobytes(), (path, state)
+
+
+# --- what the driver leaves alone -------------------------------------------------------------------------------------
+
+
+def test_a_small_buffer_never_reaches_the_driver(monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the driver was asked to run a loop that is not worth it")
+
+    monkeypatch.setattr(get_backend("cpu").driver, "run", refuse)
+    opt = fastopt.SGD({"w": np.ones(cpu.SERIAL_BELOW - 16), "b": np.ones(3)}, lr=0.5)
+    opt.step({"w": np.ones(cpu.SERIAL_BELOW - 16), "b": np.ones(3)})
+    assert (opt.params["w"] == 0.5).all()
+    larger = fastopt.SGD({"w": np.ones(cpu.SERIAL_BELOW)}, lr=0.5)
+    with pytest.raises(AssertionError, match="the driver was asked"):
+        larger.step({"w": np.ones(cpu.SERIAL_BELOW)})
+
+
+def test_numbas_thread_count_is_read_and_never_set():
+    before = numba.get_num_threads()
+    train("Adam", ABOVE)
+    assert numba.get_num_threads() == before
+
+
+def test_a_threading_layer_that_is_not_installed_costs_threads_and_nothing_else(tmp_path):
+    # numba then raises ValueError wherever it is asked for threads. (With tbb installed there is nothing to survive.)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import numpy as np, fastopt\n"
+        "opt = fastopt.SGD({'w': np.ones(50_000), 'b': np.ones(50_000)}, lr=0.5)\n"
+        "opt.step({'w': np.ones(50_000), 'b': np.ones(50_000)})\n"
+        "print((opt.flat.data == 0.5).all())\n"
+    )
+    finished = run(script, NUMBA_THREADING_LAYER="tbb", NUMBA_NUM_THREADS="4")
+    assert (finished.returncode, finished.stdout.strip()) == (0, "True"), finished.stderr
+
+
+# --- threads at once, and forks ---------------------------------------------------------------------------------------
+
+TRAININGS = [("Adam", ABOVE), ("Adam", BELOW), ("LAMB", ABOVE)]
+
+
+def train_all(steps: int = 3) -> list[str]:
+    return [train(name, sizes, steps=steps) for name, sizes in TRAININGS]
+
+
+def serially(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function` on this thread alone."""
+    count = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        return function(*arguments)
+    finally:
+        numba.set_num_threads(count)
+
+
+def in_threads(*jobs: Callable[[], Any]) -> list[Any]:
+    """Each job on a thread of its own, all released at once; what they returned, or raised."""
+    results: list[Any] = [None] * len(jobs)
+    gate = threading.Barrier(len(jobs))
+
+    def work(k: int) -> None:
+        gate.wait()
+        try:
+            results[k] = jobs[k]()
+        except BaseException as error:
+            results[k] = repr(error)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def in_child(job: Callable[[], Any]) -> Any:
+    """`job` in a forked child: what it returned as JSON, with the child's exit code where that is not 0."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.alarm(30)  # a child that hangs dies of it, and is seen by its exit code
+            os.write(writer, json.dumps(job()).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return json.loads(text) if code == 0 else f"exit code {code}"
+
+
+def mode() -> str | None:
+    return get_backend("cpu").driver.mode
+
+
+def send_trained(pipe: Any) -> None:
+    signal.alarm(30)
+    pipe.send(train("Adam", ABOVE))
+
+
+def by_multiprocessing(method: str) -> list[Any]:
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_trained, args=(sender,))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        result = "nothing"
+    process.join()
+    return [result, process.exitcode]
+
+
+# Each returns (found, expected). They run in this order in one process, which is still fresh in `compile_at_once`.
+
+forked_early: list[Any] = []
+"""What a child returned that was forked before this process compiled or ran anything."""
+
+
+def compile_at_once() -> tuple[Any, Any]:
+    return in_threads(train_all, train_all), [serially(train_all)] * 2
+
+
+def fork_before_the_first_step() -> tuple[Any, Any]:
+    return forked_early, [serially(train, "SGD", ABOVE)]
+
+
+def driver_chosen() -> tuple[Any, Any]:
+    return mode(), "parallel" if numba.threading_layer() in ("omp", "tbb") else "pool"
+
+
+def step_at_once() -> tuple[Any, Any]:
+    kinds = [("Adam", ABOVE), ("Adam", ABOVE), ("LAMB", ABOVE), ("Adam", BELOW)]
+    found = in_threads(*[lambda kind=kind: train(*kind, steps=200) for kind in kinds])
+    return found, [serially(train, *kind, np.float32, 200) for kind in kinds]
+
+
+def fork_after_a_step() -> tuple[Any, Any]:
+    return in_child(lambda: [train_all(), mode()]), [serially(train_all), "pool"]
+
+
+def fork_and_parent_both_go_on() -> tuple[Any, Any]:
+    return [in_child(train_all), train_all(), in_child(train_all), train_all()], [serially(train_all)] * 4
+
+
+def fork_in_a_fork() -> tuple[Any, Any]:
+    found = in_child(lambda: [train_all(), in_child(lambda: [train_all(), mode()]), train_all()])
+    expected = serially(train_all)
+    return found, [expected, [expected, "pool"], expected]
+
+
+def threads_in_a_fork() -> tuple[Any, Any]:
+    return in_child(lambda: in_threads(train_all, train_all)), [serially(train_all)] * 2
+
+
+def compile_in_a_fork() -> tuple[Any, Any]:
+    found = in_child(lambda: train("Momentum", ABOVE))
+    return found, serially(train, "Momentum", ABOVE)
+
+
+def fork_while_a_thread_steps() -> tuple[Any, Any]:
+    stop = threading.Event()
+    stepped: list[str] = []
+
+    def step() -> None:
+        while not stop.is_set():
+            stepped.append(train("Adam", ABOVE))
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    forked = []
+    for _ in range(8):
+        time.sleep(0.003)
+        forked.append(in_child(train_all))
+    stop.set()
+    thread.join()
+    expected = serially(train_all)
+    return [forked, sorted(set(stepped))], [[expected] * 8, [expected[0]]]
+
+
+def fork_while_a_thread_compiles() -> tuple[Any, Any]:
+    # The thread holds the backend's lock. The child must not inherit it; it runs what is already compiled.
+    thread = threading.Thread(target=train, args=("RMSprop", ABOVE))
+    thread.start()
+    forked = []
+    while len(forked) < 3 and thread.is_alive():
+        time.sleep(0.02)
+        forked.append(in_child(train_all))
+    thread.join()
+    return forked, [serially(train_all)] * max(1, len(forked))
+
+
+def multiprocessing_fork() -> tuple[Any, Any]:
+    return by_multiprocessing("fork"), [serially(train, "Adam", ABOVE), 0]
+
+
+def multiprocessing_spawn() -> tuple[Any, Any]:
+    return by_multiprocessing("spawn"), [serially(train, "Adam", ABOVE), 0]
+
+
+SCENARIOS = (
+    compile_at_once,
+    fork_before_the_first_step,
+    driver_chosen,
+    step_at_once,
+    fork_after_a_step,
+    fork_and_parent_both_go_on,
+    fork_in_a_fork,
+    threads_in_a_fork,
+    compile_in_a_fork,
+    fork_while_a_thread_steps,
+    fork_while_a_thread_compiles,
+    multiprocessing_fork,
+    multiprocessing_spawn,
+)
+
+
+def report_scenarios() -> None:
+    if hasattr(os, "fork"):
+        forked_early.append(in_child(lambda: train("SGD", ABOVE)))
+    for scenario in SCENARIOS:
+        if "fork" in scenario.__name__ and not hasattr(os, "fork"):
+            continue
+        found, expected = scenario()
+        print(json.dumps({"scenario": scenario.__name__, "found": str(found), "expected": str(expected)}), flush=True)
+
+
+@pytest.fixture(scope="module", params=["omp", "workqueue"])
+def process(request) -> Any:
+    return run(__file__, "scenarios", NUMBA_THREADING_LAYER=request.param, NUMBA_NUM_THREADS="4", timeout=120.0)
+
+
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+def test_nothing_dies_hangs_or_differs(process, scenario):
+    if "fork" in scenario and not hasattr(os, "fork"):
+        pytest.skip("this system has no os.fork")
+    results = {line["scenario"]: line for line in map(json.loads, process.stdout.splitlines())}
+    reached = scenario in results
+    assert reached, f"the process ended with {process.returncode} before or in this scenario: {process.stderr[-2000:]}"
+    assert results[scenario]["found"] == results[scenario]["expected"]
+
+
+def test_a_process_with_threads_and_forks_behind_it_exits_cleanly(process):
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
+if __name__ == "__main__":
+    {"drivers": report_drivers, "scenarios": report_scenarios}[sys.argv[1]]()

@@ -1,0 +1,145 @@
+"""What `import fastopt` loads and offers: nothing heavy, every public name documented, every example true."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import json
+import pkgutil
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+from scripts import run
+
+import fastopt
+from fastopt import rules
+
+HEAVY = ("numba.cuda", "cupy", "torch", "matplotlib", "typer", "rich", "sklearn", "pandas", "scipy", "safetensors")
+MODULES = (
+    "fastopt.rule",
+    "fastopt.flat",
+    "fastopt.optimizer",
+    "fastopt.schedules",
+    "fastopt.init",
+    "fastopt.batches",
+    "fastopt.reference",
+    *(f"fastopt.rules.{module.name}" for module in pkgutil.iter_modules(rules.__path__)),
+)
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """What a fresh process holds after `import fastopt`."""
+    report = (
+        "import json, sys, threading, fastopt; "
+        "print(json.dumps({'modules': sorted(sys.modules), 'threads': threading.active_count()}))"
+    )
+    finished = run("-c", report)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    return json.loads(finished.stdout)
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_import_loads_nothing_heavy(imported, name):
+    assert name not in imported["modules"]
+
+
+def test_import_loads_what_it_needs(imported):
+    """The test of the test above, which a process that imported nothing would pass."""
+    assert {"fastopt", "numpy", "optree", *MODULES} <= set(imported["modules"])
+
+
+def test_import_starts_no_backend_and_no_thread(imported):
+    assert "fastopt.backends.cpu" not in imported["modules"]
+    assert imported["threads"] == 1
+
+
+# --- the public names -------------------------------------------------------------------------------------------------
+
+
+def test_no_public_name_is_listed_twice():
+    assert len(set(fastopt.__all__)) == len(fastopt.__all__)
+
+
+@pytest.mark.parametrize("name", fastopt.__all__)
+def test_every_public_name_exists_and_is_documented(name):
+    value = getattr(fastopt, name)
+    documentation = inspect.getdoc(value)
+    assert documentation
+    assert documentation != inspect.getdoc(type(value))
+    if inspect.isclass(value):
+        # Not inherited, and not the signature that @dataclass writes for want of anything better.
+        assert value.__doc__ is not None
+        assert not value.__doc__.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("name", fastopt.__all__)
+def test_public_methods_are_documented(name):
+    value = getattr(fastopt, name)
+    if not inspect.isclass(value):
+        return
+    for method, member in vars(value).items():
+        if not method.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+            if isinstance(member, property) and member.fget is not None and member.fget.__name__ == "<lambda>":
+                continue  # told under Attributes
+            assert inspect.getdoc(getattr(value, method)), f"{name}.{method}"
+
+
+def test_star_import_brings_the_public_names_and_nothing_else():
+    namespace: dict[str, Any] = {}
+    exec("from fastopt import *", namespace)
+    assert set(namespace) - {"__builtins__"} == set(fastopt.__all__)
+
+
+def test_every_optimizer_is_public_under_its_name():
+    for name, optimizer in fastopt.Optimizer.classes.items():
+        if optimizer.__module__.startswith("fastopt."):
+            assert getattr(fastopt, name) is optimizer
+            assert name in fastopt.__all__
+            assert issubclass(optimizer, fastopt.Optimizer)
+
+
+def test_a_rule_and_its_file_may_share_a_name():
+    assert isinstance(rules.adam, fastopt.Rule)
+    assert isinstance(sys.modules["fastopt.rules.adam"], ModuleType)
+    assert importlib.import_module("fastopt.rules.adam").adam is rules.adam is rules.ALL["adam"]
+    for name, rule in rules.ALL.items():
+        assert getattr(rules, name) is rule
+        assert rule.name == name
+
+
+def test_the_version_is_one():
+    major, minor, patch = fastopt.__version__.split(".")
+    assert (major + minor + patch).isdigit()
+
+
+# --- the examples -----------------------------------------------------------------------------------------------------
+
+EXAMPLES = [
+    example
+    for name in MODULES
+    for example in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name), name)
+    if example.examples
+]
+"""Found in the modules, from sys.modules and not as attributes: fastopt.rules.adam is the rule."""
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_examples_are_true(example):
+    output: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    runner.run(example, out=output.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(output)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [*fastopt.Optimizer.classes.values(), fastopt.Optimizer, fastopt.pack, fastopt.rule, fastopt.minibatches],
+    ids=lambda value: value.__name__,
+)
+def test_what_users_call_shows_an_example(value):
+    assert ">>>" in (inspect.getdoc(value) or "")
