@@ -245,9 +245,10 @@ def scaled(x):
 """
 TRAIN = """
 import numpy as np, fastopt
+from fastopt.backends.cpu import SERIAL_BELOW
 from users_rule import descent
 
-for size in (5, 40_000):
+for size in (5, SERIAL_BELOW):  # serial and parallel
     opt = fastopt.Optimizer([np.ones(size), np.ones(size)], descent)
     for _ in range(2):
         opt.step([np.ones(size), np.ones(size)])

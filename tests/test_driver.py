@@ -27,9 +27,10 @@ from fastopt import flat
 from fastopt.backends import cpu, get_backend
 from fastopt.flat import Layout
 
-BELOW = (100, 33)
-ABOVE = (20_001, 30_011)
+BELOW = (100, 33)  # what is worth one thread, and more
+ABOVE = (cpu.SERIAL_BELOW // 2 + 4001, cpu.SERIAL_BELOW // 2 + 13_627)
 LARGE = (1, 7, 4097, 65_537, 100_003, 33, 50_001)  # 219,679 elements, none a multiple of a vector or a block
+assert sum(LARGE) > cpu.SERIAL_BELOW
 
 
 def train(name: str, sizes: tuple[int, ...], dtype: Any = np.float32, steps: int = 3, seed: int = 0) -> str:
@@ -111,10 +112,16 @@ def test_optimizers_dtypes_and_seeds_are_told_apart_by_the_digest():
 # --- the same bits for any chunks -------------------------------------------------------------------------------------
 
 
+def in_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have everything run in the thread pool, however small: the parallel kernels would take seconds to compile."""
+    monkeypatch.setattr(get_backend("cpu").driver, "mode", "pool")
+    monkeypatch.setattr(cpu, "SERIAL_BELOW", 0)
+
+
 @pytest.mark.parametrize("name", ["Adam", "LAMB"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_any_chunk_length_gives_the_same_bits(monkeypatch, name, dtype):
-    monkeypatch.setattr(get_backend("cpu").driver, "mode", "pool")  # the parallel kernels would take seconds to compile
+    in_pool(monkeypatch)
     digests = {}
     for longest in (10**9, 1, 16, 17, 100, 4096, 5000, 8192):
         monkeypatch.setattr(flat, "MIN_CHUNK", longest)
@@ -135,7 +142,7 @@ def test_the_chunk_length_is_what_the_test_above_sets(monkeypatch):
 @pytest.mark.parametrize("name", ["adam", "lamb"])
 def test_packing_changes_no_bit(monkeypatch, name):
     """A parameter gets from the packed step what it gets alone: sums start with it, wherever it lies in the buffer."""
-    monkeypatch.setattr(get_backend("cpu").driver, "mode", "pool")
+    in_pool(monkeypatch)
     rng = np.random.default_rng(6)
     rule = getattr(fastopt.rules, name)
     params = {f"p{k}": rng.normal(size=size) for k, size in enumerate((5, 30_011, 17, 9000))}
@@ -179,9 +186,10 @@ def test_a_threading_layer_that_is_not_installed_costs_threads_and_nothing_else(
     script = tmp_path / "script.py"
     script.write_text(
         "import numpy as np, fastopt\n"
-        "opt = fastopt.SGD({'w': np.ones(50_000), 'b': np.ones(50_000)}, lr=0.5)\n"
-        "opt.step({'w': np.ones(50_000), 'b': np.ones(50_000)})\n"
-        "print((opt.flat.data == 0.5).all())\n"
+        "from fastopt.backends.cpu import SERIAL_BELOW\n"
+        "opt = fastopt.SGD([np.ones(SERIAL_BELOW), np.ones(7)], lr=0.5)\n"
+        "opt.step([np.ones(SERIAL_BELOW), np.ones(7)])\n"
+        "print(all((p == 0.5).all() for p in opt.params))\n"
     )
     finished = run(script, NUMBA_THREADING_LAYER="tbb", NUMBA_NUM_THREADS="4")
     assert (finished.returncode, finished.stdout.strip()) == (0, "True"), finished.stderr

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -20,10 +20,13 @@ from fastopt.backends import ALIGNMENT, BLOCK, Array, Features, Kernel, StepHype
 from fastopt.backends.bind import bind, cache_directory, keep_on_disk
 
 if TYPE_CHECKING:
+    from fastopt.backends.cpu_batchnorm import BatchNormCPU
     from fastopt.rule import Rule
 
-SERIAL_BELOW = 16_384
-"""Elements. Below this one thread is faster than waking a second one (measured: a parallel launch costs 4-6 us)."""
+SERIAL_BELOW = 65_536
+"""Elements. Below this a second thread is not worth waking. On an idle machine it would be from about 20k elements on
+(a parallel launch costs 3-6 us), at a gain of at most 8 us. But where another process keeps a core busy, a launch waits
+for the worker's turn: 7-8 ms on two cores instead of 9-20 us on one thread. Small networks are spared that."""
 
 # --- the loops --------------------------------------------------------------------------------------------------------
 # Upper-case names are constants that `bind` supplies. Loops run over chunks and, inside, over views: indexing the whole
@@ -296,6 +299,7 @@ class CPU:
     def __init__(self) -> None:
         self.driver = Driver()
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
+        self._batchnorms: dict[tuple[Any, ...], BatchNormCPU] = {}
 
     def zeros(self, size: int, dtype: np.dtype[Any]) -> Array:
         """A 1-D buffer of zeros, aligned to `ALIGNMENT` bytes."""
@@ -316,6 +320,17 @@ class CPU:
                 if kernel is None:
                     kernel = self._kernels[key] = self._compile(rule, hyper, dtype, features)
         return kernel
+
+    def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> BatchNormCPU:
+        """The compiled BatchNorm of `dtype` by `formulas`, the scalar functions of fastopt.batchnorm."""
+        from fastopt.backends.cpu_batchnorm import BatchNormCPU  # loaded by those who use it
+
+        key = ("batchnorm", dtype, relu, residual)
+        with self.driver.lock:
+            if key not in self._batchnorms:
+                flags = {"RELU": relu, "RESIDUAL": residual}
+                self._batchnorms[key] = BatchNormCPU(formulas, dtype, flags, self.driver)
+        return self._batchnorms[key]
 
     def _compile(self, rule: Rule, hyper: Any, dtype: np.dtype[Any], features: Features) -> Kernel:
         if len(rule.states) > MAX_STATES:
