@@ -54,8 +54,7 @@ class Layout:
         Args:
             rows: for each parameter the row of its hyperparameters in the table, or -1 to leave it out.
             layerwise: chunks then end with their parameter, are whole numbers of `BLOCK`, and `block` numbers their
-            first
-                partial sum. Otherwise neighbours of one row are joined where no padding lies between them.
+                first partial sum. Otherwise neighbours of one row are joined where no padding lies between them.
             longest: the length of the longest chunk; chosen from the size where it is None.
 
         No chunk covers padding, so padding stays zero whatever the rule.
@@ -119,6 +118,13 @@ class FlatParams:
     shapes = property(lambda self: self.layout.shapes)
     offsets = property(lambda self: self.layout.offsets)
     size = property(lambda self: self.layout.size)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlatParams:
+        """A copy with buffers of its own, whose leaves are views of them."""
+        twin = FlatParams(self.views(self.data), self.paths, self.treespec, self.dtype, self.backend)
+        memo[id(self)] = twin
+        np.copyto(twin.grad, self.grad)
+        return twin
 
     def __repr__(self) -> str:
         count = sum(self.layout.sizes)
@@ -216,7 +222,17 @@ def pack(params: Any, *, backend: str = "auto", dtype: Any = None) -> FlatParams
     doubled = sorted({path for path, following in pairwise(sorted(paths)) if path == following})
     if doubled:
         raise ValueError(f"parameter {doubled[0]!r}: two parameters have this path; rename one of their keys")
-    wanted = None if dtype is None else np.dtype(dtype)
+    first_use: dict[int, str] = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        if first_use.setdefault(id(leaf), path) != path:
+            raise ValueError(
+                f"parameters {first_use[id(leaf)]!r} and {path!r} are one and the same array, and would no longer be "
+                f"after packing: keep it in the tree once, or pass a copy"
+            )
+    try:
+        wanted = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        wanted = np.dtype(object)
     if wanted is not None and wanted not in DTYPES:
         raise TypeError(f"dtype={dtype!r}: expected float32 or float64")
     if backend == "auto":

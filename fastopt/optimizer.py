@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -162,6 +163,18 @@ class Optimizer:
         self._values = {**self._values, **_checked(self.rule, {"lr": value}, step=self._step_count)}
         self._build_rows()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+        """An independent optimizer at the same point, on buffers of its own; rule and schedules are shared."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.flat = copy.deepcopy(self.flat, memo)
+        twin._states = tuple(twin.flat.new_buffer() for _ in self._states)
+        for mine, theirs in zip(self._states, twin._states, strict=True):
+            np.copyto(theirs, mine)
+        twin._missed = list(self._missed)
+        twin._build_rows()
+        return twin
+
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in self._values.items())
         return f"<{type(self).__name__}({values}) of {self.flat!r}, step {self._step_count}>"
@@ -172,12 +185,11 @@ class Optimizer:
         """Update every parameter and state in place, in one launch.
 
         Args:
-            grads: a tree of arrays in the structure, shapes and dtype of the parameters; it is copied into
-            ``opt.grads``.
+            grads: a tree of arrays in the structure, shapes and dtype of the parameters, copied into ``opt.grads``.
                 None (the default) uses what is in ``opt.grads``. A None in the tree leaves that parameter, its state
                 and its count of updates untouched (as torch does).
-            grad_scale: what the loss was multiplied by, a positive finite number: gradients are multiplied by its
-            inverse.
+            grad_scale: what the loss was multiplied by, a positive finite number; gradients are multiplied by its
+                inverse.
 
         Returns:
             `StepInfo`.
@@ -189,7 +201,7 @@ class Optimizer:
             raise RuntimeError(
                 "step() inside `with opt.lookahead()`: leave the block first, it restores the parameters"
             )
-        unscale = 1.0 if grad_scale == 1.0 else self._table.unscale(grad_scale)
+        unscale = 1.0 if type(grad_scale) is float and grad_scale == 1.0 else self._table.unscale(grad_scale)
         chunks, present = self._chunks, None
         if grads is not None:
             leaves = self.flat.check_grads(grads)

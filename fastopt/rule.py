@@ -302,10 +302,11 @@ def rule(
 
 
 def _positional(function: Callable[..., Any], what: str) -> list[str]:
+    name = getattr(function, "__name__", repr(function))
     parameters = list(inspect.signature(function).parameters.values())
     for parameter in parameters:
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            raise TypeError(f"{what} {function.__name__!r}: {parameter} is not a plain positional parameter")
+            raise TypeError(f"{what} {name!r}: {parameter} is not a plain positional parameter")
     return [parameter.name for parameter in parameters]
 
 

@@ -975,3 +975,51 @@ def test_decoupled_decay_of_a_layerwise_rule_works_or_is_refused():
     else:
         assert "decoupled" in message
         assert p.tolist() == [1.0] * 5
+
+
+# --- what a user's test run found last --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Adam", {"amsgrad": "no"}),
+        ("AdamW", {"amsgrad": 1}),
+        ("RMSprop", {"centered": "no"}),
+        ("SGD", {"momentum": 0.9, "nesterov": "no"}),
+    ],
+)
+def test_a_flag_is_true_or_false(name, options):
+    flag = list(options)[-1]
+    with pytest.raises(TypeError, match=rf"^{flag}=.*: expected True or False"):
+        getattr(fastopt, name)({"w": np.ones(3)}, **options)
+
+
+def test_one_array_under_two_paths():
+    shared = np.ones(3)
+    with pytest.raises(ValueError, match=r"^parameters 'a' and 'b' are one and the same array"):
+        fastopt.pack({"a": shared, "b": shared})
+
+
+def test_a_dtype_that_is_none():
+    with pytest.raises(TypeError, match=r"^dtype='nonsense': expected float32 or float64"):
+        fastopt.pack({"a": np.ones(3)}, dtype="nonsense")
+
+
+def test_true_is_no_grad_scale():
+    opt = fastopt.SGD({"w": np.ones(3)})
+    with pytest.raises(TypeError, match=r"^grad_scale=True"):
+        opt.step(grad_scale=True)
+    assert opt.step_count == 0
+
+
+def test_a_literal_in_apply_of_a_layerwise_rule():
+    def apply(p, m, ratio, h):
+        return p - 0.5 * m
+
+    @fastopt.rule(prepare, layerwise=fastopt.Layerwise(lambda norm_p, norm_u: 1.0, apply))
+    def literal(p, g, m, h):
+        return g, g
+
+    with pytest.raises(TypeError, match=r"'literal' on float32 returns p as float64"):
+        fastopt.Optimizer({"w": np.ones(3, np.float32)}, literal)

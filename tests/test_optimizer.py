@@ -281,7 +281,7 @@ def test_a_hundred_groups_are_one_launch(monkeypatch):
 
 
 def test_parameters_of_the_same_hyperparameters_share_a_group(monkeypatch):
-    opt = fastopt.SGD([np.ones(16)] * 4, lr=0.1, overrides={"1": {"lr": 0.2}, "2": {"lr": 0.1}})
+    opt = fastopt.SGD(list(np.ones((4, 16))), lr=0.1, overrides={"1": {"lr": 0.2}, "2": {"lr": 0.1}})
     launches = Launches(monkeypatch, opt)
     opt.step()
     assert len(set(launches.chunks[:, 2])) == 2
@@ -619,7 +619,8 @@ def test_lookahead_and_reformulated_walk_the_same_path():
 
 def test_lookahead_follows_groups_and_schedules():
     one = np.ones(2)
-    opt = lookahead({"a": one, "b": one}, lr=0.5, momentum=lambda step: 0.25 * step, overrides={"b": {"momentum": 0.5}})
+    momentum = {"momentum": lambda step: 0.25 * step, "overrides": {"b": {"momentum": 0.5}}}
+    opt = lookahead({"a": one, "b": one.copy()}, lr=0.5, **momentum)
     opt.step({"a": one, "b": one})
     assert opt.states["velocity"]["a"].tolist() == [0.5, 0.5]
     with opt.lookahead() as params:
@@ -767,3 +768,23 @@ def test_a_users_optimizer_class_with_defaults_in_its_signature(monkeypatch):
     assert opt.params[0].tolist() == [0.5] * 3
     assert repr(opt).startswith("<Own(lr=0.5, slope=1.0, weight_decay=0.0)")
     assert fastopt.Optimizer.classes["Own"] is Own
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(fastopt.Optimizer.classes))
+def test_a_deep_copy_goes_its_own_way_from_the_same_point(name):
+    rng = np.random.default_rng(11)
+    params, grads = tree(rng), tree(rng)
+    opt = getattr(fastopt, name)(params, lr=fastopt.schedules.exponential(0.1, 0.1), overrides={"w": {"lr": 0.5}})
+    opt.step({**grads, "w": None})
+    twin = copy.deepcopy(opt)
+    assert bits(twin) == bits(opt)
+    assert not np.shares_memory(twin.flat.data, opt.flat.data)
+    assert np.shares_memory(twin.params["w"], twin.flat.data)
+    before = bits(opt)
+    twin.step(grads)
+    assert bits(opt) == before != bits(twin)
+    opt.step(grads)
+    assert bits(opt) == bits(twin)

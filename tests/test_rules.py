@@ -33,9 +33,8 @@ def test_every_rule_has_a_case():
 def test_a_compiled_rule_returns_the_dtype_it_was_given(rule, dtype):
     values = rule.complete({})
     hyper = type(rule.prepare(1, *(values[name] for name in rule.hyperparameters)))
-    returned = cpu.returned_dtypes(
-        cpu.scalar(bind(rule.scalar, {}, label="r", scalar=cpu.scalar)), rule, hyper, np.dtype(dtype)
-    )
+    compiled = cpu.scalar(bind(rule.scalar, {}, label="r", scalar=cpu.scalar))
+    returned = cpu.returned_dtypes(compiled, 2 + len(rule.states), hyper, np.dtype(dtype))
     name = np.dtype(dtype).name
     assert returned == ([name] * (1 + len(rule.states)) if rule.states else name)
 

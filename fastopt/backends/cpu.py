@@ -340,7 +340,11 @@ class CPU:
         compiled_rule = scalar(bind(rule.scalar, {}, label=f"{rule.name}_{dtype}", scalar=scalar))
         # Before any loop is compiled around it, and kept on disk. The rule itself is not kept: its signature holds the
         # user's NamedTuple, which another process does not recognise if it cannot import it.
-        check_returns(rule, returned_dtypes(compiled_rule, rule, hyper, dtype), dtype)
+        names = ("p", *rule.states)
+        check_returns(rule, names, returned_dtypes(compiled_rule, len(names) + 1, hyper, dtype), dtype)
+        if rule.layerwise is not None:
+            compiled_apply = scalar(bind(rule.layerwise.apply, {}, label=f"{rule.name}_{dtype}_apply", scalar=scalar))
+            check_returns(rule, ("p",), returned_dtypes(compiled_apply, len(names) + 1, hyper, dtype), dtype)
         return self._bind_loops(rule, compiled_rule, hyper, dtype, features)
 
     def _bind_loops(
@@ -399,21 +403,20 @@ class CPU:
         )
 
 
-def returned_dtypes(compiled_rule: Any, rule: Rule, hyper: Any, dtype: np.dtype[Any]) -> list[str] | str:
-    """The numba types that a rule returns on `dtype`: a list for a tuple, else one name."""
+def returned_dtypes(compiled: Any, arguments: int, hyper: Any, dtype: np.dtype[Any]) -> list[str] | str:
+    """The numba types that a scalar function of `arguments` numbers and h returns: a list for a tuple, else a name."""
     number = numba.from_dtype(dtype)
-    arguments = (*[number] * (2 + len(rule.states)), types.NamedUniTuple(number, len(hyper._fields), hyper))
-    compiled_rule.compile(arguments)
-    returned = compiled_rule.overloads[arguments].signature.return_type
+    signature = (*[number] * arguments, types.NamedUniTuple(number, len(hyper._fields), hyper))
+    compiled.compile(signature)
+    returned = compiled.overloads[signature].signature.return_type
     return [str(kind) for kind in returned] if isinstance(returned, types.BaseTuple) else str(returned)
 
 
-def check_returns(rule: Rule, returned: list[str] | str, dtype: np.dtype[Any]) -> None:
-    """Hold what a rule returns against its signature.
+def check_returns(rule: Rule, names: tuple[str, ...], returned: list[str] | str, dtype: np.dtype[Any]) -> None:
+    """Hold what a rule returns against `names`, the values that its signature asks for.
 
     A literal (``1 - b1``) turns float32 into float64: three times slower, and no other sign of it.
     """
-    names = ("p", *rule.states)
     found = [returned] if isinstance(returned, str) else returned
     if isinstance(returned, str) != (len(names) == 1) or len(found) != len(names):
         what = "one value" if isinstance(returned, str) else f"a tuple of {len(found)}"

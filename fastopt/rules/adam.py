@@ -14,7 +14,7 @@ import math
 from typing import Any, NamedTuple
 
 from fastopt.optimizer import Optimizer
-from fastopt.rule import rule
+from fastopt.rule import Flag, rule
 
 
 class Hyper(NamedTuple):
@@ -99,7 +99,7 @@ class Adam(Optimizer, rules=(adam, amsgrad)):
         plain, with_max = self.rules
         super().__init__(
             params,
-            with_max if amsgrad else plain,
+            with_max if Flag().check("amsgrad", amsgrad) else plain,
             lr=lr,
             betas=betas,
             eps=eps,

@@ -14,7 +14,7 @@ import math
 from typing import Any, NamedTuple
 
 from fastopt.optimizer import Optimizer
-from fastopt.rule import rule
+from fastopt.rule import Flag, rule
 
 
 class Hyper(NamedTuple):
@@ -124,6 +124,7 @@ class RMSprop(Optimizer, rules=(rmsprop, rmsprop_centered, rmsprop_momentum, rms
         **options: Any,
     ):
         hyper = {"lr": lr, "alpha": alpha, "eps": eps, "eps_inside": eps_inside, "weight_decay": weight_decay}
+        centered = Flag().check("centered", centered)
         if momentum == 0.0:
             super().__init__(params, rmsprop_centered if centered else rmsprop, **hyper, **options)
         else:

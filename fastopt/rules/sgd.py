@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fastopt.optimizer import Optimizer
-from fastopt.rule import rule
+from fastopt.rule import Flag, rule
 from fastopt.rules.momentum import Hyper as MomentumHyper
 from fastopt.rules.momentum import momentum as momentum_rule
 from fastopt.rules.nesterov import nesterov as nesterov_rule
@@ -81,7 +81,7 @@ class SGD(Optimizer, rules=(sgd, sgd_momentum, sgd_nesterov)):
         weight_decay: Any = 0.0,
         **options: Any,
     ):
-        if nesterov and (momentum == 0.0 or dampening != 0.0):
+        if Flag().check("nesterov", nesterov) and (momentum == 0.0 or dampening != 0.0):
             raise ValueError(
                 f"nesterov=True needs momentum > 0 and dampening = 0; found momentum={momentum!r}, "
                 f"dampening={dampening!r}"
