@@ -1,4 +1,7 @@
-"""The limit kernel: the loop shape and buffers of a rule, one multiply-add a value. What the memory allows."""
+"""The limit kernel: the loop shape and buffers of a rule, one multiply-add a value. What the memory allows.
+
+That of a layerwise rule has its two passes and its norms.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +40,26 @@ def limit_3(p, g, a, b, c, h):
     return h.keep * p + g, h.keep * a + g, h.keep * b + g, h.keep * c + g
 
 
+def one(norm_p, norm_u):
+    return 1.0
+
+
+def move(p, a, b, ratio, h):
+    return ratio * p + a + b
+
+
+@fastopt.rule(prepare, layerwise=fastopt.Layerwise(one, move))
+def limit_layerwise(p, g, a, b, h):
+    return p + g, h.keep * a + g, h.keep * b + g
+
+
 LIMITS = (limit_0, limit_1, limit_2, limit_3)
 
 
 def limit_of(optimizer: fastopt.Optimizer) -> fastopt.Optimizer:
     """A twin of `optimizer` on parameters of the same layout that does nothing but move its bytes."""
-    twin = fastopt.Optimizer([np.zeros_like(leaf) for leaf in _leaves(optimizer)], LIMITS[len(optimizer.rule.states)])
+    rule = limit_layerwise if optimizer.rule.layerwise is not None else LIMITS[len(optimizer.rule.states)]
+    twin = fastopt.Optimizer([np.zeros_like(leaf) for leaf in _leaves(optimizer)], rule)
     twin.flat.grad[:] = optimizer.flat.grad
     return twin
 

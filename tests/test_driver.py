@@ -63,9 +63,9 @@ def report_drivers() -> None:
     calls = dict.fromkeys(("serial", "parallel", "pool"), 0)
 
     def counted(kind: str, function: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: Any) -> None:
+        def call(*arguments: Any, **keywords: Any) -> None:
             calls[kind] += 1
-            function(*arguments)
+            function(*arguments, **keywords)
 
         return call
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -20,7 +20,6 @@ from fastopt.backends import ALIGNMENT, BLOCK, Array, Features, Kernel, StepHype
 from fastopt.backends.bind import bind, cache_directory, keep_on_disk
 
 if TYPE_CHECKING:
-    from fastopt.backends.cpu_batchnorm import BatchNormCPU
     from fastopt.rule import Rule
 
 SERIAL_BELOW = 65_536
@@ -58,11 +57,12 @@ def element(step, p, g, *rest):
     return RULE(p, g, *rest)
 
 
-def elementwise(p, g, states, table, chunks, first, last):
+def elementwise(p, g, states, table, chunks, backwards, first, last):
     """Update chunks[first:last] by a rule whose every element stands alone."""
     # One branch per number of states, all but one pruned. Tried: slicing, loading and storing the tuple of states by
     # functions folded over its length, which has no such branches: the same machine code, but 8x the compile time.
-    for c in range(first, last):
+    for k in range(last - first):
+        c = last - 1 - k if backwards else first + k
         start = chunks[c, 0]
         stop = chunks[c, 1]
         row = table[chunks[c, 2]]
@@ -151,9 +151,10 @@ def merge(chunks, partials, ratios):
         ratios[param] = RATIO(np.sqrt(pp), np.sqrt(uu))
 
 
-def apply(p, ratios, states, table, chunks, first, last):
+def apply(p, ratios, states, table, chunks, backwards, first, last):
     """Second pass of a layerwise rule: move p by the proposed update, scaled by its parameter's ratio."""
-    for c in range(first, last):
+    for k in range(last - first):
+        c = last - 1 - k if backwards else first + k
         start = chunks[c, 0]
         stop = chunks[c, 1]
         h = HYPER(*to_fixed_tuple(table[chunks[c, 2]][N_STEP:], N_HYPER))
@@ -170,19 +171,24 @@ def apply(p, ratios, states, table, chunks, first, last):
                 pc[i] = APPLY(pc[i], a[i], b[i], ratio, h)
 
 
-# A loop over chunks, chunks in parallel, is the loop over one chunk: the bits are those of one thread.
+# Chunks stand alone, so the bits do not depend on how they are shared out. Every thread has one run of chunks, always
+# the same, and goes through it forwards and backwards by turns: what it touched last is still in the cache when the
+# next pass begins there. In one direction only, a buffer a little larger than the cache finds nothing there, ever.
+# Measured: Adam on 4M float32 (64 MB of buffers, 32 MB of cache) 1.97 -> 1.51 ms; no difference at 1M and at 30M.
 
 
-def over_chunks(a, b, states, table, chunks):
+def over_chunks(a, b, states, table, chunks, backwards, threads):
     """LOOP (elementwise or apply) on every chunk."""
-    for c in prange(chunks.shape[0]):
-        LOOP(a, b, states, table, chunks, c, c + 1)
+    n = chunks.shape[0]
+    for thread in prange(threads):
+        LOOP(a, b, states, table, chunks, backwards, n * thread // threads, n * (thread + 1) // threads)
 
 
-def over_chunks_with_partials(p, g, states, table, chunks, partials):
+def over_chunks_with_partials(p, g, states, table, chunks, partials, threads):
     """LOOP (propose) on every chunk."""
-    for c in prange(chunks.shape[0]):
-        LOOP(p, g, states, table, chunks, partials, c, c + 1)
+    n = chunks.shape[0]
+    for thread in prange(threads):
+        LOOP(p, g, states, table, chunks, partials, n * thread // threads, n * (thread + 1) // threads)
 
 
 # --- from a loop to a kernel ------------------------------------------------------------------------------------------
@@ -225,14 +231,14 @@ class Loop:
         self.serial = _entry(self._dispatcher)
         self._parallel: Callable[..., None] | None = None
 
-    def parallel(self, *arguments: Any) -> None:
+    def parallel(self, *arguments: Any, threads: int) -> None:
         """Run on every chunk with numba's threads."""
         if self._parallel is None:
             with self._driver.lock:
                 if self._parallel is None:
                     bound = bind(self._over, {"LOOP": self._dispatcher}, label=f"parallel_{self._label}", scalar=scalar)
-                    self._parallel = _entry(compile_loop(bound, self._signature, parallel=True))
-        self._parallel(*arguments)
+                    self._parallel = _entry(compile_loop(bound, (*self._signature, types.int64), parallel=True))
+        self._parallel(*arguments, threads)  # asking for their number inside would keep the kernel off the disk
 
     def run(self, *arguments: Any, elements: int, chunks: int) -> None:
         """Run on every chunk, with as many threads as are worth it."""
@@ -264,10 +270,12 @@ class ElementwiseKernel:
 
     def __init__(self, loop: Loop):
         self._loop = loop
+        self._backwards = 1
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
         """As `fastopt.backends.Kernel`."""
-        self._loop.run(p, g, states, table, chunks, elements=p.size, chunks=chunks.shape[0])
+        self._backwards = 1 - self._backwards  # two threads that race here lose a cache hit and nothing else
+        self._loop.run(p, g, states, table, chunks, self._backwards, elements=p.size, chunks=chunks.shape[0])
 
 
 class LayerwiseKernel:
@@ -288,7 +296,7 @@ class LayerwiseKernel:
         ratios = np.empty(int(last[3]) + 1)
         self._propose.run(p, g, states, table, chunks, partials, elements=p.size, chunks=n)
         self._merge(chunks, partials, ratios)
-        self._apply.run(p, ratios, states, table, chunks, elements=p.size, chunks=n)
+        self._apply.run(p, ratios, states, table, chunks, 1, elements=p.size, chunks=n)  # backwards: see over_chunks
 
 
 class CPU:
@@ -299,7 +307,6 @@ class CPU:
     def __init__(self) -> None:
         self.driver = Driver()
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
-        self._batchnorms: dict[tuple[Any, ...], BatchNormCPU] = {}
 
     def zeros(self, size: int, dtype: np.dtype[Any]) -> Array:
         """A 1-D buffer of zeros, aligned to `ALIGNMENT` bytes."""
@@ -320,17 +327,6 @@ class CPU:
                 if kernel is None:
                     kernel = self._kernels[key] = self._compile(rule, hyper, dtype, features)
         return kernel
-
-    def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> BatchNormCPU:
-        """The compiled BatchNorm of `dtype` by `formulas`, the scalar functions of fastopt.batchnorm."""
-        from fastopt.backends.cpu_batchnorm import BatchNormCPU  # loaded by those who use it
-
-        key = ("batchnorm", dtype, relu, residual)
-        with self.driver.lock:
-            if key not in self._batchnorms:
-                flags = {"RELU": relu, "RESIDUAL": residual}
-                self._batchnorms[key] = BatchNormCPU(formulas, dtype, flags, self.driver)
-        return self._batchnorms[key]
 
     def _compile(self, rule: Rule, hyper: Any, dtype: np.dtype[Any], features: Features) -> Kernel:
         if len(rule.states) > MAX_STATES:
@@ -372,7 +368,7 @@ class CPU:
         constants["ELEMENT"] = bound_element
 
         if rule.layerwise is None:
-            arguments = (vector, vector, states, table, integers)
+            arguments = (vector, vector, states, table, integers, types.int64)
             return ElementwiseKernel(
                 Loop(elementwise, constants, arguments, label=label, over=over_chunks, driver=self.driver)
             )
@@ -395,7 +391,7 @@ class CPU:
             Loop(
                 apply,
                 {**constants, "APPLY": rule.layerwise.apply},
-                (vector, ratios, states, table, integers),
+                (vector, ratios, states, table, integers, types.int64),
                 label=f"apply_{label}",
                 over=over_chunks,
                 driver=self.driver,
@@ -484,7 +480,7 @@ class Driver:
         if threads == 1:
             loop.serial(*arguments, 0, chunks)
         elif mode == "parallel":
-            loop.parallel(*arguments)
+            loop.parallel(*arguments, threads=threads)
         else:
             self._run_in_pool(loop, arguments, chunks, threads)
 
