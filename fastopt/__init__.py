@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fastopt import init, reference, rules, schedules
 from fastopt.batches import minibatches
+from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
 from fastopt.flat import FlatParams, pack
 from fastopt.optimizer import Optimizer, StepInfo
 from fastopt.rule import Choice, Flag, Interval, Layerwise, Rule, rule
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchNorm",
     "Choice",
     "FlatParams",
     "Flag",
@@ -32,6 +34,9 @@ __all__ = [
     "Optimizer",
     "Rule",
     "StepInfo",
+    "batchnorm_backward",
+    "batchnorm_forward",
+    "fold_batchnorm",
     "init",
     "minibatches",
     "pack",

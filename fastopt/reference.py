@@ -1,10 +1,10 @@
-"""Every optimizer in plain NumPy, one formula a function: the oracle of the tests and the NumPy side of the benchmarks.
+"""Every optimizer and BatchNorm in plain NumPy: the oracle of the tests and the NumPy side of the benchmarks.
 
 The module imports nothing of fastopt, so that a mistake in a compiled rule cannot also be here. Each function writes
 its formula as the paper (or, where there are several forms in use, as the framework named) prints it; no constant is
 folded and no term is rearranged. Speed was not a consideration.
 
-All functions are called alike, ``optimizer(p, g, state, t, **hyperparameters) -> None``:
+All optimizers are called alike, ``optimizer(p, g, state, t, **hyperparameters) -> None``:
 
 - ``p`` parameter, float32 or float64 of any shape, updated in place;
 - ``g`` gradient of the loss, the shape of ``p``, only read (another dtype is rounded to that of ``p`` first);
@@ -15,6 +15,8 @@ Everything is computed in the dtype of ``p``, except the norms of LAMB (float64)
 a NumPy float64 scalar would lift the arithmetic of float32 arrays to float64 before the result is stored. Their
 ranges are not checked here. What is checked (``t``, shapes, dtypes, the states present, ``form``) is checked before
 anything is written, and raises ValueError or TypeError naming the argument.
+
+:func:`batchnorm_forward` and :func:`batchnorm_backward`, at the end of the file, take and return arrays.
 
 In the formulas ``g`` is the gradient after L2 weight decay, ``g + weight_decay * p``, except in AdamW and LAMB, which
 do their own. In the units of hyperparameters [p] stands for the unit of the parameter and [g] for that of the
@@ -45,6 +47,8 @@ __all__ = [
     "adagrad",
     "adam",
     "adamw",
+    "batchnorm_backward",
+    "batchnorm_forward",
     "init_state",
     "lamb",
     "momentum",
@@ -563,3 +567,128 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
             if values.get("amsgrad", False):
                 initial["v_max"] = 0.0
     return {key: np.full_like(p, value) for key, value in initial.items()}
+
+
+def batchnorm_forward(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    axis: int = 1,
+    activation: str | None = None,
+    residual: Array | None = None,
+) -> tuple[Array, dict[str, Any]]:
+    """Batch normalisation over all axes but `axis`, and what :func:`batchnorm_backward` needs.
+
+    ::
+
+        mean = sum(x) / m               training; m values per channel
+        var  = sum((x - mean)^2) / m
+        running_mean = (1 - momentum) running_mean + momentum mean
+        running_var  = (1 - momentum) running_var + momentum var m / (m - 1)
+
+        mean, var = running_mean, running_var            otherwise
+
+        xhat = (x - mean) / sqrt(var + eps)
+        y    = gamma xhat + beta
+        y    = y + residual             where there is one
+        y    = max(y, 0)                activation = "relu"
+
+    x [x], residual [y], gamma [y], beta [y], running_mean [x], running_var and eps [x]^2, momentum no unit. The
+    running statistics are updated in place; gamma, beta and they have shape (C,), residual that of x.
+
+    Source: S. Ioffe, C. Szegedy, Batch normalization, ICML 2015, https://arxiv.org/abs/1502.03167, Algorithms 1 and 2.
+
+    >>> y, cache = batchnorm_forward(np.array([[1.0], [3.0]]), eps=1e-30)
+    >>> y.tolist(), batchnorm_backward(np.array([[1.0], [1.0]]), cache)["dbeta"].tolist()
+    ([[-1.0], [1.0]], [2.0])
+    """
+    axes = tuple(k for k in range(x.ndim) if k != axis % x.ndim)
+    along = tuple(x.shape[k] if k == axis % x.ndim else 1 for k in range(x.ndim))
+    m = x.size // x.shape[axis]
+    if training:
+        mean = x.mean(axes)
+        var = ((x - mean.reshape(along)) ** 2).mean(axes)
+        if running_mean is not None and running_var is not None:
+            running_mean[...] = (1 - momentum) * running_mean + momentum * mean
+            running_var[...] = (1 - momentum) * running_var + momentum * var * m / (m - 1)
+    else:
+        if running_mean is None or running_var is None:
+            raise ValueError("running_mean and running_var are needed where training is False")
+        mean, var = running_mean.copy(), running_var.copy()
+    inv_std = 1 / np.sqrt(var + eps)
+    xhat = (x - mean.reshape(along)) * inv_std.reshape(along)
+    y = xhat
+    if gamma is not None:
+        y = gamma.reshape(along) * y
+    if beta is not None:
+        y = y + beta.reshape(along)
+    if residual is not None:
+        y = y + residual
+    if activation == "relu":
+        y = np.maximum(y, 0)
+    elif activation is not None:
+        raise ValueError(f"activation is {activation!r}, expected None or 'relu'")
+    cache = {
+        "x": x,
+        "y": y,
+        "xhat": xhat,
+        "mean": mean,
+        "inv_std": inv_std,
+        "gamma": gamma,
+        "axes": axes,
+        "along": along,
+        "m": m,
+        "training": training,
+        "activation": activation,
+    }
+    return y, cache
+
+
+def batchnorm_backward(dy: Array, cache: dict[str, Any]) -> dict[str, Array]:
+    """The gradients of a loss L with respect to all that entered :func:`batchnorm_forward`; dy = dL/dy.
+
+    The chain rule, one line of the forward pass at a time, from the last to the first (dv stands for dL/dv)::
+
+        y = max(z, 0)                       dz = dy where y > 0, else 0
+        z = u + residual                    du = dz,  dresidual = dz
+        u = gamma xhat + beta               dbeta = sum(du),  dgamma = sum(du xhat),  dxhat = gamma du
+        xhat = (x - mean) inv_std           dinv_std = sum(dxhat (x - mean));
+                                            dx = inv_std dxhat,  dmean = -inv_std sum(dxhat)
+        inv_std = (var + eps)^(-1/2)        dvar = -1/2 inv_std^3 dinv_std
+        var = sum((x - mean)^2) / m         dx += dvar 2 (x - mean) / m,  dmean += -dvar 2 sum(x - mean) / m
+        mean = sum(x) / m                   dx += dmean / m
+
+    The last three lines are those of training; otherwise mean and var are constants. The sums run over the m values of
+    a channel. A ReLU has gradient 0 at 0.
+
+    Returns a dict of ``"dx"``, ``"dgamma"``, ``"dbeta"`` and ``"dresidual"``, all of them, whatever the forward pass
+    was given.
+
+    Source: S. Ioffe, C. Szegedy, ICML 2015, section 3, where the same derivatives are printed.
+
+    >>> y, cache = batchnorm_forward(np.array([[0.0], [1.0], [5.0]]), np.array([2.0]))
+    >>> bool(abs(batchnorm_backward(np.array([[1.0], [2.0], [4.0]]), cache)["dx"].sum()) < 1e-12)  # y ignores a shift
+    True
+    """
+    x, xhat, axes, along, m = (cache[name] for name in ("x", "xhat", "axes", "along", "m"))
+    mean, inv_std = cache["mean"].reshape(along), cache["inv_std"].reshape(along)
+    dz = np.where(cache["y"] > 0, dy, 0) if cache["activation"] == "relu" else dy
+    du, dresidual = dz, dz
+    dbeta = du.sum(axes)
+    dgamma = (du * xhat).sum(axes)
+    dxhat = du if cache["gamma"] is None else cache["gamma"].reshape(along) * du
+    dx = inv_std * dxhat
+    if cache["training"]:
+        dmean = -inv_std * dxhat.sum(axes, keepdims=True)
+        dinv_std = (dxhat * (x - mean)).sum(axes, keepdims=True)
+        dvar = -0.5 * inv_std**3 * dinv_std
+        dx = dx + dvar * 2 * (x - mean) / m
+        dmean = dmean - dvar * 2 * (x - mean).sum(axes, keepdims=True) / m
+        dx = dx + dmean / m
+    return {"dx": dx, "dgamma": dgamma, "dbeta": dbeta, "dresidual": dresidual}

@@ -29,7 +29,7 @@ from fastopt.cli.choices import (
     parse_optimizer,
     parse_optimizers,
 )
-from fastopt.cli.network import Layer, backward, evaluate, forward, new_layers, softmax_cross_entropy
+from fastopt.cli.network import Layer, backward, evaluate, forward, new_layers, new_norms, softmax_cross_entropy
 from fastopt.cli.plots import COLOURS, draw_losses
 from fastopt.cli.trainer import train_network
 
@@ -90,11 +90,11 @@ def small_problem(classes, hidden=(4, 3), rows=7):
 @pytest.mark.parametrize("hidden", [(), (4,), (4, 3)])
 def test_gradients_are_the_numerical_ones(classes, hidden):
     layers, x, labels = small_problem(classes, hidden)
-    gradients = [Layer(np.full_like(W, np.nan), np.full_like(b, np.nan)) for W, b in layers]
+    gradients = [Layer(np.full_like(W, np.nan), np.full_like(b, np.nan)) for W, b, _ in layers]
     backward(layers, x, labels, out=gradients)
     h = 1e-6
     for layer, gradient in zip(layers, gradients, strict=True):
-        for values, slopes in zip(layer, gradient, strict=True):
+        for values, slopes in zip(layer[:2], gradient[:2], strict=True):
             for index in np.ndindex(values.shape):
                 kept = values[index]
                 values[index] = kept + h
@@ -103,6 +103,33 @@ def test_gradients_are_the_numerical_ones(classes, hidden):
                 below, _ = evaluate(layers, x, labels)
                 values[index] = kept
                 assert slopes[index] == pytest.approx((above - below) / (2 * h), rel=1e-5, abs=1e-8)
+
+
+def test_gradients_through_batch_norm_are_the_numerical_ones():
+    layers, x, labels = small_problem(3)
+    layers, norms = new_norms(layers)
+    opt = fastopt.SGD(layers, lr=0.0)
+    for norm, params, grads in zip(norms, opt.params, opt.grads, strict=False):
+        norm.attach(params.bn, grads.bn)
+        params.bn["gamma"][...] = np.linspace(0.5, 1.5, norm.num_features)
+        params.bn["beta"][...] = np.linspace(-0.2, 0.3, norm.num_features)
+    assert opt.flat.paths[:4] == ("0.W", "0.b", "0.bn.beta", "0.bn.gamma")
+    backward(opt.params, x, labels, out=opt.grads, norms=norms)
+    slopes = opt.flat.grad.copy()
+
+    def loss():
+        return softmax_cross_entropy(forward(opt.params, x, norms, training=True)[-1], labels)[0]
+
+    h = 1e-6
+    for index in np.flatnonzero(slopes):
+        kept = opt.flat.data[index]
+        opt.flat.data[index] = kept + h
+        above = loss()
+        opt.flat.data[index] = kept - h
+        below = loss()
+        opt.flat.data[index] = kept
+        assert slopes[index] == pytest.approx((above - below) / (2 * h), rel=1e-4, abs=1e-8)
+    assert np.count_nonzero(slopes) > 0.8 * sum(opt.flat.layout.sizes) - 7  # all but the biases before a norm
 
 
 def test_backward_writes_into_the_flat_buffer_and_changes_nothing_else():
@@ -124,7 +151,7 @@ def test_backward_writes_into_the_flat_buffer_and_changes_nothing_else():
 
 def test_forward_is_relu_between_affine_maps():
     layers, x, _ = small_problem(3, hidden=(4,))
-    (W1, b1), (W2, b2) = layers
+    (W1, b1, _), (W2, b2, _) = layers
     hidden = np.where(x @ W1 + b1 > 0, x @ W1 + b1, 0)
     inputs, into_last, logits = forward(layers, x)
     assert inputs is x
@@ -611,3 +638,45 @@ def test_heavy_packages_are_imported_only_where_they_are_needed():
     process = command(code=code)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
+
+
+# --- batch normalisation ----------------------------------------------------------------------------------------------
+
+
+def test_batch_norm_learns_where_the_plain_network_struggles(tmp_path):
+    picture = tmp_path / "curves.png"
+    report = run_json(tmp_path, "-o", "sgd", "--lr", 1, "--batch-norm", "--epochs", 8, "--plot", picture)
+    without, with_norm = report["runs"]
+    assert [without["batch_norm"], with_norm["batch_norm"]] == [False, True]
+    assert without["losses"][0] == pytest.approx(with_norm["losses"][0], rel=1e-4)  # the same weights to begin with
+    goal = 0.3
+    assert min(without["losses"]) > goal
+    assert next(epoch for epoch, loss in enumerate(with_norm["losses"]) if loss < goal) <= 2
+    assert with_norm["test_accuracy"] > 0.95
+    assert imread(picture).std() > 0.05
+
+
+def test_batch_norm_is_in_the_table_and_in_the_buffer(tmp_path):
+    result = invoke("-o", "sgd,adam", "--batch-norm", "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    for label in ("sgd", "sgd + batch norm", "adam", "adam + batch norm"):
+        assert re.search(rf"^ *{re.escape(label)}  +", result.output, flags=re.MULTILINE)
+
+
+def test_batch_norm_gives_one_result_for_one_seed(tmp_path):
+    arguments = ("-o", "nesterov:lookahead", "--batch-norm", "--epochs", 2, "--seed", 3)
+    assert without_times(run_json(tmp_path, *arguments)) == without_times(run_json(tmp_path, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--hidden", "none"), "hidden none has no such layer"),
+        (("--batch-size", "1"), "--batch-size 1 makes a batch of one row"),
+        (("--batch-size", "479"), "--batch-size 479 makes a batch of one row of 1438"),
+    ],
+)
+def test_batch_norm_needs_layers_and_batches(arguments, message):
+    result = invoke("--batch-norm", *arguments)
+    assert result.exit_code == 2
+    assert message in plain(result.output)

@@ -816,3 +816,81 @@ def test_an_unknown_form_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=r"form is 'classic', expected one of '"):
         OPTIMIZERS[name](p, p.copy(), init_state(name, p), 1, form="classic")
     assert p.tolist() == [1.0, 1.0]
+
+
+# ------------------------------------------------------------------------------------------------------------ BatchNorm
+
+BATCHNORMS = [
+    pytest.param((4, 3), 1, id="N,C"),
+    pytest.param((3, 2, 5), 1, id="N,C,L"),
+    pytest.param((2, 3, 2, 2), 1, id="N,C,H,W"),
+    pytest.param((2, 2, 1, 2, 3), 1, id="N,C,D,H,W"),
+    pytest.param((2, 3, 2, 4), -1, id="channels last"),
+]
+
+
+def batchnorm_case(shape: tuple[int, ...], axis: int, seed: int = 0) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    channels = shape[axis]
+    return {
+        "x": rng.normal(2.0, 3.0, shape),
+        "gamma": rng.normal(size=channels),
+        "beta": rng.normal(size=channels),
+        "residual": rng.normal(size=shape),
+        "running_mean": rng.normal(size=channels),
+        "running_var": rng.uniform(0.5, 2.0, channels),
+        "dy": rng.normal(size=shape),
+    }
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize(("shape", "axis"), BATCHNORMS)
+def test_the_gradients_of_batchnorm_are_those_of_its_central_differences(
+    shape: tuple[int, ...], axis: int, activation: str | None, training: bool
+) -> None:
+    case = batchnorm_case(shape, axis)
+    dy = case.pop("dy")
+
+    def loss(**changed: Array) -> float:
+        arrays = {name: array.copy() for name, array in {**case, **changed}.items()}
+        y, _ = reference.batchnorm_forward(**arrays, axis=axis, activation=activation, training=training)
+        return float((y * dy).sum())
+
+    statistics = {name: case[name].copy() for name in ("running_mean", "running_var")}
+    _, cache = reference.batchnorm_forward(
+        **{**case, **statistics}, axis=axis, activation=activation, training=training
+    )
+    found = reference.batchnorm_backward(dy, cache)
+    for name in ("x", "gamma", "beta", "residual"):
+        expected = np.empty(case[name].shape)
+        for index in np.ndindex(case[name].shape):
+            step = np.zeros(case[name].shape)
+            step[index] = 1e-6
+            up, down = loss(**{name: case[name] + step}), loss(**{name: case[name] - step})
+            expected[index] = (up - down) / 2e-6
+        np.testing.assert_allclose(found["d" + name], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_batchnorm_normalises_and_records() -> None:
+    x = np.array([[1.0, 0.0], [3.0, 4.0], [5.0, 2.0]])
+    mean, var = np.zeros(2), np.ones(2)
+    y, _ = reference.batchnorm_forward(x, None, None, mean, var, momentum=0.5, eps=1e-30)
+    np.testing.assert_allclose(y.mean(0), 0.0, atol=1e-15)
+    np.testing.assert_allclose((y**2).mean(0), 1.0, rtol=1e-15)
+    np.testing.assert_allclose(mean, [1.5, 1.0])
+    np.testing.assert_allclose(var, [2.5, 2.5])  # (1 + 4) / 2: the unbiased variance
+    again, _ = reference.batchnorm_forward(x, None, None, mean, var, training=False, eps=1e-30)
+    np.testing.assert_allclose(again, (x - [1.5, 1.0]) / np.sqrt(2.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"training": False}, "running_mean and running_var are needed"),
+        ({"activation": "tanh"}, "activation is 'tanh', expected None or 'relu'"),
+    ],
+)
+def test_a_bad_call_of_batchnorm_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reference.batchnorm_forward(np.ones((2, 2)), **options)

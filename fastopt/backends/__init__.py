@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ class Backend(Protocol):
 
         Raises TypeError where the rule's arithmetic leaves `dtype`, or where its return does not match its states.
         """
+
+    def batchnorm(self, formulas: ModuleType, dtype: Any, *, relu: bool, residual: bool) -> Any:
+        """BatchNorm of `dtype` by the scalar functions of `formulas`: an object with ``forward`` and ``backward``."""
 
 
 @cache

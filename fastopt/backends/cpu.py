@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -20,6 +20,7 @@ from fastopt.backends import ALIGNMENT, BLOCK, Array, Features, Kernel, StepHype
 from fastopt.backends.bind import bind, cache_directory, keep_on_disk
 
 if TYPE_CHECKING:
+    from fastopt.backends.cpu_batchnorm import BatchNormCPU
     from fastopt.rule import Rule
 
 SERIAL_BELOW = 65_536
@@ -307,6 +308,8 @@ class CPU:
     def __init__(self) -> None:
         self.driver = Driver()
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
+        self._batchnorms: dict[tuple[Any, ...], BatchNormCPU] = {}
+        self._batchnorm_loops: dict[Any, Any] = {}  # what BatchNorms of different flags have in common
 
     def zeros(self, size: int, dtype: np.dtype[Any]) -> Array:
         """A 1-D buffer of zeros, aligned to `ALIGNMENT` bytes."""
@@ -327,6 +330,17 @@ class CPU:
                 if kernel is None:
                     kernel = self._kernels[key] = self._compile(rule, hyper, dtype, features)
         return kernel
+
+    def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> BatchNormCPU:
+        """The compiled BatchNorm of `dtype` by `formulas`, the scalar functions of fastopt.batchnorm."""
+        from fastopt.backends.cpu_batchnorm import BatchNormCPU  # loaded by those who use it
+
+        key = ("batchnorm", dtype, relu, residual)
+        with self.driver.lock:
+            if key not in self._batchnorms:
+                flags = {"RELU": relu, "RESIDUAL": residual}
+                self._batchnorms[key] = BatchNormCPU(formulas, dtype, flags, self.driver, self._batchnorm_loops)
+        return self._batchnorms[key]
 
     def _compile(self, rule: Rule, hyper: Any, dtype: np.dtype[Any], features: Features) -> Kernel:
         if len(rule.states) > MAX_STATES:

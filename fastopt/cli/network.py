@@ -1,7 +1,8 @@
 """A small multilayer network in plain NumPy: the example of embedding fastopt in a trainer of one's own.
 
 The network belongs to the trainer, its numbers to the optimizer, which hands them out as views of one flat buffer.
-`backward` reads ``opt.params`` and writes into ``opt.grads``; nothing is copied, and a step is one launch:
+`backward` reads ``opt.params`` and writes into ``opt.grads``; nothing is copied, and a step is one launch. With batch
+normalisation, gamma and beta live in that buffer as well (`new_norms`):
 
     opt = fastopt.Adam(new_layers([64, 32, 10], fastopt.init.he_normal_, rng))
     for x, labels in fastopt.minibatches(X, y, batch_size=32, rng=rng):
@@ -18,16 +19,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastopt import init
+from fastopt import BatchNorm, init
 
 Array = NDArray[Any]
 
 
 class Layer(NamedTuple):
-    """``x W + b``: W is (inputs, outputs), b is (outputs,). The gradient of a layer has the same form."""
+    """``x W + b``: W is (inputs, outputs), b is (outputs,). The gradient of a layer has the same form.
+
+    `bn` holds gamma and beta of the batch normalisation after the layer, where there is one.
+    """
 
     W: Array
     b: Array
+    bn: dict[str, Array] | None = None
 
 
 def new_layers(
@@ -41,13 +46,29 @@ def new_layers(
     return layers
 
 
-def forward(layers: Sequence[Layer], x: Array) -> list[Array]:
+def new_norms(layers: Sequence[Layer]) -> tuple[list[Layer], list[BatchNorm]]:
+    """Batch normalisation with ReLU after every layer but the last: the layers with its parameters, and the norms.
+
+    The optimizer packs the layers; `attach` each norm to its views then:
+
+        layers, norms = new_norms(layers)
+        opt = fastopt.Adam(layers)
+        for norm, params, grads in zip(norms, opt.params, opt.grads):
+            norm.attach(params.bn, grads.bn)
+    """
+    norms = [BatchNorm(layer.W.shape[1], activation="relu", dtype=layer.W.dtype) for layer in layers[:-1]]
+    normed = [layer._replace(bn=norm.params) for layer, norm in zip(layers, norms, strict=False)]
+    return [*normed, layers[-1]], norms
+
+
+def forward(layers: Sequence[Layer], x: Array, norms: Sequence[BatchNorm] = (), training: bool = False) -> list[Array]:
     """What enters each layer, and the logits that leave the last: ``a = relu(a W + b)``, the last without relu."""
     activations = [x]
-    for layer in layers:
-        if len(activations) > 1:
-            np.maximum(activations[-1], 0, out=activations[-1])
-        activations.append(activations[-1] @ layer.W + layer.b)
+    for k, layer in enumerate(layers):
+        z = activations[-1] @ layer.W + layer.b
+        if k < len(layers) - 1:
+            z = norms[k].forward(z, training=training) if norms else np.maximum(z, 0, out=z)
+        activations.append(z)
     return activations
 
 
@@ -64,20 +85,23 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
     return loss, gradient
 
 
-def backward(layers: Sequence[Layer], x: Array, labels: Array, out: Sequence[Layer]) -> float:
-    """The mean loss of a batch; its gradient by every W and b is written into `out`, in place."""
-    *inputs, logits = forward(layers, x)
+def backward(
+    layers: Sequence[Layer], x: Array, labels: Array, out: Sequence[Layer], norms: Sequence[BatchNorm] = ()
+) -> float:
+    """The mean loss of a batch; its gradient by every parameter is written into `out`, in place."""
+    *inputs, logits = forward(layers, x, norms, training=True)
     loss, delta = softmax_cross_entropy(logits, labels)
     for k in reversed(range(len(layers))):
         np.matmul(inputs[k].T, delta, out=out[k].W)
         np.sum(delta, axis=0, out=out[k].b)
         if k > 0:
-            delta = (delta @ layers[k].W.T) * (inputs[k] > 0)
+            delta = delta @ layers[k].W.T
+            delta = norms[k - 1].backward(delta, out=delta) if norms else delta * (inputs[k] > 0)
     return loss
 
 
-def evaluate(layers: Sequence[Layer], x: Array, labels: Array) -> tuple[float, float]:
+def evaluate(layers: Sequence[Layer], x: Array, labels: Array, norms: Sequence[BatchNorm] = ()) -> tuple[float, float]:
     """The mean loss, and the fraction of rows whose largest logit is that of their label."""
-    logits = forward(layers, x)[-1]
+    logits = forward(layers, x, norms)[-1]
     loss, _ = softmax_cross_entropy(logits, labels)
     return loss, float(np.mean(logits.argmax(axis=1) == labels))

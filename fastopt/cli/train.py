@@ -30,7 +30,7 @@ from fastopt.cli.choices import (
     parse_hidden,
     parse_optimizers,
 )
-from fastopt.cli.network import new_layers
+from fastopt.cli.network import new_layers, new_norms
 from fastopt.cli.output import blame, check_writable, console, write_json
 from fastopt.cli.trainer import Outcome, train_network
 
@@ -42,6 +42,7 @@ EXAMPLES = "\n\n".join(
         "fastopt train --optimizer momentum:ema,nesterov:lookahead,adam:amsgrad:lr=0.003",
         "fastopt train --data breast-cancer --optimizer sgd,adam --batch-size full --plot curves.png",
         "fastopt train --optimizer all --plot curves.png --json results.json",
+        "fastopt train --optimizer sgd --lr 0.005 --batch-norm --plot curves.png",
     ]
 )
 
@@ -53,6 +54,7 @@ class Run(NamedTuple):
     label: str
     lr: float
     optimizer: fastopt.Optimizer
+    norms: list[fastopt.BatchNorm]
     compile_seconds: float
 
 
@@ -107,6 +109,13 @@ def train(
         str,
         typer.Option(metavar="WIDTHS", help="Widths of the hidden layers (ReLU), or none: plain softmax regression."),
     ] = "128,32",
+    batch_norm: Annotated[
+        bool,
+        typer.Option(
+            "--batch-norm",
+            help="Train every optimizer twice: without, and with batch normalisation after each hidden layer.",
+        ),
+    ] = False,
     epochs: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Passes over the training rows, from 1.")] = 30,
     batch_size: Annotated[
         str,
@@ -176,10 +185,14 @@ def train(
         "init": init,
         "seed": seed,
     }
+    with blame("--batch-norm"):
+        if batch_norm:
+            _check_batch_norm(widths, n, batch_rows)
     with blame("--optimizer"):  # all are made before any is trained: a value that is out of range ends the command here
         runs = [
-            _make_run(choice, choice.lr(batch_rows), settings, np.random.default_rng(weights_seed))
+            _make_run(choice, choice.lr(batch_rows), settings, np.random.default_rng(weights_seed), normed)
             for choice in choices
+            for normed in ((False, True) if batch_norm else (False,))
         ]
     outcomes = []
     with _progress() as bar:
@@ -192,6 +205,7 @@ def train(
                     epochs=epochs,
                     batch_size=rows_per_batch,
                     rng=np.random.default_rng(batches_seed),
+                    norms=run.norms,
                     looks_ahead=run.choice.looks_ahead,
                     after_epoch=partial(_advance, bar, task),
                 )
@@ -209,15 +223,31 @@ def train(
             write_json(json, _report(settings, runs, outcomes))
 
 
-def _make_run(choice: Choice, lr: float, settings: dict[str, Any], rng: np.random.Generator) -> Run:
+def _check_batch_norm(widths: Sequence[int], rows: int, batch_rows: int) -> None:
+    """Refuse what leaves batch normalisation nothing to do, or a batch of one row, which has no variance."""
+    if not widths:
+        raise ValueError("it comes after hidden layers, and --hidden none has no such layer")
+    if 1 in (batch_rows, rows % batch_rows):
+        raise ValueError(
+            f"--batch-size {batch_rows} makes a batch of one row of {rows}, which has no variance; use another size"
+        )
+
+
+def _make_run(choice: Choice, lr: float, settings: dict[str, Any], rng: np.random.Generator, normed: bool) -> Run:
     layers = new_layers(settings["layers"], INITS[settings["init"]], rng)
+    norms: list[fastopt.BatchNorm] = []
+    if normed:
+        layers, norms = new_norms(layers)
     _, schedule = SCHEDULES[settings["schedule"]]
     started = perf_counter()
     opt = choice.kind(layers, lr=schedule(lr, settings["steps"]), **choice.options)
     if choice.looks_ahead and isinstance(opt, fastopt.Nesterov):
         with opt.lookahead():  # this has a kernel of its own: compile it here, not in the training loop
             pass
-    return Run(choice, choice.label, lr, opt, perf_counter() - started)
+    for norm, params, grads in zip(norms, opt.params, opt.grads, strict=False):
+        norm.attach(params.bn, grads.bn)
+    label = f"{choice.label} + batch norm" if normed else choice.label
+    return Run(choice, label, lr, opt, norms, perf_counter() - started)
 
 
 def _progress() -> Progress:
@@ -281,7 +311,8 @@ def _report(settings: dict[str, Any], runs: Sequence[Run], outcomes: Sequence[Ou
         "settings": settings,
         "runs": [
             {
-                "optimizer": run.label,
+                "optimizer": run.choice.label,
+                "batch_norm": bool(run.norms),
                 "class": run.choice.kind.__name__,
                 "options": run.choice.options,
                 "lr": run.lr,

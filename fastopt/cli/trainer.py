@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from fastopt import Nesterov, Optimizer, minibatches
+from fastopt import BatchNorm, Nesterov, Optimizer, minibatches
 from fastopt.cli.data import Dataset
 from fastopt.cli.network import backward, evaluate
 
@@ -44,6 +44,7 @@ def train_network(
     epochs: int,
     batch_size: int | Literal["full"],
     rng: np.random.Generator,
+    norms: Sequence[BatchNorm] = (),
     looks_ahead: bool = False,
     after_epoch: Callable[[float], Any] = lambda loss: None,
 ) -> Outcome:
@@ -59,18 +60,18 @@ def train_network(
     started = perf_counter()
     # A diverging run overflows before it is found out; that is reported once, as its outcome.
     with threadpool_limits(limits=1, user_api="blas"), np.errstate(all="ignore"):
-        outcome.losses.append(evaluate(opt.params, data.x_train, data.y_train)[0])
+        outcome.losses.append(evaluate(opt.params, data.x_train, data.y_train, norms)[0])
         for epoch in range(1, epochs + 1):
             for x, labels in batches:
                 with gradient_point() as layers:
-                    backward(layers, x, labels, out=opt.grads)
+                    backward(layers, x, labels, out=opt.grads, norms=norms)
                 before = perf_counter()
                 opt.step()
                 stepping += perf_counter() - before
                 outcome.steps += 1
                 if outcome.steps == 1:
                     first_step = stepping
-            loss, accuracy = evaluate(opt.params, data.x_train, data.y_train)
+            loss, accuracy = evaluate(opt.params, data.x_train, data.y_train, norms)
             outcome.losses.append(loss)
             after_epoch(loss)
             if not math.isfinite(loss):
@@ -78,7 +79,7 @@ def train_network(
                 break
         else:
             outcome.train_accuracy = accuracy
-            outcome.test_accuracy = evaluate(opt.params, data.x_test, data.y_test)[1]
+            outcome.test_accuracy = evaluate(opt.params, data.x_test, data.y_test, norms)[1]
     outcome.seconds = perf_counter() - started
     if outcome.steps > 1:
         outcome.step_microseconds = 1e6 * (stepping - first_step) / (outcome.steps - 1)

@@ -1,0 +1,294 @@
+"""`BatchNorm`: the functional pair with its parameters, gradients and running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from fastopt.backends import get_backend
+from fastopt.batchnorm.functional import (
+    DTYPES,
+    Saved,
+    _check_like,
+    batchnorm_backward,
+    batchnorm_forward,
+    check_axis,
+    check_momentum,
+    check_options,
+)
+
+STATE_FORMAT = 1
+
+
+class BatchNorm:
+    """Batch normalisation, optionally with a fused residual addition and ReLU.
+
+    Formula: ``y = gamma (x - mean) / sqrt(var + eps) + beta``; see `batchnorm_forward`
+
+    Its parameters can live in an optimizer's buffer: put ``bn.params`` in the tree, then `attach` the optimizer's
+    leaves. The forward pass reads gamma and beta there, and the backward pass writes their gradients there.
+
+    Args:
+        num_features: number of channels C, >= 1.
+        momentum: weight of the new batch in the running statistics, in [0, 1]; None for the average over all batches
+            seen.
+        eps: added to the variance, > 0.
+        affine: whether there are gamma and beta.
+        track_running_stats: whether there are running statistics. Without them inference uses those of the batch.
+        axis: 1 for (N, C) and (N, C, ...), -1 for (N, ..., C).
+        activation: None or ``"relu"``.
+        dtype: float32 or float64, of x, parameters and running statistics.
+        backend: ``"auto"`` or ``"cpu"``.
+
+    Attributes:
+        params, grads: dicts of ``"gamma"`` and ``"beta"``, arrays of shape (C,), at first 1 and 0, and of their
+            gradients; empty where affine is False.
+        running_mean, running_var: of shape (C,), at first 0 and 1; None where track_running_stats is False.
+        num_batches_tracked: how many batches they have seen.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is out of range.
+
+    Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167
+
+    >>> import numpy as np, fastopt
+    >>> from fastopt.batchnorm import BatchNorm
+    >>> bn = BatchNorm(3, activation="relu", dtype=np.float64)
+    >>> opt = fastopt.SGD({"W": np.ones((5, 3)), "bn": bn.params}, lr=1.0)
+    >>> bn.attach(opt.params["bn"], opt.grads["bn"])
+    >>> y = bn.forward(np.arange(12.0).reshape(4, 3))
+    >>> dx = bn.backward(np.ones((4, 3)))
+    >>> opt.grads["bn"]["beta"]
+    array([2., 2., 2.])
+    >>> _ = opt.step()
+    >>> bn.params["beta"]
+    array([-2., -2., -2.])
+    """
+
+    params: dict[str, np.ndarray]
+    grads: dict[str, np.ndarray]
+    running_mean: np.ndarray | None
+    running_var: np.ndarray | None
+    num_batches_tracked: int
+    num_features: int
+    momentum: float | None
+    eps: float
+    affine: bool
+    track_running_stats: bool
+    axis: int
+    activation: str | None
+    dtype: np.dtype[Any]
+    backend: str
+
+    def __init__(
+        self,
+        num_features: int,
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        axis: int = 1,
+        activation: str | None = None,
+        dtype: Any = np.float32,
+        backend: str = "auto",
+    ):
+        if isinstance(num_features, bool) or not isinstance(num_features, Integral):
+            raise TypeError(f"num_features={num_features!r}: expected an int, found {type(num_features).__name__}")
+        if num_features < 1:
+            raise ValueError(f"num_features={num_features}: expected at least 1 channel")
+        if momentum is not None:
+            check_momentum(momentum)
+        check_options(eps=eps, activation=activation)
+        check_axis(axis)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in DTYPES:
+            raise TypeError(f"dtype={dtype!r}: expected float32 or float64")
+        self.backend = "cpu" if backend == "auto" else backend
+        if self.backend != "cpu":
+            get_backend(self.backend)  # says what is wrong with it
+            raise ValueError(f"backend={backend!r}: BatchNorm runs on 'cpu'")
+        self.num_features = int(num_features)
+        self.momentum = momentum
+        self.eps = float(eps)
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.axis = axis
+        self.activation = activation
+        shape, kind = (self.num_features,), self.dtype
+        self.params, self.grads = {}, {}
+        if self.affine:
+            self.params = {"gamma": np.ones(shape, kind), "beta": np.zeros(shape, kind)}
+            self.grads = {"gamma": np.zeros(shape, kind), "beta": np.zeros(shape, kind)}
+        self.running_mean = np.zeros(shape, kind) if self.track_running_stats else None
+        self.running_var = np.ones(shape, kind) if self.track_running_stats else None
+        self.num_batches_tracked = 0
+        self._saved: Saved | None = None
+
+    def __repr__(self) -> str:
+        options = ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name in ("momentum", "eps", "affine", "track_running_stats", "axis", "activation")
+        )
+        return f"<BatchNorm({self.num_features}, {options}) of {self.dtype}, {self.num_batches_tracked} batches seen>"
+
+    def attach(self, params: Mapping[str, np.ndarray], grads: Mapping[str, np.ndarray]) -> None:
+        """Use these arrays for gamma, beta and their gradients from now on: an optimizer's views of its buffers.
+
+        Args:
+            params: ``opt.params[...]`` of an optimizer whose tree held ``bn.params``. Their values count from now on.
+            grads: ``opt.grads[...]`` of the same.
+
+        Raises:
+            TypeError, ValueError: naming the array: other keys, shapes or dtypes than the layer's, read-only arrays;
+                the layer is then unchanged.
+        """
+        for name, tree in (("params", params), ("grads", grads)):
+            if not isinstance(tree, Mapping) or set(tree) != set(self.params):
+                found = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
+                raise ValueError(f"{name}: expected a dict with the keys {sorted(self.params)}, found {found}")
+            for key, array in tree.items():
+                _check_like(f"{name}[{key!r}]", array, (self.num_features,), self.dtype, written=True)
+        for key in self.params:
+            if np.may_share_memory(params[key], grads[key]):
+                raise ValueError(f"params[{key!r}] and grads[{key!r}] overlap in memory; pass opt.params and opt.grads")
+        self.params = dict(params)
+        self.grads = dict(grads)
+
+    def forward(
+        self,
+        x: np.ndarray,
+        training: bool = True,
+        residual: np.ndarray | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Normalise x: with the batch's statistics in training, which are recorded, else with the running ones.
+
+        Args:
+            x: of the layer's dtype, C-contiguous, its channels on the layer's axis. Kept, not copied, for `backward`.
+            training: which statistics to use.
+            residual: added before the activation; shape of x.
+            out: array to write y to; see `batchnorm_forward`.
+
+        Returns:
+            y, in the shape of x.
+
+        Raises:
+            TypeError, ValueError: as `batchnorm_forward`, before anything is changed.
+
+        >>> import numpy as np
+        >>> from fastopt.batchnorm import BatchNorm
+        >>> bn = BatchNorm(2, momentum=0.5, dtype=np.float64)
+        >>> y = bn.forward(np.array([[0.0, 1.0], [2.0, 5.0]]))
+        >>> bn.running_mean, bn.running_var
+        (array([0.5, 1.5]), array([1.5, 4.5]))
+        """
+        if isinstance(x, np.ndarray) and x.dtype != self.dtype:
+            raise TypeError(f"x: expected dtype {self.dtype.str!r} as that of the layer, found {x.dtype.str!r}")
+        if isinstance(x, np.ndarray) and x.ndim >= 2 and x.shape[self.axis] != self.num_features:
+            raise ValueError(
+                f"x: expected {self.num_features} channels (num_features) on axis {self.axis}, found shape {x.shape}"
+            )
+        weight = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+        use_batch = bool(training) or not self.track_running_stats
+        y, self._saved = batchnorm_forward(
+            x,
+            self.params.get("gamma"),
+            self.params.get("beta"),
+            self.running_mean,
+            self.running_var,
+            training=use_batch,
+            momentum=weight,
+            eps=self.eps,
+            axis=self.axis,
+            activation=self.activation,
+            residual=residual,
+            out=out,
+        )
+        if use_batch and self.track_running_stats:
+            self.num_batches_tracked += 1
+        return y
+
+    def backward(self, dy: np.ndarray, out: np.ndarray | None = None) -> Any:
+        """The gradient with respect to x of the last forward pass; those of gamma and beta are written to ``grads``.
+
+        Args:
+            dy: gradient with respect to y; shape and dtype of x.
+            out: array to write dx to; it may be dy or x.
+
+        Returns:
+            dx; where the forward pass had a residual, (dx, dresidual).
+
+        Raises:
+            RuntimeError: there was no forward pass since the last backward pass.
+            TypeError, ValueError: as `batchnorm_backward`, before anything is changed.
+
+        >>> import numpy as np
+        >>> from fastopt.batchnorm import BatchNorm
+        >>> bn = BatchNorm(1, dtype=np.float64)
+        >>> y = bn.forward(np.array([[1.0], [2.0], [4.0]]))
+        >>> dx = bn.backward(np.array([[1.0], [0.0], [0.0]]))
+        >>> bn.grads["beta"]
+        array([1.])
+        """
+        if self._saved is None:
+            raise RuntimeError("backward: there was no forward pass since the last backward pass; call forward first")
+        residual = self._saved._residual
+        grads = batchnorm_backward(
+            dy, self._saved, out=out, dgamma=self.grads.get("gamma"), dbeta=self.grads.get("beta")
+        )
+        self._saved = None
+        return (grads.dx, grads.dresidual) if residual else grads.dx
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running statistics, as plain data and copies of arrays; gamma and beta are the optimizer's to keep.
+
+        Keys: ``format``, ``running_mean``, ``running_var`` (None where they are not tracked), ``num_batches_tracked``.
+
+        >>> from fastopt.batchnorm import BatchNorm
+        >>> BatchNorm(2).state_dict()["running_var"]
+        array([1., 1.], dtype=float32)
+        """
+        mean, var = self.running_mean, self.running_var
+        return {
+            "format": STATE_FORMAT,
+            "running_mean": None if mean is None else mean.copy(),
+            "running_var": None if var is None else var.copy(),
+            "num_batches_tracked": self.num_batches_tracked,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the running statistics that `state_dict` gave, into the arrays that are there.
+
+        Raises:
+            TypeError, ValueError: that says what differs (keys, a newer format, shapes, dtype, statistics that are
+                tracked on one side only, numbers that are none); the layer is then unchanged.
+        """
+        keys = {"format", "running_mean", "running_var", "num_batches_tracked"}
+        if not isinstance(state, Mapping) or set(state) != keys:
+            raise TypeError("state: expected what state_dict() returned")
+        if state["format"] != STATE_FORMAT:
+            raise ValueError(f"state: format {state['format']!r}; this version of fastopt reads format {STATE_FORMAT}")
+        count = state["num_batches_tracked"]
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+            raise ValueError(f"state: num_batches_tracked is {count!r}, expected an int >= 0")
+        for name in ("running_mean", "running_var"):
+            own, new = getattr(self, name), state[name]
+            if (own is None) != (new is None):
+                sides = ("the layer", "the state") if own is not None else ("the state", "the layer")
+                raise ValueError(f"state: {sides[0]} has {name} and {sides[1]} has not (track_running_stats)")
+            if own is None:
+                continue
+            _check_like(f"state: {name}", new, own.shape, self.dtype)
+            if not np.isfinite(new).all():
+                raise ValueError(f"state: {name} holds a number that is not finite")
+        if self.running_var is not None and (state["running_var"] < 0.0).any():
+            raise ValueError("state: running_var holds a negative number")
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean[...] = state["running_mean"]
+            self.running_var[...] = state["running_var"]
+        self.num_batches_tracked = int(count)

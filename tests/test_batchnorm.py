@@ -1,0 +1,577 @@
+"""BatchNorm: parity with the reference and torch, gradients, numerics, threads, and life in an optimizer's buffer.
+
+The file is also the script that one of its tests runs in a process of its own: ``python test_batchnorm.py drivers``
+prints one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import doctest
+import hashlib
+import json
+import sys
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripts import run
+
+import fastopt
+from fastopt import reference
+from fastopt.backends import cpu_batchnorm, get_backend
+from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm, functional, layer
+
+# Every way to cut an array: rows of whole samples and pieces of them, several channels side by side, one channel per
+# tile over the samples and inside them; primes, one channel, one position, and the sizes beside a SIMD register.
+LAYOUTS = {
+    "two values": ((2, 1), 1),
+    "N,C": ((8, 3), 1),
+    "N,C prime": ((31, 17), 1),
+    "N,C wide": ((37, 1601), 1),
+    "N,C long": ((2003, 3), 1),
+    "1x1": ((2, 5, 1, 1), 1),
+    "N,C,L": ((7, 3, 15), 1),
+    "L of 16": ((9, 2, 16), 1),
+    "L of 17": ((9, 2, 17), 1),
+    "7x7": ((40, 50, 7, 7), 1),
+    "14x14": ((9, 13, 14, 14), 1),
+    "3-D": ((3, 4, 3, 5, 7), 1),
+    "maps": ((9, 4, 25, 29), 1),
+    "large maps": ((19, 2, 41, 43), 1),
+    "huge maps": ((2, 3, 71, 73), 1),
+    "one sample": ((1, 2, 50, 101), 1),
+    "channels last": ((6, 7, 8, 5), -1),
+    "channels last, one": ((129, 1), -1),
+    "channels last, long": ((5, 40, 33, 6), -1),
+}
+FLAGS = [(None, False), ("relu", False), (None, True), ("relu", True)]
+every_layout = pytest.mark.parametrize(("shape", "axis"), [pytest.param(*v, id=k) for k, v in LAYOUTS.items()])
+every_flag = pytest.mark.parametrize(("activation", "residual"), FLAGS)
+
+
+def case(shape: tuple[int, ...], axis: int, dtype: Any = np.float64, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    channels = shape[axis]
+    arrays = {
+        "x": rng.normal(2.0, 3.0, shape),
+        "gamma": rng.normal(size=channels),
+        "beta": rng.normal(size=channels),
+        "running_mean": rng.normal(size=channels),
+        "running_var": rng.uniform(0.5, 2.0, channels),
+        "residual": rng.normal(size=shape),
+        "dy": rng.normal(size=shape),
+    }
+    return {name: array.astype(dtype) for name, array in arrays.items()}
+
+
+def both(
+    arrays: dict[str, np.ndarray], *, axis: int, activation: str | None, residual: bool, training: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All that a forward and a backward pass leave: ours, and the reference's on the same numbers in float64."""
+    results = []
+    for forward in (batchnorm_forward, reference.batchnorm_forward):
+        kind = arrays["x"].dtype if forward is batchnorm_forward else np.float64
+        a = {name: array.astype(kind) for name, array in arrays.items()}
+        dy, extra = a.pop("dy"), a.pop("residual")
+        y, saved = forward(
+            **a, axis=axis, activation=activation, residual=extra if residual else None, training=training
+        )
+        found = {"y": y, "running_mean": a["running_mean"], "running_var": a["running_var"]}
+        if forward is batchnorm_forward:
+            grads = batchnorm_backward(dy, saved)._asdict()
+        else:
+            grads = reference.batchnorm_backward(dy, saved)
+            grads["dresidual"] = grads["dresidual"] if residual else None
+        results.append({**found, **grads})
+    return results[0], results[1]
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any], rtol: float) -> None:
+    """Each array within rtol of its own largest number: a sum or difference of such numbers can be as wrong as that."""
+    for name, array in expected.items():
+        if array is None:
+            assert found[name] is None
+            continue
+        scale = max(1.0, float(np.abs(array).max())) if name in ("y", "dx") else float(np.abs(array).max())
+        np.testing.assert_allclose(found[name], array, rtol=rtol, atol=rtol * scale, err_msg=name)
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+
+@every_flag
+@every_layout
+def test_float64_is_the_reference_to_1e_10(shape, axis, activation, residual):
+    ours, theirs = both(case(shape, axis), axis=axis, activation=activation, residual=residual)
+    assert_close(ours, theirs, rtol=1e-10)
+
+
+@every_layout
+def test_float32_is_the_reference_to_its_rounding(shape, axis):
+    ours, theirs = both(case(shape, axis, np.float32), axis=axis, activation=None, residual=False)
+    assert all(array.dtype == np.float32 for array in ours.values() if array is not None)
+    assert_close(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("activation", "residual"), [(None, False), ("relu", True)])
+@pytest.mark.parametrize("name", ["N,C", "7x7", "huge maps", "channels last"])
+def test_inference_and_its_gradients_are_the_references(name, activation, residual):
+    shape, axis = LAYOUTS[name]
+    arrays = case(shape, axis)
+    ours, theirs = both(arrays, axis=axis, activation=activation, residual=residual, training=False)
+    assert_close(ours, theirs, rtol=1e-10)
+    np.testing.assert_array_equal(ours["running_mean"], arrays["running_mean"])
+    np.testing.assert_array_equal(ours["running_var"], arrays["running_var"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple),
+    axis=st.sampled_from([1, -1]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_is_the_references(shape, axis, seed):
+    if int(np.prod(shape)) // shape[axis] < 2:
+        shape = (2, *shape[1:]) if axis == 1 or len(shape) > 2 else (2, shape[1])
+    ours, theirs = both(case(shape, axis, seed=seed), axis=axis, activation="relu", residual=False)
+    assert_close(ours, theirs, rtol=1e-9)
+
+
+@every_flag
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), [((5, 3), 1), ((2, 2, 3), 1), ((2, 2, 1, 2), 1), ((3, 2, 2), -1)])
+def test_gradients_are_central_differences(shape, axis, training, activation, residual):
+    arrays = case(shape, axis, seed=3)
+    dy = arrays.pop("dy")
+    if not residual:
+        del arrays["residual"]
+
+    def forward(changed):
+        a = {name: array.copy() for name, array in {**arrays, **changed}.items()}
+        return batchnorm_forward(**a, axis=axis, activation=activation, training=training)
+
+    _, saved = forward({})
+    grads = batchnorm_backward(dy, saved)._asdict()
+    for name in ("x", "gamma", "beta", *(["residual"] if residual else [])):
+        expected = np.empty(arrays[name].shape)
+        for index in np.ndindex(expected.shape):
+            losses = []
+            for step in (1e-6, -1e-6):
+                moved = arrays[name].copy()
+                moved[index] += step
+                losses.append(float((forward({name: moved})[0] * dy).sum()))
+            expected[index] = (losses[0] - losses[1]) / 2e-6
+        np.testing.assert_allclose(grads["d" + name], expected, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+TORCH = [
+    pytest.param(shape, axis, activation, residual, dtype, id=f"{name}-{activation}-{residual}-{dtype.__name__}")
+    for name, dtype, (activation, residual) in (
+        ("N,C", np.float32, (None, False)),
+        ("7x7", np.float32, (None, False)),
+        ("14x14", np.float32, ("relu", True)),
+        ("maps", np.float32, (None, False)),
+        ("channels last", np.float32, (None, False)),
+        ("huge maps", np.float64, ("relu", False)),
+        ("N,C,L", np.float64, (None, True)),
+    )
+    for shape, axis in [LAYOUTS[name]]
+]
+
+
+@pytest.mark.parametrize(("shape", "axis", "activation", "residual", "dtype"), TORCH)
+def test_ten_batches_are_torchs(shape, axis, activation, residual, dtype):
+    torch = pytest.importorskip("torch", reason="torch is not installed: it is the oracle of this test")
+    rng = np.random.default_rng(5)
+    channels = shape[axis]
+    rtol = 2e-5 if dtype == np.float32 else 1e-10
+    ours = BatchNorm(channels, momentum=0.3, axis=axis, activation=activation, dtype=dtype)
+    theirs = torch.nn.BatchNorm1d(channels, momentum=0.3, dtype=getattr(torch, np.dtype(dtype).name))
+    for name, param in (("gamma", theirs.weight), ("beta", theirs.bias)):
+        ours.params[name][:] = rng.normal(size=channels)
+        param.data.copy_(torch.from_numpy(ours.params[name]))
+
+    def theirs_of(x: Any, extra: Any) -> Any:
+        flat = x.movedim(axis, 1).reshape(x.shape[0], channels, -1) if axis == 1 else x.reshape(-1, channels)
+        y = theirs(flat).reshape(x.movedim(axis, 1).shape if axis == 1 else x.shape)
+        y = y if extra is None else y + extra
+        return torch.relu(y) if activation else y
+
+    for batch in range(10):
+        x, dy, more = (rng.normal(1.0, 2.0, shape).astype(dtype) for _ in range(3))
+        tx, tr = (torch.from_numpy(array.copy()).requires_grad_() for array in (x, more))
+        y = theirs_of(tx, tr if residual else None)
+        theirs.zero_grad()
+        y.backward(torch.from_numpy(dy))
+        ours_y = ours.forward(x, residual=more if residual else None)
+        # A y of a rounding error on either side of 0 lets dy through on one side only: leave it out of the comparison.
+        assert np.count_nonzero((ours_y > 0) != (y.detach().numpy() > 0)) == 0
+        dx = ours.backward(dy)
+        dx, dresidual = dx if residual else (dx, None)
+        found = {"y": ours_y, "dx": dx, "dgamma": ours.grads["gamma"], "dbeta": ours.grads["beta"]}
+        expected = {
+            "y": y.detach().numpy(),
+            "dx": tx.grad.numpy(),
+            "dgamma": theirs.weight.grad.numpy(),
+            "dbeta": theirs.bias.grad.numpy(),
+        }
+        assert_close(found, expected, rtol)
+        if residual:
+            np.testing.assert_array_equal(dresidual, tr.grad.numpy())
+        np.testing.assert_allclose(ours.running_mean, theirs.running_mean.numpy(), rtol, rtol, err_msg=str(batch))
+        np.testing.assert_allclose(ours.running_var, theirs.running_var.numpy(), rtol, err_msg=str(batch))
+    theirs.eval()
+    with torch.no_grad():
+        expected = theirs_of(torch.from_numpy(x), torch.from_numpy(more) if residual else None).numpy()
+    found = ours.forward(x, training=False, residual=more if residual else None)
+    assert_close({"y": found}, {"y": expected}, rtol)
+
+
+# --- numerics ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(32, 2, 56, 56), (100_352, 2), (2048, 2, 7, 7), (2, 2, 224, 224)])
+def test_the_variance_of_float32_data_far_from_zero(shape):
+    x = np.random.default_rng(0).normal(1e4, 1.0, shape).astype(np.float32)
+    axes = tuple(k for k in range(x.ndim) if k != 1)
+    mean, var = np.zeros(2, np.float32), np.ones(2, np.float32)
+    y, saved = batchnorm_forward(x, None, None, mean, var, momentum=1.0)
+    m = x.size // 2
+    assert m == 100_352
+    exact = x.astype(np.float64).var(axes)
+    np.testing.assert_allclose(var, exact * m / (m - 1), rtol=1e-6)
+    np.testing.assert_allclose(saved.mean, x.astype(np.float64).mean(axes), rtol=1e-11)
+    expected, _ = reference.batchnorm_forward(x.astype(np.float64))
+    np.testing.assert_allclose(y, expected, atol=1e-5)  # the rounding of the mean to float32 alone would be 5e-4
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (40, 30, 7, 7), (16, 2, 40, 40), (2, 1, 90, 90)])
+@pytest.mark.parametrize("outlier", [1e3, 1e6, -1e12])
+def test_an_outlier_where_the_sums_start_costs_no_digits(shape, outlier):
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    x[0] = outlier  # the first sample, whose values are what deviations are taken from
+    axes = tuple(k for k in range(x.ndim) if k != 1)
+    _, saved = batchnorm_forward(x)
+    np.testing.assert_allclose(saved.inv_std, 1 / np.sqrt(x.astype(np.float64).var(axes) + 1e-5), rtol=5e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (40, 30, 7, 7), (16, 2, 40, 40), (2, 1, 90, 90)])
+def test_data_of_size_1e30_stays_finite(shape):
+    unit = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+    dy = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    results = []
+    for scale in (1.0, 1e30):
+        x = unit * np.float32(scale)
+        mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
+        y, saved = batchnorm_forward(x, None, None, mean, var, eps=1e-12)
+        grads = batchnorm_backward(dy, saved)
+        assert np.isfinite(mean).all()
+        assert np.isfinite(var).all()
+        results.append((y, grads.dx * np.float32(scale)))
+    for small, large in zip(*results, strict=True):
+        np.testing.assert_allclose(large, small, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1234.567, 3e7, 1e30])
+def test_a_constant_channel_gives_exactly_beta(value, dtype):
+    for shape, axis in LAYOUTS.values():
+        arrays = case(shape, axis, dtype)
+        x = np.full(shape, value, dtype)
+        y, saved = batchnorm_forward(x, arrays["gamma"], arrays["beta"], axis=axis)
+        along = [1] * x.ndim
+        along[axis] = -1
+        np.testing.assert_array_equal(y, np.broadcast_to(arrays["beta"].reshape(along), shape))
+        np.testing.assert_array_equal(saved.mean, x.reshape(-1)[0])
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_not_a_number_stays_in_its_channel_and_is_seen(activation):
+    x = np.random.default_rng(0).normal(size=(20, 3, 30)).astype(np.float32)
+    x[3, 1, 7] = np.nan
+    mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
+    y, _ = batchnorm_forward(x, None, None, mean, var, activation=activation)
+    for array in (y.transpose(1, 0, 2), mean, var):
+        assert np.isnan(array[1]).all()
+        assert np.isfinite(array[[0, 2]]).all()
+
+
+# --- tiles and threads ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(samples=st.integers(1, 300), channels=st.integers(1, 60), spatial=st.integers(1, 3000))
+def test_tiles_hold_every_element_once_under_its_channel(samples, channels, spatial):
+    if samples * channels * spatial > 2_000_000:
+        samples = max(1, 2_000_000 // (channels * spatial))
+    plans = [cpu_batchnorm.plan.__wrapped__(samples, channels, spatial, room) for room in (1, 20_000, 10**9)]
+    of = np.broadcast_to(np.arange(channels)[None, :, None], (samples, channels, spatial)).reshape(-1)
+    plan = plans[0]
+    seen = np.zeros(of.size, np.int8)
+    in_block = len(plan.tiles) // len(plan.counts)
+    for number, line in enumerate(plan.tiles):
+        t = cpu_batchnorm.Tile(*line.tolist())
+        assert 0 < t.runs * t.rows <= cpu_batchnorm.ROWS[1]
+        assert 0 <= t.rest <= max(t.width, t.rows)
+        columns = t.channel + np.arange(t.width) // t.spatial % t.channels
+        for lap in range(t.runs):
+            for row in range(t.rows + 1):
+                size = t.width if row < t.rows else t.rest
+                first = t.start + lap * t.jump + row * t.stride
+                seen[first : first + size] += 1
+                assert (of[first : first + size] == columns[:size]).all()
+        assert t.runs * (t.rows * t.width + t.rest) // t.channels == plan.counts[number // in_block]
+    assert (seen == 1).all()
+    assert plan.counts.sum() == samples * spatial
+    for other in plans:
+        np.testing.assert_array_equal(other.tiles, plan.tiles)
+        first_tiles = other.tiles[:in_block]
+        assert other.panels[:, 1].sum() == channels
+        for channel, count, begin, end, *_ in other.panels.tolist():
+            assert first_tiles[begin, 7] == channel
+            assert first_tiles[begin:end, 8].sum() == count
+        written = other.panels[-1, 5]
+        for areas in (other.areas[:written], other.areas[written:]):
+            seen[:] = 0
+            for line in areas:
+                a = cpu_batchnorm.Area(*line.tolist())
+                columns = a.channel + np.arange(a.width) // a.spatial % a.channels
+                for row in range(a.rows + 1):
+                    size = a.width if row < a.rows else a.rest
+                    first = a.start + row * a.stride
+                    seen[first : first + size] += 1
+                    assert (of[first : first + size] == columns[:size]).all()
+            assert (seen == 1).all()
+        assert sorted(other.spreaded[:, 1].tolist()) == list(range(written, len(other.areas)))
+
+
+DRIVERS = (("serial", 1), ("parallel", 2), ("parallel", 4), ("pool", 2), ("pool", 3))
+SHARED = [((40, 50, 7, 7), 1), ((16, 3, 56, 56), 1), ((2, 3, 128, 128), 1), ((300, 1000), 1), ((9000, 11), -1)]
+
+
+def digest(shape: tuple[int, ...], axis: int) -> str:
+    arrays = case(shape, axis, np.float32)
+    dy, residual = arrays.pop("dy"), arrays.pop("residual")
+    y, saved = batchnorm_forward(**arrays, residual=residual, activation="relu", axis=axis)
+    grads = batchnorm_backward(dy, saved)
+    found = hashlib.sha256(y)
+    for array in (*grads, arrays["running_mean"], arrays["running_var"]):
+        found.update(array)
+    return found.hexdigest()
+
+
+def report_drivers() -> None:
+    """The bits of every driver, with one launch over panels and with three over tiles."""
+    driver = get_backend("cpu").driver
+    chosen = cpu_batchnorm._Passes._in_one
+    for shape, axis in SHARED:
+        for mode, threads in DRIVERS:
+            for one in (None, True, False):
+                driver.mode = "parallel" if mode == "serial" else mode
+                numba.set_num_threads(threads)
+                cpu_batchnorm._Passes._in_one = chosen if one is None else (lambda *_, one=one: one)
+                print(json.dumps({"key": [shape, axis], "how": [mode, threads, one], "digest": digest(shape, axis)}))
+
+
+def test_every_driver_and_launch_gives_the_same_bits():
+    finished = run(__file__, "drivers", timeout=240, NUMBA_NUM_THREADS="4")
+    assert finished.returncode == 0, finished.stderr
+    found: dict[str, dict[str, list[Any]]] = {}
+    for line in map(json.loads, finished.stdout.splitlines()):
+        found.setdefault(str(line["key"]), {}).setdefault(line["digest"], []).append(line["how"])
+    assert len(found) == len(SHARED)
+    for key, digests in found.items():
+        assert sum(map(len, digests.values())) == 3 * len(DRIVERS)
+        assert len(digests) == 1, f"{key}: {digests}"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["N,C", "7x7", "huge maps"])
+def test_inference_in_place_and_into_the_residual(name):
+    shape, axis = LAYOUTS[name]
+    a = case(shape, axis)
+    statistics = (a["gamma"], a["beta"], a["running_mean"], a["running_var"])
+    expected, _ = batchnorm_forward(a["x"], *statistics, training=False, residual=a["residual"], activation="relu")
+    for target in ("x", "residual"):
+        x, residual = a["x"].copy(), a["residual"].copy()
+        out = x if target == "x" else residual
+        y, _ = batchnorm_forward(x, *statistics, training=False, residual=residual, activation="relu", out=out)
+        assert y is out
+        np.testing.assert_array_equal(y, expected)
+
+
+@every_flag
+@pytest.mark.parametrize("target", ["dy", "x", "new"])
+@pytest.mark.parametrize("name", ["N,C", "7x7", "huge maps"])
+def test_backward_may_overwrite_what_it_read(name, target, activation, residual):
+    shape, axis = LAYOUTS[name]
+    results = []
+    for given_out in (False, True):
+        a = case(shape, axis)
+        extra = a["residual"] if residual else None
+        y, saved = batchnorm_forward(
+            a["x"], a["gamma"], a["beta"], residual=extra, activation=activation, out=extra if given_out else None
+        )
+        out = {"dy": a["dy"], "x": a["x"], "new": np.full(shape, np.nan)}[target] if given_out else None
+        grads = batchnorm_backward(a["dy"], saved, out=out)
+        assert out is None or grads.dx is out
+        results.append([y, *(grad for grad in grads if grad is not None)])
+    assert len(results[0]) == 4 + residual
+    for alone, over in zip(*results, strict=True):
+        np.testing.assert_array_equal(alone, over)
+
+
+def test_inputs_are_not_written_to():
+    a = case((9, 4, 25, 29), 1)
+    copies = {name: array.copy() for name, array in a.items()}
+    for name in ("x", "gamma", "beta", "residual", "dy"):
+        a[name].flags.writeable = False
+    _, saved = batchnorm_forward(
+        a["x"], a["gamma"], a["beta"], a["running_mean"], a["running_var"], residual=a["residual"], activation="relu"
+    )
+    batchnorm_backward(a["dy"], saved)
+    for name in ("x", "gamma", "beta", "residual", "dy"):
+        np.testing.assert_array_equal(a[name], copies[name])
+
+
+# --- the layer --------------------------------------------------------------------------------------------------------
+
+
+def batches(count: int = 4, shape: tuple[int, ...] = (6, 3, 5), seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(k, 1.0 + k, shape) for k in range(count)]
+
+
+def test_momentum_none_averages_all_batches():
+    bn = BatchNorm(3, momentum=None, dtype=np.float64)
+    xs = batches()
+    for x in xs:
+        bn.forward(x)
+    assert bn.num_batches_tracked == len(xs)
+    np.testing.assert_allclose(bn.running_mean, np.mean([x.mean((0, 2)) for x in xs], 0), rtol=1e-12)
+    np.testing.assert_allclose(bn.running_var, np.mean([x.var((0, 2)) * 30 / 29 for x in xs], 0), rtol=1e-12)
+
+
+def test_without_running_statistics_inference_uses_the_batchs():
+    bn = BatchNorm(3, track_running_stats=False, dtype=np.float64)
+    assert bn.running_mean is None
+    assert bn.running_var is None
+    for x in batches():
+        np.testing.assert_array_equal(bn.forward(x, training=False), bn.forward(x))
+    assert bn.num_batches_tracked == 0
+
+
+def test_without_affine_there_is_nothing_to_train():
+    bn = BatchNorm(3, affine=False, dtype=np.float64)
+    assert bn.params == {}
+    assert bn.grads == {}
+    (x,) = batches(1)
+    np.testing.assert_array_equal(bn.forward(x), batchnorm_forward(x)[0])
+    expected = batchnorm_backward(np.ones_like(x), batchnorm_forward(x)[1])
+    assert expected.dgamma is None
+    assert expected.dbeta is None
+    np.testing.assert_array_equal(bn.backward(np.ones_like(x)), expected.dx)
+
+
+def test_gamma_without_beta():
+    a = case((8, 3), 1)
+    y, saved = batchnorm_forward(a["x"], a["gamma"])
+    expected, cache = reference.batchnorm_forward(a["x"], a["gamma"])
+    np.testing.assert_allclose(y, expected, rtol=1e-12)
+    grads = batchnorm_backward(a["dy"], saved)
+    np.testing.assert_allclose(grads.dgamma, reference.batchnorm_backward(a["dy"], cache)["dgamma"], rtol=1e-12)
+    assert grads.dbeta is None
+
+
+def test_gamma_and_beta_train_in_the_optimizers_buffer():
+    rng = np.random.default_rng(0)
+    bn = BatchNorm(3, dtype=np.float64)
+    opt = fastopt.SGD({"W": rng.normal(size=(4, 3)), "bn": bn.params}, lr=0.1)
+    bn.attach(opt.params["bn"], opt.grads["bn"])
+    assert np.shares_memory(bn.params["gamma"], opt.flat.data)
+    assert np.shares_memory(bn.grads["beta"], opt.flat.grad)
+    x, target = rng.normal(size=(64, 4)), rng.normal(3.0, 2.0, (64, 3))
+    losses = []
+    for _ in range(60):
+        y = bn.forward(x @ opt.params["W"])
+        losses.append(((y - target) ** 2).mean())
+        dz = bn.backward(2 * (y - target) / len(x))
+        opt.grads["W"][...] = x.T @ dz
+        opt.step()
+    assert losses[-1] < 0.5 * losses[0]
+    assert np.abs(opt.params["bn"]["beta"] - target.mean(0)).max() < 0.1
+    assert opt.params["bn"]["gamma"] is bn.params["gamma"]
+
+
+def test_a_step_between_forward_and_backward_does_not_change_the_gradients():
+    a = case((8, 3), 1)
+    results = []
+    for meddle in (False, True):
+        gamma, beta = a["gamma"].copy(), a["beta"].copy()
+        _, saved = batchnorm_forward(a["x"], gamma, beta, activation="relu")
+        if meddle:
+            gamma += 1.0
+            beta -= 1.0
+        results.append(batchnorm_backward(a["dy"], saved))
+    for left, right in zip(*(grads[:3] for grads in results), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3), None), ((3, 4, 2, 2), None), ((2, 2, 4, 3), -1)])
+def test_a_folded_layer_does_what_the_two_did(shape, axis, bias):
+    rng = np.random.default_rng(1)
+    weight, b = rng.normal(size=shape), rng.normal(size=3) if bias else None
+    bn = BatchNorm(3, dtype=np.float64)
+    for x in batches():
+        bn.forward(x)
+    for param in bn.params.values():
+        param[:] = rng.normal(size=3)
+    folded, shift = fold_batchnorm(weight, b, bn, axis=axis)
+    assert folded.dtype == shift.dtype == np.float64
+    # One output position of any such layer is a dense layer on the inputs it sees.
+    out = len(shape) - 1 if axis == -1 or len(shape) == 2 else 0
+    flat, flat_folded = (np.moveaxis(w, out, -1).reshape(-1, 3) for w in (weight, folded))
+    x = rng.normal(size=(10, flat.shape[0]))
+    expected = bn.forward(x @ flat + (0.0 if b is None else b), training=False)
+    np.testing.assert_allclose(x @ flat_folded + shift, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_state_goes_from_one_layer_to_another():
+    bn, other = BatchNorm(3, momentum=None, dtype=np.float64), BatchNorm(3, momentum=None, dtype=np.float64)
+    first, *rest = batches()
+    bn.forward(first)
+    state = bn.state_dict()
+    other.load_state_dict(state)
+    for x in rest:
+        np.testing.assert_array_equal(bn.forward(x), other.forward(x))
+    np.testing.assert_array_equal(bn.running_var, other.running_var)
+    assert other.num_batches_tracked == len(rest) + 1
+    assert state["num_batches_tracked"] == 1  # a copy, not the layer's own arrays
+    np.testing.assert_allclose(state["running_mean"], first.mean((0, 2)), rtol=1e-12)
+    assert "4 batches seen" in repr(other)
+
+
+EXAMPLES = [
+    example
+    for module in (functional, layer)
+    for example in doctest.DocTestFinder(exclude_empty=True).find(module, module.__name__)
+    if example.examples
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_examples_are_true(example):
+    output: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    runner.run(example, out=output.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(output)
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["drivers"]:
+    report_drivers()
