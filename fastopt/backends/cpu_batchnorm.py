@@ -52,7 +52,8 @@ TILE = 32_768
 """Elements of a tile, about: small enough to share few channels out among many threads."""
 
 ROWS = (16, 64)
-"""Least and most rows of a tile. The most bounds the number of float32 values that are added up."""
+"""Least and most rows of a tile. The most bounds the number of float32 values that are added up: twice as
+many, where rows are shortened to whole vectors."""
 
 GROUP_ROWS = 8
 
