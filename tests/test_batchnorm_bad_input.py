@@ -161,6 +161,15 @@ def test_inference_takes_one_value_and_none():
         np.testing.assert_allclose(y, 2.0 * 0.5 / np.sqrt(1.5 + 1e-5) + 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (4, 3, 0)])
+def test_the_gradients_of_nothing_are_zero(shape):
+    y, saved = batchnorm_forward(**{**good(), "x": np.ones(shape, np.float32)}, training=False)
+    grads = batchnorm_backward(y, saved)
+    assert grads.dx.shape == shape
+    for grad in (grads.dgamma, grads.dbeta):
+        np.testing.assert_array_equal(grad, np.zeros(C))
+
+
 DY = np.ones(SHAPE, np.float32)
 BACKWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("list", {"dy": [1.0]}, TypeError, r"dy: expected a NumPy array, found list"),

@@ -5,12 +5,15 @@ length at one stride, whose columns belong to one channel (large maps) or to sev
 
 Sums run down the columns, eight rows at a time: every column has its own accumulator, so that the vectoriser needs no
 permission to reorder, the result is the same on any number of threads and in any kernel, and a row of 49 floats costs
-no loop of its own. Measured on one Zen 4 core, float32 in cache: 50-60 GB/s; accumulating in float64 20-23 GB/s
-(the conversions; and the widest type of a loop decides how many elements a vector holds); a register sum along rows
-26-40 GB/s at rows of 196-1024 and 11 at 49.
+no loop of its own. Measured on one Zen 4 core, float32 in cache, of the loop alone: 50-60 GB/s. Tried: accumulating in
+float64, 20-23 GB/s (the conversions; and the widest type of a loop decides how many elements a vector holds); a
+register sum along rows, 26-40 GB/s at rows of 196-1024 and 11 at 49.
 
 A tile is short enough for float32 sums of deviations from a value of the channel; where that value is so far out that
 they would cancel, or where they overflow, the tile is summed again in float64 (`GUARD`). Tiles are merged in float64.
+
+y and dx are written in areas, which need not be the tiles: in the order of memory that is as fast as a copy, channel
+after channel it takes 1.5-2 times as long.
 """
 
 # Scalar functions and loops are typed by numba, for every dtype; `bind` supplies the upper-case constants.
@@ -25,14 +28,12 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from fastopt.backends import ALIGNMENT, Array
+from fastopt.backends import Array
 from fastopt.backends.bind import bind
 from fastopt.backends.cpu import SERIAL_BELOW, Driver, Loop, compile_loop, scalar
 
@@ -67,7 +68,7 @@ NEAR = 1 << 21
 """Bytes of a panel that are still in a cache when its second pass comes."""
 
 FAR = 1 << 26
-"""Bytes read and written beyond which nothing is left in the last cache when the next reader comes."""
+"""Bytes read and written of which nothing is left in the last cache for the second pass."""
 
 # --- the loops --------------------------------------------------------------------------------------------------------
 # Upper-case names are constants that `bind` supplies.
@@ -83,7 +84,6 @@ EXPAND: Any
 FOLD: Any
 GUARDED: Any
 MAP: Any
-STREAM: Any
 MAP_CHANNELS: Any
 MAP_COLUMNS: Any
 OUTPUTS: Any
@@ -157,50 +157,6 @@ def window(typing_context, array, start, size):
         return view._getvalue()
 
     return array(array, types.intp, types.intp), build
-
-
-@intrinsic
-def stream(typing_context, source, target, start):
-    """target[start : start + source.size] = source by non-temporal stores: the target is not read, nor kept in a cache.
-
-    `source` is to be in L1. Twice as slow as other stores where the target would have stayed in a cache.
-    """
-
-    def build(context, builder, signature, arguments):
-        kind = signature.args[0]
-        arrays = [context.make_array(kind)(context, builder, value) for value in arguments[:2]]
-        number = context.get_data_type(kind.dtype)
-        size = builder.extract_value(arrays[0].shape, 0)
-        word = size.type
-        itemsize = context.get_abi_sizeof(number)
-        lanes = ALIGNMENT // itemsize
-        vector = ir.VectorType(number, lanes)
-        begin = builder.gep(arrays[1].data, [arguments[2]])
-        # Up to the first multiple of 64 bytes, and after the last, element by element.
-        past = builder.and_(builder.ptrtoint(begin, word), word(ALIGNMENT - 1))
-        head = builder.udiv(builder.and_(builder.sub(word(ALIGNMENT), past), word(ALIGNMENT - 1)), word(itemsize))
-        head = builder.select(builder.icmp_signed("<", size, head), size, head)
-        whole = builder.sdiv(builder.sub(size, head), word(lanes))
-        tail = builder.add(head, builder.mul(whole, word(lanes)))
-        nontemporal = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-
-        def singles(first, stop):
-            with cgutils.for_range_slice(builder, first, stop, word(1)) as (i, _):
-                builder.store(builder.load(builder.gep(arrays[0].data, [i])), builder.gep(begin, [i]))
-
-        singles(word(0), head)
-        with cgutils.for_range(builder, whole) as loop:
-            at = builder.add(head, builder.mul(loop.index, word(lanes)))
-            pointers = [
-                builder.bitcast(builder.gep(data, [at]), vector.as_pointer()) for data in (arrays[0].data, begin)
-            ]
-            stored = builder.store(builder.load(pointers[0], align=itemsize), pointers[1], align=ALIGNMENT)
-            stored.set_metadata("nontemporal", nontemporal)
-        singles(tail, size)
-        builder.fence("seq_cst")  # non-temporal stores are ordered with nothing else
-        return context.get_dummy_value()
-
-    return types.none(source, target, types.intp), build
 
 
 @intrinsic
@@ -457,18 +413,13 @@ def map_channels(streams, outputs, area, coefficients):
     x, a, y = streams
     out, other = outputs
     size = area.spatial
-    if STREAM:
-        ov = np.empty(size, DTYPE)
-        tv = np.empty(size, DTYPE)
     for row in range(area.rows):
         for k in range(area.channels):
             first = area.start + row * area.stride + k * size
             xv = window(x, first, size)
             av = window(a, first, size)
             yv = window(y, first, size)
-            if not STREAM:
-                ov = window(out, first, size)
-                tv = window(other, first, size)
+            ov = window(out, first, size)
             c = area.channel + k
             c0 = coefficients[0, c]
             c1 = coefficients[1, c]
@@ -483,12 +434,9 @@ def map_channels(streams, outputs, area, coefficients):
                     for j in range(size):
                         ov[j], _ = MAP(xv[j], av[j], yv[j], h)
                 else:
+                    tv = window(other, first, size)
                     for j in range(size):
                         ov[j], tv[j] = MAP(xv[j], av[j], yv[j], h)
-            if STREAM:
-                stream(ov, out, first)
-                if OUTPUTS == 2:
-                    stream(tv, other, first)
 
 
 def map_columns(streams, outputs, area, expanded, pitch, begin):
@@ -505,21 +453,13 @@ def map_columns(streams, outputs, area, expanded, pitch, begin):
         c4 = window(expanded, begin + 4 * pitch, width)
         c5 = window(expanded, begin + 5 * pitch, width)
         c6 = window(expanded, begin + 6 * pitch, width)
-    if STREAM:
-        o_row = np.empty(width, DTYPE)
-        t_row = np.empty(width, DTYPE)
     for row in range(rows):
         first = area.start + row * area.stride
         size = width if row < area.rows else area.rest
         xv = window(x, first, size)
         av = window(a, first, size)
         yv = window(y, first, size)
-        if STREAM:
-            ov = window(o_row, 0, size)
-            tv = window(t_row, 0, size)
-        else:
-            ov = window(out, first, size)
-            tv = window(other, first, size)
+        ov = window(out, first, size)
         if N_COEFFICIENTS == 3:
             for j in range(size):
                 ov[j] = MAP(xv[j], av[j], yv[j], HYPER(c0[j], c1[j], c2[j]))
@@ -528,17 +468,16 @@ def map_columns(streams, outputs, area, expanded, pitch, begin):
                 h = HYPER(c0[j], c1[j], c2[j], c3[j], c4[j], c5[j], c6[j])
                 ov[j], _ = MAP(xv[j], av[j], yv[j], h)
         else:
+            tv = window(other, first, size)
             for j in range(size):
                 h = HYPER(c0[j], c1[j], c2[j], c3[j], c4[j], c5[j], c6[j])
                 ov[j], tv[j] = MAP(xv[j], av[j], yv[j], h)
-        if STREAM:
-            stream(ov, out, first)
-            if OUTPUTS == 2:
-                stream(tv, other, first)
 
 
 def spread(streams, outputs, area, coefficients):
     """MAP over an area."""
+    # Tried: non-temporal stores by way of a row in L1. Out of cache the whole pass gained 0-10 % with panels and lost
+    # 20 % in the order of memory; in cache it took 3-8 times as long.
     # One row at a time. Tried: four rows in one loop, eight streams for the prefetcher; slower in every layout, and by
     # half where rows are a multiple of 4 KiB apart (a load that seems to depend on an earlier store has to wait).
     if area.spatial >= LONG:
@@ -556,7 +495,8 @@ SUMS, WIDE_SUMS, SPREAD = range(3)
 """Where in `entries` the addresses of the loops over a tile are."""
 
 WHOLE, GATHERED, FINISHED, SPREADED = range(4)
-"""Kinds of tasks: a panel, its sums, their merge and the map; or a tile's sums, the merge of all, an area's map."""
+"""Kinds of tasks: all of a panel, its sums, their merge and the map; or a tile's sums, the merge of all channels, the map
+of an area."""
 
 
 class Work(NamedTuple):
@@ -1009,13 +949,15 @@ class TileLoops:
             "MAP": _piece(formulas.gradient if backward else formulas.normalise, scalars),
             "EXPAND": expand,
         }
+        mapping["MAP_CHANNELS"] = _piece(map_channels, mapping)
+        mapping["MAP_COLUMNS"] = _piece(map_columns, mapping)
         self._dtype = dtype
         self._summing = summing
         self._mapping = mapping
         self._wide = not backward and dtype.itemsize < 8
         self._shared = shared
 
-    def entries(self, *, sums_too: bool, far: bool) -> Array:
+    def entries(self, *, sums_too: bool) -> Array:
         """The addresses, in the order of SUMS, WIDE_SUMS, SPREAD; 0 for a loop that will not be called."""
         addresses = np.zeros(3, np.int64)
         if sums_too:
@@ -1023,11 +965,8 @@ class TileLoops:
             if self._wide:
                 addresses[WIDE_SUMS] = self._sums(np.float64)
         kinds = self._kinds
-        constants = {**self._mapping, "STREAM": far}
-        constants["MAP_CHANNELS"] = _piece(map_channels, constants)
-        constants["MAP_COLUMNS"] = _piece(map_columns, constants)
         addresses[SPREAD] = self._compile(
-            spread, constants, (kinds.streams, kinds.outputs, kinds.area, kinds.coefficients)
+            spread, self._mapping, (kinds.streams, kinds.outputs, kinds.area, kinds.coefficients)
         )
         return addresses
 
@@ -1060,8 +999,7 @@ class _Passes:
 
     def __init__(self, loop: Loop, loops: TileLoops, driver: Driver, *, sums: bool, arrays: int):
         self._loop = loop
-        self._loops = loops
-        self._entries: dict[bool, Array] = {}
+        self._entries = loops.entries(sums_too=sums)
         self._driver = driver
         self._sums = sums
         self._arrays = arrays
@@ -1078,43 +1016,31 @@ class _Passes:
     ) -> None:
         """Run the passes over the whole array."""
         size = streams[0].size
-        if size == 0:  # inference, or its backward pass, on no rows
-            if self._sums:
-                channelwise[1].fill(0)
-                channelwise[2].fill(0)
-            return
-        far = size * streams[0].itemsize * (self._arrays + 1) > FAR
-        entries = self._entries.get(far)
-        if entries is None:
-            with self._driver.lock:
-                entries = self._entries[far] = self._loops.entries(sums_too=self._sums, far=far)
-        cut = plan(*shape, NEAR // (streams[0].itemsize * self._arrays))
-        partials = np.empty((cut.counts.size if self._sums else 0, shape[1], 2))
-        x, a, y = streams
-        out, other = outputs
-        gamma, first, second, third = channelwise
-        everything = Work(
-            entries,
-            x,
-            a,
-            y,
-            out,
-            other,
-            cut.tiles,
-            cut.panels,
-            cut.areas,
-            cut.counts,
-            partials,
-            coefficients,
-            gamma,
-            first,
-            second,
-            third,
-            stats,
-            scalars,
+        samples, channels, spatial = shape
+        # What is empty has coefficients and gradients all the same: those of one block whose sums are 0.
+        cut = plan(max(1, samples), channels, max(1, spatial), NEAR // (streams[0].itemsize * self._arrays))
+        partials = np.zeros((cut.counts.size if self._sums else 0, channels, 2))
+        everything = Work._make(
+            (
+                self._entries,
+                *streams,
+                *outputs,
+                cut.tiles,
+                cut.panels,
+                cut.areas,
+                cut.counts,
+                partials,
+                coefficients,
+                *channelwise,
+                stats,
+                scalars,
+            )
         )
         run = self._loop.run
-        if self._sums and self._in_one(size, cut, far, shape[2]):
+        if size == 0:
+            self._loop.serial(cut.finished, everything, 0, 1)
+            return
+        if self._sums and self._in_one(size, size * streams[0].itemsize * (self._arrays + 1), cut, spatial):
             run(cut.whole, everything, elements=size, chunks=cut.whole.shape[0])
             return
         if self._sums:
@@ -1122,12 +1048,12 @@ class _Passes:
         self._loop.serial(cut.finished, everything, 0, 1)
         run(cut.spreaded, everything, elements=size, chunks=cut.spreaded.shape[0])
 
-    def _in_one(self, size: int, cut: Plan, far: bool, spatial: int) -> bool:
+    def _in_one(self, size: int, moved: int, cut: Plan, spatial: int) -> bool:
         """Whether to go over the panels once, doing both passes on each, or over everything twice: the same bits."""
         if size < SERIAL_BELOW:
             return cut.fits
         # In a cache, two passes in the order of memory beat one that jumps from sample to sample with each panel.
-        if not cut.fits or not (far or spatial < LONG):
+        if not cut.fits or (moved < FAR and spatial >= LONG):
             return False
         threads = self._driver.threads()
         return threads == 1 or len(cut.panels) >= 4 * threads
