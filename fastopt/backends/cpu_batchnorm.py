@@ -495,8 +495,8 @@ SUMS, WIDE_SUMS, SPREAD = range(3)
 """Where in `entries` the addresses of the loops over a tile are."""
 
 WHOLE, GATHERED, FINISHED, SPREADED = range(4)
-"""Kinds of tasks: all of a panel, its sums, their merge and the map; or a tile's sums, the merge of all channels, the map
-of an area."""
+"""Kinds of tasks: all of a panel (its sums, their merge and the map); or a tile's sums, the merge of all channels, the
+map of an area."""
 
 
 class Work(NamedTuple):
