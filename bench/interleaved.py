@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 
 SAMPLE = 500e-6  # seconds; a faster call is repeated until a sample takes this long
+WARM = 4e-3  # seconds before each sample: the threads of the last contestant's OpenMP spin for some milliseconds
 
 
 def interleave(
@@ -29,7 +30,9 @@ def interleave(
     while time.perf_counter() < stop or len(samples[order[0]]) < rounds:
         for name in order:
             call, repeat = contestants[name], repeats[name]
-            call()  # what fits into the cache is there again, after the others have had their turn
+            start = time.perf_counter()
+            while time.perf_counter() - start < WARM:
+                call()  # what fits into the cache is there again, after the others have had their turn
             start = time.perf_counter()
             for _ in range(repeat):
                 call()

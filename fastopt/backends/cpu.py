@@ -201,7 +201,7 @@ def scalar(function: FunctionType) -> Any:
     error_model="numpy" on the rule itself, not only on the loop: the default model puts a branch on every division
     (7x slower) and raises in mid-loop, leaving the buffer half updated.
     """
-    return njit(error_model="numpy")(function)
+    return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 class Loop:

@@ -189,19 +189,20 @@ def batchnorm_forward(
         raise ValueError("running_var: holds a negative number or NaN; a variance is >= 0")
     if residual is not None:
         _check_like("residual", residual, x.shape, x.dtype)
-    in_place = False
+    over = -1
     if out is None:
         out = np.empty(x.shape, x.dtype)
     else:
         _check_like("out", out, x.shape, x.dtype, written=True)
-        in_place = _check_same_or_apart("out", out, "x", x)
-        if training and in_place:
+        if _check_same_or_apart("out", out, "x", x):
+            over = 0
+        if training and over == 0:
             raise ValueError(
                 "out: is x, which the backward pass of training needs; pass another array (residual may be "
                 "overwritten), or training=False"
             )
-        if residual is not None:
-            _check_same_or_apart("out", out, "residual", residual)
+        if residual is not None and _check_same_or_apart("out", out, "residual", residual):
+            over = 1
         for name, array in (
             ("gamma", gamma),
             ("beta", beta),
@@ -221,6 +222,7 @@ def batchnorm_forward(
         training=training,
         eps=float(eps),
         weight=float(momentum),
+        over=over,
     )
     saved = Saved(
         kernel,
@@ -234,7 +236,7 @@ def batchnorm_forward(
         activation=activation,
         residual=residual is not None,
         training=training,
-        lost=in_place,
+        lost=over == 0,
     )
     return out, saved
 
@@ -292,11 +294,12 @@ def batchnorm_backward(
         )
     _check_like("dy", dy, saved.shape, saved.dtype)
     y = saved._y
+    over = -1
     if out is not None:
         _check_like("out", out, saved.shape, saved.dtype, written=True)
-        for name, array in (("dy", dy), ("x", x), ("y", y)):
-            if array is not None:
-                _check_same_or_apart("out", out, name, array)
+        for number, (name, array) in enumerate((("x", x), ("dy", dy), ("y", y))):
+            if array is not None and _check_same_or_apart("out", out, name, array):
+                over = number
     channels = saved.mean.size
     sums = []
     for name, array, present in (("dgamma", dgamma, saved._gamma is not None), ("dbeta", dbeta, saved._beta)):
@@ -328,6 +331,7 @@ def batchnorm_backward(
         (saved._gamma, *sums),
         (saved._coefficients, saved._stats),
         training=saved.training,
+        over=over,
     )
     has_gamma, has_beta = saved._gamma is not None, saved._beta
     saved._spend()
