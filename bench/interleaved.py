@@ -15,9 +15,16 @@ WARM = 4e-3  # seconds before each sample: the threads of the last contestant's 
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], object]], seconds: float = 1.0, rounds: int = 7
+    contestants: Mapping[str, Callable[[], object]],
+    seconds: float = 1.0,
+    rounds: int = 7,
+    before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
-    """Median seconds of one call of each contestant, from at least `rounds` rounds and about `seconds` in all."""
+    """Median seconds of one call of each contestant, from at least `rounds` rounds and about `seconds` in all.
+
+    before: what a contestant needs done before a sample, and is not part of it.
+    """
+    before = before or {}
     repeats = {}
     for name, call in contestants.items():
         call()  # compiles, and touches the memory
@@ -33,6 +40,8 @@ def interleave(
             start = time.perf_counter()
             while time.perf_counter() - start < WARM:
                 call()  # what fits into the cache is there again, after the others have had their turn
+            if name in before:
+                before[name]()
             start = time.perf_counter()
             for _ in range(repeat):
                 call()

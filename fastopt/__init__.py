@@ -8,8 +8,9 @@ from fastopt import init, reference, rules, schedules
 from fastopt.batches import minibatches
 from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
 from fastopt.flat import FlatParams, pack
-from fastopt.optimizer import Optimizer, StepInfo
+from fastopt.optimizer import Optimizer
 from fastopt.rule import Choice, Flag, Interval, Layerwise, Rule, rule
+from fastopt.tail import StepInfo
 
 if TYPE_CHECKING:
     from fastopt.rules.adadelta import Adadelta as Adadelta

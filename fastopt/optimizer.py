@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
-from fastopt.backends import Kernel, get_backend
+from fastopt.backends import BLOCK, Adder, Features, Kernel, NormKernel, get_backend
 from fastopt.flat import FlatParams, match_overrides, pack
-from fastopt.rule import Rule
+from fastopt.rule import Flag, Rule
 from fastopt.table import WEIGHT_DECAY, Point, Table, hyper_of
+from fastopt.tail import REDUCTION, Pending, StepInfo, Tail, positive
 
 STATE_FORMAT = 1
-
-
-class StepInfo(NamedTuple):
-    """What a step did."""
-
-    step: int
-    """The number of updates made so far, this one included."""
-    grad_norm: float | None = None
-    """The global norm of the gradients, where one was asked for."""
-    skipped: bool = False
-    """Whether the step changed nothing."""
 
 
 class Row:
@@ -62,17 +53,33 @@ class Optimizer:
         rule: a `Rule`, made by `fastopt.rule`. The named optimizers (`fastopt.Adam`, ...) bring their own.
         backend: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         overrides: ``{glob on parameter paths: {hyperparameter: value}}``; of two globs that match, the later one wins.
+        max_norm: > 0. Gradients are multiplied by ``min(1, max_norm / (norm + 1e-6))``, `norm` being the global one of
+            all that this step is given.
+        clip_value: > 0. Every element of a gradient is moved into [-clip_value, clip_value], before its norm is taken.
+        nonfinite: what to do about gradients that are NaN or infinite: ``"propagate"`` them, ``"skip"`` the step, count
+            such elements as ``"zero"``, or ``"raise"`` FloatingPointError with the path of the first parameter that has
+            one. `StepInfo` counts them.
+        ema: decay rate, in (0, 1), of a moving average of the parameters: ``opt.ema``, which begins at the parameters
+            and after every step moves towards them, ``e += (1 - ema) (p - e)``.
+        zero_grad: set ``opt.grads`` to 0 in the pass that reads them; after a step that was skipped, too.
+        maximize: go uphill.
+        decoupled_weight_decay: whether ``weight_decay`` shrinks the parameters (``p *= 1 - lr weight_decay``) or is
+            added to the gradient (L2); None leaves it to the rule.
         **hyper: the rule's hyperparameters, and ``weight_decay``. Each is a number or a callable of the step number
             (0 at the first update) that returns one.
 
+    All of it is one launch, after one more over the gradients where their norm is asked for (`max_norm`, or `nonfinite`
+    other than ``"propagate"``). The order: unscale, zero what is not finite, clip by value, clip by norm, decay, the
+    rule, average, zero.
+
     Raises:
-        TypeError, ValueError: naming the parameter or hyperparameter: a tree that `pack` refuses, a hyperparameter that
-        is unknown, not finite or out of range, a glob that matches nothing.
+        TypeError, ValueError: naming the parameter, hyperparameter or option: a tree that `pack` refuses, a
+        hyperparameter that is unknown, not finite or out of range, a glob that matches nothing.
 
     >>> import numpy as np, fastopt
     >>> opt = fastopt.Adam({"w": np.ones(2), "b": np.zeros(1)}, lr=0.1, overrides={"b": {"lr": 0.01}})
     >>> opt.step({"w": np.array([1.0, -1.0]), "b": np.array([2.0])})
-    StepInfo(step=1, grad_norm=None, skipped=False)
+    StepInfo(step=1, skipped=False)
     >>> opt.params["w"].round(4), opt.params["b"].round(4)
     (array([0.9, 1.1]), array([-0.01]))
     """
@@ -100,10 +107,21 @@ class Optimizer:
         *,
         backend: str = "auto",
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
+        ema: float | None = None,
+        zero_grad: bool = False,
+        maximize: bool = False,
+        decoupled_weight_decay: bool | None = None,
         **hyper: Any,
     ):
         if not isinstance(rule, Rule):
             raise TypeError(f"rule: expected a Rule, made by @fastopt.rule(prepare), found {type(rule).__name__}")
+        self._tail = Tail.checked(max_norm, clip_value, nonfinite, ema, zero_grad, maximize)
+        self._sign, self._measures = self._tail.sign, self._tail.measures
+        if decoupled_weight_decay is not None:
+            rule = rule.decaying(Flag().check("decoupled_weight_decay", decoupled_weight_decay))
         self.rule = rule
         self._values = _checked(rule, rule.complete(hyper))
         if isinstance(params, FlatParams):
@@ -120,8 +138,15 @@ class Optimizer:
         self._states = tuple(self.flat.new_buffer() for _ in rule.states)
         self._step_count = 0
         self._missed = [0] * len(self.flat.paths)
-        self._held = False
+        self._nonfinite = (0, 0)  # steps in a row, and in all, whose gradients were not finite
+        self._pending: Pending | None = None
+        self._held = ""  # the name of the context that holds the parameters elsewhere
         self._build_rows()
+        self._average: np.ndarray | None = None
+        if self._tail.ema is not None:
+            self._average = self.flat.new_buffer()
+            np.copyto(self._average, self.flat.data)
+        self._buffers = self._states if self._average is None else (*self._states, self._average)
 
     # --- what a user reads --------------------------------------------------------------------------------------------
 
@@ -149,6 +174,13 @@ class Optimizer:
         }
 
     @property
+    def ema(self) -> Any:
+        """The moving average of the parameters, where ``ema=`` asks for one: a tree of views."""
+        if self._average is None:
+            raise AttributeError("ema: this optimizer keeps no average of its parameters; construct it with ema=0.999")
+        return self.flat.tree(self.flat.views(self._average))
+
+    @property
     def lr(self) -> float:
         """The learning rate of the next step (of parameters without an override); assign a number or a schedule."""
         if "lr" not in self._values:
@@ -171,7 +203,12 @@ class Optimizer:
         twin._states = tuple(twin.flat.new_buffer() for _ in self._states)
         for mine, theirs in zip(self._states, twin._states, strict=True):
             np.copyto(theirs, mine)
+        if self._average is not None:
+            twin._average = twin.flat.new_buffer()
+            np.copyto(twin._average, self._average)
+        twin._buffers = twin._states if twin._average is None else (*twin._states, twin._average)
         twin._missed = list(self._missed)
+        twin._pending = copy.deepcopy(self._pending, memo)
         twin._build_rows()
         return twin
 
@@ -181,46 +218,172 @@ class Optimizer:
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
-    def step(self, grads: Any = None, grad_scale: float = 1.0) -> StepInfo:
-        """Update every parameter and state in place, in one launch.
+    def step(self, grads: Any = None, grad_scale: float = 1.0, reduction: str = "mean") -> StepInfo:
+        """Update every parameter and state in place, in one launch, or two where the gradients' norm is asked for.
 
         Args:
             grads: a tree of arrays in the structure, shapes and dtype of the parameters, copied into ``opt.grads``.
-                None (the default) uses what is in ``opt.grads``. A None in the tree leaves that parameter, its state
-                and its count of updates untouched (as torch does).
+                None (the default) uses what is in ``opt.grads``. A None in the tree leaves that parameter, its state,
+                its average and its count of updates untouched (as torch does).
             grad_scale: what the loss was multiplied by, a positive finite number; gradients are multiplied by its
                 inverse.
+            reduction: ``"mean"`` or ``"sum"`` of what `accumulate` was given; the mean is the sum divided by the sum of
+                the weights. Without `accumulate` it has no effect.
 
         Returns:
             `StepInfo`.
 
         Raises:
             TypeError, ValueError: naming the parameter's path or the hyperparameter, before anything is changed.
+            FloatingPointError: a gradient is NaN or infinite, and ``nonfinite="raise"``; nothing was updated.
         """
         if self._held:
-            raise RuntimeError(
-                "step() inside `with opt.lookahead()`: leave the block first, it restores the parameters"
+            self._refuse_while_held("step")
+        pending = self._pending
+        if reduction != "mean":
+            REDUCTION.check("reduction", reduction)
+        if pending is not None and grads is not None:
+            raise ValueError(
+                "grads: accumulated gradients are waiting; call step() without grads, or zero_grad() to drop them"
             )
-        unscale = 1.0 if type(grad_scale) is float and grad_scale == 1.0 else self._table.unscale(grad_scale)
-        chunks, present = self._chunks, None
+        if type(grad_scale) is float and grad_scale == 1.0 and pending is None:
+            unscale = self._sign
+        else:
+            divisor = pending.weight if pending is not None and reduction == "mean" else 1.0
+            unscale = self._sign * self._table.unscale(grad_scale, divisor)
+        present = None
         if grads is not None:
             leaves = self.flat.check_grads(grads)
             if any(leaf is None for leaf in leaves):
                 present = [leaf is not None for leaf in leaves]
-                chunks = self._chunks_without(present)
+        elif pending is not None and not pending.present.all():
+            present = pending.present.tolist()
+        if present is None:
+            rows, chunks = self._row_of, self._chunks
+        else:
+            rows = self._rows_of(present)
+            chunks = self._chunks_of(rows)
         self._write_table(unscale)
         if grads is not None:
             self.flat.copy_grads(leaves)
-        kernel = self._kernel if unscale == 1.0 else self._kernel_for(unscale=True)
-        kernel.launch(self.flat.data, self.flat.grad, self._states, self._table.array, chunks)
+        norm, coefficient = None, 1.0
+        if self._measures:
+            norm, finite = self._measure(rows, pending, unscale)
+            if not self._proceeds(finite, rows, unscale):
+                return self._info(norm, skipped=True)
+            coefficient = self._tail.coefficient(norm)
+            self._table.clip(coefficient)
+        kernel = self._kernel if unscale == self._sign else self._kernel_for(scaled=True)
+        kernel.launch(self.flat.data, self.flat.grad, self._buffers, self._table.array, chunks)
         self._step_count += 1
+        self._pending = None
+        self._last_rows = rows
         if present is not None:
             self._miss(present)
-        return StepInfo(self._step_count)
+        return self._info(norm, coefficient)
+
+    def accumulate(self, grads: Any, weight: float = 1.0) -> None:
+        """Add the gradients of a micro-batch to what the next ``step()`` will use.
+
+        The first after a step begins anew, whatever is in ``opt.grads``. Where the step needs the norm of the sum it is
+        taken in the same pass, so that clipping costs none of its own.
+
+        Args:
+            grads: as for `step`. A parameter whose gradient was None every time is left out of the step.
+            weight: a positive finite number that these gradients are multiplied by, such as the number of samples.
+
+        Raises:
+            TypeError, ValueError: naming the parameter's path or the argument, before anything is changed.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.SGD({"w": np.zeros(1)}, lr=1.0)
+        >>> opt.accumulate({"w": np.array([1.0])}, weight=3)
+        >>> opt.accumulate({"w": np.array([5.0])})
+        >>> _ = opt.step()
+        >>> opt.params["w"]
+        array([-2.])
+        """
+        self._refuse_while_held("accumulate")
+        number = positive("weight", weight)
+        smallest, largest = np.finfo(self.flat.dtype).tiny, np.finfo(self.flat.dtype).max
+        if not smallest <= number <= largest:
+            raise ValueError(f"weight={weight!r}: out of the range of {self.flat.dtype}")
+        leaves = self.flat.check_grads(grads)
+        for path, leaf in zip(self.flat.paths, leaves, strict=True):
+            if leaf is not None and np.may_share_memory(leaf, self.flat.grad):
+                raise ValueError(f"gradient {path!r} overlaps opt.grads, where the sum is kept: pass a copy")
+        pending = self._pending
+        if pending is None:
+            pending = Pending(len(leaves), sum(-(-size // BLOCK) for size in self.flat.layout.sizes))
+        arrays = [None if leaf is None else np.require(leaf, requirements=["C", "A"]) for leaf in leaves]
+        get_backend(self.flat.backend).add(
+            self.flat.grad,
+            arrays,
+            ~pending.present,
+            number,
+            self._chunks_of(self._row_of, whole=True),
+            pending.partials,
+            Adder(self._measures and self._tail.clip_value is None, self._tail.nonfinite == "zero"),
+        )
+        pending.present |= [leaf is not None for leaf in leaves]
+        pending.weight += number
+        self._pending = pending
 
     def zero_grad(self) -> None:
-        """Set ``opt.grads`` to zero."""
+        """Set ``opt.grads`` to zero, and forget what was accumulated."""
         self.flat.grad.fill(0)
+        self._pending = None
+
+    def _refuse_while_held(self, what: str) -> None:
+        if self._held:
+            raise RuntimeError(
+                f"{what}() inside `with opt.{self._held}()`: leave the block first, it restores the parameters"
+            )
+
+    def _measure(self, rows: list[int], pending: Pending | None, unscale: float) -> tuple[float, bool]:
+        """The norm of the gradients, and whether all of them are finite."""
+        if pending is not None and self._tail.clip_value is None:
+            partials, factor = pending.partials, abs(unscale)
+        else:
+            kernel = self._norm_kernel_for(scaled=unscale != 1.0)
+            partials = kernel.launch(self.flat.grad, self._table.array, self._chunks_of(rows, whole=True))
+            factor = 1.0
+        # One column at a time: NumPy adds up a column of its own in pairs, in an order that depends on its length only.
+        total, mark = partials[:, 0].sum(), partials[:, 1].sum()
+        return factor * math.sqrt(total), bool(mark == 0.0)
+
+    def _norm_of(self, step: int) -> float | None:
+        """The norm of what is in ``opt.grads`` after the step of this number; None if it is gone."""
+        if step != self._step_count or self._tail.zero_grad or self._pending is not None:
+            return None
+        return self._measure(self._last_rows, None, float(self._table.array[0, 0]))[0]
+
+    def _proceeds(self, finite: bool, rows: list[int], unscale: float) -> bool:
+        """Whether to make the step, the gradients being finite or not."""
+        nonfinite = self._tail.nonfinite
+        if nonfinite == "propagate":
+            return True
+        if not finite and nonfinite == "raise":
+            factor = self.flat.dtype.type(unscale)
+            with np.errstate(over="ignore", invalid="ignore"):
+                for path, view, row in zip(self.flat.paths, self.flat.views(self.flat.grad), rows, strict=True):
+                    if row >= 0 and not np.isfinite(factor * view).all():
+                        raise FloatingPointError(
+                            f"gradient {path!r} holds NaN or infinity; nothing was updated. nonfinite='skip' would "
+                            f"leave such steps out"
+                        )
+        consecutive, total = self._nonfinite
+        self._nonfinite = (0, total) if finite else (consecutive + 1, total + 1)
+        if not finite and nonfinite == "skip":
+            self._pending = None
+            if self._tail.zero_grad:
+                self.flat.grad.fill(0)
+            return False
+        return True
+
+    def _info(self, norm: float | None, coefficient: float = 1.0, skipped: bool = False) -> StepInfo:
+        lr = self._values.get("lr")
+        return StepInfo(self._step_count, lr, self._norm_of, norm, coefficient, skipped, self._nonfinite)
 
     # --- groups -------------------------------------------------------------------------------------------------------
 
@@ -239,12 +402,23 @@ class Optimizer:
         self._hyper = hyper_of(self.rule, self._rows[0].at(self._step_count))
         self._decays = any(row.values[WEIGHT_DECAY] != 0.0 for row in self._rows)
         self._lay_out_rows()
-        self._kernel = self._kernel_for(unscale=False)
+        self._kernels: dict[bool, Kernel] = {}
+        self._norm_kernels: dict[bool, NormKernel] = {}
+        self._kernel = self._kernel_for(scaled=self._tail.maximize)
 
     def _lay_out_rows(self) -> None:
-        self._table = Table(self.rule, self._hyper, self.flat.dtype, len(self._rows))
-        self._chunks = self._chunks_of(self._row_of)
-        self._chunks_present: dict[tuple[bool, ...], np.ndarray] = {}
+        self._table = Table(
+            self.rule,
+            self._hyper,
+            self.flat.dtype,
+            len(self._rows),
+            clip_value=self._tail.clip_value,
+            ema=self._tail.ema,
+        )
+        self._rows_present: dict[tuple[bool, ...], list[int]] = {}
+        self._chunk_tables: dict[tuple[int, bool], tuple[list[int], np.ndarray]] = {}
+        self._last_rows = self._row_of
+        self._chunks: np.ndarray = self._chunks_of(self._row_of)
 
     def _write_table(self, unscale: float) -> None:
         t = self._step_count + 1
@@ -252,18 +426,36 @@ class Optimizer:
         for index, row in enumerate(self._rows):
             write(index, t - row.lag, row.fixed or row.at(t - 1), unscale)
 
-    def _kernel_for(self, unscale: bool) -> Kernel:
-        features = self.rule.features(decays=self._decays, unscale=unscale)
-        return get_backend(self.flat.backend).kernel(self.rule, self._hyper, self.flat.dtype, features)
+    def _kernel_for(self, scaled: bool) -> Kernel:
+        kernel = self._kernels.get(scaled)
+        if kernel is None:
+            features = self.rule.features(decays=self._decays, unscale=scaled, **self._tail.flags)
+            backend = get_backend(self.flat.backend)
+            kernel = self._kernels[scaled] = backend.kernel(self.rule, self._hyper, self.flat.dtype, features)
+        return kernel
 
-    def _chunks_of(self, rows: list[int]) -> np.ndarray:
-        return self.flat.layout.chunks(rows, layerwise=self.rule.layerwise is not None)
+    def _norm_kernel_for(self, scaled: bool) -> NormKernel:
+        kernel = self._norm_kernels.get(scaled)
+        if kernel is None:
+            features = Features(unscale=scaled, **self._tail.conditioning)
+            kernel = get_backend(self.flat.backend).norm(self.flat.dtype, features)
+            self._norm_kernels[scaled] = kernel
+        return kernel
 
-    def _chunks_without(self, present: list[bool]) -> np.ndarray:
-        """The chunks of the parameters that have a gradient, after splitting every row that only some of them share."""
+    def _chunks_of(self, rows: list[int], whole: bool = False) -> np.ndarray:
+        """The chunks of parameters of these rows; `whole`: no chunk holds parts of two parameters."""
+        key = (id(rows), whole)
+        found = self._chunk_tables.get(key)
+        if found is None:  # the list is kept, so that its id is not given to another
+            layerwise = whole or self.rule.layerwise is not None
+            found = self._chunk_tables[key] = (rows, self.flat.layout.chunks(rows, layerwise=layerwise))
+        return found[1]
+
+    def _rows_of(self, present: list[bool]) -> list[int]:
+        """The rows of the parameters that have a gradient, after splitting every row that only some of them share."""
         mask = tuple(present)
-        chunks = self._chunks_present.get(mask)
-        if chunks is None:
+        rows = self._rows_present.get(mask)
+        if rows is None:
             twins: dict[int, int] = {}
             mixed = {self._row_of[k] for k, here in enumerate(mask) if here}
             mixed &= {self._row_of[k] for k, here in enumerate(mask) if not here}
@@ -276,9 +468,9 @@ class Optimizer:
                     self._row_of[k] = twins[row]
             if twins:
                 self._lay_out_rows()
-            chunks = self._chunks_of([row if here else -1 for row, here in zip(self._row_of, mask, strict=True)])
-            self._chunks_present[mask] = chunks
-        return chunks
+            rows = [row if here else -1 for row, here in zip(self._row_of, mask, strict=True)]
+            self._rows_present[mask] = rows
+        return rows
 
     def _miss(self, present: list[bool]) -> None:
         """Count a missed update for every parameter without a gradient: its own step number stays behind."""
@@ -291,19 +483,42 @@ class Optimizer:
     @contextmanager
     def _moved(self, shift: Rule) -> Iterator[Any]:
         """Hold the parameters where `shift`, a rule of the same states and hyperparameters, moves them."""
-        if self._held:
-            raise RuntimeError("lookahead() inside lookahead(): the parameters are at the look-ahead point already")
-        backup = self.flat.data.copy()
+        self._refuse_while_held("lookahead")
         self._write_table(1.0)
-        features = shift.features(decays=False, unscale=False)
-        kernel = get_backend(self.flat.backend).kernel(shift, self._hyper, self.flat.dtype, features)
-        self._held = True
-        try:
+        kernel = get_backend(self.flat.backend).kernel(shift, self._hyper, self.flat.dtype, Features())
+        with self._elsewhere("lookahead"):
             kernel.launch(self.flat.data, self.flat.grad, self._states, self._table.array, self._chunks)
             yield self.params
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[Any]:
+        """Hold the parameters at their moving average, to evaluate with it; they are restored at the end of the block.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.SGD({"w": np.zeros(1)}, lr=1.0, ema=0.75)
+        >>> _ = opt.step({"w": np.array([-4.0])})
+        >>> with opt.swap_ema() as params:
+        ...     print(params["w"])
+        [1.]
+        >>> opt.params["w"]
+        array([4.])
+        """
+        self._refuse_while_held("swap_ema")
+        if self._average is None:
+            raise RuntimeError("swap_ema(): this optimizer keeps no average; construct it with ema=0.999")
+        with self._elsewhere("swap_ema"):
+            np.copyto(self.flat.data, self._average)
+            yield self.params
+
+    @contextmanager
+    def _elsewhere(self, context: str) -> Iterator[None]:
+        backup = self.flat.data.copy()
+        self._held = context
+        try:
+            yield
         finally:
             np.copyto(self.flat.data, backup)
-            self._held = False
+            self._held = ""
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -312,7 +527,8 @@ class Optimizer:
 
         Keys: ``format``, ``rule``, ``step``, ``missed`` (updates without a gradient, by path), ``hyper`` and
         ``overrides`` (by path; a schedule is kept as its repr: it is a function of the step, and is given again at
-        construction), ``state`` (by state name, then path).
+        construction), ``state`` (by state name, then path), ``ema`` (by path; None where no average is kept) and
+        ``nonfinite`` (the counters of `StepInfo`). Gradients that are being accumulated are not part of it.
 
         >>> import numpy as np, fastopt
         >>> opt = fastopt.Adam({"w": np.ones(2)})
@@ -332,6 +548,12 @@ class Optimizer:
                 name: {path: view.copy() for path, view in zip(self.flat.paths, self.flat.views(buffer), strict=True)}
                 for name, buffer in zip(self.rule.states, self._states, strict=True)
             },
+            "ema": None
+            if self._average is None
+            else {
+                path: view.copy() for path, view in zip(self.flat.paths, self.flat.views(self._average), strict=True)
+            },
+            "nonfinite": {"consecutive": self._nonfinite[0], "total": self._nonfinite[1]},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -341,8 +563,7 @@ class Optimizer:
             TypeError, ValueError: that says what differs (another rule, other paths, shapes or dtype, a newer format, a
             schedule that is not given here); the optimizer is then unchanged.
         """
-        if self._held:
-            raise RuntimeError("load_state_dict() inside `with opt.lookahead()`: leave the block first")
+        self._refuse_while_held("load_state_dict")
         keys = ("format", "rule", "step", "missed", "hyper", "overrides", "state")
         if not isinstance(state, Mapping) or not set(keys) <= set(state):
             raise TypeError(f"state: expected what state_dict() returned, a dict of {', '.join(keys)}")
@@ -373,14 +594,31 @@ class Optimizer:
             for path, change in zip(self.flat.paths, self._changes, strict=True)
         ]
         copies = [self._state_from(state["state"], name) for name in self.rule.states]
+        buffers = list(self._states)
+        average = state.get("ema")  # absent from the states of older versions, as are the counters
+        if (average is None) != (self._average is None):
+            there, here = ("no average", "one") if average is None else ("an average (ema)", "none")
+            raise ValueError(f"state: holds {there} of the parameters, but this optimizer keeps {here}")
+        if self._average is not None:
+            copies.append(self._state_from(state, "ema"))
+            buffers.append(self._average)
+        counters = state.get("nonfinite", {"consecutive": 0, "total": 0})
+        if not isinstance(counters, Mapping) or set(counters) != {"consecutive", "total"}:
+            raise TypeError("state: 'nonfinite' must hold 'consecutive' and 'total', as state_dict() returned it")
+        nonfinite = (
+            _count(counters["consecutive"], "nonfinite['consecutive']"),
+            _count(counters["total"], "nonfinite['total']"),
+        )
 
-        for buffer, arrays in zip(self._states, copies, strict=True):
+        for buffer, arrays in zip(buffers, copies, strict=True):
             for view, array in zip(self.flat.views(buffer), arrays, strict=True):
                 np.copyto(view, array)
         self._step_count = step
         self._missed = [missed.get(path, 0) for path in self.flat.paths]
         self._values = values
         self._changes = changes
+        self._nonfinite = nonfinite
+        self._pending = None
         self._build_rows()
 
     def _values_from(

@@ -174,6 +174,7 @@ class Rule:
                 f"decay; found {len(self.states)} states, decoupled={decoupled}"
             )
         self._domains = {**DOMAINS, **(domains or {})}
+        self._twin: Rule | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the plain scalar function: so one rule can be written in terms of another."""
@@ -207,10 +208,25 @@ class Rule:
             raise TypeError(f"{missing[0]}: rule {self.name!r} has no default for it; give {missing[0]}=")
         return {name: values[name] for name in self.names()}
 
-    def features(self, *, decays: bool, unscale: bool) -> Features:
-        """The kernel's flags where some group decays its weights (`decays`) and gradients are scaled (`unscale`)."""
+    def features(self, *, decays: bool, **flags: bool) -> Features:
+        """The kernel's flags: these, and those of weight decay where some group decays its weights (`decays`)."""
         by_loop = decays and not self.owns_weight_decay
-        return Features(unscale=unscale, l2=by_loop and not self.decoupled, decoupled=by_loop and self.decoupled)
+        return Features(**flags, l2=by_loop and not self.decoupled, decoupled=by_loop and self.decoupled)
+
+    def decaying(self, decoupled: bool) -> Rule:
+        """This rule with decoupled weight decay, or with L2; TypeError where it decays weights in a way of its own."""
+        if decoupled == self.decoupled:
+            return self
+        if self.owns_weight_decay:
+            raise TypeError(
+                f"decoupled_weight_decay={decoupled}: rule {self.name!r} decays weights in a way of its own; leave it "
+                f"out"
+            )
+        if self._twin is None:
+            self._twin = Rule(self.scalar, self.prepare, decoupled=decoupled, domains=self._domains)
+            self._twin.defaults = self.defaults
+            self._twin._twin = self
+        return self._twin
 
     def update_(
         self, p: np.ndarray, g: np.ndarray, *states: np.ndarray, t: int = 1, grad_scale: float = 1.0, **hyper: Any

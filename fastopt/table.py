@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastopt.rule import Rule
 
 WEIGHT_DECAY = "weight_decay"
+COEFFICIENT = StepHyper._fields.index("coefficient")
 
 
 class Point(NamedTuple):
@@ -44,9 +45,27 @@ def hyper_of(rule: Rule, point: Point) -> Any:
 class Table:
     """The rows of hyperparameters of one rule. This is the one place where host float64 becomes the compute dtype."""
 
-    def __init__(self, rule: Rule, hyper: Any, dtype: np.dtype[Any], rows: int = 1):
+    def __init__(
+        self,
+        rule: Rule,
+        hyper: Any,
+        dtype: np.dtype[Any],
+        rows: int = 1,
+        *,
+        clip_value: float | None = None,
+        ema: float | None = None,
+    ):
         """`hyper`: the NamedTuple that `prepare` returns, as `hyper_of` tells."""
         self.rule = rule
+        self._clip_value = 0.0 if clip_value is None else clip_value
+        self._fresh = 0.0 if ema is None else 1.0 - ema
+        smallest, largest = np.finfo(dtype).tiny, np.finfo(dtype).max
+        for name, value, number in (
+            ("clip_value", clip_value, self._clip_value),
+            ("ema", ema, self._fresh),
+        ):
+            if value is not None and not smallest <= number <= largest:
+                raise ValueError(f"{name}={value!r}: out of the range of {dtype}")
         width = len(StepHyper._fields) + len(hyper._fields)
         self.array = np.zeros((rows, width), dtype)
         row = struct.Struct(f"={width}{'f' if dtype.itemsize == 4 else 'd'}")
@@ -64,22 +83,28 @@ class Table:
         try:
             if not isfinite(keep + sum(prepared)):
                 raise OverflowError
-            self._pack_into(self._rows, row * self._stride, unscale, decay, keep, *prepared)
+            self._pack_into(
+                self._rows, row * self._stride, unscale, self._clip_value, 1.0, decay, keep, self._fresh, *prepared
+            )
         except OverflowError:
             raise ValueError(
                 f"hyperparameters of rule {self.rule.name!r} at step {t} leave the range of {self.array.dtype}: "
                 f"weight_decay={decay}, {prepared}"
             ) from None
 
-    def unscale(self, grad_scale: Any) -> float:
-        """1 / grad_scale; an error unless it and its inverse in the compute dtype are finite and positive."""
+    def clip(self, coefficient: float) -> None:
+        """Multiply all gradients by `coefficient` in the next launch."""
+        self.array[:, COEFFICIENT] = coefficient
+
+    def unscale(self, grad_scale: Any, divisor: float = 1.0) -> float:
+        """1 / (grad_scale divisor); an error unless it is a positive finite number in the compute dtype."""
         if not isinstance(grad_scale, Real | np.floating) or isinstance(grad_scale, bool):
             raise TypeError(f"grad_scale={grad_scale!r}: expected a positive finite number")
         number = float(grad_scale)
         if isfinite(number) and number > 0.0:
             smallest, largest = np.finfo(self.array.dtype).tiny, np.finfo(self.array.dtype).max
-            if smallest <= 1.0 / number <= largest:
-                return 1.0 / number
+            if smallest <= 1.0 / (number * divisor) <= largest:
+                return 1.0 / (number * divisor)
         raise ValueError(
             f"grad_scale={grad_scale!r}: expected a positive finite number whose inverse is one in {self.array.dtype}"
         )

@@ -6,6 +6,7 @@ receives a rule, and binds the rule into its own loops.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -29,20 +30,38 @@ class StepHyper(NamedTuple):
     """What the loop itself applies around every rule: the first fields of every row of the table."""
 
     unscale: float
-    """1 / grad_scale."""
+    """1 / grad_scale; negative where the objective is maximised, smaller where accumulated gradients are averaged."""
+    clip_value: float
+    """The largest magnitude of an element of the gradient."""
+    coefficient: float
+    """Clipping by norm: what every gradient is multiplied by."""
     weight_decay: float
     """L2: g += weight_decay * p."""
     keep: float
     """Decoupled weight decay: p *= 1 - lr * weight_decay."""
+    fresh: float
+    """The weight of the new parameters in their moving average."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """The compile-time flags of a kernel. One that is off is not in the machine code."""
+    """The compile-time flags of a kernel. One that is off is not in the machine code.
+
+    They are applied in the order in which they stand here: the first four before the rule (`clip_norm` multiplies by
+    the coefficient of `StepHyper`), the last two after it.
+    """
 
     unscale: bool = False
+    zero_nonfinite: bool = False
+    """Elements that are NaN or infinite count as 0."""
+    clip_value: bool = False
+    clip_norm: bool = False
     l2: bool = False
     decoupled: bool = False
+    ema: bool = False
+    """The last of the states is a moving average of the parameters."""
+    zero_grad: bool = False
+    """Gradients are 0 afterwards."""
 
 
 class Kernel(Protocol):
@@ -51,11 +70,34 @@ class Kernel(Protocol):
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
         """Update every chunk in place.
 
-        p, g, states : 1-D buffers of one length and dtype.
+        p, g, states : 1-D buffers of one length and dtype; with the feature `ema` the average is the
+            last of the states.
         table : a row of hyperparameters per group, in the dtype of the buffers: the fields of `StepHyper`, then those
             of the rule's NamedTuple.
         chunks : int64, a line (start, stop, row of the table, parameter, first block) per chunk: `Layout.chunks`.
         """
+
+
+class NormKernel(Protocol):
+    """The pass over the gradients that a step needs before its update, where their norm decides about it."""
+
+    def launch(self, g: Array, table: Array, chunks: Array) -> Array:
+        """The partial sums of the gradients: float64, a line for each block.
+
+        A line holds the sum of the squares of what the features before `clip_norm` make of the block's gradients, and
+        0, or NaN where one of them is not finite after `unscale`.
+
+        chunks : as for `Kernel`, made with ``layerwise=True``.
+        """
+
+
+class Adder(NamedTuple):
+    """What `Backend.add` is to do, besides adding."""
+
+    measure: bool
+    """Take the partial sums that `NormKernel` would, of what is in the buffer afterwards."""
+    zero_nonfinite: bool
+    """As in `Features`, for those sums; the buffer keeps what it is given."""
 
 
 class Backend(Protocol):
@@ -70,6 +112,26 @@ class Backend(Protocol):
         """The update of `rule`, whose `prepare` returns the NamedTuple `hyper`; compiled once per combination.
 
         Raises TypeError where the rule's arithmetic leaves `dtype`, or where its return does not match its states.
+        """
+
+    def norm(self, dtype: Any, features: Features) -> NormKernel:
+        """The norm of gradients of `dtype`, compiled once per combination; `features` beyond `clip_value` are off."""
+
+    def add(
+        self,
+        g: Array,
+        arrays: Sequence[Array | None],
+        fresh: Array,
+        weight: float,
+        chunks: Array,
+        partials: Array,
+        adder: Adder,
+    ) -> None:
+        """Add weight times each of `arrays`, contiguous and one per parameter, to its part of `g`; None adds nothing.
+
+        fresh : bool, one per parameter: where it is set, what is in `g` is overwritten instead.
+        chunks : as for `NormKernel`.
+        partials : as `NormKernel` returns them; the lines of an array that is None stay as they are.
         """
 
     def batchnorm(self, formulas: ModuleType, dtype: Any, *, relu: bool, residual: bool) -> Any:

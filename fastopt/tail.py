@@ -1,0 +1,161 @@
+"""What surrounds the rule in a step: the options of it, gradients that are being accumulated, and what a step tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastopt.rule import Choice, Flag, Interval
+
+NONFINITE = Choice(("propagate", "skip", "zero", "raise"))
+REDUCTION = Choice(("mean", "sum"))
+
+
+def positive(name: str, value: Any, below: float = math.inf) -> float:
+    """`value` as float; an error that names it unless it is a finite number in (0, below)."""
+    number: float = Interval().check(name, value)
+    if not 0.0 < number < below:
+        raise ValueError(f"{name}={value!r}: expected a number > 0" + (f" and < {below:g}" if below < math.inf else ""))
+    return number
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The options of a step that are no rule's: see `Optimizer`, whose arguments these are."""
+
+    max_norm: float | None = None
+    clip_value: float | None = None
+    nonfinite: str = "propagate"
+    ema: float | None = None
+    zero_grad: bool = False
+    maximize: bool = False
+
+    @classmethod
+    def checked(cls, max_norm: Any, clip_value: Any, nonfinite: Any, ema: Any, zero_grad: Any, maximize: Any) -> Tail:
+        """A Tail of these options; TypeError or ValueError, naming the option, where one is out of range."""
+        return cls(
+            None if max_norm is None else positive("max_norm", max_norm),
+            None if clip_value is None else positive("clip_value", clip_value),
+            NONFINITE.check("nonfinite", nonfinite),
+            None if ema is None else positive("ema", ema, below=1.0),
+            Flag().check("zero_grad", zero_grad),
+            Flag().check("maximize", maximize),
+        )
+
+    @property
+    def measures(self) -> bool:
+        """Whether a step needs a pass over the gradients before its update."""
+        return self.max_norm is not None or self.nonfinite != "propagate"
+
+    @property
+    def sign(self) -> float:
+        """What gradients are multiplied by to go downhill."""
+        return -1.0 if self.maximize else 1.0
+
+    @property
+    def conditioning(self) -> dict[str, bool]:
+        """The kernel's flags that decide of what the norm is."""
+        return {"zero_nonfinite": self.nonfinite == "zero", "clip_value": self.clip_value is not None}
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The kernel's flags that these options set."""
+        return {
+            **self.conditioning,
+            "clip_norm": self.max_norm is not None,
+            "ema": self.ema is not None,
+            "zero_grad": self.zero_grad,
+        }
+
+    def coefficient(self, norm: float) -> float:
+        """What clipping by norm multiplies gradients of this norm by; NaN for NaN."""
+        if self.max_norm is None:
+            return 1.0
+        coefficient = self.max_norm / (norm + 1e-6)  # torch's form
+        return 1.0 if coefficient > 1.0 else coefficient
+
+
+class Pending:
+    """Gradients that are being accumulated for the next step."""
+
+    __slots__ = ("partials", "present", "weight")
+
+    def __init__(self, parameters: int, blocks: int):
+        self.weight = 0.0
+        self.present = np.zeros(parameters, np.bool_)
+        self.partials = np.zeros((blocks, 2))
+        """Of the sums, as `fastopt.backends.Backend.add` leaves them."""
+
+
+class StepInfo:
+    """What a step did.
+
+    Attributes:
+        step: the number of updates made so far, this one included.
+        skipped: whether it changed nothing (``nonfinite="skip"``).
+        clip_coefficient: what clipping by norm multiplied the gradients by; 1 where nothing was clipped.
+        nonfinite_consecutive, nonfinite_total: how many steps found gradients that are NaN or infinite: those in a row
+            that end with this one, and all. They are counted where ``nonfinite`` is ``"skip"`` or ``"zero"``.
+    """
+
+    __slots__ = (
+        "_measure",
+        "_norm",
+        "_schedule",
+        "clip_coefficient",
+        "nonfinite_consecutive",
+        "nonfinite_total",
+        "skipped",
+        "step",
+    )
+
+    def __init__(
+        self,
+        step: int,
+        schedule: Any,
+        measure: Callable[[int], float | None],
+        norm: float | None = None,
+        clip_coefficient: float = 1.0,
+        skipped: bool = False,
+        nonfinite: tuple[int, int] = (0, 0),
+    ):
+        self.step = step
+        self._schedule = schedule
+        self._measure = measure
+        self._norm = norm
+        self.clip_coefficient = clip_coefficient
+        self.skipped = skipped
+        self.nonfinite_consecutive, self.nonfinite_total = nonfinite
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate of this step (of parameters without an override); None for a rule that has none."""
+        if callable(self._schedule):
+            return float(self._schedule(self.step if self.skipped else self.step - 1))
+        return None if self._schedule is None else float(self._schedule)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The global norm of the gradients, in their own units, after ``clip_value`` and before ``max_norm``.
+
+        Where the step needed none it takes a pass over ``opt.grads`` when it is read; None if they are not there any
+        more: the next step was made, or ``zero_grad=True``.
+        """
+        if self._norm is None:
+            self._norm = self._measure(self.step)
+        return self._norm
+
+    def __repr__(self) -> str:
+        told = [f"step={self.step}"]
+        if self._norm is not None:
+            told.append(f"grad_norm={self._norm:.6g}")
+        if self.clip_coefficient != 1.0:
+            told.append(f"clip_coefficient={self.clip_coefficient:.6g}")
+        if self.nonfinite_total:
+            told.append(f"nonfinite_consecutive={self.nonfinite_consecutive}")
+            told.append(f"nonfinite_total={self.nonfinite_total}")
+        return f"StepInfo({', '.join([*told, f'skipped={self.skipped}'])})"
