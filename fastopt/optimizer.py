@@ -15,7 +15,7 @@ import numpy as np
 from fastopt.backends import BLOCK, Adder, Features, Kernel, NormKernel, get_backend
 from fastopt.flat import FlatParams, match_overrides, pack
 from fastopt.rule import Flag, Rule
-from fastopt.table import WEIGHT_DECAY, Point, Table, hyper_of
+from fastopt.table import WEIGHT_DECAY, Point, Table, hyper_of, is_normal
 from fastopt.tail import REDUCTION, Pending, StepInfo, Tail, positive
 
 STATE_FORMAT = 1
@@ -305,8 +305,7 @@ class Optimizer:
         """
         self._refuse_while_held("accumulate")
         number = positive("weight", weight)
-        smallest, largest = np.finfo(self.flat.dtype).tiny, np.finfo(self.flat.dtype).max
-        if not smallest <= number <= largest:
+        if not is_normal(number, self.flat.dtype):
             raise ValueError(f"weight={weight!r}: out of the range of {self.flat.dtype}")
         leaves = self.flat.check_grads(grads)
         for path, leaf in zip(self.flat.paths, leaves, strict=True):

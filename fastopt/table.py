@@ -19,6 +19,11 @@ WEIGHT_DECAY = "weight_decay"
 COEFFICIENT = StepHyper._fields.index("coefficient")
 
 
+def is_normal(number: float, dtype: np.dtype[Any]) -> bool:
+    """Whether a positive number is in the range of `dtype`, and not below its normal numbers."""
+    return float(np.finfo(dtype).tiny) <= number <= float(np.finfo(dtype).max)
+
+
 class Point(NamedTuple):
     """Hyperparameters at one step, arranged for `Table.write`: what the loop applies, and what `prepare` is given."""
 
@@ -59,12 +64,11 @@ class Table:
         self.rule = rule
         self._clip_value = 0.0 if clip_value is None else clip_value
         self._fresh = 0.0 if ema is None else 1.0 - ema
-        smallest, largest = np.finfo(dtype).tiny, np.finfo(dtype).max
         for name, value, number in (
             ("clip_value", clip_value, self._clip_value),
             ("ema", ema, self._fresh),
         ):
-            if value is not None and not smallest <= number <= largest:
+            if value is not None and not is_normal(number, dtype):
                 raise ValueError(f"{name}={value!r}: out of the range of {dtype}")
         width = len(StepHyper._fields) + len(hyper._fields)
         self.array = np.zeros((rows, width), dtype)
@@ -101,10 +105,8 @@ class Table:
         if not isinstance(grad_scale, Real | np.floating) or isinstance(grad_scale, bool):
             raise TypeError(f"grad_scale={grad_scale!r}: expected a positive finite number")
         number = float(grad_scale)
-        if isfinite(number) and number > 0.0:
-            smallest, largest = np.finfo(self.array.dtype).tiny, np.finfo(self.array.dtype).max
-            if smallest <= 1.0 / (number * divisor) <= largest:
-                return 1.0 / (number * divisor)
+        if isfinite(number) and number > 0.0 and is_normal(1.0 / (number * divisor), self.array.dtype):
+            return 1.0 / (number * divisor)
         raise ValueError(
             f"grad_scale={grad_scale!r}: expected a positive finite number whose inverse is one in {self.array.dtype}"
         )

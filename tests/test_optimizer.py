@@ -576,6 +576,8 @@ def test_state_dict_holds_what_a_resumed_run_needs():
             "weight_decay": 0.0,
         },
         "overrides": {"b": {"lr": 0.5}},
+        "ema": None,
+        "nonfinite": {"consecutive": 0, "total": 0},
     }
     assert {name: list(arrays) for name, arrays in saved["state"].items()} == {"m": ["b", "w"], "v": ["b", "w"]}
 
@@ -658,7 +660,7 @@ def test_inside_lookahead_nothing_else_may_move_the_parameters():
             opt.step(tree(rng))
         with pytest.raises(RuntimeError, match=r"^load_state_dict\(\) inside .*leave the block first"):
             opt.load_state_dict(saved)
-        with pytest.raises(RuntimeError, match=r"^lookahead\(\) inside lookahead\(\)"), opt.lookahead():
+        with pytest.raises(RuntimeError, match=r"^lookahead\(\) inside `with opt.lookahead\(\)`"), opt.lookahead():
             pass
         assert bits(opt) == held
     assert bits(opt) == before

@@ -1,0 +1,648 @@
+"""The step in one pass: every flag against separate NumPy passes, norms, NaNs, averages, accumulated gradients."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import math
+import re
+import sys
+from collections import Counter
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from cases import BY_NAME, CASES, DTYPES, Case, gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripts import run
+
+import fastopt
+from fastopt.backends import BLOCK, Features, cpu, get_backend
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "max_norm": {"max_norm": 0.5},
+    "clip_value": {"clip_value": 0.01},
+    "zero": {"nonfinite": "zero"},
+    "skip": {"nonfinite": "skip"},
+    "ema": {"ema": 0.9},
+    "zero_grad": {"zero_grad": True},
+    "maximize": {"maximize": True},
+}
+EVERYTHING = {"max_norm": 0.5, "clip_value": 0.5, "nonfinite": "zero", "ema": 0.9, "zero_grad": True, "maximize": True}
+BY_STATES = [BY_NAME[name] for name in ("SGD-lr=0.1", "Momentum", "Adam", "LAMB")] + [
+    case for case in CASES if case.options in ({"amsgrad": True, "betas": (0.9, 0.9)}, {"momentum": 0.9})
+]
+SCALE = 8.0
+
+
+def start(dtype: Any, sizes: tuple[int, ...] = (1000, 3, 17)) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    return {f"w{k}": rng.normal(size=size).astype(dtype) for k, size in enumerate(sizes)}
+
+
+def grads_like(rng: np.random.Generator, params: dict[str, np.ndarray], bad: float | None = None) -> Any:
+    grads = {name: gradients(rng, p.size, p.dtype) for name, p in params.items()}
+    if bad is not None:
+        for g in grads.values():
+            g[:: max(1, g.size // 3)] = bad
+    return grads
+
+
+def norm_of(grads: dict[str, np.ndarray]) -> float:
+    return math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads.values()))
+
+
+def in_passes(grads: Any, scale: float, options: dict[str, Any]) -> Any:
+    """What the rule is to be given but for clipping by norm, made by one NumPy pass after another."""
+    out = {}
+    for name, grad in grads.items():
+        g = grad * grad.dtype.type(1.0 / scale)
+        if options.get("maximize"):
+            g = -g
+        if options.get("nonfinite") == "zero":
+            g = np.where(np.isfinite(g), g, grad.dtype.type(0))
+        if "clip_value" in options:
+            g = np.clip(g, -options["clip_value"], options["clip_value"], dtype=g.dtype)
+        out[name] = g
+    return out
+
+
+def equal(left: Any, right: Any) -> None:
+    for name in right:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def assert_as_separate_passes(case: Case, dtype: Any, options: dict[str, Any], scale: float, steps: int = 3) -> None:
+    params = start(dtype)
+    fused, plain = case.make(params, **options), case.make(params)
+    average = {name: p.copy() for name, p in params.items()}
+    rng = np.random.default_rng(0)
+    bad = np.nan if options.get("nonfinite") == "zero" else None
+    for _ in range(steps):
+        grads = grads_like(rng, params, bad)
+        info = fused.step(grads, grad_scale=scale)
+        passed = in_passes(grads, scale, options)
+        if "max_norm" in options or "nonfinite" in options:
+            norm = norm_of(passed)
+            assert info.grad_norm == pytest.approx(norm, rel=1e-12)
+            expected = min(1.0, options.get("max_norm", math.inf) / (norm + 1e-6))
+            assert info.clip_coefficient == pytest.approx(expected, rel=1e-12)
+            passed = {name: g * g.dtype.type(info.clip_coefficient) for name, g in passed.items()}
+        plain.step(passed)
+        equal(fused.params, plain.params)
+        for name, state in plain.states.items():
+            equal(fused.states[name], state)
+        if "ema" in options:
+            fresh = np.dtype(dtype).type(1.0 - options["ema"])
+            average = {name: e + fresh * (plain.params[name] - e) for name, e in average.items()}
+            equal(fused.ema, average)
+        equal(fused.grads, {name: np.zeros_like(g) if options.get("zero_grad") else g for name, g in grads.items()})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_flags_at_once_equal_separate_passes_for_every_rule(case):
+    assert_as_separate_passes(case, np.float32, EVERYTHING, SCALE)
+
+
+@pytest.mark.parametrize("case", BY_STATES[:3], ids=str)
+def test_all_flags_at_once_in_float64(case):
+    assert_as_separate_passes(case, np.float64, EVERYTHING, SCALE)
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("case", BY_STATES, ids=str)
+def test_each_flag_alone_equals_a_separate_pass(case, flag):
+    assert_as_separate_passes(case, np.float32, FLAGS[flag], 1.0)
+
+
+PAIRS = [{**FLAGS[a], **FLAGS[b]} for a, b in itertools.combinations(FLAGS, 2) if {a, b} != {"zero", "skip"}]
+
+
+@pytest.mark.parametrize("options", PAIRS, ids=lambda options: "+".join(options))
+def test_each_pair_of_flags_equals_separate_passes(options):
+    assert_as_separate_passes(BY_NAME["Momentum"], np.float32, options, SCALE, steps=2)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("name", ["SGD", "Momentum", "Nesterov", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW"])
+def test_every_rule_decays_weights_in_both_ways(name, decoupled):
+    make = getattr(fastopt, name)
+    params = start(np.float32)
+    opt = make(params, lr=0.1, weight_decay=0.25, decoupled_weight_decay=decoupled)
+    plain = make(params, lr=0.1, weight_decay=0.0)
+    rng = np.random.default_rng(3)
+    for _ in range(3):
+        grads = grads_like(rng, params)
+        if decoupled:
+            plain.flat.data *= np.float32(1.0 - 0.1 * 0.25)
+            plain.step(grads)
+        else:
+            plain.step({path: g + np.float32(0.25) * plain.params[path] for path, g in grads.items()})
+        opt.step(grads)
+        equal(opt.params, plain.params)
+
+
+def test_a_rule_that_decays_in_a_way_of_its_own_cannot_be_told_another():
+    with pytest.raises(TypeError, match="decoupled_weight_decay=True: rule 'lamb' decays weights in a way of its own"):
+        fastopt.LAMB({"w": np.ones(3)}, decoupled_weight_decay=True)
+    with pytest.raises(TypeError, match="decoupled_weight_decay=1: expected True or False"):
+        fastopt.Adam({"w": np.ones(3)}, decoupled_weight_decay=1)
+
+
+# --- launches and machine code ----------------------------------------------------------------------------------------
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    launched: list[str] = []
+    run_loop = cpu.Loop.run
+
+    def counted(self: Any, *arguments: Any, **keywords: Any) -> None:
+        launched.append(self._label)
+        run_loop(self, *arguments, **keywords)
+
+    monkeypatch.setattr(cpu.Loop, "run", counted)
+    return launched
+
+
+def test_any_combination_is_one_norm_pass_and_one_update(monkeypatch):
+    params = start(np.float32, (1000, 3, 17, 1, 5000))
+    overrides = {"w1": {"lr": 0.5}, "w2": {"weight_decay": 0.0}}
+    whole = fastopt.AdamW(params, weight_decay=0.1, overrides=overrides, **EVERYTHING)
+    no_norm = fastopt.AdamW(params, ema=0.9, zero_grad=True, clip_value=1.0, maximize=True)
+    grads = grads_like(np.random.default_rng(0), params)
+    for opt, step, expected in (
+        (whole, lambda opt: opt.step(grads, grad_scale=4.0), 2),
+        (no_norm, lambda opt: opt.step(grads, grad_scale=4.0), 1),
+    ):
+        step(opt)
+        launched = count_launches(monkeypatch)
+        step(opt)
+        monkeypatch.undo()
+        assert len(launched) == expected, launched
+    clipped = fastopt.AdamW(params, max_norm=1.0)
+    clipped.accumulate(grads)
+    launched = count_launches(monkeypatch)
+    clipped.accumulate(grads)
+    clipped.step()
+    assert len(launched) == 2, launched  # the norm was taken by the last accumulate
+
+
+def bare_element(step, p, g, *rest):
+    return RULE(p, g, *rest)  # noqa: F821
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+def test_flags_that_are_off_are_not_in_the_machine_code(dtype, monkeypatch):
+    rule = fastopt.rules.adam
+    hyper = type(rule.prepare(1, 1e-3, (0.9, 0.999), 1e-8, False, True))
+    counts = []
+    for element in (cpu.element, bare_element):
+        monkeypatch.setattr(cpu, "element", element)
+        kernel = cpu.CPU().kernel(rule, hyper, np.dtype(dtype), Features())
+        (assembly,) = kernel._loop._dispatcher.inspect_asm().values()
+        counts.append(Counter(re.findall(r"^\t([a-z]\w*)", assembly, flags=re.MULTILINE)))
+    assert counts[0] == counts[1]
+    assert sum(counts[0].values()) > 50
+
+
+def test_the_update_is_vectorised_with_every_flag_on():
+    rule = fastopt.rules.adamw
+    hyper = type(rule.prepare(1, 1e-3, (0.9, 0.999), 1e-8, False, True))
+    features = Features(**dict.fromkeys(vars(Features()), True) | {"l2": False})
+    kernel = cpu.CPU().kernel(rule, hyper, np.dtype(np.float32), features)
+    (assembly,) = kernel._loop._dispatcher.inspect_asm().values()
+    assert re.search(r"sqrtps|fsqrt\s+v\d+\.4s", assembly)
+
+
+# --- the same bits whatever the threads -------------------------------------------------------------------------------
+
+
+def report_drivers() -> None:
+    driver = get_backend("cpu").driver
+    params = start(np.float32, (100_003, 17, 200_000))
+    for name in ("AdamW", "LAMB"):
+        for mode, threads in (("parallel", 1), ("parallel", 2), ("parallel", 4), ("pool", 2), ("pool", 3)):
+            driver.mode = mode
+            numba.set_num_threads(threads)
+            opt = getattr(fastopt, name)(params, max_norm=0.5, ema=0.9, zero_grad=True, nonfinite="skip")
+            rng = np.random.default_rng(0)
+            opt.step(grads_like(rng, params))
+            for _ in range(3):
+                opt.accumulate(grads_like(rng, params), weight=0.5)
+            info = opt.step()
+            digest = hashlib.sha256(repr((info.grad_norm, info.clip_coefficient)).encode())
+            for buffer in (opt.flat.data, opt.flat.grad, *opt._buffers):
+                digest.update(buffer)
+            print(json.dumps([name, [mode, threads], digest.hexdigest()]))
+
+
+def test_every_driver_gives_the_same_bits():
+    finished = run(__file__, "drivers", timeout=240, NUMBA_NUM_THREADS="4")
+    assert finished.returncode == 0, finished.stderr
+    lines = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert len(lines) == 10
+    for name in ("AdamW", "LAMB"):
+        assert len({digest for rule, _, digest in lines if rule == name}) == 1, lines
+
+
+@pytest.mark.parametrize("longest", [BLOCK, 3 * BLOCK, 10**6])
+def test_the_norm_does_not_depend_on_how_chunks_are_cut(longest, monkeypatch):
+    params = start(np.float32, (50_000, 3, 4096, 4097))
+    grads = grads_like(np.random.default_rng(0), params)
+    expected = fastopt.SGD(params, max_norm=1.0).step(grads).grad_norm
+    chunks = type(fastopt.SGD(params).flat.layout).chunks
+    monkeypatch.setattr(
+        type(fastopt.SGD(params).flat.layout),
+        "chunks",
+        lambda self, rows, *, layerwise=False: chunks(self, rows, layerwise=layerwise, longest=longest),
+    )
+    assert fastopt.SGD(params, max_norm=1.0).step(grads).grad_norm == expected
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+
+PATTERNS = {
+    "normal": lambda rng, n: rng.normal(size=n),
+    "zeros": lambda rng, n: np.zeros(n),
+    "denormal": lambda rng, n: rng.choice([1e-42, -1e-44, 0.0], n),
+    "1e30": lambda rng, n: 1e30 * rng.normal(size=n),
+    "1e-30": lambda rng, n: 1e-30 * rng.normal(size=n),
+    "nan": lambda rng, n: np.where(rng.random(n) < 0.5, np.nan, 1.0),
+    "inf": lambda rng, n: np.where(rng.random(n) < 0.5, -np.inf, 1.0),
+    "none": lambda rng, n: None,
+}
+COMBINATIONS: list[dict[str, Any]] = [
+    {"nonfinite": "skip"},
+    {"nonfinite": "skip", "max_norm": 1.0, "zero_grad": True},
+    {"nonfinite": "skip", "max_norm": 1e-3, "ema": 0.9},
+    {"nonfinite": "zero", "max_norm": 10.0, "ema": 0.5, "zero_grad": True},
+    {"nonfinite": "zero", "clip_value": 1.0},
+    {"nonfinite": "skip", "clip_value": 1.0, "max_norm": 1.0},
+    {"nonfinite": "raise", "max_norm": 1.0},
+]
+
+
+def contents(opt: fastopt.Optimizer) -> list[bytes]:
+    return [buffer.tobytes() for buffer in (opt.flat.data, *opt._buffers)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 15, 16, 17, 100, 5000]), min_size=1, max_size=5),
+    patterns=st.lists(st.sampled_from(sorted(PATTERNS)), min_size=5, max_size=5),
+    options=st.sampled_from(COMBINATIONS),
+    scale=st.sampled_from([1.0, 1024.0, 1e-3]),
+    override=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_invariants_of_any_step(sizes, patterns, options, scale, override, seed):
+    rng = np.random.default_rng(seed)
+    params = start(np.float32, tuple(sizes))
+    overrides = {"w0": {"lr": 0.5, "weight_decay": 0.1}} if override else None
+    opt = fastopt.SGD(params, lr=0.1, momentum=0.9, overrides=overrides, **options)
+    opt.step({name: np.ones_like(p) for name, p in params.items()})
+    grads = {}
+    for (name, p), pattern in zip(params.items(), patterns, strict=False):
+        g = PATTERNS[pattern](rng, p.size)
+        grads[name] = None if g is None else g.astype(np.float32)
+    before, steps = contents(opt), opt.step_count
+    given_ones = {name: g for name, g in grads.items() if g is not None}
+    with np.errstate(over="ignore"):
+        scaled = {name: g * np.float32(1.0 / scale) for name, g in given_ones.items()}
+        passed = in_passes(given_ones, scale, options)
+    finite = all(np.isfinite(g).all() for g in scaled.values())
+    if not finite and options["nonfinite"] == "raise":
+        first = next(name for name, g in scaled.items() if not np.isfinite(g).all())
+        with pytest.raises(FloatingPointError, match=rf"^gradient '{first}' holds NaN or infinity"):
+            opt.step(grads, grad_scale=scale)
+        assert contents(opt) == before
+        assert opt.step_count == steps
+        return
+    info = opt.step(grads, grad_scale=scale)
+    assert info.skipped == (not finite and options["nonfinite"] == "skip")
+    assert info.nonfinite_total == info.nonfinite_consecutive == (0 if finite else 1)
+    if info.skipped:
+        assert contents(opt) == before
+        assert info.step == opt.step_count == steps
+    else:
+        assert opt.step_count == steps + 1
+        norm = norm_of(passed)
+        assert info.grad_norm == pytest.approx(norm, rel=1e-6, abs=1e-60)
+        assert 0.0 <= info.clip_coefficient <= 1.0
+        assert info.clip_coefficient * norm <= options.get("max_norm", math.inf) * (1 + 1e-6)
+        for name, g in grads.items():
+            if g is None:
+                np.testing.assert_array_equal(
+                    opt.params[name], np.frombuffer(before[0], np.float32)[slice_of(opt, name)]
+                )
+    if options.get("zero_grad"):
+        assert not any(opt.grads[name].any() for name, g in grads.items() if g is not None)
+    inside = np.zeros(opt.flat.size, bool)
+    for path in opt.flat.paths:
+        inside[slice_of(opt, path)] = True
+    for buffer in (opt.flat.data, opt.flat.grad, *opt._buffers):
+        assert not buffer[~inside].any()
+
+
+def slice_of(opt: fastopt.Optimizer, path: str) -> slice:
+    k = opt.flat.paths.index(path)
+    return slice(opt.flat.offsets[k], opt.flat.offsets[k] + opt.flat.layout.sizes[k])
+
+
+# --- not finite -------------------------------------------------------------------------------------------------------
+
+
+def test_steps_that_are_not_finite_are_counted():
+    opt = fastopt.Adam({"w": np.ones(3)}, nonfinite="skip")
+    good, bad = {"w": np.ones(3)}, {"w": np.array([1.0, np.inf, 1.0])}
+    infos = [opt.step(g) for g in (good, bad, bad, good, bad)]
+    assert [info.skipped for info in infos] == [False, True, True, False, True]
+    assert [info.step for info in infos] == [1, 1, 1, 2, 2]
+    assert [(i.nonfinite_consecutive, i.nonfinite_total) for i in infos] == [(0, 0), (1, 1), (2, 2), (0, 2), (1, 3)]
+    other = fastopt.Adam({"w": np.ones(3)}, nonfinite="skip")
+    other.load_state_dict(opt.state_dict())
+    assert other.step(bad).nonfinite_total == 4
+    assert "nonfinite_total=4" in repr(other.step(good))
+
+
+def test_clipping_by_value_does_not_hide_infinity():
+    for nonfinite in ("skip", "raise"):
+        opt = fastopt.SGD({"a": np.ones(3), "b": np.ones(2)}, clip_value=1.0, nonfinite=nonfinite)
+        grads = {"a": np.ones(3), "b": np.array([np.inf, 0.0])}
+        if nonfinite == "skip":
+            assert opt.step(grads).skipped
+        else:
+            with pytest.raises(FloatingPointError, match="gradient 'b'"):
+                opt.step(grads)
+        assert opt.step_count == 0
+
+
+def test_without_a_policy_nan_spreads_as_in_numpy():
+    opt = fastopt.SGD({"a": np.ones(3), "b": np.ones(2)}, lr=1.0, max_norm=1.0)
+    info = opt.step({"a": np.array([np.nan, 1.0, 1.0]), "b": np.ones(2)})
+    assert math.isnan(info.grad_norm)
+    assert math.isnan(info.clip_coefficient)
+    assert np.isnan(opt.flat.data[[0, 1, 2, 8, 9]]).all()
+    infinite = fastopt.SGD({"a": np.ones(3)}, lr=1.0, max_norm=1.0)
+    assert infinite.step({"a": np.array([np.inf, 1.0, 1.0])}).clip_coefficient == 0.0
+    np.testing.assert_array_equal(infinite.params["a"], [np.nan, 1.0, 1.0])
+
+
+def test_a_skipped_step_zeroes_the_gradients_where_every_step_does():
+    opt = fastopt.SGD({"w": np.ones(3)}, nonfinite="skip", zero_grad=True)
+    opt.grads["w"][:] = np.nan
+    assert opt.step().skipped
+    assert not opt.grads["w"].any()
+
+
+def test_float64_squares_that_overflow_are_not_taken_for_infinite_gradients():
+    opt = fastopt.SGD({"w": np.ones(3)}, nonfinite="skip")
+    info = opt.step({"w": np.full(3, 1e200)})
+    assert not info.skipped
+
+
+# --- what a step tells ------------------------------------------------------------------------------------------------
+
+
+def test_step_info_measures_only_when_it_is_read(monkeypatch):
+    params = start(np.float32)
+    grads = grads_like(np.random.default_rng(0), params)
+    opt = fastopt.Adam(params, lr=fastopt.schedules.inverse_time(0.5, 1.0))
+    launched = count_launches(monkeypatch)
+    info = opt.step(grads, grad_scale=2.0)
+    assert len(launched) == 1
+    assert info.lr == 0.5
+    assert info.grad_norm == pytest.approx(norm_of(grads) / 2, rel=1e-6)
+    assert len(launched) == 2
+    assert info.grad_norm
+    assert len(launched) == 2
+    following = opt.step(grads)
+    assert following.lr == 0.25
+    later = opt.step(grads)
+    assert following.grad_norm is None  # its gradients are gone
+    assert later.grad_norm == pytest.approx(norm_of(grads), rel=1e-6)
+    assert fastopt.SGD(params, zero_grad=True).step(grads).grad_norm is None
+
+
+def test_a_rule_without_lr_has_no_lr_to_tell():
+    assert fastopt.Adadelta({"w": np.ones(2)}).step({"w": np.ones(2)}).lr == 1.0
+
+
+# --- the average ------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_begins_at_the_parameters_and_is_swapped_in_and_out():
+    params = {"w": np.array([1.0, 2.0]), "b": {"c": np.zeros(1)}}
+    opt = fastopt.SGD(params, lr=1.0, ema=0.75)
+    np.testing.assert_array_equal(opt.ema["w"], params["w"])
+    opt.step({"w": np.array([-4.0, 4.0]), "b": {"c": np.ones(1)}})
+    np.testing.assert_array_equal(opt.ema["w"], [2.0, 1.0])
+    with opt.swap_ema() as averaged:
+        np.testing.assert_array_equal(averaged["w"], [2.0, 1.0])
+        assert averaged is opt.params
+        for call in (lambda: opt.step(), lambda: opt.accumulate(params), lambda: opt.load_state_dict({})):
+            with pytest.raises(RuntimeError, match=r"inside `with opt.swap_ema\(\)`: leave the block first"):
+                call()
+    np.testing.assert_array_equal(opt.params["w"], [5.0, -2.0])
+    with pytest.raises(ZeroDivisionError), opt.swap_ema():
+        1 / 0  # noqa: B018
+    np.testing.assert_array_equal(opt.params["w"], [5.0, -2.0])
+
+
+def test_the_average_is_part_of_the_state_and_of_copies():
+    rng = np.random.default_rng(0)
+    params = start(np.float32)
+    opt = fastopt.Adam(params, ema=0.9)
+    opt.step(grads_like(rng, params))
+    twin = copy.deepcopy(opt)
+    resumed = fastopt.Adam(opt.params, ema=0.9)
+    resumed.load_state_dict(opt.state_dict())
+    grads = grads_like(rng, params)
+    for each in (opt, twin, resumed):
+        each.step(grads)
+    assert contents(opt) == contents(twin) == contents(resumed)
+    assert not np.shares_memory(opt._average, twin._average)
+    plain = fastopt.Adam(params)
+    with pytest.raises(ValueError, match=r"state: holds an average \(ema\) of the parameters, but .* keeps none"):
+        plain.load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match=r"state: holds no average of the parameters, but this optimizer keeps one"):
+        opt.load_state_dict(plain.state_dict())
+    with pytest.raises(AttributeError, match=r"construct it with ema=0.999"):
+        plain.ema  # noqa: B018
+    with pytest.raises(RuntimeError, match=r"construct it with ema=0.999"), plain.swap_ema():
+        pass
+
+
+# --- accumulated gradients --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5}, {"max_norm": 0.5, "clip_value": 0.1}], ids="+".join)
+def test_accumulated_gradients_equal_separate_passes(options, reduction, dtype):
+    params = start(dtype, (1000, 3, 17, 0, 5000))
+    opt, plain = fastopt.Adam(params, **options), fastopt.Adam(params, **options)
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        total: Any = None
+        opt.flat.grad.fill(7)  # the first call begins anew
+        for weight in (1.0, 0.5, 3.0):
+            grads = grads_like(rng, params)
+            opt.accumulate(grads, weight)
+            more = {name: g * g.dtype.type(weight) for name, g in grads.items()}
+            total = more if total is None else {name: total[name] + more[name] for name in more}
+            equal(opt.grads, total)
+        info = opt.step(grad_scale=2.0, reduction=reduction)
+        expected = plain.step(total, grad_scale=2.0 * (4.5 if reduction == "mean" else 1.0))
+        assert info.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
+        if not options:
+            equal(opt.params, plain.params)
+        for name, p in opt.params.items():
+            np.testing.assert_allclose(p, plain.params[name], rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_without_a_gradient_in_any_micro_batch_are_left_out():
+    params = {"a": np.ones(3), "b": np.ones(3), "c": np.ones(3)}
+    opt = fastopt.Momentum(params, lr=1.0, max_norm=1e6)
+    one = np.ones(3)
+    opt.step({"a": one, "b": one, "c": one})
+    before = opt.params["c"].copy()
+    opt.accumulate({"a": one, "b": None, "c": None})
+    opt.accumulate({"a": one, "b": 2 * one, "c": None})
+    info = opt.step(reduction="sum")
+    np.testing.assert_array_equal(opt.params["c"], before)
+    np.testing.assert_array_equal(opt.grads["a"], 2 * one)
+    np.testing.assert_array_equal(opt.grads["b"], 2 * one)
+    assert info.grad_norm == pytest.approx(math.sqrt(24))
+
+
+def test_accumulated_nans_are_found_without_another_pass():
+    opt = fastopt.SGD({"w": np.ones(3)}, nonfinite="skip")
+    opt.accumulate({"w": np.array([1.0, np.nan, 1.0])})
+    opt.accumulate({"w": np.ones(3)})
+    assert opt.step().skipped
+    opt.accumulate({"w": np.ones(3)})  # begins anew
+    assert not opt.step().skipped
+    zero = fastopt.SGD({"w": np.ones(3)}, lr=1.0, nonfinite="zero")
+    zero.accumulate({"w": np.array([1.0, np.nan, 1.0])})
+    info = zero.step()
+    assert info.grad_norm == pytest.approx(math.sqrt(2))
+    np.testing.assert_array_equal(zero.params["w"], [0.0, 1.0, 0.0])
+
+
+def test_zero_grad_drops_what_was_accumulated():
+    opt = fastopt.SGD({"w": np.ones(3)}, lr=1.0)
+    opt.accumulate({"w": np.ones(3)}, weight=5.0)
+    opt.zero_grad()
+    opt.accumulate({"w": np.ones(3)})
+    opt.step()
+    np.testing.assert_array_equal(opt.params["w"], np.zeros(3))
+
+
+def test_a_strided_gradient_is_added_from_a_copy():
+    opt = fastopt.SGD({"w": np.zeros((2, 3))}, lr=1.0)
+    opt.accumulate({"w": np.arange(6.0).reshape(3, 2).T})
+    opt.step()
+    np.testing.assert_array_equal(opt.params["w"], -np.arange(6.0).reshape(3, 2).T)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+BAD_OPTIONS = [
+    ({"max_norm": 0}, ValueError, r"max_norm=0: expected a number > 0"),
+    ({"max_norm": -1.0}, ValueError, r"max_norm=-1.0: expected a number > 0"),
+    ({"max_norm": math.nan}, ValueError, r"max_norm=nan: expected a number finite"),
+    ({"max_norm": math.inf}, ValueError, r"max_norm=inf: expected a number finite"),
+    ({"max_norm": "1"}, TypeError, r"max_norm='1': expected a number finite, found str"),
+    ({"max_norm": True}, TypeError, r"max_norm=True: expected a number"),
+    ({"clip_value": 0.0}, ValueError, r"clip_value=0.0: expected a number > 0"),
+    ({"clip_value": 1e39}, ValueError, r"clip_value=1e\+39: out of the range of float32"),
+    ({"clip_value": math.nan}, ValueError, r"clip_value=nan"),
+    ({"ema": 0}, ValueError, r"ema=0: expected a number > 0 and < 1"),
+    ({"ema": 1.0}, ValueError, r"ema=1.0: expected a number > 0 and < 1"),
+    ({"ema": 2}, ValueError, r"ema=2: expected a number > 0 and < 1"),
+    ({"ema": math.nan}, ValueError, r"ema=nan"),
+    ({"nonfinite": "ignore"}, ValueError, r"nonfinite='ignore': expected one of 'propagate', 'skip', 'zero', 'raise'"),
+    ({"nonfinite": None}, ValueError, r"nonfinite=None: expected one of"),
+    ({"zero_grad": 1}, TypeError, r"zero_grad=1: expected True or False"),
+    ({"maximize": "no"}, TypeError, r"maximize='no': expected True or False"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "match"), BAD_OPTIONS, ids=lambda value: str(value)[:30])
+def test_bad_options_are_refused(options, error, match):
+    with pytest.raises(error, match=match):
+        fastopt.Adam({"w": np.ones(3, np.float32)}, **options)
+
+
+GOOD = {"a": np.ones(3, np.float32), "b": np.ones(2, np.float32)}
+BAD_CALLS = [
+    (lambda opt: opt.accumulate({"a": GOOD["a"]}), ValueError, r"grads: not the structure of the parameters"),
+    (lambda opt: opt.accumulate([1, 2]), ValueError, r"grads: not the structure of the parameters"),
+    (lambda opt: opt.accumulate({**GOOD, "b": np.ones(3, np.float32)}), ValueError, r"gradient 'b': expected shape"),
+    (lambda opt: opt.accumulate({**GOOD, "b": np.ones(2)}), TypeError, r"gradient 'b': expected dtype"),
+    (lambda opt: opt.accumulate({**GOOD, "b": [1.0, 2.0]}), (TypeError, ValueError), r"grad"),
+    (lambda opt: opt.accumulate(opt.grads), ValueError, r"gradient 'a' overlaps opt.grads, where the sum is kept"),
+    (lambda opt: opt.accumulate(opt.params), ValueError, r"gradient 'a' overlaps the parameters"),
+    (lambda opt: opt.accumulate(GOOD, weight=0), ValueError, r"weight=0: expected a number > 0"),
+    (lambda opt: opt.accumulate(GOOD, weight=-1), ValueError, r"weight=-1: expected a number > 0"),
+    (lambda opt: opt.accumulate(GOOD, weight=math.nan), ValueError, r"weight=nan"),
+    (lambda opt: opt.accumulate(GOOD, weight=1e39), ValueError, r"weight=1e\+39: out of the range of float32"),
+    (lambda opt: opt.accumulate(GOOD, weight="1"), TypeError, r"weight='1': expected a number"),
+    (lambda opt: opt.step(GOOD), ValueError, r"grads: accumulated gradients are waiting; call step\(\) without grads"),
+    (lambda opt: opt.step(reduction="max"), ValueError, r"reduction='max': expected one of 'mean', 'sum'"),
+    (lambda opt: opt.step(grad_scale=0), ValueError, r"grad_scale=0: expected a positive finite number"),
+    (lambda opt: opt.step(grad_scale=math.nan), ValueError, r"grad_scale=nan"),
+    (lambda opt: opt.step(grad_scale=math.inf), ValueError, r"grad_scale=inf"),
+    (lambda opt: opt.step(grad_scale=1e-39), ValueError, r"grad_scale=1e-39"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "match"), BAD_CALLS, ids=range(len(BAD_CALLS)))
+def test_bad_calls_are_refused_and_change_nothing(call, error, match):
+    opt = fastopt.Adam(GOOD, max_norm=1.0, ema=0.9)
+    opt.step(GOOD)
+    opt.accumulate(GOOD, weight=2.0)
+    before = [*contents(opt), opt.flat.grad.tobytes()]
+    with pytest.raises(error, match=match):
+        call(opt)
+    assert [*contents(opt), opt.flat.grad.tobytes()] == before
+    assert opt.step_count == 1
+    opt.accumulate(GOOD, weight=2.0)
+    np.testing.assert_array_equal(opt.grads["a"], 4 * GOOD["a"])
+    assert opt.step().grad_norm == pytest.approx(math.sqrt(5), rel=1e-6)
+
+
+BAD_STATES = [
+    ({"nonfinite": None}, TypeError, r"state: 'nonfinite' must hold 'consecutive' and 'total'"),
+    ({"nonfinite": {"consecutive": -1, "total": 0}}, ValueError, r"state: nonfinite\['consecutive'\] is -1"),
+    ({"ema": {}}, ValueError, r"state: 'ema' must hold an array for each of a, b"),
+    ({"ema": {"a": np.ones(3), "b": np.ones(2)}}, ValueError, r"state: ema\['a'\]: expected float32"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "match"), BAD_STATES, ids=range(len(BAD_STATES)))
+def test_bad_states_are_refused_and_change_nothing(change, error, match):
+    opt = fastopt.Adam(GOOD, ema=0.9)
+    state = opt.state_dict()
+    opt.step(GOOD)
+    before = contents(opt)
+    with pytest.raises(error, match=match):
+        opt.load_state_dict({**state, **change})
+    assert contents(opt) == before
+    assert opt.step_count == 1
+
+
+def test_a_state_of_before_there_were_averages_is_read():
+    opt = fastopt.Adam(GOOD)
+    state = opt.state_dict()
+    del state["ema"], state["nonfinite"]
+    opt.load_state_dict(state)
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["drivers"]:
+    report_drivers()
