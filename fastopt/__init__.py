@@ -8,6 +8,7 @@ from fastopt import init, reference, rules, schedules
 from fastopt.batches import minibatches
 from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
 from fastopt.flat import FlatParams, pack
+from fastopt.idle import Linear
 from fastopt.optimizer import Optimizer
 from fastopt.rule import Choice, Flag, Interval, Layerwise, Rule, rule
 from fastopt.tail import StepInfo
@@ -32,6 +33,7 @@ __all__ = [
     "Flag",
     "Interval",
     "Layerwise",
+    "Linear",
     "Optimizer",
     "Rule",
     "StepInfo",

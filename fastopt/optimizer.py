@@ -12,13 +12,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastopt.backends import BLOCK, Adder, Features, Kernel, NormKernel, get_backend
-from fastopt.flat import FlatParams, match_overrides, pack
+from fastopt.backends import BLOCK, Adder, Features, Kernel, NormKernel, StepHyper, get_backend
+from fastopt.flat import FlatParams, address_of, match_overrides, pack
+from fastopt.idle import MOST
+from fastopt.rows import Clock, check_indices, check_row_grads, form_of, lines_of, summed
 from fastopt.rule import Flag, Rule
 from fastopt.table import WEIGHT_DECAY, Point, Table, hyper_of, is_normal
 from fastopt.tail import REDUCTION, Pending, StepInfo, Tail, positive
 
 STATE_FORMAT = 1
+
+ROWS_AT_ONCE = 65_536
+"""How many rows are brought up to date in one launch: a table of as many chunks is 2.6 MB."""
 
 
 class Row:
@@ -138,6 +143,9 @@ class Optimizer:
         self._states = tuple(self.flat.new_buffer() for _ in rule.states)
         self._step_count = 0
         self._missed = [0] * len(self.flat.paths)
+        self._clocks: dict[int, Clock] = {}  # of the parameters some of whose rows are behind
+        self._scratch: dict[int, np.ndarray] = {}
+        self._last_rows: list[int] | None = None  # those of the last step
         self._nonfinite = (0, 0)  # steps in a row, and in all, whose gradients were not finite
         self._pending: Pending | None = None
         self._held = ""  # the name of the context that holds the parameters elsewhere
@@ -168,6 +176,7 @@ class Optimizer:
     @property
     def states(self) -> dict[str, Any]:
         """The rule's state buffers by name, each as a tree of views."""
+        self.flush_rows()
         return {
             name: self.flat.tree(self.flat.views(buffer))
             for name, buffer in zip(self.rule.states, self._states, strict=True)
@@ -178,6 +187,7 @@ class Optimizer:
         """The moving average of the parameters, where ``ema=`` asks for one: a tree of views."""
         if self._average is None:
             raise AttributeError("ema: this optimizer keeps no average of its parameters; construct it with ema=0.999")
+        self.flush_rows()
         return self.flat.tree(self.flat.views(self._average))
 
     @property
@@ -197,7 +207,9 @@ class Optimizer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
         """An independent optimizer at the same point, on buffers of its own; rule and schedules are shared."""
+        self.flush_rows()
         twin = copy.copy(self)
+        twin._clocks, twin._scratch = {}, {}
         memo[id(self)] = twin
         twin.flat = copy.deepcopy(self.flat, memo)
         twin._states = tuple(twin.flat.new_buffer() for _ in self._states)
@@ -239,6 +251,8 @@ class Optimizer:
         """
         if self._held:
             self._refuse_while_held("step")
+        if self._clocks:
+            self.flush_rows()
         pending = self._pending
         if reduction != "mean":
             REDUCTION.check("reduction", reduction)
@@ -268,7 +282,8 @@ class Optimizer:
             self.flat.copy_grads(leaves)
         norm, coefficient = None, 1.0
         if self._measures:
-            norm, finite = self._measure(rows, pending, unscale)
+            whole = None if pending is not None else self._chunks_of(rows, whole=True)
+            norm, finite = self._measure(whole, pending, unscale)
             if not self._proceeds(finite, rows, unscale):
                 return self._info(norm, skipped=True)
             coefficient = self._tail.coefficient(norm)
@@ -317,16 +332,233 @@ class Optimizer:
         arrays = [None if leaf is None else np.require(leaf, requirements=["C", "A"]) for leaf in leaves]
         get_backend(self.flat.backend).add(
             self.flat.grad,
-            arrays,
+            np.array([0 if array is None else address_of(array) for array in arrays], np.int64),
+            np.array(self.flat.offsets, np.int64),
             ~pending.present,
             number,
             self._chunks_of(self._row_of, whole=True),
             pending.partials,
-            Adder(self._measures and self._tail.clip_value is None, self._tail.nonfinite == "zero"),
+            Adder(self._measures and self._tail.clip_value is None, self._tail.nonfinite == "zero", scattered=False),
         )
         pending.present |= [leaf is not None for leaf in leaves]
         pending.weight += number
         self._pending = pending
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def step_rows(
+        self, rows: Mapping[str, tuple[Any, np.ndarray]], grads: Any = None, grad_scale: float = 1.0
+    ) -> StepInfo:
+        """Make a step in which only some rows of some parameters have a gradient, at a cost proportional to those rows.
+
+        The result is that of `step` with zero gradients in all other rows: a row that is touched again is first brought
+        up to date, by a closed form of all the steps it has missed. `read_rows` gives rows that are up to date;
+        ``opt.params`` holds those that were not touched as they were last, until `flush_rows`, which `step`, `ema`,
+        `states` and `state_dict` call.
+
+        Args:
+            rows: ``{path: (indices, row_grads)}`` for 2-D parameters: 1-D integers in [0, number of rows), repeated
+                ones being summed, and an array of shape (len(indices), columns), dtype of the parameter.
+            grads: gradients of the other parameters, as for `step`, None in place of those in `rows`. Without it the
+                others are left untouched.
+            grad_scale: as for `step`.
+
+        Returns:
+            `StepInfo`.
+
+        Raises:
+            TypeError, ValueError: naming the path or argument, before anything is changed; also where the rule, with
+                these hyperparameters, has no closed form.
+            FloatingPointError: as for `step`.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.Momentum({"embedding": np.zeros((4, 2))}, lr=1.0, momentum=0.5)
+        >>> _ = opt.step_rows({"embedding": (np.array([2]), np.array([[1.0, -1.0]]))})
+        >>> _ = opt.step_rows({"embedding": (np.array([0]), np.array([[1.0, 1.0]]))})
+        >>> opt.read_rows("embedding", np.array([2, 3]))
+        array([[-1.5,  1.5],
+               [ 0. ,  0. ]])
+        """
+        self._refuse_while_held("step_rows")
+        if self._pending is not None:
+            raise ValueError("step_rows(): accumulated gradients are waiting; call step(), or zero_grad() to drop them")
+        touched = self._check_rows(rows)
+        touched_rows = {k: indices for k, (indices, _) in touched.items()}
+        unscale = self._sign * self._table.unscale(grad_scale)
+        leaves = [None] * len(self.flat.paths) if grads is None else self.flat.check_grads(grads)
+        for path in rows:
+            if leaves[self.flat.paths.index(path)] is not None:
+                raise ValueError(f"grads: holds a gradient for {path!r}, which is in rows, too; put None in its place")
+        for k, indices in touched_rows.items():
+            self._wind(k)
+            self._catch_up(k, indices)
+        present = [leaf is not None or k in touched for k, leaf in enumerate(leaves)]
+        mapped = self._row_of if all(present) else self._rows_of(present)
+        self._write_table(unscale)
+        self.flat.copy_grads(leaves)
+        dense = tuple(leaf is not None for leaf in leaves)
+        tables = [self._dense_chunks(dense, mapped)]
+        block = sum(-(-size // BLOCK) for size, here in zip(self.flat.layout.sizes, dense, strict=True) if here)
+        for k, (indices, row_grads) in touched.items():
+            tables.append(self._write_row_grads(k, indices, row_grads, mapped[k], block))
+            block += indices.size * -(-self.flat.shapes[k][1] // BLOCK)
+        chunks = np.concatenate(tables) if len(tables[0]) or len(tables) > 2 else tables[1]
+        norm, coefficient = None, 1.0
+        if self._measures:
+            norm, finite = self._measure(chunks, None, unscale)
+            if not self._proceeds(finite, mapped, unscale, touched_rows):
+                return self._info(norm, skipped=True)
+            coefficient = self._tail.coefficient(norm)
+            self._table.clip(coefficient)
+        kernel = self._kernel_for(scaled=unscale != 1.0, scattered=True)
+        kernel.launch(self.flat.data, self.flat.grad, self._buffers, self._table.array, chunks)
+        for k, indices in touched_rows.items():
+            row = self._rows[mapped[k]]
+            clock = self._clocks[k]
+            clock.history.append(self._step_count + 1 - row.lag, row.at(self._step_count))
+            clock.tick(indices, self._table.array[mapped[k]].copy())
+        self._step_count += 1
+        self._last_rows = None  # opt.grads holds more than this step used
+        if not all(present):
+            self._miss(present)
+        return self._info(norm, coefficient)
+
+    def _write_row_grads(self, k: int, indices: np.ndarray, grads: np.ndarray, line: int, block: int) -> np.ndarray:
+        """Put row gradients where `step` would find them; the chunks of these rows."""
+        width, itemsize = self.flat.shapes[k][1], self.flat.dtype.itemsize
+        lines = lines_of(indices, self.flat.offsets[k], width, line, k, block, -(-width // BLOCK))
+        grads = np.require(grads, requirements=["C", "A"])
+        numbered = lines.copy()
+        numbered[:, 3] = np.arange(indices.size)
+        get_backend(self.flat.backend).add(
+            self.flat.grad,
+            address_of(grads) + width * itemsize * numbered[:, 3],
+            np.ascontiguousarray(lines[:, 0]),
+            np.ones(indices.size, np.bool_),
+            1.0,
+            numbered,
+            np.zeros((0, 2)),
+            Adder(measure=False, zero_nonfinite=False, scattered=True),
+        )
+        return lines
+
+    def read_rows(self, path: str, indices: Any) -> np.ndarray:
+        """A copy of rows of a parameter, after they were brought up to date: what a forward pass looks up.
+
+        Raises TypeError or ValueError, naming the argument: an unknown path, indices as `step_rows` refuses them.
+        """
+        self._refuse_while_held("read_rows")
+        k = self._matrix(path)
+        found = check_indices("indices", indices, self.flat.shapes[k][0])
+        if k in self._clocks:
+            self._catch_up(k, np.unique(found))
+        rows: np.ndarray = self.flat.views(self.flat.data)[k][found]
+        return rows
+
+    def flush_rows(self) -> None:
+        """Bring every row up to date that `step_rows` has left behind."""
+        for k in list(self._clocks):
+            self._stop_clock(k)
+
+    def _matrix(self, path: Any) -> int:
+        """The number of a 2-D parameter."""
+        if path not in self.flat.paths:
+            raise ValueError(f"{path!r} is no parameter; the paths are {', '.join(self.flat.paths)}")
+        k = self.flat.paths.index(path)
+        if len(self.flat.shapes[k]) != 2:
+            raise ValueError(f"parameter {path!r}: expected 2-D for row-wise steps, found shape {self.flat.shapes[k]}")
+        return k
+
+    def _check_rows(self, rows: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """By parameter its touched rows, each once, and their gradients; an error where something does not fit."""
+        if not isinstance(rows, Mapping) or not rows:
+            raise TypeError(f"rows: expected {{path: (indices, row_grads)}}, found {type(rows).__name__}")
+        idle = self.rule.idle
+        if idle is None:
+            raise TypeError(
+                f"step_rows(): rule {self.rule.name!r} has no closed form for rows without a gradient; use step()"
+            )
+        found = {}
+        for path, pair in rows.items():
+            k = self._matrix(path)
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise TypeError(f"rows[{path!r}]: expected (indices, row_grads), found {type(pair).__name__}")
+            values = self._rows[self._row_of[k]].values
+            decay = values[WEIGHT_DECAY]
+            l2 = not self.rule.decoupled and (callable(decay) or decay != 0.0)
+            reason = idle.refusal(self.rule, values, l2)
+            if reason is not None:
+                raise ValueError(
+                    f"step_rows(): no closed form for rows of {path!r} without a gradient: {reason}; or use step()"
+                )
+            param = self.flat.views(self.flat.data)[k]
+            indices = check_indices(f"rows[{path!r}]: indices", pair[0], param.shape[0])
+            row_grads = check_row_grads(f"rows[{path!r}]: row_grads", pair[1], indices, param)
+            found[k] = summed(indices, row_grads, self._scratch.setdefault(k, np.empty(param.shape[0], np.int64)))
+        return found
+
+    def _wind(self, k: int) -> None:
+        """See that parameter number `k` has a clock with room for one more step."""
+        if k in self._clocks and self._clocks[k].now >= MOST:
+            self._stop_clock(k)
+        if k not in self._clocks:
+            idle = self.rule.idle
+            assert idle is not None  # `_check_rows` has seen to it
+            fresh = None if self._tail.ema is None else 1.0 - self._tail.ema
+            self._clocks[k] = Clock(self.flat.shapes[k][0], idle.history(self.rule, fresh))
+
+    def _stop_clock(self, k: int) -> None:
+        """Bring every row of parameter number `k` up to date."""
+        clock = self._clocks[k]
+        behind = np.flatnonzero(clock.last < clock.now)
+        for first in range(0, behind.size, ROWS_AT_ONCE):
+            self._catch_up(k, behind[first : first + ROWS_AT_ONCE])
+        del self._clocks[k]
+
+    def _catch_up(self, k: int, indices: np.ndarray) -> None:
+        """Bring rows of parameter number `k`, each named once, up to date."""
+        clock = self._clocks[k]
+        last = clock.last[indices]
+        behind = last < clock.now
+        indices, last = indices[behind], last[behind]
+        width = self.flat.shapes[k][1]
+        if indices.size == 0 or width == 0:
+            clock.last[indices] = clock.now
+            return
+        ages = clock.now - last
+        distinct = np.flatnonzero(np.bincount(ages))
+        coefficients, exact = clock.history.coefficients(distinct)
+        of_age = np.zeros(clock.now + 1, np.int64)
+        of_age[distinct] = np.arange(distinct.size)
+        lines = of_age[ages]
+        closed = exact[lines]
+        offset, backend = self.flat.offsets[k], get_backend(self.flat.backend)
+        if closed.any():
+            table = np.zeros((distinct.size, len(StepHyper._fields) + coefficients.shape[1]), self.flat.dtype)
+            table[:, len(StepHyper._fields) :] = coefficients
+            form = form_of(clock.history.scalar, clock.history.hyper)
+            kernel = backend.kernel(form, clock.history.hyper, self.flat.dtype, Features(still=True, scattered=True))
+            chunks = lines_of(indices[closed], offset, width, lines[closed], k, 0, 0)
+            kernel.launch(self.flat.data, self.flat.grad, self._buffers, table, chunks)
+        if not closed.all():
+            # Where the closed form is not exact (Adam's, in the first hundreds of steps) the steps are made one by one.
+            flags = {"ema": self._tail.ema is not None, "still": True, "scattered": True}
+            features = self.rule.features(decays=self._decays, **flags)
+            kernel = backend.kernel(self.rule, self._hyper, self.flat.dtype, features)
+            left, since = indices[~closed], last[~closed]
+            for step in range(int(since.min()), clock.now):
+                chunks = lines_of(left[since <= step], offset, width, 0, k, 0, 0)
+                kernel.launch(self.flat.data, self.flat.grad, self._buffers, clock.replay[step][None], chunks)
+        clock.last[indices] = clock.now
+
+    def _dense_chunks(self, dense: tuple[bool, ...], rows: list[int]) -> np.ndarray:
+        """The chunks (whole ones) of the parameters that have an ordinary gradient."""
+        key = (id(rows), dense)
+        found = self._dense_tables.get(key)
+        if found is None:
+            only = [row if here else -1 for row, here in zip(rows, dense, strict=True)]
+            found = self._dense_tables[key] = (rows, self.flat.layout.chunks(only, layerwise=True))
+        return found[1]
 
     def zero_grad(self) -> None:
         """Set ``opt.grads`` to zero, and forget what was accumulated."""
@@ -339,37 +571,42 @@ class Optimizer:
                 f"{what}() inside `with opt.{self._held}()`: leave the block first, it restores the parameters"
             )
 
-    def _measure(self, rows: list[int], pending: Pending | None, unscale: float) -> tuple[float, bool]:
-        """The norm of the gradients, and whether all of them are finite."""
+    def _measure(self, chunks: np.ndarray | None, pending: Pending | None, unscale: float) -> tuple[float, bool]:
+        """The norm of the gradients in `chunks` (whole ones), or pending, and whether all of them are finite."""
         if pending is not None and self._tail.clip_value is None:
             partials, factor = pending.partials, abs(unscale)
         else:
+            if chunks is None:
+                chunks = self._chunks_of(self._row_of, whole=True)
             kernel = self._norm_kernel_for(scaled=unscale != 1.0)
-            partials = kernel.launch(self.flat.grad, self._table.array, self._chunks_of(rows, whole=True))
-            factor = 1.0
+            partials, factor = kernel.launch(self.flat.grad, self._table.array, chunks), 1.0
         # One column at a time: NumPy adds up a column of its own in pairs, in an order that depends on its length only.
         total, mark = partials[:, 0].sum(), partials[:, 1].sum()
         return factor * math.sqrt(total), bool(mark == 0.0)
 
     def _norm_of(self, step: int) -> float | None:
         """The norm of what is in ``opt.grads`` after the step of this number; None if it is gone."""
-        if step != self._step_count or self._tail.zero_grad or self._pending is not None:
+        if step != self._step_count or self._tail.zero_grad or self._pending is not None or self._last_rows is None:
             return None
-        return self._measure(self._last_rows, None, float(self._table.array[0, 0]))[0]
+        chunks = self._chunks_of(self._last_rows, whole=True)
+        return self._measure(chunks, None, float(self._table.array[0, 0]))[0]
 
-    def _proceeds(self, finite: bool, rows: list[int], unscale: float) -> bool:
-        """Whether to make the step, the gradients being finite or not."""
+    def _proceeds(
+        self, finite: bool, rows: list[int], unscale: float, touched: Mapping[int, np.ndarray] | None = None
+    ) -> bool:
+        """Whether to make the step, the gradients being finite or not; of `touched` parameters those rows only."""
         nonfinite = self._tail.nonfinite
         if nonfinite == "propagate":
             return True
         if not finite and nonfinite == "raise":
             factor = self.flat.dtype.type(unscale)
             with np.errstate(over="ignore", invalid="ignore"):
-                for path, view, row in zip(self.flat.paths, self.flat.views(self.flat.grad), rows, strict=True):
-                    if row >= 0 and not np.isfinite(factor * view).all():
+                for k, view in enumerate(self.flat.views(self.flat.grad)):
+                    given = view[touched[k]] if touched is not None and k in touched else view
+                    if rows[k] >= 0 and not np.isfinite(factor * given).all():
                         raise FloatingPointError(
-                            f"gradient {path!r} holds NaN or infinity; nothing was updated. nonfinite='skip' would "
-                            f"leave such steps out"
+                            f"gradient {self.flat.paths[k]!r} holds NaN or infinity; nothing was updated. "
+                            f"nonfinite='skip' would leave such steps out"
                         )
         consecutive, total = self._nonfinite
         self._nonfinite = (0, total) if finite else (consecutive + 1, total + 1)
@@ -401,7 +638,7 @@ class Optimizer:
         self._hyper = hyper_of(self.rule, self._rows[0].at(self._step_count))
         self._decays = any(row.values[WEIGHT_DECAY] != 0.0 for row in self._rows)
         self._lay_out_rows()
-        self._kernels: dict[bool, Kernel] = {}
+        self._kernels: dict[tuple[bool, bool], Kernel] = {}
         self._norm_kernels: dict[bool, NormKernel] = {}
         self._kernel = self._kernel_for(scaled=self._tail.maximize)
 
@@ -416,6 +653,7 @@ class Optimizer:
         )
         self._rows_present: dict[tuple[bool, ...], list[int]] = {}
         self._chunk_tables: dict[tuple[int, bool], tuple[list[int], np.ndarray]] = {}
+        self._dense_tables: dict[tuple[int, tuple[bool, ...]], tuple[list[int], np.ndarray]] = {}
         self._last_rows = self._row_of
         self._chunks: np.ndarray = self._chunks_of(self._row_of)
 
@@ -425,12 +663,15 @@ class Optimizer:
         for index, row in enumerate(self._rows):
             write(index, t - row.lag, row.fixed or row.at(t - 1), unscale)
 
-    def _kernel_for(self, scaled: bool) -> Kernel:
-        kernel = self._kernels.get(scaled)
+    def _kernel_for(self, scaled: bool, scattered: bool = False) -> Kernel:
+        kernel = self._kernels.get((scaled, scattered))
         if kernel is None:
-            features = self.rule.features(decays=self._decays, unscale=scaled, **self._tail.flags)
+            flags = {"unscale": scaled, "scattered": scattered, **self._tail.flags}
+            features = self.rule.features(decays=self._decays, **flags)
             backend = get_backend(self.flat.backend)
-            kernel = self._kernels[scaled] = backend.kernel(self.rule, self._hyper, self.flat.dtype, features)
+            kernel = self._kernels[scaled, scattered] = backend.kernel(
+                self.rule, self._hyper, self.flat.dtype, features
+            )
         return kernel
 
     def _norm_kernel_for(self, scaled: bool) -> NormKernel:
@@ -511,6 +752,7 @@ class Optimizer:
 
     @contextmanager
     def _elsewhere(self, context: str) -> Iterator[None]:
+        self.flush_rows()
         backup = self.flat.data.copy()
         self._held = context
         try:
@@ -534,6 +776,7 @@ class Optimizer:
         >>> sorted(opt.state_dict()["state"])
         ['m', 'v']
         """
+        self.flush_rows()
         return {
             "format": STATE_FORMAT,
             "rule": self.rule.name,
@@ -618,6 +861,7 @@ class Optimizer:
         self._changes = changes
         self._nonfinite = nonfinite
         self._pending = None
+        self._clocks = {}
         self._build_rows()
 
     def _values_from(

@@ -19,6 +19,7 @@ import numpy as np
 
 from fastopt.backends import Features, get_backend
 from fastopt.flat import Layout, check_vectors
+from fastopt.idle import Idle
 from fastopt.table import WEIGHT_DECAY, Point, Table, hyper_of
 
 MISSING = inspect.Parameter.empty
@@ -130,6 +131,8 @@ class Rule:
         defaults: those that have a default.
         decoupled: whether ``weight_decay`` shrinks p directly (AdamW) instead of being added to the gradient (L2).
         layerwise: a `Layerwise`, or None for a rule whose every element stands alone.
+        idle: what many steps do to an element without gradients, as `fastopt.idle.Idle`; None where there is no closed
+            form, and thus no `Optimizer.step_rows`.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Rule:
         decoupled: bool = False,
         layerwise: Layerwise | None = None,
         domains: Mapping[str, Domain] | None = None,
+        idle: Idle | None = None,
     ):
         names = _positional(function, "rule")
         if len(names) < 3 or names[:2] != ["p", "g"] or names[-1] != "h":
@@ -159,6 +163,7 @@ class Rule:
         self.prepare = prepare
         self.decoupled = decoupled
         self.layerwise = layerwise
+        self.idle = idle
         self.hyperparameters = tuple(prepared[1:])
         self.defaults: dict[str, Any] = {
             name: parameter.default
@@ -223,7 +228,7 @@ class Rule:
                 f"out"
             )
         if self._twin is None:
-            self._twin = Rule(self.scalar, self.prepare, decoupled=decoupled, domains=self._domains)
+            self._twin = Rule(self.scalar, self.prepare, decoupled=decoupled, domains=self._domains, idle=self.idle)
             self._twin.defaults = self.defaults
             self._twin._twin = self
         return self._twin
@@ -275,6 +280,7 @@ def rule(
     decoupled: bool = False,
     layerwise: Layerwise | None = None,
     domains: Mapping[str, Domain] | None = None,
+    idle: Idle | None = None,
 ) -> Callable[[Callable[..., Any]], Rule]:
     r"""Make a Rule of a scalar function: the decorator with which optimizers are written.
 
@@ -285,6 +291,8 @@ def rule(
         decoupled: whether weight_decay shrinks p (``p *= 1 - lr*weight_decay``) instead of being added to the gradient.
         layerwise: see `Layerwise`.
         domains: ranges of hyperparameters that the field has no usual name for, as ``{"mu": Interval(0, 1)}``.
+        idle: what the rule does where there is no gradient, over many steps at once, for `Optimizer.step_rows`:
+            ``fastopt.Linear()`` where p and the states are then mapped linearly.
 
     Returns:
         A decorator for a function ``(p, g, *states, h)`` that returns the new p (alone, where there is no state) or the
@@ -312,7 +320,7 @@ def rule(
     def decorate(function: Callable[..., Any]) -> Rule:
         if not isinstance(function, FunctionType):
             raise TypeError(f"@rule: expected a plain function (p, g, *states, h), found {function!r}")
-        return Rule(function, prepare, decoupled=decoupled, layerwise=layerwise, domains=domains)
+        return Rule(function, prepare, decoupled=decoupled, layerwise=layerwise, domains=domains, idle=idle)
 
     return decorate
 

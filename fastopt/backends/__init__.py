@@ -6,7 +6,6 @@ receives a rule, and binds the rule into its own loops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -47,10 +46,12 @@ class StepHyper(NamedTuple):
 class Features:
     """The compile-time flags of a kernel. One that is off is not in the machine code.
 
-    They are applied in the order in which they stand here: the first four before the rule (`clip_norm` multiplies by
-    the coefficient of `StepHyper`), the last two after it.
+    They are applied in the order in which they stand here: the first seven before the rule (`clip_norm` multiplies by
+    the coefficient of `StepHyper`), the next two after it.
     """
 
+    still: bool = False
+    """Gradients count as 0, and are not read."""
     unscale: bool = False
     zero_nonfinite: bool = False
     """Elements that are NaN or infinite count as 0."""
@@ -62,6 +63,8 @@ class Features:
     """The last of the states is a moving average of the parameters."""
     zero_grad: bool = False
     """Gradients are 0 afterwards."""
+    scattered: bool = False
+    """Chunks are short and far from each other: no arithmetic, a hint to fetch them ahead of time."""
 
 
 class Kernel(Protocol):
@@ -98,6 +101,8 @@ class Adder(NamedTuple):
     """Take the partial sums that `NormKernel` would, of what is in the buffer afterwards."""
     zero_nonfinite: bool
     """As in `Features`, for those sums; the buffer keeps what it is given."""
+    scattered: bool
+    """As in `Features`."""
 
 
 class Backend(Protocol):
@@ -120,18 +125,21 @@ class Backend(Protocol):
     def add(
         self,
         g: Array,
-        arrays: Sequence[Array | None],
+        addresses: Array,
+        offsets: Array,
         fresh: Array,
         weight: float,
         chunks: Array,
         partials: Array,
         adder: Adder,
     ) -> None:
-        """Add weight times each of `arrays`, contiguous and one per parameter, to its part of `g`; None adds nothing.
+        """Add weight times contiguous arrays to their parts of `g`.
 
-        fresh : bool, one per parameter: where it is set, what is in `g` is overwritten instead.
-        chunks : as for `NormKernel`.
-        partials : as `NormKernel` returns them; the lines of an array that is None stay as they are.
+        addresses, offsets, fresh : one for each number that stands in the fourth column of `chunks`: the address of an
+            array (int64; 0 adds nothing), where its part of `g` begins (int64), and whether that is overwritten instead
+            (bool).
+        chunks : as for `NormKernel`, but for that column.
+        partials : as `NormKernel` returns them; the lines of an array that is not there stay as they are.
         """
 
     def batchnorm(self, formulas: ModuleType, dtype: Any, *, relu: bool, residual: bool) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from types import FunctionType, ModuleType
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 from numba.np.ufunc import parallel as numba_parallel
@@ -43,6 +45,7 @@ HYPER: Any
 N_STATES: Any
 N_STEP: Any
 N_HYPER: Any
+STILL: Any
 UNSCALE: Any
 ZERO_NONFINITE: Any
 CLIP_VALUE: Any
@@ -51,6 +54,7 @@ L2: Any
 DECOUPLED: Any
 EMA: Any
 ZERO_GRAD: Any
+SCATTERED: Any
 ZERO: Any
 LARGEST: Any
 UNSCALED: Any
@@ -69,6 +73,8 @@ def unscaled(step, g):
 
 def conditioned(step, g):
     """A gradient, but for the clipping by norm: what the norm is of."""
+    if STILL:
+        return ZERO
     g = UNSCALED(step, g)
     if ZERO_NONFINITE:
         g = g if abs(g) <= LARGEST else ZERO
@@ -107,59 +113,68 @@ def elementwise(p, g, states, table, chunks, backwards, first, last):
     # functions folded over its length, which has no such branches: the same machine code, but 8x the compile time.
     for k in range(last - first):
         c = last - 1 - k if backwards else first + k
+        if SCATTERED and k + AHEAD < last - first:
+            to_come = c - AHEAD if backwards else c + AHEAD
+            fetch(p, chunks[to_come, 0], chunks[to_come, 1])
+            if N_STATES > 0:  # an empty tuple has no type to go over
+                for state in states:
+                    fetch(state, chunks[to_come, 0], chunks[to_come, 1])
         start = chunks[c, 0]
         stop = chunks[c, 1]
-        row = table[chunks[c, 2]]
-        step = StepHyper(*to_fixed_tuple(row, N_STEP))
-        h = HYPER(*to_fixed_tuple(row[N_STEP:], N_HYPER))
-        pc = p[start:stop]
-        gc = g[start:stop]
+        row = chunks[c, 2] * table.shape[1]
+        step = StepHyper(*to_fixed_tuple(window(table, row, N_STEP), N_STEP))
+        h = HYPER(*to_fixed_tuple(window(table, row + N_STEP, N_HYPER), N_HYPER))
+        pc = window(p, start, stop - start)
+        gc = window(g, start, stop - start)
         if N_STATES == 0:
             for i in range(pc.size):
                 pc[i] = ELEMENT(step, pc[i], gc[i], h)
                 if ZERO_GRAD:
                     gc[i] = ZERO
         elif N_STATES == 1:
-            a = states[0][start:stop]
+            a = window(states[0], start, stop - start)
             for i in range(pc.size):
                 pc[i], a[i] = ELEMENT(step, pc[i], gc[i], a[i], h)
                 if ZERO_GRAD:
                     gc[i] = ZERO
         elif N_STATES == 2:
-            a = states[0][start:stop]
-            b = states[1][start:stop]
+            a = window(states[0], start, stop - start)
+            b = window(states[1], start, stop - start)
             for i in range(pc.size):
                 pc[i], a[i], b[i] = ELEMENT(step, pc[i], gc[i], a[i], b[i], h)
                 if ZERO_GRAD:
                     gc[i] = ZERO
         elif N_STATES == 3:
-            a = states[0][start:stop]
-            b = states[1][start:stop]
-            c3 = states[2][start:stop]
+            a = window(states[0], start, stop - start)
+            b = window(states[1], start, stop - start)
+            c3 = window(states[2], start, stop - start)
             for i in range(pc.size):
                 pc[i], a[i], b[i], c3[i] = ELEMENT(step, pc[i], gc[i], a[i], b[i], c3[i], h)
                 if ZERO_GRAD:
                     gc[i] = ZERO
         elif N_STATES == 4:
-            a = states[0][start:stop]
-            b = states[1][start:stop]
-            c3 = states[2][start:stop]
-            d = states[3][start:stop]
+            a = window(states[0], start, stop - start)
+            b = window(states[1], start, stop - start)
+            c3 = window(states[2], start, stop - start)
+            d = window(states[3], start, stop - start)
             for i in range(pc.size):
                 pc[i], a[i], b[i], c3[i], d[i] = ELEMENT(step, pc[i], gc[i], a[i], b[i], c3[i], d[i], h)
                 if ZERO_GRAD:
                     gc[i] = ZERO
         elif N_STATES == 5:
-            a = states[0][start:stop]
-            b = states[1][start:stop]
-            c3 = states[2][start:stop]
-            d = states[3][start:stop]
-            e = states[4][start:stop]
+            a = window(states[0], start, stop - start)
+            b = window(states[1], start, stop - start)
+            c3 = window(states[2], start, stop - start)
+            d = window(states[3], start, stop - start)
+            e = window(states[4], start, stop - start)
             for i in range(pc.size):
                 pc[i], a[i], b[i], c3[i], d[i], e[i] = ELEMENT(step, pc[i], gc[i], a[i], b[i], c3[i], d[i], e[i], h)
                 if ZERO_GRAD:
                     gc[i] = ZERO
 
+
+AHEAD = 4
+"""How many scattered chunks ahead memory is asked for."""
 
 MAX_STATES = 4
 """Of a rule; the moving average of the parameters makes one more."""
@@ -172,19 +187,19 @@ def propose(p, g, states, table, chunks, partials, first, last):
     buffer for u would.
     """
     for c in range(first, last):
-        row = table[chunks[c, 2]]
-        step = StepHyper(*to_fixed_tuple(row, N_STEP))
-        h = HYPER(*to_fixed_tuple(row[N_STEP:], N_HYPER))
+        row = chunks[c, 2] * table.shape[1]
+        step = StepHyper(*to_fixed_tuple(window(table, row, N_STEP), N_STEP))
+        h = HYPER(*to_fixed_tuple(window(table, row + N_STEP, N_HYPER), N_HYPER))
         block = chunks[c, 4]
         for start in range(chunks[c, 0], chunks[c, 1], BLOCK):
             stop = min(start + BLOCK, chunks[c, 1])
-            pc = p[start:stop]
-            gc = g[start:stop]
+            pc = window(p, start, stop - start)
+            gc = window(g, start, stop - start)
             # float64: squares of float32 are exact in it, and neither 1e30 nor 1e-30 leaves its range.
             pp = 0.0
             uu = 0.0
             if N_STATES == 1:
-                a = states[0][start:stop]
+                a = window(states[0], start, stop - start)
                 for i in range(pc.size):
                     u, a[i] = ELEMENT(step, pc[i], gc[i], a[i], h)
                     if ZERO_GRAD:
@@ -192,8 +207,8 @@ def propose(p, g, states, table, chunks, partials, first, last):
                     pp += np.float64(pc[i]) * np.float64(pc[i])
                     uu += np.float64(u) * np.float64(u)
             elif N_STATES == 2:
-                a = states[0][start:stop]
-                b = states[1][start:stop]
+                a = window(states[0], start, stop - start)
+                b = window(states[1], start, stop - start)
                 for i in range(pc.size):
                     u, a[i], b[i] = ELEMENT(step, pc[i], gc[i], a[i], b[i], h)
                     if ZERO_GRAD:
@@ -226,22 +241,22 @@ def apply(p, ratios, states, table, chunks, backwards, first, last):
         c = last - 1 - k if backwards else first + k
         start = chunks[c, 0]
         stop = chunks[c, 1]
-        row = table[chunks[c, 2]]
-        step = StepHyper(*to_fixed_tuple(row, N_STEP))
-        h = HYPER(*to_fixed_tuple(row[N_STEP:], N_HYPER))
+        row = chunks[c, 2] * table.shape[1]
+        step = StepHyper(*to_fixed_tuple(window(table, row, N_STEP), N_STEP))
+        h = HYPER(*to_fixed_tuple(window(table, row + N_STEP, N_HYPER), N_HYPER))
         ratio = DTYPE(ratios[chunks[c, 3]])
-        pc = p[start:stop]
+        pc = window(p, start, stop - start)
         if EMA:
-            e = states[N_STATES][start:stop]
+            e = window(states[N_STATES], start, stop - start)
         if N_STATES == 1:
-            a = states[0][start:stop]
+            a = window(states[0], start, stop - start)
             for i in range(pc.size):
                 pc[i] = APPLY(pc[i], a[i], ratio, h)
                 if EMA:
                     e[i] = AVERAGED(step, pc[i], e[i])
         elif N_STATES == 2:
-            a = states[0][start:stop]
-            b = states[1][start:stop]
+            a = window(states[0], start, stop - start)
+            b = window(states[1], start, stop - start)
             for i in range(pc.size):
                 pc[i] = APPLY(pc[i], a[i], b[i], ratio, h)
                 if EMA:
@@ -253,10 +268,10 @@ def squares(g, table, chunks, partials, first, last):
     # float64: squares of float32 are exact in it, and neither 1e30 nor 1e-30 leaves its range. One Zen 4 core, in
     # cache: 62 GB/s; counting what is not finite 30, a float32 sum of g - g beside it 38.
     for c in range(first, last):
-        step = StepHyper(*to_fixed_tuple(table[chunks[c, 2]], N_STEP))
+        step = StepHyper(*to_fixed_tuple(window(table, chunks[c, 2] * table.shape[1], N_STEP), N_STEP))
         block = chunks[c, 4]
         for start in range(chunks[c, 0], chunks[c, 1], BLOCK):
-            gc = g[start : min(start + BLOCK, chunks[c, 1])]
+            gc = window(g, start, min(BLOCK, chunks[c, 1] - start))
             total = 0.0
             bad = ZERO
             for i in range(gc.size):
@@ -273,11 +288,13 @@ def add(addresses, offsets, fresh, weight, g, chunks, partials, first, last):
     """Add weight times the array at each address to its parameter's part of g, and measure what is there then."""
     for c in range(first, last):
         param = chunks[c, 3]
+        if SCATTERED and c + AHEAD < last:
+            fetch(g, chunks[c + AHEAD, 0], chunks[c + AHEAD, 1])
         if addresses[param] != 0:
             block = chunks[c, 4]
             for start in range(chunks[c, 0], chunks[c, 1], BLOCK):
                 stop = min(start + BLOCK, chunks[c, 1])
-                gc = g[start:stop]
+                gc = window(g, start, stop - start)
                 more = at_address(g, addresses[param], start - offsets[param], stop - start)
                 if fresh[param]:
                     for i in range(gc.size):
@@ -344,6 +361,33 @@ def scalar(function: FunctionType) -> Any:
 
 
 @intrinsic
+def window(typing_context, array, start, size):
+    """array.reshape(-1)[start : start + size] of a C-contiguous array, without bounds or a reference count.
+
+    It does not keep the array alive: its owner has to. The reference count of a slice is an atomic one, for which
+    threads queue: 100 ns for a chunk of 64 elements. And a kernel of many slices compiles in seconds, one of these in a
+    fraction.
+    """
+
+    def build(context, builder, signature, arguments):
+        kind = signature.args[0]
+        source = context.make_array(kind)(context, builder, arguments[0])
+        view = context.make_array(signature.return_type)(context, builder)
+        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+        populate_array(
+            view,
+            data=builder.gep(source.data, [arguments[1]]),
+            shape=[arguments[2]],
+            strides=[itemsize],
+            itemsize=itemsize,
+            meminfo=None,
+        )
+        return view._getvalue()
+
+    return types.Array(array.dtype, 1, "C")(array, types.intp, types.intp), build
+
+
+@intrinsic
 def at_address(typing_context, like, address, start, size):
     """A 1-D array, of the dtype of `like`, on the memory that begins `start` elements after `address`."""
 
@@ -358,6 +402,26 @@ def at_address(typing_context, like, address, start, size):
         return view._getvalue()
 
     return like(like, types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def fetch(typing_context, array, start, stop):
+    """Ask for array[start:stop] to be brought into the cache."""
+
+    def build(context, builder, signature, arguments):
+        source = context.make_array(signature.args[0])(context, builder, arguments[0])
+        byte = ir.IntType(8).as_pointer()
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        start, stop = arguments[1:]
+        line = ALIGNMENT // context.get_abi_sizeof(context.get_data_type(signature.args[0].dtype))
+        with cgutils.for_range_slice(builder, start, stop, start.type(line)) as (index, _):
+            address = builder.bitcast(builder.gep(source.data, [index]), byte)
+            builder.call(prefetch, [address, flag(1), flag(3), flag(1)])  # to be written, kept, data
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, types.int64), build
 
 
 class Kinds:
@@ -379,6 +443,7 @@ def bounds(dtype: np.dtype[Any]) -> dict[str, Any]:
 def conditioning(dtype: np.dtype[Any], features: Features) -> dict[str, Any]:
     """`unscaled` and `conditioned` for these features, and the constants they need."""
     constants = {
+        "STILL": features.still,
         "UNSCALE": features.unscale,
         "ZERO_NONFINITE": features.zero_nonfinite,
         "CLIP_VALUE": features.clip_value,
@@ -538,7 +603,8 @@ class CPU:
     def add(
         self,
         g: Array,
-        arrays: Sequence[Array | None],
+        addresses: Array,
+        offsets: Array,
         fresh: Array,
         weight: float,
         chunks: Array,
@@ -547,9 +613,6 @@ class CPU:
     ) -> None:
         """As `fastopt.backends.Backend.add`."""
         loop: Loop = self._once(("add", g.dtype, adder), lambda: self._compile_add(g.dtype, adder))
-        addresses = np.array([0 if a is None else a.__array_interface__["data"][0] for a in arrays], np.int64)
-        offsets = np.zeros(len(arrays), np.int64)
-        offsets[chunks[::-1, 3]] = chunks[::-1, 0]  # of several chunks of a parameter the first counts
         weights = np.array([weight], g.dtype)
         loop.run(addresses, offsets, fresh, weights, g, chunks, partials, elements=g.size, chunks=chunks.shape[0])
 
@@ -610,6 +673,7 @@ class CPU:
             "DTYPE": dtype.type,
             **bounds(dtype),
             "ZERO_GRAD": features.zero_grad,
+            "SCATTERED": features.scattered,
             "AVERAGED": averaged,
         }
         surroundings = {**constants, **flags, **conditioning(dtype, features)}
@@ -670,6 +734,7 @@ class CPU:
             add,
             {
                 "MEASURE": adder.measure,
+                "SCATTERED": adder.scattered,
                 "STEP": StepHyper(*[0.0] * len(StepHyper._fields)),  # not looked at: none of its features is on
                 **conditioning(dtype, Features(zero_nonfinite=adder.zero_nonfinite)),
             },

@@ -31,12 +31,11 @@ import numba
 import numpy as np
 from numba import prange, types
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from fastopt.backends import Array
 from fastopt.backends.bind import bind
-from fastopt.backends.cpu import SERIAL_BELOW, Driver, Loop, compile_loop, scalar
+from fastopt.backends.cpu import SERIAL_BELOW, Driver, Loop, compile_loop, scalar, window
 
 LONG = 128
 """Spatial size from which a tile is summed and mapped channel by channel; below it, many channels at a time."""
@@ -106,32 +105,6 @@ class Tile(NamedTuple):
     channels: int
     spatial: int
     """Elements of a channel that follow each other."""
-
-
-@intrinsic
-def window(typing_context, array, start, size):
-    """array.reshape(-1)[start : start + size] of a C-contiguous array, without bounds or a reference count.
-
-    It does not keep the array alive: `keep` does, or the caller of whom it is an argument.
-    A kernel with slices of eight rows of three arrays compiles in seconds; with these in a fraction of one.
-    """
-
-    def build(context, builder, signature, arguments):
-        kind = signature.args[0]
-        source = context.make_array(kind)(context, builder, arguments[0])
-        view = context.make_array(signature.return_type)(context, builder)
-        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
-        populate_array(
-            view,
-            data=builder.gep(source.data, [arguments[1]]),
-            shape=[arguments[2]],
-            strides=[itemsize],
-            itemsize=itemsize,
-            meminfo=None,
-        )
-        return view._getvalue()
-
-    return types.Array(array.dtype, 1, "C")(array, types.intp, types.intp), build
 
 
 @intrinsic

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from fastopt.idle import Linear
 from fastopt.optimizer import Optimizer
 from fastopt.rule import rule
 
@@ -26,7 +27,7 @@ def prepare(t: int, lr: float, lr_decay: float, eps: float, eps_inside: bool) ->
     return Hyper(lr / (1.0 + (t - 1) * lr_decay), eps_in, eps_out)
 
 
-@rule(prepare)
+@rule(prepare, idle=Linear())
 def adagrad(p, g, sum_sq, h):
     sum_sq = sum_sq + g * g
     return p - h.lr * g / (math.sqrt(sum_sq + h.eps_in) + h.eps_out), sum_sq

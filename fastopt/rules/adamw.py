@@ -14,12 +14,12 @@ from fastopt.rule import rule
 from fastopt.rules.adam import Adam, adam, amsgrad, prepare
 
 
-@rule(prepare, decoupled=True)
+@rule(prepare, decoupled=True, idle=adam.idle)
 def adamw(p, g, m, v, h):
     return adam(p, g, m, v, h)
 
 
-@rule(prepare, decoupled=True)
+@rule(prepare, decoupled=True, idle=amsgrad.idle)
 def adamw_amsgrad(p, g, m, v, v_max, h):
     return amsgrad(p, g, m, v, v_max, h)
 

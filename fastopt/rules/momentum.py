@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from fastopt.idle import Linear
 from fastopt.optimizer import Optimizer
 from fastopt.rule import Choice, rule
 
@@ -32,7 +33,7 @@ def prepare(t: int, lr: float, momentum: float, form: str) -> Hyper:
     return Hyper(momentum, -lr, -1.0)
 
 
-@rule(prepare, domains={"form": Choice(FORMS)})
+@rule(prepare, domains={"form": Choice(FORMS)}, idle=Linear(with_l2=True))
 def momentum(p, g, velocity, h):
     velocity = h.momentum * velocity + h.weight * g
     return p - h.rate * velocity, velocity

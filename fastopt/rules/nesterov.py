@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fastopt.idle import Linear
 from fastopt.optimizer import Optimizer
 from fastopt.rule import rule
 from fastopt.rules.momentum import Hyper
@@ -28,13 +29,13 @@ def prepare_lookahead(t: int, lr: float, momentum: float) -> Hyper:
     return Hyper(momentum, lr, 1.0)
 
 
-@rule(prepare)
+@rule(prepare, idle=Linear(with_l2=True))
 def nesterov(p, g, velocity, h):
     velocity = h.momentum * velocity + h.weight * g
     return p - h.rate * (g + h.momentum * velocity), velocity
 
 
-@rule(prepare_lookahead)
+@rule(prepare_lookahead, idle=Linear(with_l2=True))
 def nesterov_lookahead(p, g, velocity, h):
     return momentum_rule(p, g, velocity, h)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from fastopt.idle import Linear
 from fastopt.optimizer import Optimizer
 from fastopt.rule import Flag, rule
 
@@ -54,27 +55,27 @@ def normalized(g, second_moment, h):
     return g / (math.sqrt(second_moment + h.eps_in) + h.eps_out)
 
 
-@rule(prepare)
+@rule(prepare, idle=Linear())
 def rmsprop(p, g, square_avg, h):
     square_avg = mean_square(g, square_avg, h)
     return p - h.lr * normalized(g, square_avg, h), square_avg
 
 
-@rule(prepare)
+@rule(prepare, idle=Linear())
 def rmsprop_centered(p, g, square_avg, grad_avg, h):
     square_avg = mean_square(g, square_avg, h)
     grad_avg = mean(g, grad_avg, h)
     return p - h.lr * normalized(g, variance(square_avg, grad_avg, h), h), square_avg, grad_avg
 
 
-@rule(prepare_momentum)
+@rule(prepare_momentum, idle=Linear())
 def rmsprop_momentum(p, g, square_avg, buf, h):
     square_avg = mean_square(g, square_avg, h)
     buf = h.momentum * buf + normalized(g, square_avg, h)
     return p - h.lr * buf, square_avg, buf
 
 
-@rule(prepare_momentum)
+@rule(prepare_momentum, idle=Linear())
 def rmsprop_centered_momentum(p, g, square_avg, grad_avg, buf, h):
     square_avg = mean_square(g, square_avg, h)
     grad_avg = mean(g, grad_avg, h)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from fastopt.idle import Linear
 from fastopt.optimizer import Optimizer
 from fastopt.rule import Flag, rule
 from fastopt.rules.momentum import Hyper as MomentumHyper
@@ -30,17 +31,17 @@ def prepare_momentum(t: int, lr: float, momentum: float, dampening: float) -> Mo
     return MomentumHyper(momentum, 1.0 if t == 1 else 1.0 - dampening, lr)
 
 
-@rule(prepare)
+@rule(prepare, idle=Linear(with_l2=True))
 def sgd(p, g, h):
     return p - h.lr * g
 
 
-@rule(prepare_momentum)
+@rule(prepare_momentum, idle=Linear(with_l2=True))
 def sgd_momentum(p, g, velocity, h):
     return momentum_rule(p, g, velocity, h)
 
 
-@rule(prepare_momentum)
+@rule(prepare_momentum, idle=Linear(with_l2=True))
 def sgd_nesterov(p, g, velocity, h):
     return nesterov_rule(p, g, velocity, h)
 

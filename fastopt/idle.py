@@ -1,0 +1,162 @@
+"""What rules do to elements without gradients, over many steps at once: the closed forms behind `Optimizer.step_rows`.
+
+A form is a scalar update like a rule, whose gradient is not read, and whose coefficients stand for a number of steps
+(the `age` of an element: how many it has missed). A `History` follows the steps and knows the coefficients of every age
+from 0 to `MOST`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fastopt.rule import Rule
+    from fastopt.table import Point
+
+MOST = 1024
+"""The most steps that an element may miss before all are brought up to date."""
+
+
+class History(Protocol):
+    """The steps that were made since all elements were up to date, and what all of them do to an element at once."""
+
+    scalar: Callable[..., Any]
+    """``(p, g, *states, h) -> (p, *states)``; a moving average of the parameters is the last of the states."""
+    hyper: type
+    """The NamedTuple of its coefficients."""
+
+    def append(self, t: int, point: Point) -> None:
+        """One more step was made, number `t`, with these hyperparameters."""
+
+    def coefficients(self, ages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A line of coefficients for each age, and whether they are exact (to 1e-8, relative to the change of p)."""
+
+
+class Idle(Protocol):
+    """How a rule acts on elements without gradients."""
+
+    def refusal(self, rule: Rule, values: Mapping[str, Any], l2: bool) -> str | None:
+        """Why there is no closed form with these hyperparameters, of which some may be callables; None if there is one.
+
+        l2 : whether weight decay adds to the gradient.
+        """
+
+    def history(self, rule: Rule, fresh: float | None) -> History:
+        """A history of no steps. fresh : the weight of new parameters in their moving average; None without one."""
+
+
+# --- rules that are linear without a gradient -------------------------------------------------------------------------
+
+
+def linear1(p, g, h):  # type: ignore[no-untyped-def]
+    """A linear map of p."""
+    return h.pp * p
+
+
+def linear2(p, g, a, h):  # type: ignore[no-untyped-def]
+    """A linear map of p and one state."""
+    return h.pp * p + h.pa * a, h.ap * p + h.aa * a
+
+
+def linear3(p, g, a, b, h):  # type: ignore[no-untyped-def]
+    """A linear map of p and two states."""
+    return (
+        h.pp * p + h.pa * a + h.pb * b,
+        h.ap * p + h.aa * a + h.ab * b,
+        h.bp * p + h.ba * a + h.bb * b,
+    )
+
+
+def linear4(p, g, a, b, c, h):  # type: ignore[no-untyped-def]
+    """A linear map of p and three states."""
+    return (
+        h.pp * p + h.pa * a + h.pb * b + h.pc * c,
+        h.ap * p + h.aa * a + h.ab * b + h.ac * c,
+        h.bp * p + h.ba * a + h.bb * b + h.bc * c,
+        h.cp * p + h.ca * a + h.cb * b + h.cc * c,
+    )
+
+
+def linear5(p, g, a, b, c, d, h):  # type: ignore[no-untyped-def]
+    """A linear map of p and four states."""
+    return (
+        h.pp * p + h.pa * a + h.pb * b + h.pc * c + h.pd * d,
+        h.ap * p + h.aa * a + h.ab * b + h.ac * c + h.ad * d,
+        h.bp * p + h.ba * a + h.bb * b + h.bc * c + h.bd * d,
+        h.cp * p + h.ca * a + h.cb * b + h.cc * c + h.cd * d,
+        h.dp * p + h.da * a + h.db * b + h.dc * c + h.dd * d,
+    )
+
+
+SCALARS = (linear1, linear2, linear3, linear4, linear5)
+HYPERS: tuple[Any, ...] = tuple(
+    NamedTuple(f"Linear{n}", [(row + column, float) for row in "pabcd"[:n] for column in "pabcd"[:n]])
+    for n in range(1, 6)
+)
+
+
+class Linear:
+    """Of a rule that, where g = 0, maps p and its states linearly: so do many steps, by the product of their matrices.
+
+    The matrix of a step is found by giving the rule unit vectors. `with_l2`: it is linear for g = weight_decay p, too.
+    """
+
+    def __init__(self, *, with_l2: bool = False):
+        self.with_l2 = with_l2
+
+    def refusal(self, rule: Rule, values: Mapping[str, Any], l2: bool) -> str | None:
+        """As `Idle`."""
+        if l2 and not self.with_l2:
+            return "with weight_decay every element has a gradient (use decoupled_weight_decay=True)"
+        return None
+
+    def history(self, rule: Rule, fresh: float | None) -> LinearHistory:
+        """As `Idle`."""
+        return LinearHistory(rule, fresh)
+
+
+class LinearHistory:
+    """As `History`."""
+
+    scalar: Callable[..., Any]
+    hyper: type
+
+    def __init__(self, rule: Rule, fresh: float | None):
+        self._rule = rule
+        self._fresh = fresh
+        size = 1 + len(rule.states) + (fresh is not None)
+        self.scalar = SCALARS[size - 1]
+        self.hyper = HYPERS[size - 1]
+        self._products = np.zeros((MOST + 1, size, size))
+        self._products[0] = np.eye(size)
+        self._steps = 0
+
+    def append(self, t: int, point: Point) -> None:
+        """As `History`."""
+        products, n = self._products, self._steps + 1
+        products[1 : n + 1] = self._matrix(t, point) @ products[:n]
+        self._steps = n
+
+    def _matrix(self, t: int, point: Point) -> np.ndarray:
+        rule, size = self._rule, self._products.shape[1]
+        h = rule.prepare(t, *point.arguments)
+        decays = point.weight_decay if not rule.decoupled and not rule.owns_weight_decay else 0.0
+        matrix = np.zeros((size, size))
+        inner = 1 + len(rule.states)
+        for column in range(inner):
+            unit = [float(column == row) for row in range(inner)]
+            p = point.keep * unit[0]
+            new = rule.scalar(p, decays * unit[0], *unit[1:], h)
+            matrix[:inner, column] = new
+        if self._fresh is not None:
+            matrix[inner, :inner] = self._fresh * matrix[0, :inner]
+            matrix[inner, inner] = 1.0 - self._fresh
+        return matrix
+
+    def coefficients(self, ages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `History`."""
+        lines = self._products[ages].reshape(ages.size, -1)
+        return lines, np.isfinite(lines).all(1)
