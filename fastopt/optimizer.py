@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
@@ -15,10 +14,10 @@ import numpy as np
 from fastopt.backends import BLOCK, Adder, Features, Kernel, NormKernel, StepHyper, get_backend
 from fastopt.flat import FlatParams, address_of, match_overrides, pack
 from fastopt.idle import MOST
-from fastopt.rows import Clock, check_indices, check_row_grads, form_of, lines_of, summed
+from fastopt.rows import Clock, check_indices, check_row_grads, form_of, lines_of, one_run, summed
 from fastopt.rule import Flag, Rule
 from fastopt.table import WEIGHT_DECAY, Point, Table, hyper_of, is_normal
-from fastopt.tail import REDUCTION, Pending, StepInfo, Tail, positive
+from fastopt.tail import REDUCTION, Pending, StepInfo, Tail, norm_of, positive
 
 STATE_FORMAT = 1
 
@@ -282,8 +281,7 @@ class Optimizer:
             self.flat.copy_grads(leaves)
         norm, coefficient = None, 1.0
         if self._measures:
-            whole = None if pending is not None else self._chunks_of(rows, whole=True)
-            norm, finite = self._measure(whole, pending, unscale)
+            norm, finite = self._measure(rows, pending, unscale)
             if not self._proceeds(finite, rows, unscale):
                 return self._info(norm, skipped=True)
             coefficient = self._tail.coefficient(norm)
@@ -338,7 +336,7 @@ class Optimizer:
             number,
             self._chunks_of(self._row_of, whole=True),
             pending.partials,
-            Adder(self._measures and self._tail.clip_value is None, self._tail.nonfinite == "zero", scattered=False),
+            Adder(self._measures and self._tail.clip_value is None, self._tail.nonfinite == "zero"),
         )
         pending.present |= [leaf is not None for leaf in leaves]
         pending.weight += number
@@ -383,64 +381,41 @@ class Optimizer:
         if self._pending is not None:
             raise ValueError("step_rows(): accumulated gradients are waiting; call step(), or zero_grad() to drop them")
         touched = self._check_rows(rows)
-        touched_rows = {k: indices for k, (indices, _) in touched.items()}
         unscale = self._sign * self._table.unscale(grad_scale)
         leaves = [None] * len(self.flat.paths) if grads is None else self.flat.check_grads(grads)
         for path in rows:
             if leaves[self.flat.paths.index(path)] is not None:
                 raise ValueError(f"grads: holds a gradient for {path!r}, which is in rows, too; put None in its place")
-        for k, indices in touched_rows.items():
+        for k in touched:
             self._wind(k)
-            self._catch_up(k, indices)
         present = [leaf is not None or k in touched for k, leaf in enumerate(leaves)]
         mapped = self._row_of if all(present) else self._rows_of(present)
         self._write_table(unscale)
         self.flat.copy_grads(leaves)
-        dense = tuple(leaf is not None for leaf in leaves)
-        tables = [self._dense_chunks(dense, mapped)]
-        block = sum(-(-size // BLOCK) for size, here in zip(self.flat.layout.sizes, dense, strict=True) if here)
-        for k, (indices, row_grads) in touched.items():
-            tables.append(self._write_row_grads(k, indices, row_grads, mapped[k], block))
-            block += indices.size * -(-self.flat.shapes[k][1] // BLOCK)
-        chunks = np.concatenate(tables) if len(tables[0]) or len(tables) > 2 else tables[1]
+        chunks = self._dense_chunks(tuple(leaf is not None for leaf in leaves), mapped)
         norm, coefficient = None, 1.0
         if self._measures:
-            norm, finite = self._measure(chunks, None, unscale)
-            if not self._proceeds(finite, mapped, unscale, touched_rows):
+            parts = [(self.flat.grad, chunks)]
+            parts += [(g.reshape(-1), one_run(g.size, mapped[k])) for k, (_, g) in touched.items()]
+            norm, finite = self._measure_all(parts, unscale)
+            if not self._proceeds(finite, mapped, unscale, {k: g for k, (_, g) in touched.items()}):
                 return self._info(norm, skipped=True)
             coefficient = self._tail.coefficient(norm)
             self._table.clip(coefficient)
-        kernel = self._kernel_for(scaled=unscale != 1.0, scattered=True)
-        kernel.launch(self.flat.data, self.flat.grad, self._buffers, self._table.array, chunks)
-        for k, indices in touched_rows.items():
+        if len(chunks):
+            kernel = self._kernel if unscale == self._sign else self._kernel_for(scaled=True)
+            kernel.launch(self.flat.data, self.flat.grad, self._buffers, self._table.array, chunks)
+        for k, (indices, row_grads) in touched.items():
+            self._update_rows(k, indices, row_grads, self._table.array[mapped[k]], unscale)
             row = self._rows[mapped[k]]
             clock = self._clocks[k]
             clock.history.append(self._step_count + 1 - row.lag, row.at(self._step_count))
             clock.tick(indices, self._table.array[mapped[k]].copy())
         self._step_count += 1
-        self._last_rows = None  # opt.grads holds more than this step used
+        self._last_rows = None  # opt.grads does not hold what this step used
         if not all(present):
             self._miss(present)
         return self._info(norm, coefficient)
-
-    def _write_row_grads(self, k: int, indices: np.ndarray, grads: np.ndarray, line: int, block: int) -> np.ndarray:
-        """Put row gradients where `step` would find them; the chunks of these rows."""
-        width, itemsize = self.flat.shapes[k][1], self.flat.dtype.itemsize
-        lines = lines_of(indices, self.flat.offsets[k], width, line, k, block, -(-width // BLOCK))
-        grads = np.require(grads, requirements=["C", "A"])
-        numbered = lines.copy()
-        numbered[:, 3] = np.arange(indices.size)
-        get_backend(self.flat.backend).add(
-            self.flat.grad,
-            address_of(grads) + width * itemsize * numbered[:, 3],
-            np.ascontiguousarray(lines[:, 0]),
-            np.ones(indices.size, np.bool_),
-            1.0,
-            numbered,
-            np.zeros((0, 2)),
-            Adder(measure=False, zero_nonfinite=False, scattered=True),
-        )
-        return lines
 
     def read_rows(self, path: str, indices: Any) -> np.ndarray:
         """A copy of rows of a parameter, after they were brought up to date: what a forward pass looks up.
@@ -494,7 +469,7 @@ class Optimizer:
             param = self.flat.views(self.flat.data)[k]
             indices = check_indices(f"rows[{path!r}]: indices", pair[0], param.shape[0])
             row_grads = check_row_grads(f"rows[{path!r}]: row_grads", pair[1], indices, param)
-            found[k] = summed(indices, row_grads, self._scratch.setdefault(k, np.empty(param.shape[0], np.int64)))
+            found[k] = summed(indices, row_grads, self._scratch.setdefault(k, np.empty(param.shape[0], np.int32)))
         return found
 
     def _wind(self, k: int) -> None:
@@ -518,38 +493,69 @@ class Optimizer:
     def _catch_up(self, k: int, indices: np.ndarray) -> None:
         """Bring rows of parameter number `k`, each named once, up to date."""
         clock = self._clocks[k]
-        last = clock.last[indices]
-        behind = last < clock.now
-        indices, last = indices[behind], last[behind]
-        width = self.flat.shapes[k][1]
-        if indices.size == 0 or width == 0:
-            clock.last[indices] = clock.now
+        indices = indices[clock.last[indices] < clock.now]
+        if indices.size == 0:
             return
-        ages = clock.now - last
+        lines, coefficients = self._coefficients(k, indices)
+        table = np.zeros((len(coefficients), len(StepHyper._fields) + coefficients.shape[1]), self.flat.dtype)
+        table[:, len(StepHyper._fields) :] = coefficients
+        history = clock.history
+        form = form_of(history.scalar, history.hyper)
+        features = Features(still=True, scattered=True)
+        kernel = get_backend(self.flat.backend).kernel(form, history.hyper, self.flat.dtype, features)
+        self._launch_on_rows(k, kernel, indices, lines, table, self.flat.grad)
+        clock.last[indices] = clock.now
+
+    def _update_rows(self, k: int, indices: np.ndarray, grads: np.ndarray, line: np.ndarray, unscale: float) -> None:
+        """Bring rows of parameter number `k` up to date and update them, in one pass."""
+        if indices.size == 0:
+            return
+        clock = self._clocks[k]
+        lines, coefficients = self._coefficients(k, indices)
+        table = np.empty((len(coefficients), line.size + coefficients.shape[1]), self.flat.dtype)
+        table[:, : line.size] = line
+        table[:, line.size :] = coefficients
+        flags = {**self._tail.flags, "unscale": unscale != 1.0, "scattered": True, "zero_grad": False}
+        kernel = self._row_kernel(flags, (clock.history.scalar, clock.history.hyper))
+        self._launch_on_rows(k, kernel, indices, lines, table, grads.reshape(-1))
+
+    def _row_kernel(self, flags: dict[str, bool], first: tuple[Any, type] | None) -> Kernel:
+        features = self.rule.features(decays=self._decays, **flags)
+        return get_backend(self.flat.backend).kernel(self.rule, self._hyper, self.flat.dtype, features, first)
+
+    def _launch_on_rows(
+        self, k: int, kernel: Kernel, indices: np.ndarray, lines: Any, table: np.ndarray, grad: np.ndarray
+    ) -> None:
+        """Run a kernel on rows of parameter number `k`, whose gradients follow each other in `grad`."""
+        width = self.flat.shapes[k][1]
+        if width:
+            chunks = lines_of(indices, self.flat.offsets[k], width, lines, k)
+            kernel.launch(self.flat.data, grad, self._buffers, table, chunks)
+
+    def _coefficients(self, k: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each row the line of coefficients of its age, and the coefficients of all ages that there are.
+
+        Rows for which the closed form is not exact (Adam's, in the first hundreds of steps) make their steps here, one
+        by one, and are then of age 0.
+        """
+        clock = self._clocks[k]
+        ages = clock.now - clock.last[indices]
         distinct = np.flatnonzero(np.bincount(ages))
         coefficients, exact = clock.history.coefficients(distinct)
         of_age = np.zeros(clock.now + 1, np.int64)
         of_age[distinct] = np.arange(distinct.size)
         lines = of_age[ages]
-        closed = exact[lines]
-        offset, backend = self.flat.offsets[k], get_backend(self.flat.backend)
-        if closed.any():
-            table = np.zeros((distinct.size, len(StepHyper._fields) + coefficients.shape[1]), self.flat.dtype)
-            table[:, len(StepHyper._fields) :] = coefficients
-            form = form_of(clock.history.scalar, clock.history.hyper)
-            kernel = backend.kernel(form, clock.history.hyper, self.flat.dtype, Features(still=True, scattered=True))
-            chunks = lines_of(indices[closed], offset, width, lines[closed], k, 0, 0)
-            kernel.launch(self.flat.data, self.flat.grad, self._buffers, table, chunks)
-        if not closed.all():
-            # Where the closed form is not exact (Adam's, in the first hundreds of steps) the steps are made one by one.
-            flags = {"ema": self._tail.ema is not None, "still": True, "scattered": True}
-            features = self.rule.features(decays=self._decays, **flags)
-            kernel = backend.kernel(self.rule, self._hyper, self.flat.dtype, features)
-            left, since = indices[~closed], last[~closed]
-            for step in range(int(since.min()), clock.now):
-                chunks = lines_of(left[since <= step], offset, width, 0, k, 0, 0)
-                kernel.launch(self.flat.data, self.flat.grad, self._buffers, clock.replay[step][None], chunks)
-        clock.last[indices] = clock.now
+        if exact.all():
+            return lines, coefficients
+        flags = {"ema": self._tail.ema is not None, "still": True, "scattered": True}
+        kernel = self._row_kernel(flags, None)
+        late = ~exact[lines]
+        left, since = indices[late], clock.last[indices[late]]
+        for step in range(int(since.min()), clock.now):
+            self._launch_on_rows(k, kernel, left[since <= step], 0, clock.replay[step][None], self.flat.grad)
+        lines[late] = distinct.size
+        present = clock.history.coefficients(np.zeros(1, np.int64))[0]
+        return lines, np.concatenate([coefficients, present])
 
     def _dense_chunks(self, dense: tuple[bool, ...], rows: list[int]) -> np.ndarray:
         """The chunks (whole ones) of the parameters that have an ordinary gradient."""
@@ -571,30 +577,28 @@ class Optimizer:
                 f"{what}() inside `with opt.{self._held}()`: leave the block first, it restores the parameters"
             )
 
-    def _measure(self, chunks: np.ndarray | None, pending: Pending | None, unscale: float) -> tuple[float, bool]:
-        """The norm of the gradients in `chunks` (whole ones), or pending, and whether all of them are finite."""
+    def _measure(self, rows: list[int], pending: Pending | None, unscale: float) -> tuple[float, bool]:
+        """The norm of the gradients, and whether all of them are finite."""
         if pending is not None and self._tail.clip_value is None:
-            partials, factor = pending.partials, abs(unscale)
-        else:
-            if chunks is None:
-                chunks = self._chunks_of(self._row_of, whole=True)
-            kernel = self._norm_kernel_for(scaled=unscale != 1.0)
-            partials, factor = kernel.launch(self.flat.grad, self._table.array, chunks), 1.0
-        # One column at a time: NumPy adds up a column of its own in pairs, in an order that depends on its length only.
-        total, mark = partials[:, 0].sum(), partials[:, 1].sum()
-        return factor * math.sqrt(total), bool(mark == 0.0)
+            norm, finite = norm_of([pending.partials])
+            return abs(unscale) * norm, finite
+        return self._measure_all([(self.flat.grad, self._chunks_of(rows, whole=True))], unscale)
+
+    def _measure_all(self, parts: list[tuple[np.ndarray, np.ndarray]], unscale: float) -> tuple[float, bool]:
+        """The same of gradients in several buffers, each with its chunks (whole ones)."""
+        kernel = self._norm_kernel_for(scaled=unscale != 1.0)
+        return norm_of([kernel.launch(grad, self._table.array, chunks) for grad, chunks in parts])
 
     def _norm_of(self, step: int) -> float | None:
         """The norm of what is in ``opt.grads`` after the step of this number; None if it is gone."""
         if step != self._step_count or self._tail.zero_grad or self._pending is not None or self._last_rows is None:
             return None
-        chunks = self._chunks_of(self._last_rows, whole=True)
-        return self._measure(chunks, None, float(self._table.array[0, 0]))[0]
+        return self._measure(self._last_rows, None, float(self._table.array[0, 0]))[0]
 
     def _proceeds(
         self, finite: bool, rows: list[int], unscale: float, touched: Mapping[int, np.ndarray] | None = None
     ) -> bool:
-        """Whether to make the step, the gradients being finite or not; of `touched` parameters those rows only."""
+        """Whether to make the step, the gradients being finite or not; those of rows are `touched`, by parameter."""
         nonfinite = self._tail.nonfinite
         if nonfinite == "propagate":
             return True
@@ -602,7 +606,7 @@ class Optimizer:
             factor = self.flat.dtype.type(unscale)
             with np.errstate(over="ignore", invalid="ignore"):
                 for k, view in enumerate(self.flat.views(self.flat.grad)):
-                    given = view[touched[k]] if touched is not None and k in touched else view
+                    given = touched[k] if touched is not None and k in touched else view
                     if rows[k] >= 0 and not np.isfinite(factor * given).all():
                         raise FloatingPointError(
                             f"gradient {self.flat.paths[k]!r} holds NaN or infinity; nothing was updated. "
@@ -638,7 +642,7 @@ class Optimizer:
         self._hyper = hyper_of(self.rule, self._rows[0].at(self._step_count))
         self._decays = any(row.values[WEIGHT_DECAY] != 0.0 for row in self._rows)
         self._lay_out_rows()
-        self._kernels: dict[tuple[bool, bool], Kernel] = {}
+        self._kernels: dict[bool, Kernel] = {}
         self._norm_kernels: dict[bool, NormKernel] = {}
         self._kernel = self._kernel_for(scaled=self._tail.maximize)
 
@@ -663,15 +667,12 @@ class Optimizer:
         for index, row in enumerate(self._rows):
             write(index, t - row.lag, row.fixed or row.at(t - 1), unscale)
 
-    def _kernel_for(self, scaled: bool, scattered: bool = False) -> Kernel:
-        kernel = self._kernels.get((scaled, scattered))
+    def _kernel_for(self, scaled: bool) -> Kernel:
+        kernel = self._kernels.get(scaled)
         if kernel is None:
-            flags = {"unscale": scaled, "scattered": scattered, **self._tail.flags}
-            features = self.rule.features(decays=self._decays, **flags)
+            features = self.rule.features(decays=self._decays, unscale=scaled, **self._tail.flags)
             backend = get_backend(self.flat.backend)
-            kernel = self._kernels[scaled, scattered] = backend.kernel(
-                self.rule, self._hyper, self.flat.dtype, features
-            )
+            kernel = self._kernels[scaled] = backend.kernel(self.rule, self._hyper, self.flat.dtype, features)
         return kernel
 
     def _norm_kernel_for(self, scaled: bool) -> NormKernel:

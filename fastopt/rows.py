@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastopt.flat import Layout
 from fastopt.idle import History
 from fastopt.rule import Rule
 
@@ -18,7 +19,7 @@ class Clock:
     def __init__(self, rows: int, history: History):
         self.history = history
         self.now = 0
-        self.last = np.zeros(rows, np.int64)
+        self.last = np.zeros(rows, np.int32)
         self.replay: list[np.ndarray] = []
         """The table's row of each step."""
 
@@ -56,12 +57,12 @@ def check_row_grads(name: str, grads: Any, indices: np.ndarray, param: np.ndarra
     expected = (indices.size, param.shape[1])
     if grads.shape != expected:
         raise ValueError(f"{name}: expected shape {expected}, a row for each index, found {grads.shape}")
-    return grads
+    return np.ascontiguousarray(grads)
 
 
 def summed(indices: np.ndarray, grads: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every index once, and the sum of its rows of `grads`. `scratch`: int64, one per row; overwritten."""
-    order = np.arange(indices.size)
+    """Every index once, and the sum of its rows of `grads`. `scratch`: int32, one per row; overwritten."""
+    order = np.arange(indices.size, dtype=np.int32)
     scratch[indices] = order
     if (scratch[indices] == order).all():  # none is repeated
         return indices, grads
@@ -71,19 +72,24 @@ def summed(indices: np.ndarray, grads: np.ndarray, scratch: np.ndarray) -> tuple
     return ordered[starts], np.add.reduceat(grads[by_row], starts, axis=0)
 
 
-def lines_of(rows: np.ndarray, offset: int, width: int, line: Any, param: int, block: int, per_row: int) -> np.ndarray:
-    """A table of chunks, one for each of a parameter's `rows`.
+def lines_of(rows: np.ndarray, offset: int, width: int, line: Any, param: int) -> np.ndarray:
+    """A table of chunks, one for each of a parameter's `rows`, whose gradients follow each other in a buffer.
 
     line : the row of the table of hyperparameters, one for all or one each.
-    block, per_row : the number of the first block, and how many a row has.
     """
     table = np.empty((rows.size, 5), np.int64)
-    table[:, 0] = offset + rows * width
-    table[:, 1] = table[:, 0] + width
+    np.multiply(rows, width, out=table[:, 0])
+    table[:, 0] += offset
+    np.add(table[:, 0], width, out=table[:, 1])
     table[:, 2] = line
     table[:, 3] = param
-    table[:, 4] = block + per_row * np.arange(rows.size)
+    table[:, 4] = np.arange(0, rows.size * width, width) if width else 0
     return table
+
+
+def one_run(size: int, line: int) -> np.ndarray:
+    """The chunks of a buffer of its own, all of it under one row of the table of hyperparameters."""
+    return Layout.of([(size,)]).chunks([0], layerwise=True) + np.array([0, 0, line, 0, 0])
 
 
 @cache

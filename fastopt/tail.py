@@ -79,6 +79,14 @@ class Tail:
         return 1.0 if coefficient > 1.0 else coefficient
 
 
+def norm_of(partials: list[np.ndarray]) -> tuple[float, bool]:
+    """The norm of the gradients whose partial sums these are, and whether all of them are finite."""
+    # One column at a time: NumPy adds up a column of its own in pairs, in an order that depends on its length only.
+    total = sum(float(part[:, 0].sum()) for part in partials)
+    mark = sum(float(part[:, 1].sum()) for part in partials)
+    return math.sqrt(total), mark == 0.0
+
+
 class Pending:
     """Gradients that are being accumulated for the next step."""
 

@@ -308,7 +308,7 @@ def test_sums_of_repeated_rows():
     rng = np.random.default_rng(0)
     indices = rng.integers(0, 50, 300)
     grads = rng.normal(size=(300, 3))
-    once, sums = row_module.summed(indices, grads, np.empty(50, np.int64))
+    once, sums = row_module.summed(indices, grads, np.empty(50, np.int32))
     expected = np.zeros((50, 3))
     np.add.at(expected, indices, grads)
     np.testing.assert_array_equal(once, np.unique(indices))

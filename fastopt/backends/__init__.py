@@ -6,6 +6,7 @@ receives a rule, and binds the rule into its own loops.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -64,7 +65,8 @@ class Features:
     zero_grad: bool = False
     """Gradients are 0 afterwards."""
     scattered: bool = False
-    """Chunks are short and far from each other: no arithmetic, a hint to fetch them ahead of time."""
+    """Chunks are short and far from each other: they are fetched ahead of time. The last column of `chunks` is where
+    the gradient of a chunk begins, in a buffer of its own."""
 
 
 class Kernel(Protocol):
@@ -101,8 +103,6 @@ class Adder(NamedTuple):
     """Take the partial sums that `NormKernel` would, of what is in the buffer afterwards."""
     zero_nonfinite: bool
     """As in `Features`, for those sums; the buffer keeps what it is given."""
-    scattered: bool
-    """As in `Features`."""
 
 
 class Backend(Protocol):
@@ -113,8 +113,19 @@ class Backend(Protocol):
     def zeros(self, size: int, dtype: Any) -> Array:
         """A 1-D buffer of zeros, aligned to `ALIGNMENT` bytes."""
 
-    def kernel(self, rule: Rule, hyper: type, dtype: Any, features: Features) -> Kernel:
+    def kernel(
+        self,
+        rule: Rule,
+        hyper: type,
+        dtype: Any,
+        features: Features,
+        first: tuple[Callable[..., Any], type] | None = None,
+    ) -> Kernel:
         """The update of `rule`, whose `prepare` returns the NamedTuple `hyper`; compiled once per combination.
+
+        first : a scalar function like a rule's, without weight decay, and the NamedTuple of its hyperparameters: an
+            update that is made before that of the rule, in the same pass, its gradient not being read. The columns of
+            its hyperparameters follow those of the rule's in the table.
 
         Raises TypeError where the rule's arithmetic leaves `dtype`, or where its return does not match its states.
         """

@@ -55,6 +55,11 @@ DECOUPLED: Any
 EMA: Any
 ZERO_GRAD: Any
 SCATTERED: Any
+FIRST: Any
+FIRST_HYPER: Any
+N_FIRST: Any
+BEFORE: Any
+UPDATE: Any
 ZERO: Any
 LARGEST: Any
 UNSCALED: Any
@@ -89,8 +94,8 @@ def averaged(step, p, average):
     return average + step.fresh * (p - average)
 
 
-def element(step, p, g, *rest):
-    """One element: what surrounds the rule, and the rule. `rest` is its states, the average, its hyperparameters."""
+def update(step, p, g, *rest):
+    """What surrounds the rule, and the rule. `rest` is its states, the average, its hyperparameters."""
     g = CONDITIONED(step, g)
     if CLIP_NORM:
         g = step.coefficient * g
@@ -105,6 +110,17 @@ def element(step, p, g, *rest):
         new = RULE(p, g, *rest[:-2], rest[-1])
         return (*new, AVERAGED(step, new[0], rest[-2]))
     return RULE(p, g, *rest)
+
+
+def element(step, p, g, *rest):
+    """One element: the update, after another one where there is a first."""
+    if FIRST:
+        h, h_first = rest[-1]
+        if N_STATES == 0:
+            return UPDATE(step, BEFORE(p, g, h_first), g, h)
+        new = BEFORE(p, g, *rest[:-1], h_first)
+        return UPDATE(step, new[0], g, *new[1:], h)
+    return UPDATE(step, p, g, *rest)
 
 
 def elementwise(p, g, states, table, chunks, backwards, first, last):
@@ -123,9 +139,13 @@ def elementwise(p, g, states, table, chunks, backwards, first, last):
         stop = chunks[c, 1]
         row = chunks[c, 2] * table.shape[1]
         step = StepHyper(*to_fixed_tuple(window(table, row, N_STEP), N_STEP))
-        h = HYPER(*to_fixed_tuple(window(table, row + N_STEP, N_HYPER), N_HYPER))
+        own = HYPER(*to_fixed_tuple(window(table, row + N_STEP, N_HYPER), N_HYPER))
+        if FIRST:
+            h = (own, FIRST_HYPER(*to_fixed_tuple(window(table, row + N_STEP + N_HYPER, N_FIRST), N_FIRST)))
+        else:
+            h = own
         pc = window(p, start, stop - start)
-        gc = window(g, start, stop - start)
+        gc = window(g, chunks[c, 4] if SCATTERED else start, stop - start)
         if N_STATES == 0:
             for i in range(pc.size):
                 pc[i] = ELEMENT(step, pc[i], gc[i], h)
@@ -288,8 +308,6 @@ def add(addresses, offsets, fresh, weight, g, chunks, partials, first, last):
     """Add weight times the array at each address to its parameter's part of g, and measure what is there then."""
     for c in range(first, last):
         param = chunks[c, 3]
-        if SCATTERED and c + AHEAD < last:
-            fetch(g, chunks[c + AHEAD, 0], chunks[c + AHEAD, 1])
         if addresses[param] != 0:
             block = chunks[c, 4]
             for start in range(chunks[c, 0], chunks[c, 1], BLOCK):
@@ -587,12 +605,20 @@ class CPU:
         skip = -room.ctypes.data % ALIGNMENT
         return room[skip : skip + size * dtype.itemsize].view(dtype)
 
-    def kernel(self, rule: Rule, hyper: type, dtype: np.dtype[Any], features: Features) -> Kernel:
+    def kernel(
+        self,
+        rule: Rule,
+        hyper: type,
+        dtype: np.dtype[Any],
+        features: Features,
+        first: tuple[Callable[..., Any], type] | None = None,
+    ) -> Kernel:
         """The compiled update of `rule`, whose `prepare` returns the NamedTuple `hyper`, on buffers of `dtype`.
 
         Raises TypeError where the rule's arithmetic leaves `dtype` or its return does not match its states.
         """
-        kernel: Kernel = self._once((rule, hyper, dtype, features), lambda: self._compile(rule, hyper, dtype, features))
+        key = (rule, hyper, dtype, features, first)
+        kernel: Kernel = self._once(key, lambda: self._compile(*key))
         return kernel
 
     def norm(self, dtype: np.dtype[Any], features: Features) -> SquaresKernel:
@@ -636,7 +662,14 @@ class CPU:
                 self._batchnorms[key] = BatchNormCPU(formulas, dtype, flags, self.driver, self._batchnorm_loops)
         return self._batchnorms[key]
 
-    def _compile(self, rule: Rule, hyper: Any, dtype: np.dtype[Any], features: Features) -> Kernel:
+    def _compile(
+        self,
+        rule: Rule,
+        hyper: Any,
+        dtype: np.dtype[Any],
+        features: Features,
+        first: tuple[Callable[..., Any], type] | None,
+    ) -> Kernel:
         if len(rule.states) > MAX_STATES:
             raise TypeError(f"rule {rule.name!r} has {len(rule.states)} states; at most {MAX_STATES} are supported")
         if numba.config.DISABLE_JIT:
@@ -649,10 +682,16 @@ class CPU:
         if rule.layerwise is not None:
             compiled_apply = scalar(bind(rule.layerwise.apply, {}, label=f"{rule.name}_{dtype}_apply", scalar=scalar))
             check_returns(rule, ("p",), returned_dtypes(compiled_apply, len(names) + 1, hyper, dtype), dtype)
-        return self._bind_loops(rule, compiled_rule, hyper, dtype, features)
+        return self._bind_loops(rule, compiled_rule, hyper, dtype, features, first)
 
     def _bind_loops(
-        self, rule: Rule, compiled_rule: Any, hyper: Any, dtype: np.dtype[Any], features: Features
+        self,
+        rule: Rule,
+        compiled_rule: Any,
+        hyper: Any,
+        dtype: np.dtype[Any],
+        features: Features,
+        first: tuple[Callable[..., Any], Any] | None,
     ) -> ElementwiseKernel | LayerwiseKernel:
         kinds = Kinds(dtype)
         vector, integers, table, partials = kinds.vector, kinds.integers, kinds.table, kinds.partials
@@ -677,7 +716,12 @@ class CPU:
             "AVERAGED": averaged,
         }
         surroundings = {**constants, **flags, **conditioning(dtype, features)}
-        constants["ELEMENT"] = bind(element, surroundings, label="element", scalar=scalar)
+        constants["FIRST"] = first is not None
+        if first is not None:
+            constants |= {"BEFORE": first[0], "FIRST_HYPER": first[1], "N_FIRST": len(first[1]._fields)}
+            label += f"_after_{first[0].__name__}"
+        constants["UPDATE"] = bind(update, surroundings, label="update", scalar=scalar)
+        constants["ELEMENT"] = bind(element, constants, label="element", scalar=scalar)
 
         if rule.layerwise is None:
             arguments = (vector, vector, states, table, integers, types.int64)
@@ -734,7 +778,6 @@ class CPU:
             add,
             {
                 "MEASURE": adder.measure,
-                "SCATTERED": adder.scattered,
                 "STEP": StepHyper(*[0.0] * len(StepHyper._fields)),  # not looked at: none of its features is on
                 **conditioning(dtype, Features(zero_nonfinite=adder.zero_nonfinite)),
             },

@@ -175,7 +175,7 @@ class FadingHistory:
         e = _about(center, self._averaged[:5, ages]) if self._fresh else np.zeros((5, ages.size))
         left_out = np.sqrt(np.abs(f[4] * f[6])) / center**5
         k = ages.astype(np.float64)
-        columns = [self._keep[ages], self._b1**k, self._b2**k, center, np.full(ages.size, self._eps)]
+        columns = [self._keep[ages], self._b1**k, self._b2**k, center, np.where(still, 1.0, self._eps)]
         columns += [f[0], f[2], f[3], f[4], self._e_e[ages], self._e_p[ages], *e]
         return np.stack(columns, 1), left_out <= 1e-8 * f[0]
 
