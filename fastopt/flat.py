@@ -146,6 +146,15 @@ class FlatParams:
         """`leaves` in the structure of the parameters."""
         return optree.tree_unflatten(self.treespec, leaves)
 
+    def matrix(self, path: Any) -> int:
+        """The number of the 2-D parameter of this path; ValueError where there is none."""
+        if path not in self.paths:
+            raise ValueError(f"{path!r} is no parameter; the paths are {', '.join(self.paths)}")
+        k = self.paths.index(path)
+        if len(self.shapes[k]) != 2:
+            raise ValueError(f"parameter {path!r}: expected 2-D for row-wise steps, found shape {self.shapes[k]}")
+        return k
+
     def check_grads(self, grads: Any) -> list[Any]:
         """The leaves of a tree of gradients, an array or None for each parameter; an error where one does not fit."""
         leaves = self._leaves_like(grads)

@@ -11,18 +11,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastopt.backends import BLOCK, Adder, Features, Kernel, NormKernel, StepHyper, get_backend
+from fastopt.backends import BLOCK, Adder, Features, Kernel, NormKernel, get_backend
 from fastopt.flat import FlatParams, address_of, match_overrides, pack
-from fastopt.idle import MOST
-from fastopt.rows import Clock, check_indices, check_row_grads, form_of, lines_of, one_run, summed
+from fastopt.rows import RowSteps, check_indices, one_run
 from fastopt.rule import Flag, Rule
 from fastopt.table import WEIGHT_DECAY, Point, Table, hyper_of, is_normal
 from fastopt.tail import REDUCTION, Pending, StepInfo, Tail, norm_of, positive
 
 STATE_FORMAT = 1
-
-ROWS_AT_ONCE = 65_536
-"""How many rows are brought up to date in one launch: a table of as many chunks is 2.6 MB."""
 
 
 class Row:
@@ -142,8 +138,6 @@ class Optimizer:
         self._states = tuple(self.flat.new_buffer() for _ in rule.states)
         self._step_count = 0
         self._missed = [0] * len(self.flat.paths)
-        self._clocks: dict[int, Clock] = {}  # of the parameters some of whose rows are behind
-        self._scratch: dict[int, np.ndarray] = {}
         self._last_rows: list[int] | None = None  # those of the last step
         self._nonfinite = (0, 0)  # steps in a row, and in all, whose gradients were not finite
         self._pending: Pending | None = None
@@ -153,7 +147,12 @@ class Optimizer:
         if self._tail.ema is not None:
             self._average = self.flat.new_buffer()
             np.copyto(self._average, self.flat.data)
+        self._begin_rows()
+
+    def _begin_rows(self) -> None:
         self._buffers = self._states if self._average is None else (*self._states, self._average)
+        self._row_steps = RowSteps(self.rule, self.flat, self._buffers, self._tail.ema, self._row_kernel)
+        self._clocks = self._row_steps.clocks  # of the parameters some of whose rows are behind
 
     # --- what a user reads --------------------------------------------------------------------------------------------
 
@@ -208,7 +207,6 @@ class Optimizer:
         """An independent optimizer at the same point, on buffers of its own; rule and schedules are shared."""
         self.flush_rows()
         twin = copy.copy(self)
-        twin._clocks, twin._scratch = {}, {}
         memo[id(self)] = twin
         twin.flat = copy.deepcopy(self.flat, memo)
         twin._states = tuple(twin.flat.new_buffer() for _ in self._states)
@@ -217,7 +215,7 @@ class Optimizer:
         if self._average is not None:
             twin._average = twin.flat.new_buffer()
             np.copyto(twin._average, self._average)
-        twin._buffers = twin._states if twin._average is None else (*twin._states, twin._average)
+        twin._begin_rows()
         twin._missed = list(self._missed)
         twin._pending = copy.deepcopy(self._pending, memo)
         twin._build_rows()
@@ -380,14 +378,14 @@ class Optimizer:
         self._refuse_while_held("step_rows")
         if self._pending is not None:
             raise ValueError("step_rows(): accumulated gradients are waiting; call step(), or zero_grad() to drop them")
-        touched = self._check_rows(rows)
+        touched = self._row_steps.check(rows, self._values_of)
         unscale = self._sign * self._table.unscale(grad_scale)
         leaves = [None] * len(self.flat.paths) if grads is None else self.flat.check_grads(grads)
         for path in rows:
             if leaves[self.flat.paths.index(path)] is not None:
                 raise ValueError(f"grads: holds a gradient for {path!r}, which is in rows, too; put None in its place")
         for k in touched:
-            self._wind(k)
+            self._row_steps.wind(k)
         present = [leaf is not None or k in touched for k, leaf in enumerate(leaves)]
         mapped = self._row_of if all(present) else self._rows_of(present)
         self._write_table(unscale)
@@ -406,11 +404,10 @@ class Optimizer:
             kernel = self._kernel if unscale == self._sign else self._kernel_for(scaled=True)
             kernel.launch(self.flat.data, self.flat.grad, self._buffers, self._table.array, chunks)
         for k, (indices, row_grads) in touched.items():
-            self._update_rows(k, indices, row_grads, self._table.array[mapped[k]], unscale)
-            row = self._rows[mapped[k]]
-            clock = self._clocks[k]
-            clock.history.append(self._step_count + 1 - row.lag, row.at(self._step_count))
-            clock.tick(indices, self._table.array[mapped[k]].copy())
+            row, line = self._rows[mapped[k]], self._table.array[mapped[k]]
+            flags = {**self._tail.flags, "unscale": unscale != 1.0, "zero_grad": False}
+            self._row_steps.update(k, indices, row_grads, line, flags)
+            self._clocks[k].tick(indices, line.copy(), self._step_count + 1 - row.lag, row.at(self._step_count))
         self._step_count += 1
         self._last_rows = None  # opt.grads does not hold what this step used
         if not all(present):
@@ -423,139 +420,25 @@ class Optimizer:
         Raises TypeError or ValueError, naming the argument: an unknown path, indices as `step_rows` refuses them.
         """
         self._refuse_while_held("read_rows")
-        k = self._matrix(path)
+        k = self.flat.matrix(path)
         found = check_indices("indices", indices, self.flat.shapes[k][0])
         if k in self._clocks:
-            self._catch_up(k, np.unique(found))
+            self._row_steps.catch_up(k, np.unique(found))
         rows: np.ndarray = self.flat.views(self.flat.data)[k][found]
         return rows
 
     def flush_rows(self) -> None:
         """Bring every row up to date that `step_rows` has left behind."""
         for k in list(self._clocks):
-            self._stop_clock(k)
+            self._row_steps.stop(k)
 
-    def _matrix(self, path: Any) -> int:
-        """The number of a 2-D parameter."""
-        if path not in self.flat.paths:
-            raise ValueError(f"{path!r} is no parameter; the paths are {', '.join(self.flat.paths)}")
-        k = self.flat.paths.index(path)
-        if len(self.flat.shapes[k]) != 2:
-            raise ValueError(f"parameter {path!r}: expected 2-D for row-wise steps, found shape {self.flat.shapes[k]}")
-        return k
+    def _values_of(self, k: int) -> dict[str, Any]:
+        """The hyperparameters of parameter number `k`."""
+        return self._rows[self._row_of[k]].values
 
-    def _check_rows(self, rows: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """By parameter its touched rows, each once, and their gradients; an error where something does not fit."""
-        if not isinstance(rows, Mapping) or not rows:
-            raise TypeError(f"rows: expected {{path: (indices, row_grads)}}, found {type(rows).__name__}")
-        idle = self.rule.idle
-        if idle is None:
-            raise TypeError(
-                f"step_rows(): rule {self.rule.name!r} has no closed form for rows without a gradient; use step()"
-            )
-        found = {}
-        for path, pair in rows.items():
-            k = self._matrix(path)
-            if not isinstance(pair, tuple) or len(pair) != 2:
-                raise TypeError(f"rows[{path!r}]: expected (indices, row_grads), found {type(pair).__name__}")
-            values = self._rows[self._row_of[k]].values
-            decay = values[WEIGHT_DECAY]
-            l2 = not self.rule.decoupled and (callable(decay) or decay != 0.0)
-            reason = idle.refusal(self.rule, values, l2)
-            if reason is not None:
-                raise ValueError(
-                    f"step_rows(): no closed form for rows of {path!r} without a gradient: {reason}; or use step()"
-                )
-            param = self.flat.views(self.flat.data)[k]
-            indices = check_indices(f"rows[{path!r}]: indices", pair[0], param.shape[0])
-            row_grads = check_row_grads(f"rows[{path!r}]: row_grads", pair[1], indices, param)
-            found[k] = summed(indices, row_grads, self._scratch.setdefault(k, np.empty(param.shape[0], np.int32)))
-        return found
-
-    def _wind(self, k: int) -> None:
-        """See that parameter number `k` has a clock with room for one more step."""
-        if k in self._clocks and self._clocks[k].now >= MOST:
-            self._stop_clock(k)
-        if k not in self._clocks:
-            idle = self.rule.idle
-            assert idle is not None  # `_check_rows` has seen to it
-            fresh = None if self._tail.ema is None else 1.0 - self._tail.ema
-            self._clocks[k] = Clock(self.flat.shapes[k][0], idle.history(self.rule, fresh))
-
-    def _stop_clock(self, k: int) -> None:
-        """Bring every row of parameter number `k` up to date."""
-        clock = self._clocks[k]
-        behind = np.flatnonzero(clock.last < clock.now)
-        for first in range(0, behind.size, ROWS_AT_ONCE):
-            self._catch_up(k, behind[first : first + ROWS_AT_ONCE])
-        del self._clocks[k]
-
-    def _catch_up(self, k: int, indices: np.ndarray) -> None:
-        """Bring rows of parameter number `k`, each named once, up to date."""
-        clock = self._clocks[k]
-        indices = indices[clock.last[indices] < clock.now]
-        if indices.size == 0:
-            return
-        lines, coefficients = self._coefficients(k, indices)
-        table = np.zeros((len(coefficients), len(StepHyper._fields) + coefficients.shape[1]), self.flat.dtype)
-        table[:, len(StepHyper._fields) :] = coefficients
-        history = clock.history
-        form = form_of(history.scalar, history.hyper)
-        features = Features(still=True, scattered=True)
-        kernel = get_backend(self.flat.backend).kernel(form, history.hyper, self.flat.dtype, features)
-        self._launch_on_rows(k, kernel, indices, lines, table, self.flat.grad)
-        clock.last[indices] = clock.now
-
-    def _update_rows(self, k: int, indices: np.ndarray, grads: np.ndarray, line: np.ndarray, unscale: float) -> None:
-        """Bring rows of parameter number `k` up to date and update them, in one pass."""
-        if indices.size == 0:
-            return
-        clock = self._clocks[k]
-        lines, coefficients = self._coefficients(k, indices)
-        table = np.empty((len(coefficients), line.size + coefficients.shape[1]), self.flat.dtype)
-        table[:, : line.size] = line
-        table[:, line.size :] = coefficients
-        flags = {**self._tail.flags, "unscale": unscale != 1.0, "scattered": True, "zero_grad": False}
-        kernel = self._row_kernel(flags, (clock.history.scalar, clock.history.hyper))
-        self._launch_on_rows(k, kernel, indices, lines, table, grads.reshape(-1))
-
-    def _row_kernel(self, flags: dict[str, bool], first: tuple[Any, type] | None) -> Kernel:
-        features = self.rule.features(decays=self._decays, **flags)
+    def _row_kernel(self, flags: Mapping[str, bool], first: tuple[Any, type] | None) -> Kernel:
+        features = self.rule.features(decays=self._decays, scattered=True, **flags)
         return get_backend(self.flat.backend).kernel(self.rule, self._hyper, self.flat.dtype, features, first)
-
-    def _launch_on_rows(
-        self, k: int, kernel: Kernel, indices: np.ndarray, lines: Any, table: np.ndarray, grad: np.ndarray
-    ) -> None:
-        """Run a kernel on rows of parameter number `k`, whose gradients follow each other in `grad`."""
-        width = self.flat.shapes[k][1]
-        if width:
-            chunks = lines_of(indices, self.flat.offsets[k], width, lines, k)
-            kernel.launch(self.flat.data, grad, self._buffers, table, chunks)
-
-    def _coefficients(self, k: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each row the line of coefficients of its age, and the coefficients of all ages that there are.
-
-        Rows for which the closed form is not exact (Adam's, in the first hundreds of steps) make their steps here, one
-        by one, and are then of age 0.
-        """
-        clock = self._clocks[k]
-        ages = clock.now - clock.last[indices]
-        distinct = np.flatnonzero(np.bincount(ages))
-        coefficients, exact = clock.history.coefficients(distinct)
-        of_age = np.zeros(clock.now + 1, np.int64)
-        of_age[distinct] = np.arange(distinct.size)
-        lines = of_age[ages]
-        if exact.all():
-            return lines, coefficients
-        flags = {"ema": self._tail.ema is not None, "still": True, "scattered": True}
-        kernel = self._row_kernel(flags, None)
-        late = ~exact[lines]
-        left, since = indices[late], clock.last[indices[late]]
-        for step in range(int(since.min()), clock.now):
-            self._launch_on_rows(k, kernel, left[since <= step], 0, clock.replay[step][None], self.flat.grad)
-        lines[late] = distinct.size
-        present = clock.history.coefficients(np.zeros(1, np.int64))[0]
-        return lines, np.concatenate([coefficients, present])
 
     def _dense_chunks(self, dense: tuple[bool, ...], rows: list[int]) -> np.ndarray:
         """The chunks (whole ones) of the parameters that have an ordinary gradient."""
@@ -853,6 +736,7 @@ class Optimizer:
             _count(counters["total"], "nonfinite['total']"),
         )
 
+        self.flush_rows()  # the parameters are not part of the state, and keep what their rows have missed
         for buffer, arrays in zip(buffers, copies, strict=True):
             for view, array in zip(self.flat.views(buffer), arrays, strict=True):
                 np.copyto(view, array)
@@ -862,7 +746,6 @@ class Optimizer:
         self._changes = changes
         self._nonfinite = nonfinite
         self._pending = None
-        self._clocks = {}
         self._build_rows()
 
     def _values_from(

@@ -29,7 +29,7 @@ def test_the_generated_tables_are_up_to_date():
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_code_blocks_run_and_print_what_they_say(block, capsys):
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     exec(compile(block, "README.md", "exec", dont_inherit=True), {"__name__": "readme"})
     promised = [line.split("#")[1].strip() for line in block.splitlines() if line.startswith("print")]
     assert capsys.readouterr().out.split("\n")[:-1] == promised

@@ -151,9 +151,10 @@ def test_clocks_begin_anew_before_their_tables_end():
         lambda opt: opt.states,
         lambda opt: copy.deepcopy(opt),
         lambda opt: opt.flush_rows(),
+        lambda opt: opt.load_state_dict(fastopt.Momentum(params_of(), ema=0.9).state_dict()),
         lambda opt: opt.swap_ema().__enter__(),
     ],
-    ids=["step", "state_dict", "ema", "states", "deepcopy", "flush_rows", "swap_ema"],
+    ids=["step", "state_dict", "ema", "states", "deepcopy", "flush_rows", "load_state_dict", "swap_ema"],
 )
 def test_whatever_sees_all_rows_brings_them_up_to_date(look):
     opt = fastopt.Momentum(params_of(), lr=0.1, ema=0.9)
