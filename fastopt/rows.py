@@ -86,6 +86,8 @@ class RowSteps:
             param = self._flat.views(self._flat.data)[k]
             indices = check_indices(f"rows[{path!r}]: indices", pair[0], param.shape[0])
             row_grads = check_row_grads(f"rows[{path!r}]: row_grads", pair[1], indices, param)
+            if any(np.may_share_memory(row_grads, own) for own in (self._flat.data, *self._buffers)):
+                row_grads = row_grads.copy()  # it is read while these are written
             found[k] = summed(indices, row_grads, self._scratch.setdefault(k, np.empty(param.shape[0], np.int32)))
         return found
 

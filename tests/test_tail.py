@@ -33,8 +33,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "maximize": {"maximize": True},
 }
 EVERYTHING = {"max_norm": 0.5, "clip_value": 0.5, "nonfinite": "zero", "ema": 0.9, "zero_grad": True, "maximize": True}
-BY_STATES = [BY_NAME[name] for name in ("SGD-lr=0.1", "Momentum", "Adam", "LAMB")] + [
-    case for case in CASES if case.options in ({"amsgrad": True, "betas": (0.9, 0.9)}, {"momentum": 0.9})
+BY_STATES = [BY_NAME[name] for name in ("SGD-lr=0.1", "Momentum", "LAMB")] + [
+    case for case in CASES if case.optimizer == "Adam" and "amsgrad" in case.options
 ]
 SCALE = 8.0
 
@@ -108,7 +108,7 @@ def test_all_flags_at_once_equal_separate_passes_for_every_rule(case):
     assert_as_separate_passes(case, np.float32, EVERYTHING, SCALE)
 
 
-@pytest.mark.parametrize("case", BY_STATES[:3], ids=str)
+@pytest.mark.parametrize("case", BY_STATES, ids=str)
 def test_all_flags_at_once_in_float64(case):
     assert_as_separate_passes(case, np.float64, EVERYTHING, SCALE)
 
@@ -119,11 +119,11 @@ def test_each_flag_alone_equals_a_separate_pass(case, flag):
     assert_as_separate_passes(case, np.float32, FLAGS[flag], 1.0)
 
 
-PAIRS = [{**FLAGS[a], **FLAGS[b]} for a, b in itertools.combinations(FLAGS, 2) if {a, b} != {"zero", "skip"}]
+PAIRS = [{**FLAGS[a], **FLAGS[b]} for a, b in itertools.combinations(FLAGS, 2) if {a, b} != {"zero", "skip"}][::3]
 
 
 @pytest.mark.parametrize("options", PAIRS, ids=lambda options: "+".join(options))
-def test_each_pair_of_flags_equals_separate_passes(options):
+def test_pairs_of_flags_equal_separate_passes(options):
     assert_as_separate_passes(BY_NAME["Momentum"], np.float32, options, SCALE, steps=2)
 
 
