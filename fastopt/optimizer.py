@@ -138,7 +138,9 @@ class Optimizer:
         self._states = tuple(self.flat.new_buffer() for _ in rule.states)
         self._step_count = 0
         self._missed = [0] * len(self.flat.paths)
-        self._last_rows: list[int] | None = None  # those of the last step
+        self._last: tuple[list[int], float] | None = (
+            None  # the rows and `unscale` of the step whose gradients are there
+        )
         self._nonfinite = (0, 0)  # steps in a row, and in all, whose gradients were not finite
         self._pending: Pending | None = None
         self._held = ""  # the name of the context that holds the parameters elsewhere
@@ -288,7 +290,7 @@ class Optimizer:
         kernel.launch(self.flat.data, self.flat.grad, self._buffers, self._table.array, chunks)
         self._step_count += 1
         self._pending = None
-        self._last_rows = rows
+        self._last = (rows, unscale)
         if present is not None:
             self._miss(present)
         return self._info(norm, coefficient)
@@ -352,6 +354,9 @@ class Optimizer:
         ``opt.params`` holds those that were not touched as they were last, until `flush_rows`, which `step`, `ema`,
         `states` and `state_dict` call.
 
+        Adam's form is not exact in its first hundreds of steps, nor for betas such as (0.9, 0.95): the steps that a row
+        has missed are then made one by one, at a cost proportional to their number.
+
         Args:
             rows: ``{path: (indices, row_grads)}`` for 2-D parameters: 1-D integers in [0, number of rows), repeated
                 ones being summed, and an array of shape (len(indices), columns), dtype of the parameter.
@@ -381,8 +386,9 @@ class Optimizer:
         touched = self._row_steps.check(rows, self._values_of)
         unscale = self._sign * self._table.unscale(grad_scale)
         leaves = [None] * len(self.flat.paths) if grads is None else self.flat.check_grads(grads)
-        for path in rows:
-            if leaves[self.flat.paths.index(path)] is not None:
+        for k in touched:
+            if leaves[k] is not None:
+                path = self.flat.paths[k]
                 raise ValueError(f"grads: holds a gradient for {path!r}, which is in rows, too; put None in its place")
         for k in touched:
             self._row_steps.wind(k)
@@ -409,7 +415,7 @@ class Optimizer:
             self._row_steps.update(k, indices, row_grads, line, flags)
             self._clocks[k].tick(indices, line.copy(), self._step_count + 1 - row.lag, row.at(self._step_count))
         self._step_count += 1
-        self._last_rows = None  # opt.grads does not hold what this step used
+        self._last = None  # opt.grads does not hold what this step used
         if not all(present):
             self._miss(present)
         return self._info(norm, coefficient)
@@ -424,7 +430,8 @@ class Optimizer:
         found = check_indices("indices", indices, self.flat.shapes[k][0])
         if k in self._clocks:
             self._row_steps.catch_up(k, np.unique(found))
-        rows: np.ndarray = self.flat.views(self.flat.data)[k][found]
+        offset, size = self.flat.offsets[k], self.flat.layout.sizes[k]
+        rows: np.ndarray = self.flat.data[offset : offset + size].reshape(self.flat.shapes[k])[found]
         return rows
 
     def flush_rows(self) -> None:
@@ -452,7 +459,7 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Set ``opt.grads`` to zero, and forget what was accumulated."""
         self.flat.grad.fill(0)
-        self._pending = None
+        self._pending = self._last = None
 
     def _refuse_while_held(self, what: str) -> None:
         if self._held:
@@ -472,11 +479,15 @@ class Optimizer:
         kernel = self._norm_kernel_for(scaled=unscale != 1.0)
         return norm_of([kernel.launch(grad, self._table.array, chunks) for grad, chunks in parts])
 
-    def _norm_of(self, step: int) -> float | None:
+    def _norm_after(self, step: int) -> float | None:
         """The norm of what is in ``opt.grads`` after the step of this number; None if it is gone."""
-        if step != self._step_count or self._tail.zero_grad or self._pending is not None or self._last_rows is None:
+        if step != self._step_count or self._tail.zero_grad or self._pending is not None or self._last is None:
             return None
-        return self._measure(self._last_rows, None, float(self._table.array[0, 0]))[0]
+        rows, unscale = self._last
+        self._table.condition(unscale)
+        # Any row will do: the table may have been laid out anew, and what a norm needs is the same in all.
+        chunks = self.flat.layout.chunks([min(row, 0) for row in rows], layerwise=True)
+        return self._measure_all([(self.flat.grad, chunks)], unscale)[0]
 
     def _proceeds(
         self, finite: bool, rows: list[int], unscale: float, touched: Mapping[int, np.ndarray] | None = None
@@ -506,7 +517,7 @@ class Optimizer:
 
     def _info(self, norm: float | None, coefficient: float = 1.0, skipped: bool = False) -> StepInfo:
         lr = self._values.get("lr")
-        return StepInfo(self._step_count, lr, self._norm_of, norm, coefficient, skipped, self._nonfinite)
+        return StepInfo(self._step_count, lr, self._norm_after, norm, coefficient, skipped, self._nonfinite)
 
     # --- groups -------------------------------------------------------------------------------------------------------
 
@@ -541,7 +552,6 @@ class Optimizer:
         self._rows_present: dict[tuple[bool, ...], list[int]] = {}
         self._chunk_tables: dict[tuple[int, bool], tuple[list[int], np.ndarray]] = {}
         self._dense_tables: dict[tuple[int, tuple[bool, ...]], tuple[list[int], np.ndarray]] = {}
-        self._last_rows = self._row_of
         self._chunks: np.ndarray = self._chunks_of(self._row_of)
 
     def _write_table(self, unscale: float) -> None:
@@ -745,7 +755,7 @@ class Optimizer:
         self._values = values
         self._changes = changes
         self._nonfinite = nonfinite
-        self._pending = None
+        self._pending = self._last = None
         self._build_rows()
 
     def _values_from(

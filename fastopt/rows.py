@@ -83,12 +83,15 @@ class RowSteps:
                 raise ValueError(
                     f"step_rows(): no closed form for rows of {path!r} without a gradient: {reason}; or use step()"
                 )
-            param = self._flat.views(self._flat.data)[k]
-            indices = check_indices(f"rows[{path!r}]: indices", pair[0], param.shape[0])
-            row_grads = check_row_grads(f"rows[{path!r}]: row_grads", pair[1], indices, param)
+            count, width = self._flat.shapes[k]
+            indices = check_indices(f"rows[{path!r}]: indices", pair[0], count)
+            shape = (indices.size, width)
+            row_grads = check_row_grads(f"rows[{path!r}]: row_grads", pair[1], shape, self._flat.dtype)
             if any(np.may_share_memory(row_grads, own) for own in (self._flat.data, *self._buffers)):
                 row_grads = row_grads.copy()  # it is read while these are written
-            found[k] = summed(indices, row_grads, self._scratch.setdefault(k, np.empty(param.shape[0], np.int32)))
+            if k not in self._scratch:
+                self._scratch[k] = np.empty(count, np.int32)
+            found[k] = summed(indices, row_grads, self._scratch[k])
         return found
 
     def wind(self, k: int) -> None:
@@ -192,18 +195,17 @@ def check_indices(name: str, indices: Any, rows: int) -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
-def check_row_grads(name: str, grads: Any, indices: np.ndarray, param: np.ndarray) -> np.ndarray:
-    """`grads`; an error that names them unless they hold a row for each index, in the dtype of the parameter."""
+def check_row_grads(name: str, grads: Any, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
+    """`grads`, C-contiguous; an error that names them unless they have this shape and dtype."""
     if not isinstance(grads, np.ndarray):
         raise TypeError(f"{name}: expected a NumPy array of row gradients, found {type(grads).__name__}")
-    if grads.dtype != param.dtype:
+    if grads.dtype != dtype:
         raise TypeError(
-            f"{name}: expected dtype {param.dtype.str!r} as the parameter's, found {grads.dtype.str!r}; "
-            f"use grad.astype({param.dtype.name!r})"
+            f"{name}: expected dtype {dtype.str!r} as the parameter's, found {grads.dtype.str!r}; "
+            f"use grad.astype({dtype.name!r})"
         )
-    expected = (indices.size, param.shape[1])
-    if grads.shape != expected:
-        raise ValueError(f"{name}: expected shape {expected}, a row for each index, found {grads.shape}")
+    if grads.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, a row for each index, found {grads.shape}")
     return np.ascontiguousarray(grads)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastopt.rule import Rule
 
 WEIGHT_DECAY = "weight_decay"
-COEFFICIENT = StepHyper._fields.index("coefficient")
+UNSCALE, CLIP_VALUE, COEFFICIENT = (StepHyper._fields.index(name) for name in ("unscale", "clip_value", "coefficient"))
 
 
 def is_normal(number: float, dtype: np.dtype[Any]) -> bool:
@@ -95,6 +95,11 @@ class Table:
                 f"hyperparameters of rule {self.rule.name!r} at step {t} leave the range of {self.array.dtype}: "
                 f"weight_decay={decay}, {prepared}"
             ) from None
+
+    def condition(self, unscale: float) -> None:
+        """Write what a measuring launch needs, and nothing else."""
+        self.array[:, UNSCALE] = unscale
+        self.array[:, CLIP_VALUE] = self._clip_value
 
     def clip(self, coefficient: float) -> None:
         """Multiply all gradients by `coefficient` in the next launch."""

@@ -426,6 +426,22 @@ def test_step_info_measures_only_when_it_is_read(monkeypatch):
     assert fastopt.SGD(params, zero_grad=True).step(grads).grad_norm is None
 
 
+def test_the_norm_read_late_is_that_of_the_step_whatever_was_changed_since():
+    params = start(np.float32)
+    grads = grads_like(np.random.default_rng(0), params)
+    opt = fastopt.Nesterov(params, form="lookahead", clip_value=0.01, overrides={"w1": {"lr": 0.5}})
+    opt.step(grads)
+    info = opt.step({**grads, "w0": None}, grad_scale=2.0)
+    expected = norm_of(in_passes({**grads, "w0": np.zeros(1, np.float32)}, 2.0, {"clip_value": 0.01}))
+    opt.lr = 0.5
+    with opt.lookahead():
+        pass
+    assert info.grad_norm == pytest.approx(expected, rel=1e-6)
+    gone = opt.step(grads)
+    opt.zero_grad()
+    assert gone.grad_norm is None
+
+
 def test_a_rule_without_lr_has_no_lr_to_tell():
     assert fastopt.Adadelta({"w": np.ones(2)}).step({"w": np.ones(2)}).lr == 1.0
 

@@ -161,9 +161,10 @@ class FadingHistory:
         self._sums[:, 1 : n + 1] = point.keep * self._sums[:, :n] + lr / bc1 * r * self._powers[:, 1 : n + 1]
         self._keep[1 : n + 1] = point.keep * self._keep[:n]
         w = self._fresh
-        self._averaged[:, 1 : n + 1] = (1.0 - w) * self._averaged[:, :n] + w * self._sums[:, 1 : n + 1]
-        self._e_e[1 : n + 1] = (1.0 - w) * self._e_e[:n]
-        self._e_p[1 : n + 1] = (1.0 - w) * self._e_p[:n] + w * self._keep[1 : n + 1]
+        if w:
+            self._averaged[:, 1 : n + 1] = (1.0 - w) * self._averaged[:, :n] + w * self._sums[:, 1 : n + 1]
+            self._e_e[1 : n + 1] = (1.0 - w) * self._e_e[:n]
+            self._e_p[1 : n + 1] = (1.0 - w) * self._e_p[:n] + w * self._keep[1 : n + 1]
         self._steps = n
 
     def coefficients(self, ages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
