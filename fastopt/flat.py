@@ -195,7 +195,7 @@ class FlatParams:
             array = self._backend.adopt(leaf)  # another library's, that lies where it should
         if array is None:
             raise TypeError(
-                f"gradient {path!r}: expected {_named(self._backend.array_type)} or None, found {_named(type(leaf))}"
+                f"gradient {path!r}: expected {named(self._backend.array_type)} or None, found {named(type(leaf))}"
             )
         if array.dtype != view.dtype:
             raise TypeError(
@@ -214,7 +214,8 @@ class FlatParams:
         return leaves
 
 
-def _named(kind: type) -> str:
+def named(kind: type) -> str:
+    """A kind of array, as errors call it."""
     return "a NumPy array" if kind is np.ndarray else f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 

@@ -5,20 +5,34 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastopt.backends import BLOCK, Adder, Features, Kernel, NormKernel, get_backend
+from fastopt.backends import BLOCK, Adder, Asynchronous, Features, Kernel, NormKernel, Verdict, get_backend
 from fastopt.flat import FlatParams, match_overrides, pack
 from fastopt.rows import RowSteps, check_indices, one_run
 from fastopt.rule import Flag, Matrixwise, Rule
 from fastopt.state import STATE_FORMAT, Snapshot, plain
 from fastopt.table import EMA, WEIGHT_DECAY, Point, Table, hyper_of, is_normal
 from fastopt.tail import REDUCTION, Pending, StepInfo, Tail, norm_of, positive
+
+MOST_AWAITED = 8
+"""Steps whose outcome is not known here while a device still works on them; then the first of them is waited for."""
+
+
+class Recorded(NamedTuple):
+    """A step that was captured in a CUDA graph."""
+
+    table: Any
+    """Where its hyperparameters are, on the device."""
+    rows: list[int]
+    scaled: bool
+    verdict: Verdict | None
 
 
 class Row:
@@ -143,6 +157,10 @@ class Optimizer:
         else:
             self.flat = pack(params, backend=backend)
         self._backend = get_backend(self.flat.backend)
+        self._device: Asynchronous | None = self._backend if self._backend.asynchronous else None  # type: ignore[assignment]
+        # Whether the device decides what the gradients' norm decides; a product of matrices it cannot leave out.
+        self._late = self._device is not None and self._measures and nonfinite != "raise"
+        self._late = self._late and not (self._tail.skips and rule.matrixwise is not None)
         changes = match_overrides(self.flat.paths, overrides or {})
         if rule.matrixwise is not None:
             for change, shape in zip(changes, self.flat.shapes, strict=True):
@@ -159,6 +177,9 @@ class Optimizer:
         # The rows and `unscale` of the step whose gradients are there.
         self._last: tuple[list[int], float] | None = None
         self._nonfinite = (0, 0)  # steps in a row, and in all, whose gradients were not finite
+        self._awaited: deque[tuple[StepInfo, Verdict]] = deque()  # counted as made; a device may have left them out
+        self._left_out = 0  # how many steps a device has, as far as is known here
+        self._recorded: Recorded | None = None
         self._pending: Pending | None = None
         self._held = ""  # the name of the context that holds the parameters elsewhere
         self._build_rows()
@@ -168,6 +189,8 @@ class Optimizer:
             self._average[...] = self.flat.data
         if rule.matrixwise is not None:
             self._check_matrices(rule.matrixwise.chosen)
+        # How many steps the device has left out, counted there.
+        self._skips = self._backend.zeros(1, np.dtype(np.int64)) if self._late and self._tail.skips else None
         self._begin_states()
         self._begin_rows()
 
@@ -204,6 +227,7 @@ class Optimizer:
     @property
     def step_count(self) -> int:
         """How many updates were made."""
+        self._settle()
         return self._step_count
 
     @property
@@ -225,6 +249,7 @@ class Optimizer:
         """The learning rate of the next step (of parameters without an override); assign a number or a schedule."""
         if "lr" not in self._values:
             raise AttributeError(f"rule {self.rule.name!r} has no lr; it has {', '.join(self.rule.names())}")
+        self._settle()
         value = self._values["lr"]
         return float(value(self._step_count)) if callable(value) else float(value)
 
@@ -232,7 +257,7 @@ class Optimizer:
     def lr(self, value: Any) -> None:
         if "lr" not in self._values:
             raise AttributeError(f"rule {self.rule.name!r} has no lr; it has {', '.join(self.rule.names())}")
-        self._values = {**self._values, **self.rule.check_all({"lr": value}, step=self._step_count)}
+        self._values = {**self._values, **self.rule.check_all({"lr": value}, step=self.step_count)}
         self._build_rows()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
@@ -251,13 +276,15 @@ class Optimizer:
             twin._average[...] = self._average
         twin._begin_rows()
         twin._missed = list(self._missed)
+        twin._awaited, twin._left_out, twin._recorded = deque(), 0, None
+        twin._skips = None if self._skips is None else self._backend.zeros(1, self._skips.dtype)
         twin._pending = copy.deepcopy(self._pending, memo)
         twin._build_rows()
         return twin
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in self._values.items())
-        return f"<{type(self).__name__}({values}) of {self.flat!r}, step {self._step_count}>"
+        return f"<{type(self).__name__}({values}) of {self.flat!r}, step {self.step_count}>"
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -284,6 +311,8 @@ class Optimizer:
             self._refuse_while_held("step")
         if self._clocks:
             self.flush_rows()
+        if self._awaited:
+            self._settle(MOST_AWAITED)
         pending = self._pending
         if reduction != "mean":
             REDUCTION.check("reduction", reduction)
@@ -303,38 +332,126 @@ class Optimizer:
                 present = [leaf is not None for leaf in leaves]
         elif pending is not None and not pending.present.all():
             present = pending.present.tolist()
+        device = self._device
+        capturing = device is not None and device.capturing()
+        if capturing:
+            self._check_capture(present is not None or pending is not None)
         if present is None:
             rows, chunks = self._row_of, self._chunks
         else:
             rows = self._rows_of(present)
             chunks = self._chunks_of(rows)
-        self._write_table(unscale)
+        late = self._late and (present is None or not self._tail.skips)
+        if self._awaited and not late:
+            self._settle()
+        candidates = None if capturing else self._write_tables(unscale)
         if grads is not None:
             self.flat.copy_grads(leaves)
-        norm, coefficient, read = None, 1.0, None
-        table = self._table.array
+        norm, coefficient, verdict = None, 1.0, None
+        table = self._table.array if device is None else device.table(self._table.array)
         if self._measures:
-            partials, factor = self._partials(rows, pending, unscale)
-            max_norm = None if self._tail.waits else self._tail.max_norm
-            clipped = None if max_norm is None else self._backend.clipped(table, partials, factor, max_norm)
-            if clipped is None:
+            partials, factor = self._partials(rows, pending, unscale, table)
+            if late:
+                verdict = self._judged(table, candidates, partials, factor)
+            else:
                 norm, finite = self._norm_of([partials], factor)
                 if not self._proceeds(finite, rows, unscale):
                     return self._info(norm, skipped=True)
                 coefficient = self._tail.coefficient(norm)
                 self._table.clip(coefficient)
-            else:
-                table, read = clipped
+                table = self._table.array
         if self.rule.matrixwise is not None:
             self._transform(self.rule.matrixwise, rows, table, scaled=unscale != 1.0)
         kernel = self._kernel if unscale == self._sign else self._kernel_for(scaled=True)
         kernel.launch(self.flat.data, self.flat.grad, self._buffers, table, chunks)
+        if capturing:
+            self._recorded = Recorded(table, rows, unscale != self._sign, verdict)
+            return self._info(norm, coefficient)
         self._step_count += 1
         self._pending = None
         self._last = (rows, unscale)
         if present is not None:
             self._miss(present)
-        return self._info(norm, coefficient, read=read)
+        return self._info(norm, coefficient) if verdict is None else self._info_of(verdict)
+
+    def prepare_replay(self, grad_scale: float = 1.0) -> StepInfo:
+        """Count a step and send its hyperparameters to the device, before each replay of a captured ``step()``.
+
+        A CUDA graph records launches and their addresses, and not the numbers that move from step to step: lr and its
+        schedule, Adam's bias correction. Those are kept at one address, and this writes them there. Make one ordinary
+        step first, on the same stream, then capture ``step()`` (which counts nothing then), alone or together with the
+        forward and the backward pass that write into ``opt.grads``.
+
+        Args:
+            grad_scale: as for `step`; other than 1 only where the captured step had a `grad_scale` other than 1.
+
+        Returns:
+            `StepInfo`; read what it tells of gradients after the replay and before the next.
+
+        Raises:
+            RuntimeError: nothing was captured, or the groups are not those of then: capture it again.
+            ValueError: a `grad_scale` that is out of range, or that the captured step does not take.
+
+        Steps with gradients that are None, accumulated ones, ``nonfinite=`` other than ``"propagate"`` and Muon cannot
+        be captured. With CuPy::
+
+            opt.step()
+            stream.begin_capture()
+            backward(opt.params, x, y, out=opt.grads)
+            opt.step()
+            graph = stream.end_capture()
+            for batch in batches:
+                x[...], y[...] = batch
+                opt.prepare_replay()
+                graph.launch(stream)
+        """
+        self._refuse_while_held("prepare_replay")
+        recorded = self._recorded
+        if recorded is None:
+            raise RuntimeError("prepare_replay(): no step() was captured in a CUDA graph")
+        unscale = self._sign * self._table.unscale(grad_scale)
+        if unscale != self._sign and not recorded.scaled:
+            raise ValueError(
+                f"grad_scale={grad_scale!r}: the captured step had none; capture it with a grad_scale other than 1"
+            )
+        if self._table.array.shape != recorded.table.shape or self._row_of != recorded.rows:
+            raise RuntimeError("prepare_replay(): the groups are not those of the captured step: capture it again")
+        self._write_tables(unscale)
+        self._backend.copy(recorded.table, self._table.array)
+        self._step_count += 1
+        self._last = (self._row_of, unscale)
+        return self._info() if recorded.verdict is None else self._info_of(recorded.verdict)
+
+    def _check_capture(self, partial: bool) -> None:
+        """Refuse to capture a step which the host decides about; partial: of gradients that are None or accumulated."""
+        if self._tail.waits:
+            raise ValueError(
+                f"nonfinite={self._tail.nonfinite!r}: such a step cannot be captured in a CUDA graph, because the host "
+                f"counts it; use 'propagate'"
+            )
+        if self.rule.matrixwise is not None:
+            raise TypeError(f"rule {self.rule.name!r}: its products of matrices cannot be captured in a CUDA graph")
+        if partial:
+            raise ValueError(
+                "grads: a step with accumulated gradients, or with None, cannot be captured in a CUDA graph"
+            )
+
+    def _judged(self, table: Any, candidates: np.ndarray | None, partials: Any, factor: float) -> Verdict:
+        """Have the device decide what the norm decides."""
+        assert self._device is not None
+        skipped = None if self._skips is None else (self._skips, self._left_out)
+        return self._device.judged(table, candidates, partials, factor, self._tail.max_norm, skipped)
+
+    def _settle(self, most: int = 0) -> None:
+        """Take in what a device has told of the steps before; wait until at most `most` of them are unknown."""
+        while self._awaited and (len(self._awaited) > most or self._awaited[0][1].arrived):
+            info, verdict = self._awaited.popleft()
+            norm, coefficient, finite = verdict.read()
+            skipped = self._count(finite)
+            self._step_count -= skipped
+            self._left_out += skipped
+            coefficient = 1.0 if skipped else coefficient  # nothing was clipped
+            info.tell(norm, coefficient, self._step_count - len(self._awaited), skipped, self._nonfinite)
 
     def accumulate(self, grads: Any, weight: float = 1.0) -> None:
         """Add the gradients of a micro-batch to what the next ``step()`` will use.
@@ -436,14 +553,16 @@ class Optimizer:
             self._row_steps.wind(k)
         present = [leaf is not None or k in touched for k, leaf in enumerate(leaves)]
         mapped = self._row_of if all(present) else self._rows_of(present)
-        self._write_table(unscale)
+        self._settle()
+        self._write_tables(unscale)
         self.flat.copy_grads(leaves)
         chunks = self._dense_chunks(tuple(leaf is not None for leaf in leaves), mapped)
         norm, coefficient = None, 1.0
         if self._measures:
             parts = [(self.flat.grad, chunks)]
             parts += [(g.reshape(-1), one_run(g.size, mapped[k])) for k, (_, g) in touched.items()]
-            norm, finite = self._norm_of([self._measured(grad, part, unscale) for grad, part in parts])
+            table = self._table.array
+            norm, finite = self._norm_of([self._measured(grad, part, unscale, table) for grad, part in parts])
             if not self._proceeds(finite, mapped, unscale, {k: g for k, (_, g) in touched.items()}):
                 return self._info(norm, skipped=True)
             coefficient = self._tail.coefficient(norm)
@@ -469,15 +588,15 @@ class Optimizer:
         """
         self._refuse_while_held("read_rows")
         k = self.flat.matrix(path)
-        found = check_indices("indices", indices, self.flat.shapes[k][0])
+        found = check_indices("indices", indices, self.flat.shapes[k][0], self._backend)
         if k in self._clocks:
             self._row_steps.catch_up(k, np.unique(found))
-        offset, size = self.flat.offsets[k], self.flat.layout.sizes[k]
-        rows: np.ndarray = self.flat.data[offset : offset + size].reshape(self.flat.shapes[k])[found]
+        rows: np.ndarray = self.flat.views(self.flat.data)[k][self._backend.adopt(found)]
         return rows
 
     def flush_rows(self) -> None:
         """Bring every row up to date that `step_rows` has left behind."""
+        self._settle()
         for k in list(self._clocks):
             self._row_steps.stop(k)
 
@@ -509,15 +628,15 @@ class Optimizer:
                 f"{what}() inside `with opt.{self._held}()`: leave the block first, it restores the parameters"
             )
 
-    def _partials(self, rows: list[int], pending: Pending | None, unscale: float) -> tuple[Any, float]:
+    def _partials(self, rows: list[int], pending: Pending | None, unscale: float, table: Any) -> tuple[Any, float]:
         """The partial sums of the squares of the gradients, and what the norm has to be multiplied by yet."""
         if pending is not None and self._tail.clip_value is None:
             return pending.partials, abs(unscale)
-        return self._measured(self.flat.grad, self._chunks_of(rows, whole=True), unscale), 1.0
+        return self._measured(self.flat.grad, self._chunks_of(rows, whole=True), unscale, table), 1.0
 
-    def _measured(self, grad: Any, chunks: np.ndarray, unscale: float) -> Any:
+    def _measured(self, grad: Any, chunks: np.ndarray, unscale: float, table: Any) -> Any:
         """The partial sums of what is in a buffer, of which these are the chunks (whole ones)."""
-        return self._norm_kernel_for(scaled=unscale != 1.0).launch(grad, self._table.array, chunks)
+        return self._norm_kernel_for(scaled=unscale != 1.0).launch(grad, table, chunks)
 
     def _norm_of(self, partials: list[Any], factor: float = 1.0) -> tuple[float, bool]:
         """The norm of gradients, and whether all of them are finite."""
@@ -532,7 +651,7 @@ class Optimizer:
         self._table.condition(unscale)
         # Any row will do: the table may have been laid out anew, and what a norm needs is the same in all.
         chunks = self.flat.layout.chunks([min(row, 0) for row in rows], layerwise=True)
-        return self._norm_of([self._measured(self.flat.grad, chunks, unscale)])[0]
+        return self._norm_of([self._measured(self.flat.grad, chunks, unscale, self._table.array)])[0]
 
     def _proceeds(
         self, finite: bool, rows: list[int], unscale: float, touched: Mapping[int, np.ndarray] | None = None
@@ -551,18 +670,34 @@ class Optimizer:
                             f"gradient {self.flat.paths[k]!r} holds NaN or infinity; nothing was updated. "
                             f"nonfinite='skip' would leave such steps out"
                         )
-        consecutive, total = self._nonfinite
-        self._nonfinite = (0, total) if finite else (consecutive + 1, total + 1)
-        if not finite and nonfinite == "skip":
+        if self._count(finite):
             self._pending = None
             if self._tail.zero_grad:
                 self.flat.grad.fill(0)
             return False
         return True
 
-    def _info(self, norm: float | None, coefficient: float = 1.0, skipped: bool = False, read: Any = None) -> StepInfo:
+    def _count(self, finite: bool) -> bool:
+        """Count a step whose gradients are finite or not; whether it is left out."""
+        consecutive, total = self._nonfinite
+        self._nonfinite = (0, total) if finite else (consecutive + 1, total + 1)
+        return not finite and self._tail.skips
+
+    def _info(self, norm: float | None = None, coefficient: float = 1.0, skipped: bool = False) -> StepInfo:
         lr = self._values.get("lr")
-        return StepInfo(self._step_count, lr, self._norm_after, norm, coefficient, skipped, self._nonfinite, read)
+        return StepInfo(self._step_count, lr, self._norm_after, norm, coefficient, skipped, self._nonfinite)
+
+    def _info_of(self, verdict: Verdict) -> StepInfo:
+        """What a device knows of the step just launched, to be fetched when it is read."""
+        info = self._info()
+        if self._tail.waits:
+            verdict.send()
+            self._awaited.append((info, verdict))
+            info.fetch = lambda told: self._settle()
+        else:
+            step, nonfinite = self._step_count, self._nonfinite
+            info.fetch = lambda told: told.tell(*verdict.read()[:2], step, False, nonfinite)
+        return info
 
     # --- groups -------------------------------------------------------------------------------------------------------
 
@@ -599,8 +734,19 @@ class Optimizer:
         self._dense_tables: dict[tuple[int, tuple[bool, ...]], tuple[list[int], np.ndarray]] = {}
         self._chunks: np.ndarray = self._chunks_of(self._row_of)
 
-    def _write_table(self, unscale: float) -> None:
-        t = self._step_count + 1
+    def _write_tables(self, unscale: float) -> np.ndarray | None:
+        """Fill the table for the next step; where steps before it may have been left out, the one for each case."""
+        unknown = len(self._awaited) if self._tail.skips else 0
+        if unknown == 0:
+            self._write_table(unscale, self._step_count + 1)
+            return None
+        tables = np.empty((unknown + 1, *self._table.array.shape), self._table.array.dtype)
+        for left_out, table in reversed(list(enumerate(tables))):  # the likeliest remains
+            self._write_table(unscale, self._step_count + 1 - left_out)
+            table[...] = self._table.array
+        return tables
+
+    def _write_table(self, unscale: float, t: int) -> None:
         write = self._table.write
         for index, row in enumerate(self._rows):
             write(index, t - row.lag, row.fixed or row.at(t - 1), unscale)
@@ -608,7 +754,8 @@ class Optimizer:
     def _kernel_for(self, scaled: bool) -> Kernel:
         kernel = self._kernels.get(scaled)
         if kernel is None:
-            features = self.rule.features(decays=self._decays, unscale=scaled, **self._tail.flags)
+            gated = self._late and self._tail.skips
+            features = self.rule.features(decays=self._decays, unscale=scaled, gated=gated, **self._tail.flags)
             kernel = self._kernels[scaled] = self._backend.kernel(self.rule, self._hyper, self.flat.dtype, features)
         return kernel
 
@@ -683,7 +830,8 @@ class Optimizer:
         context : the method that does so.
         """
         self._refuse_while_held(context)
-        self._write_table(1.0)
+        self._settle()
+        self._write_tables(1.0)
         kernel = self._backend.kernel(shift, self._hyper, self.flat.dtype, Features())
         with self._elsewhere(context):
             kernel.launch(self.flat.data, self.flat.grad, self._states, self._table.array, self._chunks)
@@ -841,7 +989,7 @@ class Optimizer:
         self._values = snapshot.values
         self._changes = snapshot.changes
         self._nonfinite = snapshot.nonfinite
-        self._pending = self._last = None
+        self._pending = self._last = self._recorded = None
         self._build_rows()
 
     def _views(self) -> dict[str, list[np.ndarray]]:

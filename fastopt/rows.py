@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends import Features, Kernel, StepHyper, get_backend
-from fastopt.flat import FlatParams, Layout
+from fastopt.backends import Backend, Features, Kernel, StepHyper, get_backend
+from fastopt.flat import FlatParams, Layout, named
 from fastopt.idle import MOST, History
 from fastopt.rule import Rule
 from fastopt.table import WEIGHT_DECAY, Point
@@ -52,6 +52,7 @@ class RowSteps:
         self._scratch: dict[int, np.ndarray] = {}
         self._rule = rule
         self._flat = flat
+        self._backend = get_backend(flat.backend)
         self._buffers = buffers
         self._ema = ema
         self._kernel = kernel
@@ -63,8 +64,6 @@ class RowSteps:
 
         values_of : the hyperparameters of the parameter of a number.
         """
-        if self._flat.backend != "cpu":
-            raise NotImplementedError("step_rows(): there is none on CUDA yet; use step()")
         if not isinstance(rows, Mapping) or not rows:
             raise TypeError(f"rows: expected {{path: (indices, row_grads)}}, found {type(rows).__name__}")
         idle = self._rule.idle
@@ -86,14 +85,14 @@ class RowSteps:
                     f"step_rows(): no closed form for rows of {path!r} without a gradient: {reason}; or use step()"
                 )
             count, width = self._flat.shapes[k]
-            indices = check_indices(f"rows[{path!r}]: indices", pair[0], count)
+            indices = check_indices(f"rows[{path!r}]: indices", pair[0], count, self._backend)
             shape = (indices.size, width)
-            row_grads = check_row_grads(f"rows[{path!r}]: row_grads", pair[1], shape, self._flat.dtype)
-            if any(np.may_share_memory(row_grads, own) for own in (self._flat.data, *self._buffers)):
+            row_grads = check_row_grads(f"rows[{path!r}]: row_grads", pair[1], shape, self._flat.dtype, self._backend)
+            if any(self._backend.overlap(row_grads, own) for own in (self._flat.data, *self._buffers)):
                 row_grads = row_grads.copy()  # it is read while these are written
             if k not in self._scratch:
                 self._scratch[k] = np.empty(count, np.int32)
-            found[k] = summed(indices, row_grads, self._scratch[k])
+            found[k] = summed(indices, row_grads, self._scratch[k], self._backend)
         return found
 
     def wind(self, k: int) -> None:
@@ -126,7 +125,7 @@ class RowSteps:
         history = clock.history
         form = form_of(history.scalar, history.hyper)
         features = Features(still=True, scattered=True)
-        kernel = get_backend(self._flat.backend).kernel(form, history.hyper, self._flat.dtype, features)
+        kernel = self._backend.kernel(form, history.hyper, self._flat.dtype, features)
         self._launch(k, kernel, indices, lines, table, self._flat.grad)
         clock.last[indices] = clock.now
 
@@ -182,9 +181,9 @@ class RowSteps:
         return lines, np.concatenate([coefficients, present])
 
 
-def check_indices(name: str, indices: Any, rows: int) -> np.ndarray:
-    """`indices` as int64; an error that names them unless they are 1-D integers in [0, rows)."""
-    array = np.asarray(indices)
+def check_indices(name: str, indices: Any, rows: int, backend: Backend) -> np.ndarray:
+    """`indices` as int64 on the host; an error that names them unless they are 1-D integers in [0, rows)."""
+    array = np.asarray(backend.host(indices) if isinstance(indices, backend.array_type) else indices)
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int64)
     if array.dtype.kind not in "iu":
@@ -197,10 +196,12 @@ def check_indices(name: str, indices: Any, rows: int) -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
-def check_row_grads(name: str, grads: Any, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
-    """`grads`, C-contiguous; an error that names them unless they have this shape and dtype."""
-    if not isinstance(grads, np.ndarray):
-        raise TypeError(f"{name}: expected a NumPy array of row gradients, found {type(grads).__name__}")
+def check_row_grads(
+    name: str, grads: Any, shape: tuple[int, int], dtype: np.dtype[Any], backend: Backend
+) -> np.ndarray:
+    """`grads`, C-contiguous, of the backend; an error that names them unless they have this shape and dtype."""
+    if not isinstance(grads, backend.array_type):
+        raise TypeError(f"{name}: expected {named(backend.array_type)} of row gradients, found {named(type(grads))}")
     if grads.dtype != dtype:
         raise TypeError(
             f"{name}: expected dtype {dtype.str!r} as the parameter's, found {grads.dtype.str!r}; "
@@ -208,10 +209,12 @@ def check_row_grads(name: str, grads: Any, shape: tuple[int, int], dtype: np.dty
         )
     if grads.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, a row for each index, found {grads.shape}")
-    return np.ascontiguousarray(grads)
+    return grads if grads.flags.c_contiguous else grads.copy(order="C")
 
 
-def summed(indices: np.ndarray, grads: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def summed(
+    indices: np.ndarray, grads: np.ndarray, scratch: np.ndarray, backend: Backend
+) -> tuple[np.ndarray, np.ndarray]:
     """Every index once, and the sum of its rows of `grads`. `scratch`: int32, one per row; overwritten."""
     order = np.arange(indices.size, dtype=np.int32)
     scratch[indices] = order
@@ -220,7 +223,7 @@ def summed(indices: np.ndarray, grads: np.ndarray, scratch: np.ndarray) -> tuple
     by_row = np.argsort(indices, kind="stable")
     ordered = indices[by_row]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    return ordered[starts], np.add.reduceat(grads[by_row], starts, axis=0)
+    return ordered[starts], backend.sum_rows(grads, by_row, starts)
 
 
 def lines_of(rows: np.ndarray, offset: int, width: int, line: Any, param: int) -> np.ndarray:

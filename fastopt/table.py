@@ -90,7 +90,7 @@ class Table:
             if not isfinite(keep + sum(prepared)):
                 raise OverflowError
             self._pack_into(
-                self._rows, row * self._stride, unscale, self._clip_value, 1.0, decay, keep, self._fresh, *prepared
+                self._rows, row * self._stride, unscale, self._clip_value, 1.0, decay, keep, self._fresh, 1.0, *prepared
             )
         except OverflowError:
             raise ValueError(

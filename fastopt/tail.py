@@ -54,8 +54,13 @@ class Tail:
 
     @property
     def waits(self) -> bool:
-        """Whether the host has to know if the gradients are finite before it can go on."""
+        """Whether it matters if the gradients are finite."""
         return self.nonfinite != "propagate"
+
+    @property
+    def skips(self) -> bool:
+        """Whether gradients that are not finite leave the step out."""
+        return self.nonfinite == "skip"
 
     @property
     def sign(self) -> float:
@@ -104,26 +109,16 @@ class Pending:
 
 
 class StepInfo:
-    """What a step did.
+    """What a step did. On a device, reading it waits for the step where its gradients decide about the answer.
 
-    Attributes:
-        step: the number of updates made so far, this one included.
-        skipped: whether it changed nothing (``nonfinite="skip"``).
-        nonfinite_consecutive, nonfinite_total: how many steps found gradients that are NaN or infinite: those in a row
-            that end with this one, and all. They are counted where ``nonfinite`` is ``"skip"`` or ``"zero"``.
+    >>> import numpy as np, fastopt
+    >>> opt = fastopt.SGD({"w": np.zeros(2)}, lr=0.5, max_norm=1.0)
+    >>> info = opt.step({"w": np.array([3.0, 4.0])})
+    >>> info.step, info.grad_norm, round(info.clip_coefficient, 3), info.lr
+    (1, 5.0, 0.2, 0.5)
     """
 
-    __slots__ = (
-        "_coefficient",
-        "_measure",
-        "_norm",
-        "_read",
-        "_schedule",
-        "nonfinite_consecutive",
-        "nonfinite_total",
-        "skipped",
-        "step",
-    )
+    __slots__ = ("_coefficient", "_measure", "_nonfinite", "_norm", "_schedule", "_skipped", "_step", "fetch")
 
     def __init__(
         self,
@@ -134,17 +129,51 @@ class StepInfo:
         clip_coefficient: float = 1.0,
         skipped: bool = False,
         nonfinite: tuple[int, int] = (0, 0),
-        read: Callable[[], tuple[float, float]] | None = None,
     ):
-        """read : waits for the norm and the coefficient, where a device has not yet told them."""
-        self.step = step
+        self._step = step
         self._schedule = schedule
         self._measure = measure
         self._norm = norm
         self._coefficient = clip_coefficient
-        self._read = read
-        self.skipped = skipped
-        self.nonfinite_consecutive, self.nonfinite_total = nonfinite
+        self.fetch: Callable[[StepInfo], None] | None = None
+        """Waits for what a device has not yet told, and hands it over by `tell`."""
+        self._skipped = skipped
+        self._nonfinite = nonfinite
+
+    def tell(self, norm: float, clip_coefficient: float, step: int, skipped: bool, nonfinite: tuple[int, int]) -> None:
+        """All that was not known when the step was launched."""
+        self._norm, self._coefficient = norm, clip_coefficient
+        self._step, self._skipped, self._nonfinite = step, skipped, nonfinite
+        self.fetch = None
+
+    def _told(self) -> StepInfo:
+        """This, with nothing unknown in it."""
+        if self.fetch is not None:
+            self.fetch(self)
+        return self
+
+    @property
+    def step(self) -> int:
+        """The number of updates made so far, this one included."""
+        return self._told()._step
+
+    @property
+    def skipped(self) -> bool:
+        """Whether it changed nothing (``nonfinite="skip"``)."""
+        return self._told()._skipped
+
+    @property
+    def nonfinite_consecutive(self) -> int:
+        """How many steps in a row, this one included, found gradients that are NaN or infinite.
+
+        Steps are counted where ``nonfinite`` is ``"skip"`` or ``"zero"``.
+        """
+        return self._told()._nonfinite[0]
+
+    @property
+    def nonfinite_total(self) -> int:
+        """The same of all steps."""
+        return self._told()._nonfinite[1]
 
     @property
     def lr(self) -> float | None:
@@ -160,23 +189,16 @@ class StepInfo:
         Where the step needed none it takes a pass over ``opt.grads`` when it is read; None if they are not there any
         more: the next step was made, or ``zero_grad=True``.
         """
-        self._fetch()
-        if self._norm is None:
-            self._norm = self._measure(self.step)
+        if self._told()._norm is None:
+            self._norm = self._measure(self._step)
         return self._norm
 
     @property
     def clip_coefficient(self) -> float:
         """What clipping by norm multiplied the gradients by; 1 where nothing was clipped."""
-        self._fetch()
-        return self._coefficient
-
-    def _fetch(self) -> None:
-        if self._read is not None:
-            (self._norm, self._coefficient), self._read = self._read(), None
+        return self._told()._coefficient
 
     def __repr__(self) -> str:
-        self._fetch()
         told = [f"step={self.step}"]
         if self._norm is not None:
             told.append(f"grad_norm={self._norm:.6g}")

@@ -192,5 +192,183 @@ def test_arrays_of_another_place_are_refused():
     if not SIMULATED:
         with pytest.raises(TypeError, match="gradient 'a': expected a NumPy array"):
             cpu.step(uploaded(grads_of(params, 0)))
-    with pytest.raises(NotImplementedError, match="none on CUDA yet"):
-        ours.step_rows({"b": (np.array([0]), np.ones((1, 4), np.float32))})
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "zero"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "LAMB", "NovoGrad"])
+def test_the_device_decides_about_gradients_that_are_not_finite_and_nobody_waits(name, nonfinite, monkeypatch):
+    params, backend = tree(20), get_backend("cuda")
+    options = {"nonfinite": nonfinite, "max_norm": 0.5, "ema": 0.75, "zero_grad": True}
+    schedule = fastopt.schedules.exponential(0.1, 0.05)
+    ours, cpu = (getattr(fastopt, name)(params, lr=schedule, backend=place, **options) for place in ("cuda", "cpu"))
+    ours.step(uploaded(grads_of(params, 0)))
+    cpu.step(grads_of(params, 0))
+    batches = [grads_of(params, seed) for seed in range(1, 8)]
+    for bad in (1, 2, 4):
+        batches[bad]["a"][7] = [np.nan, np.inf, -np.inf][bad % 3]
+    there, reading = [uploaded(grads) for grads in batches], backend.host
+    monkeypatch.setattr(backend, "host", lambda array: pytest.fail("waited for the device"))
+    monkeypatch.setattr("fastopt.backends.cuda.Told.read", lambda told: pytest.fail("waited for the device"))
+    infos = [ours.step(grads, grad_scale=2.0) for grads in there]
+    monkeypatch.undo()
+    assert backend.host == reading
+    expected = [cpu.step(grads, grad_scale=2.0) for grads in batches]
+    for info, told in zip(infos, expected, strict=True):
+        assert (info.step, info.skipped, info.lr) == (told.step, told.skipped, told.lr)
+        assert info.nonfinite_consecutive == told.nonfinite_consecutive
+        assert info.nonfinite_total == told.nonfinite_total
+        assert info.grad_norm == pytest.approx(told.grad_norm, rel=1e-12, nan_ok=True)
+        assert info.clip_coefficient == pytest.approx(told.clip_coefficient, rel=1e-12, nan_ok=True)
+    assert ours.step_count == cpu.step_count == (5 if nonfinite == "skip" else 8)
+    assert ours.lr == cpu.lr
+    for path, value in cpu.params.items():
+        np.testing.assert_allclose(host(ours.params[path]), value, rtol=2e-5, atol=1e-7)
+        np.testing.assert_allclose(host(ours.ema[path]), cpu.ema[path], rtol=2e-5, atol=1e-7)
+    assert not host(ours.flat.grad).any()
+
+
+def test_the_host_waits_for_the_first_of_many_unknown_steps():
+    params = tree(21)
+    ours, cpu = (fastopt.Adam(params, lr=0.1, backend=place, nonfinite="skip") for place in ("cuda", "cpu"))
+    for step in range(30):
+        grads = grads_of(params, step)
+        if step % 3 == 0:
+            grads["b"][0, 0] = np.inf
+        ours.step(uploaded(grads))
+        cpu.step(grads)
+        assert len(ours._awaited) <= 9
+    assert ours.step_count == cpu.step_count == 20
+    assert ours.state_dict()["nonfinite"] == cpu.state_dict()["nonfinite"]
+    for path, value in cpu.params.items():
+        np.testing.assert_allclose(host(ours.params[path]), value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda opt: copy.deepcopy(opt),
+        lambda opt: opt.load_state_dict(opt.state_dict()),
+        lambda opt: setattr(opt, "lr", 0.05),
+        lambda opt: opt.step({**uploaded(grads_of(tree(22), 5)), "a": None}),
+    ],
+    ids=["deepcopy", "load_state_dict", "lr", "None"],
+)
+def test_what_needs_the_count_of_steps_waits_for_it(spoil):
+    params = tree(22)
+    opt = fastopt.Adam(params, lr=0.1, backend="cuda", nonfinite="skip")
+    bad = {**grads_of(params, 1), "number": np.array(np.nan, np.float32)}
+    for grads in (grads_of(params, 0), bad, grads_of(params, 2)):
+        opt.step(uploaded(grads))
+    assert len(opt._awaited) == 3
+    twin = spoil(opt)
+    assert not opt._awaited
+    assert opt.step_count in (2, 3)
+    if isinstance(twin, fastopt.Optimizer):
+        for each in (opt, twin):
+            each.step(uploaded(bad))
+            each.step(uploaded(grads_of(params, 3)))
+        assert host(opt.flat.data).tobytes() == host(twin.flat.data).tobytes()
+        assert opt.step_count == twin.step_count == 3
+
+
+@pytest.mark.parametrize("case", [BY_NAME[name] for name in ("Adam", "LAMB", "NovoGrad-weight_decay=0.1")], ids=str)
+def test_a_captured_step_is_replayed_with_the_numbers_of_each_step(case):
+    """In the simulator launches are recorded as they would be by CuPy's stream."""
+    params, schedule = tree(23), fastopt.schedules.exponential(0.1, 0.2)
+    options = {"lr": schedule, "max_norm": 0.5, "zero_grad": True, "overrides": {"b": {"weight_decay": 0.1}}}
+    ours, cpu = (case.make(params, backend=place, **options) for place in ("cuda", "cpu"))
+    backend, stream = get_backend("cuda"), get_backend("cuda").xp.cuda.get_current_stream()
+    for each, grads in ((ours, uploaded(grads_of(params, 0))), (cpu, grads_of(params, 0))):
+        each.step(grads, grad_scale=2.0)
+    before = host(ours.flat.data).tobytes()
+    stream.begin_capture()
+    ours.step(grad_scale=2.0)
+    graph = stream.end_capture()
+    assert (ours.step_count, host(ours.flat.data).tobytes()) == (1, before)
+    for step in range(1, 5):
+        if step == 3:
+            ours.lr = cpu.lr = 0.025
+        grads = grads_of(params, step)
+        for path, leaf in ours.grads.items():
+            backend.copy(leaf, grads[path])
+        info = ours.prepare_replay(grad_scale=4.0)
+        graph.launch()
+        told = cpu.step(grads, grad_scale=4.0)
+        assert (info.step, info.lr) == (told.step, told.lr)
+        assert info.grad_norm == pytest.approx(told.grad_norm, rel=1e-12)
+        assert info.clip_coefficient == pytest.approx(told.clip_coefficient, rel=1e-12)
+        for path, value in cpu.params.items():
+            np.testing.assert_allclose(host(ours.params[path]), value, rtol=2e-5, atol=1e-7)
+    assert ours.step_count == cpu.step_count == 5
+
+
+def test_what_cannot_be_captured_or_replayed_is_refused():
+    params, stream = tree(24), get_backend("cuda").xp.cuda.get_current_stream()
+    plain = fastopt.Adam(params, backend="cuda")
+    with pytest.raises(RuntimeError, match="no step\\(\\) was captured"):
+        plain.prepare_replay()
+
+    def captured(opt: fastopt.Optimizer, *args: Any) -> None:
+        stream.begin_capture()
+        try:
+            opt.step(*args)
+        finally:
+            stream.end_capture()
+
+    with pytest.raises(RuntimeError, match="make one ordinary step like it first"):
+        captured(plain)
+    plain.step()
+    with pytest.raises(ValueError, match="with None, cannot be captured"):
+        captured(plain, {**uploaded(grads_of(params, 0)), "a": None})
+    captured(plain)
+    with pytest.raises(ValueError, match="the captured step had none"):
+        plain.prepare_replay(grad_scale=2.0)
+    plain.step({**uploaded(grads_of(params, 0)), "a": None})
+    with pytest.raises(RuntimeError, match="capture it again"):
+        plain.prepare_replay()
+    skipping = fastopt.Adam(params, backend="cuda", nonfinite="skip")
+    skipping.step()
+    with pytest.raises(ValueError, match="nonfinite='skip': such a step cannot be captured"):
+        captured(skipping)
+    muon = fastopt.Muon(params, backend="cuda")
+    muon.step()
+    with pytest.raises(TypeError, match="cannot be captured"):
+        captured(muon)
+    on_host = fastopt.Adam(params)
+    on_host.step()
+    with pytest.raises(RuntimeError, match="no step\\(\\) was captured"):
+        on_host.prepare_replay()
+
+
+@pytest.mark.parametrize("name", ["Adam", "Momentum", "RMSprop", "SGD"])
+def test_rows_are_stepped_as_on_the_cpu(name):
+    sizes = {"table": (23, 5), "bias": (7,)}
+    params = tree(25, sizes=sizes)
+    options: dict[str, Any] = {"lr": 0.05, "ema": 0.9, "max_norm": 1.0, "nonfinite": "skip"}
+    ours, cpu = (getattr(fastopt, name)(params, backend=place, **options) for place in ("cuda", "cpu"))
+    rng = np.random.default_rng(0)
+    adopt = get_backend("cuda").adopt
+    for step in range(6):
+        indices = rng.integers(0, 23, 9)  # some repeated
+        row_grads = rng.standard_normal((9, 5), np.float32)
+        if step == 3:
+            row_grads[2, 2] = np.nan
+        dense = {"table": None, "bias": rng.standard_normal(7, np.float32)}
+        told = cpu.step_rows({"table": (indices, row_grads)}, dense)
+        info = ours.step_rows({"table": (adopt(indices) if step % 2 else indices, adopt(row_grads))}, uploaded(dense))
+        assert (
+            (info.step, info.skipped)
+            == (told.step, told.skipped)
+            == ((3, True) if step == 3 else (step + (step < 3), False))
+        )
+        assert info.grad_norm == pytest.approx(told.grad_norm, rel=1e-6, nan_ok=True)
+        np.testing.assert_allclose(
+            host(ours.read_rows("table", [0, 5, 22])), cpu.read_rows("table", [0, 5, 22]), rtol=1e-5, atol=1e-7
+        )
+    for path, value in cpu.ema.items():
+        np.testing.assert_allclose(host(ours.ema[path]), value, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(host(ours.params[path]), cpu.params[path], rtol=1e-5, atol=1e-7)
+    with pytest.raises(
+        TypeError, match=r"rows\['table'\]: row_grads: expected \w+\.ndarray of row gradients, found a NumPy"
+    ):
+        ours.step_rows({"table": (np.array([1]), np.ones((1, 5), np.float32))})

@@ -12,7 +12,7 @@ from cases import CASES, Case
 
 import fastopt
 from fastopt import rows as row_module
-from fastopt.backends import cpu
+from fastopt.backends import cpu, get_backend
 from fastopt.idle import MOST
 
 ROWS, COLUMNS = 40, 7
@@ -321,7 +321,7 @@ def test_sums_of_repeated_rows():
     rng = np.random.default_rng(0)
     indices = rng.integers(0, 50, 300)
     grads = rng.normal(size=(300, 3))
-    once, sums = row_module.summed(indices, grads, np.empty(50, np.int32))
+    once, sums = row_module.summed(indices, grads, np.empty(50, np.int32), get_backend("cpu"))
     expected = np.zeros((50, 3))
     np.add.at(expected, indices, grads)
     np.testing.assert_array_equal(once, np.unique(indices))

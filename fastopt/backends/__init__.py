@@ -41,6 +41,8 @@ class StepHyper(NamedTuple):
     """Decoupled weight decay: p *= 1 - lr * weight_decay."""
     fresh: float
     """The weight of the new parameters in their moving average."""
+    proceeds: float
+    """0 where the step is left out: everything stays as it is."""
 
 
 def clip_coefficient(norm: Any, max_norm: Any) -> Any:
@@ -68,6 +70,8 @@ class Features:
     decoupled: bool = False
     ema: bool = False
     """The last of the states is a moving average of the parameters."""
+    gated: bool = False
+    """`StepHyper.proceeds` decides whether there is a step at all: where no host has seen the gradients' norm."""
     zero_grad: bool = False
     """Gradients are 0 afterwards."""
     scattered: bool = False
@@ -88,7 +92,7 @@ class Kernel(Protocol):
         p, g, states : 1-D buffers of one length and dtype: the rule's states, with the feature `ema` the average, and
             the rule's numbers (`Rule.numbers`), which have an element per parameter, in float64.
         table : a row of hyperparameters per group, in the dtype of the buffers: the fields of `StepHyper`, then those
-            of the rule's NamedTuple. A NumPy array, or what `Backend.clipped` returned.
+            of the rule's NamedTuple. A NumPy array, or what `Asynchronous.table` returned.
         chunks : int64, a line (start, stop, row of the table, parameter, first block) per chunk: `Layout.chunks`.
         """
 
@@ -106,6 +110,20 @@ class NormKernel(Protocol):
         """
 
 
+class Verdict(Protocol):
+    """What a device has found of the gradients of a step."""
+
+    def send(self) -> None:
+        """Have it sent to the host, without waiting for it. Not while launches are recorded."""
+
+    @property
+    def arrived(self) -> bool:
+        """Whether what was sent is there."""
+
+    def read(self) -> tuple[float, float, bool]:
+        """Wait for it: the norm, the coefficient of clipping, and whether all gradients are finite."""
+
+
 class Adder(NamedTuple):
     """What `Backend.add` is to do, besides adding."""
 
@@ -119,6 +137,8 @@ class Backend(Protocol):
     """A place to compute: memory, and kernels for it."""
 
     name: str
+    asynchronous: bool
+    """Whether it is an `Asynchronous`."""
 
     def zeros(self, size: int, dtype: Any) -> Array:
         """A 1-D buffer of zeros, aligned to `ALIGNMENT` bytes."""
@@ -166,17 +186,6 @@ class Backend(Protocol):
     def norm(self, dtype: Any, features: Features) -> NormKernel:
         """The norm of gradients of `dtype`, compiled once per combination; `features` beyond `clip_value` are off."""
 
-    def clipped(
-        self, table: Any, partials: Array, factor: float, max_norm: float
-    ) -> tuple[Array, Callable[[], tuple[float, float]]] | None:
-        """A table with the coefficient of clipping by norm in it, without waiting for the norm.
-
-        partials : as a `NormKernel` returned them; the norm is that of their sums times `factor`.
-
-        Returns the table for `Kernel.launch`, and a function that waits and returns the norm and the coefficient. None
-        where there is nothing to wait for.
-        """
-
     def add(
         self,
         g: Array,
@@ -196,8 +205,49 @@ class Backend(Protocol):
         partials : as `NormKernel` returns them; the lines of an array that is not there stay as they are.
         """
 
+    def sum_rows(self, grads: Array, order: Any, starts: Any) -> Array:
+        """The sums of runs of rows of a 2-D array, each in the order of the run.
+
+        order : NumPy int64, the numbers of the rows. starts : where in `order` each run begins.
+        """
+
     def batchnorm(self, formulas: ModuleType, dtype: Any, *, relu: bool, residual: bool) -> Any:
         """BatchNorm of `dtype` by the scalar functions of `formulas`: an object with ``forward`` and ``backward``."""
+
+
+class Asynchronous(Backend, Protocol):
+    """A backend that goes on while the host does: what a step decides by its gradients is decided there."""
+
+    def table(self, table: Any) -> Array:
+        """A table of hyperparameters for `Kernel.launch` and `judged`: the present content of a NumPy array.
+
+        One array that is given again and again has one place on a device.
+        """
+
+    def judged(
+        self,
+        table: Array,
+        candidates: Any,
+        partials: Array,
+        factor: float,
+        max_norm: float | None,
+        skipped: tuple[Array, int] | None,
+    ) -> Verdict:
+        """Write what the norm of the gradients decides into a table, without waiting for it.
+
+        That is the coefficient of clipping by norm and, with `skipped`, whether the step proceeds.
+
+        table : as `table` returned it.
+        candidates : None, or NumPy tables for the cases that none, one, two ... of the steps whose outcome the host
+            does not know were left out; the one that is true becomes the table.
+        partials : as a `NormKernel` returned them; the norm is that of their sums times `factor`.
+        max_norm : None clips nothing.
+        skipped : None where a step proceeds whatever its gradients are; else the number of steps that were left out, an
+            int64 array of one element that this updates, and how many of these the host knows of.
+        """
+
+    def capturing(self) -> bool:
+        """Whether what is launched now is not run but recorded, in a graph of launches that is run later."""
 
 
 @cache

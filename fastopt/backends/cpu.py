@@ -562,6 +562,7 @@ class CPU:
     """The CPU backend."""
 
     name = "cpu"
+    asynchronous = False
 
     def __init__(self) -> None:
         self.driver = Driver()
@@ -622,9 +623,6 @@ class CPU:
         kernel: SquaresKernel = self._once(("norm", dtype, features), lambda: self._compile_norm(dtype, features))
         return kernel
 
-    def clipped(self, table: Any, partials: Array, factor: float, max_norm: float) -> None:
-        """As `fastopt.backends.Backend`: there is nothing to wait for."""
-
     def add(
         self,
         g: Array,
@@ -651,6 +649,10 @@ class CPU:
                 if kernel is None:
                     kernel = self._kernels[key] = make()
         return kernel
+
+    def sum_rows(self, grads: Array, order: Array, starts: Array) -> Array:
+        """As `fastopt.backends.Backend`."""
+        return np.add.reduceat(grads[order], starts, axis=0)
 
     def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> BatchNormCPU:
         """The compiled BatchNorm of `dtype` by `formulas`, the scalar functions of fastopt.batchnorm."""

@@ -10,8 +10,9 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,6 +38,8 @@ from fastopt.backends.bind import bind
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule
+
+T = TypeVar("T")
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 THREADS = 32 if SIMULATED else 256
@@ -78,7 +81,12 @@ DTYPE: Any
 SUMS: Any
 SPAN_SUMS: Any
 CLIP_COEFFICIENT: Any
-COLUMN: Any
+CLIPS: Any
+SKIPS: Any
+CHOOSES: Any
+COEFFICIENT: Any
+PROCEEDS: Any
+GATED: Any
 
 
 def elementwise(p, g, a, b, c3, d, e, table, chunks):
@@ -264,6 +272,9 @@ def settle(spans, table, pp, gg, numbers, rows):
         if cuda.threadIdx.x == 0:
             param = spans[k, 0]
             row = spans[k, 1]
+            number = 0.0
+            if NUMBERED:
+                number = numbers[param]
             for column in range(table.shape[1]):
                 rows[param, column] = table[row, column]
             step = StepHyper(*UNPACK_STEP(table, row, 0))
@@ -271,29 +282,68 @@ def settle(spans, table, pp, gg, numbers, rows):
             norm_p = float64(math.sqrt(of_p[0]))  # in the simulator math.sqrt returns a Python float, which is weaker
             norm_g = float64(math.sqrt(of_g[0]))
             if NUMBERED:
-                rows[param, table.shape[1] - 1], numbers[param] = SCALED(step, norm_p, norm_g, numbers[param], h)
+                rows[param, table.shape[1] - 1], number = SCALED(step, norm_p, norm_g, number, h)
+                if GATED:
+                    number = numbers[param] if step.proceeds == ZERO else number
+                numbers[param] = number
             else:
                 rows[param, table.shape[1] - 1] = SCALED(step, norm_p, norm_g, h)
         cuda.syncthreads()
 
 
-def clip(partials, factor, max_norm, table, told):
-    """Leave the norm of gradients and the coefficient that clips them in `told`, the latter in every row: one block."""
+def judge(partials, factor, max_norm, known, candidates, skipped, table, told):
+    """Leave in `told` the norm of gradients, the coefficient that clips them, and whether all are finite; and put into
+    the table what follows from it. One block.
+
+    With SKIPS, `skipped` is how many steps were left out; with CHOOSES, the table is the candidate for that number.
+    """
     total = cuda.shared.array(THREADS, float64)
     marks = cuda.shared.array(THREADS, float64)
     s = 0.0
+    bad = 0.0
     for block in range(cuda.threadIdx.x, partials.shape[0], cuda.blockDim.x):
         s += partials[block, 0]
+        bad += partials[block, 1]
     total[cuda.threadIdx.x] = s
-    marks[cuda.threadIdx.x] = 0.0
+    marks[cuda.threadIdx.x] = bad
     SUMS(total, marks)
     norm = factor * math.sqrt(total[0])
-    coefficient = CLIP_COEFFICIENT(norm, max_norm)
+    finite = 1.0 if marks[0] == 0.0 else 0.0
+    coefficient = 1.0
+    if CLIPS:
+        coefficient = CLIP_COEFFICIENT(norm, max_norm)
+    behind = 0
+    if SKIPS:
+        behind = skipped[0] - known
+    for row in range(cuda.threadIdx.x, table.shape[0], cuda.blockDim.x):
+        if CHOOSES:
+            for column in range(table.shape[1]):
+                table[row, column] = candidates[behind, row, column]
+        table[row, COEFFICIENT] = coefficient
+        if SKIPS:
+            table[row, PROCEEDS] = finite
+    cuda.syncthreads()
     if cuda.threadIdx.x == 0:
         told[0] = norm
         told[1] = coefficient
-    for row in range(cuda.threadIdx.x, table.shape[0], cuda.blockDim.x):
-        table[row, COLUMN] = coefficient
+        told[2] = finite
+        if SKIPS and finite == 0.0:
+            skipped[0] += 1
+
+
+def gather(grads, order, starts, sums):
+    """Leave in each row of `sums` the sum of a run of rows of `grads`, in the order of the run."""
+    run = uint64(cuda.blockIdx.x)
+    n = uint64(sums.shape[0])
+    while run < n:
+        column = uint64(cuda.threadIdx.x)
+        while column < uint64(sums.shape[1]):
+            s = ZERO
+            for k in range(starts[run], starts[run + uint64(1)]):
+                s += grads[order[k], column]
+            sums[run, column] = s
+            column += uint64(cuda.blockDim.x)
+        run += uint64(cuda.gridDim.x)
 
 
 def apply(p, ratios, a, b, e, table, chunks):
@@ -307,6 +357,8 @@ def apply(p, ratios, a, b, e, table, chunks):
         step = StepHyper(*UNPACK_STEP(table, row, 0))
         h = HYPER(*UNPACK_HYPER(table, row, N_STEP))
         ratio = DTYPE(ratios[chunks[c, 3]])
+        if GATED:
+            stop = i if step.proceeds == ZERO else stop
         while i < stop:
             if N_STATES == 1:
                 p[i] = APPLY(p[i], a[i], ratio, h)
@@ -380,24 +432,84 @@ def spans_of(lines: np.ndarray) -> np.ndarray:
     return np.stack([lines[first, 3], lines[first, 2], lines[first, 4], lines[last, 4] + 1], 1)
 
 
+class Lately(Generic[T]):
+    """What was made of arrays of the host that are given again and again, by the array: the latest 64."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[int, tuple[np.ndarray, T]] = OrderedDict()
+
+    def find(self, array: np.ndarray) -> T | None:
+        """What was made of this array."""
+        found = self._found.get(id(array))
+        if found is None:
+            return None
+        self._found.move_to_end(id(array))
+        return found[1]
+
+    def add(self, array: np.ndarray, made: T) -> T:
+        """Keep what was made of an array; and the array, whose id is else given to another."""
+        self._found[id(array)] = (array, made)
+        if len(self._found) > 64:
+            self._found.popitem(last=False)
+        return made
+
+
+class Told:
+    """As `fastopt.backends.Verdict`."""
+
+    def __init__(self, backend: CUDA, told: Array):
+        self._backend = backend
+        self._told = told
+        self._event: Any = None
+        self._sent: Any = None
+
+    def send(self) -> None:
+        """As `fastopt.backends.Verdict`: a copy to pinned memory, and an event after it."""
+        xp = self._backend.xp
+        self._sent = self._backend.pinned(3)
+        self._told.get(out=self._sent, blocking=False)
+        self._event = xp.cuda.Event(disable_timing=True)
+        self._event.record()
+
+    @property
+    def arrived(self) -> bool:
+        """As `fastopt.backends.Verdict`."""
+        return self._event is not None and bool(self._event.done)
+
+    def read(self) -> tuple[float, float, bool]:
+        """As `fastopt.backends.Verdict`."""
+        if self._event is None:
+            found = self._backend.host(self._told)
+        else:
+            self._event.synchronize()
+            found = self._sent
+        norm, coefficient, finite = found.tolist()
+        return norm, coefficient, finite == 1.0
+
+
 class CUDA:
     """The CUDA backend."""
 
     name = "cuda"
+    asynchronous = True
 
     xp: Any
-    """CuPy, or NumPy in the simulator."""
+    """CuPy, or what stands for it in the simulator."""
+    pinned: Callable[[int], np.ndarray]
+    """An array on the host to which a device can write at any time."""
 
     def __init__(self) -> None:
         """No device need be there before `connect`: kernels can be bound, and compiled to PTX, without one."""
         self._kernels: dict[tuple[Any, ...], Any] = {}
-        self._chunks: OrderedDict[int, tuple[np.ndarray, Chunks]] = OrderedDict()
+        self._chunks: Lately[Chunks] = Lately()
+        self._tables: Lately[Array] = Lately()
+        self._recorded: list[Any] = []
         self._configured: dict[tuple[Any, ...], Any] = {}
         self._most_blocks = 4
 
     def connect(self) -> CUDA:
         """Find a device, and CuPy to hold its memory. Raises RuntimeError, with the reason, where CUDA cannot work."""
-        self.xp = _array_module()
+        self.xp, self.pinned = _array_module()
         if not SIMULATED:
             self._most_blocks = BLOCKS_PER_SM * cuda.get_current_device().MULTIPROCESSOR_COUNT
         return self
@@ -408,25 +520,50 @@ class CUDA:
         """A 1-D buffer of zeros; CuPy aligns to 512 bytes."""
         return self.xp.zeros(size, dtype)
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    def empty(self, shape: Any, dtype: Any = np.float64) -> Array:
         """As `fastopt.backends.Backend`."""
-        return self.xp.empty(shape, dtype)
+        return self.keep(self.xp.empty(shape, dtype))
 
     def unused(self, dtype: Any) -> Array:
         """What is passed for an array that a kernel does not look at. (The simulator copies all back after a launch, so
         that it must be none that is passed twice.)"""
-        return self.xp.empty(1, dtype)
+        return self.empty(1, dtype)
 
     def upload(self, array: Any) -> Array:
         """A copy of a NumPy array on the device; an array that is there already as it is."""
         return self.xp.asarray(array)
 
+    def table(self, table: Any) -> Array:
+        """As `fastopt.backends.Backend`; while launches are recorded, the place alone: its content is sent later."""
+        if not isinstance(table, np.ndarray) or isinstance(table, self.xp.ndarray):
+            return table
+        place = self._tables.find(table)
+        if self.capturing():
+            if place is None:
+                raise RuntimeError("step() is captured before there was one: make one ordinary step like it first")
+            return self.keep(place)
+        if place is None:
+            place = self._tables.add(table, self.xp.empty(table.shape, table.dtype))
+        place[...] = self.upload(table)
+        return place
+
+    def keep(self, array: Array) -> Array:
+        """An array that is not given back while launches are recorded: what was recorded may be run at any time."""
+        if self.capturing():
+            self._recorded.append(array)
+        return array
+
+    def capturing(self) -> bool:
+        """As `fastopt.backends.Backend`."""
+        return bool(self.xp.cuda.get_current_stream().is_capturing())
+
     def chunks(self, chunks: np.ndarray) -> Chunks:
         """A table of chunks on the device; that of a table seen lately is kept."""
-        found = self._chunks.get(id(chunks))
-        if found is not None and found[0] is chunks:
-            self._chunks.move_to_end(id(chunks))
-            return found[1]
+        found = self._chunks.find(chunks)
+        if found is not None:
+            return self.keep(found)
+        if self.capturing():
+            raise RuntimeError("step() is captured before there was one like it: make an ordinary step first")
         lines = cut(chunks)
         by_param = lines.copy()
         by_param[:, 2] = lines[:, 3]
@@ -437,10 +574,7 @@ class CUDA:
             int(lines[-1, 4]) + 1 if len(lines) else 0,
             int(lines[:, 3].max(initial=-1)) + 1,
         )
-        self._chunks[id(chunks)] = (chunks, made)  # with the table, whose id is else given to another
-        if len(self._chunks) > 64:
-            self._chunks.popitem(last=False)
-        return made
+        return self._chunks.add(chunks, made)
 
     # --- kernels ------------------------------------------------------------------------------------------------------
 
@@ -468,22 +602,28 @@ class CUDA:
         kernel: SquaresKernel = self._kernels[key]
         return kernel
 
-    def clipped(
-        self, table: np.ndarray, partials: Array, factor: float, max_norm: float
-    ) -> tuple[Array, Callable[[], tuple[float, float]]]:
+    def judged(
+        self,
+        table: Array,
+        candidates: np.ndarray | None,
+        partials: Array,
+        factor: float,
+        max_norm: float | None,
+        skipped: tuple[Array, int] | None,
+    ) -> Told:
         """As `fastopt.backends.Backend`."""
-        key = ("clip", table.dtype)
+        flags = {"CLIPS": max_norm is not None, "SKIPS": skipped is not None, "CHOOSES": candidates is not None}
+        key = ("judge", table.dtype, *flags.values())
         if key not in self._kernels:
-            constants = {"CLIP_COEFFICIENT": clip_coefficient, "COLUMN": StepHyper._fields.index("coefficient")}
-            self._kernels[key] = self.compiled(clip, constants, "clip")
-        on_device, told = self.xp.array(table), self.xp.empty(2)
-        self.launch(self._kernels[key], 1, partials, float(factor), float(max_norm), on_device, told)
-
-        def read() -> tuple[float, float]:
-            norm, coefficient = self.host(told).tolist()
-            return norm, coefficient
-
-        return on_device, read
+            columns = {name.upper(): StepHyper._fields.index(name) for name in ("coefficient", "proceeds")}
+            constants = {"CLIP_COEFFICIENT": clip_coefficient, **columns, **flags}
+            self._kernels[key] = self.compiled(judge, constants, "judge")
+        told = self.empty(3)
+        counted, known = (self.unused(np.int64), 0) if skipped is None else skipped
+        possible = self.empty((1, 1, 1), table.dtype) if candidates is None else self.upload(candidates)
+        limit = 0.0 if max_norm is None else float(max_norm)
+        self.launch(self._kernels[key], 1, partials, float(factor), limit, known, possible, counted, table, told)
+        return Told(self, told)
 
     def add(
         self,
@@ -506,6 +646,16 @@ class CUDA:
             more = self.xp.ascontiguousarray(array).reshape(-1)
             lines = self.upload(cut(own))
             self.launch(kernel, len(lines), more, int(offsets[param]), weights, g, lines, partials)
+
+    def sum_rows(self, grads: Array, order: np.ndarray, starts: np.ndarray) -> Array:
+        """As `fastopt.backends.Backend`."""
+        key = ("gather", grads.dtype)
+        if key not in self._kernels:
+            self._kernels[key] = self.compiled(gather, {"ZERO": grads.dtype.type(0)}, f"gather_{grads.dtype.name}")
+        sums = self.empty((len(starts), grads.shape[1]), grads.dtype)
+        ends = self.upload(np.append(starts, len(order)))
+        self.launch(self._kernels[key], len(starts), grads, self.upload(order), ends, sums)
+        return sums
 
     def _adding(self, dtype: np.dtype[Any], adder: Adder, fresh: bool) -> Any:
         key = ("add", dtype, adder, fresh)
@@ -586,6 +736,9 @@ class CUDA:
             return
         grid = min(blocks, self._most_blocks)
         if SIMULATED:
+            if self.capturing():
+                simulated.cuda.recorded.append(partial(self.launch, kernel, blocks, *arguments))
+                return
             bare = [a.view(np.ndarray) if isinstance(a, simulated.ndarray) else a for a in arguments]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # NumPy's, of infinities and NaN
@@ -642,21 +795,22 @@ def _unpackings(n_hyper: int, n_first: int) -> dict[str, Any]:
     }
 
 
-def _array_module() -> ModuleType:
+def _array_module() -> tuple[ModuleType, Callable[[int], np.ndarray]]:
+    """CuPy, and how it allocates pinned memory."""
     if SIMULATED:
-        return simulated
+        return simulated, np.empty
     if not cuda.is_available():
         raise RuntimeError(
             "backend='cuda': numba finds no CUDA device and driver here; `fastopt info` tells more; use backend='cpu'"
         )
     try:
         import cupy
+        import cupyx
     except ImportError:
         raise RuntimeError(
             "backend='cuda': CuPy, which holds the buffers, is not installed; pip install 'fastopt[cuda13]'"
         ) from None
-    module: ModuleType = cupy
-    return module
+    return cupy, cupyx.empty_pinned
 
 
 class ElementwiseKernel:
@@ -670,8 +824,10 @@ class ElementwiseKernel:
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: np.ndarray, chunks: np.ndarray) -> None:
         """As `fastopt.backends.Kernel`."""
         backend = self._backend
-        lines = backend.upload(chunks) if self._scattered else backend.chunks(chunks).lines
-        self.launch_on(p, g, states, backend.upload(table), lines)
+        if self._scattered:  # made for this one launch
+            self.launch_on(p, g, states, backend.upload(table), backend.upload(chunks))
+        else:
+            self.launch_on(p, g, states, backend.table(table), backend.chunks(chunks).lines)
 
     def launch_on(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, lines: Array) -> None:
         """The same, with a table and chunks that are on the device."""
@@ -699,9 +855,9 @@ class LayerwiseKernel:
         own = states[: self._n_states]
         a, b = (*own, unused) if len(own) == 1 else own
         e = states[self._n_states] if len(states) > self._n_states else unused
-        on_device = backend.upload(table)
-        partials = backend.xp.empty((found.blocks, 2))
-        ratios = backend.xp.empty(found.parameters)
+        on_device = backend.table(table)
+        partials = backend.empty((found.blocks, 2))
+        ratios = backend.empty(found.parameters)
         backend.launch(self._propose, len(found.lines), p, g, a, b, on_device, found.lines, partials)
         backend.launch(self._merge, len(found.spans), found.spans, partials, ratios)
         backend.launch(self._apply, len(found.lines), p, ratios, a, b, e, on_device, found.lines)
@@ -731,10 +887,10 @@ class ScaledKernel:
         found = backend.chunks(chunks)
         if found.blocks == 0:
             return
-        on_device = backend.upload(table)
+        on_device = backend.table(table)
         pp = self._of_p.launch_on(p, on_device, found)
         gg = self._of_g.launch_on(g, on_device, found)
-        rows = backend.xp.empty((found.parameters, table.shape[1]), table.dtype)
+        rows = backend.empty((found.parameters, table.shape[1]), table.dtype)
         states, numbers = (states[:-1], states[-1]) if self._numbered else (states, backend.unused(np.float64))
         backend.launch(self._settle, len(found.spans), found.spans, on_device, pp, gg, numbers, rows)
         self._update.launch_on(p, g, states, rows, found.by_param)
@@ -749,10 +905,10 @@ class SquaresKernel:
 
     def launch(self, g: Array, table: np.ndarray, chunks: np.ndarray) -> Array:
         """As `fastopt.backends.NormKernel`."""
-        return self.launch_on(g, self._backend.upload(table), self._backend.chunks(chunks))
+        return self.launch_on(g, self._backend.table(table), self._backend.chunks(chunks))
 
     def launch_on(self, g: Array, table: Array, found: Chunks) -> Array:
         """The same, with a table that is on the device, where the sums stay, too."""
-        partials = self._backend.xp.empty((found.blocks, 2))
+        partials = self._backend.empty((found.blocks, 2))
         self._backend.launch(self._kernel, len(found.lines), g, table, found.lines, partials)
         return partials

@@ -33,6 +33,7 @@ L2: Any
 DECOUPLED: Any
 EMA: Any
 FIRST: Any
+GATED: Any
 BEFORE: Any
 UPDATE: Any
 ZERO: Any
@@ -86,6 +87,9 @@ def update(step, p, g, *rest):
 
 def element(step, p, g, *rest):
     """One element: the update, after another one where there is a first."""
+    # Written back as it is, and not left out of the loop: steps that are left out are rare, and need not be fast.
+    if GATED and step.proceeds == ZERO:
+        return p if N_STATES == 0 else (p, *rest[:-1])
     if FIRST:
         h, h_first = rest[-1]
         if N_STATES == 0:
@@ -201,6 +205,7 @@ def surrounded(
         "ZERO_GRAD": features.zero_grad,
         "AVERAGED": averaged,
         "FIRST": first is not None,
+        "GATED": features.gated,
     }
     surroundings = {**constants, **flags, **conditioning(dtype, features, scalar)}
     if first is not None:

@@ -6,7 +6,8 @@ fails here, as it would there.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -37,6 +38,71 @@ class ndarray(np.ndarray):  # noqa: N801 CuPy's name
     def __setitem__(self, key: Any, value: Any) -> None:
         """Only numbers and arrays of the device can be assigned."""
         _bare(self)[key] = _bare(value)
+
+    def get(self, out: np.ndarray, blocking: bool = True) -> np.ndarray:
+        """As CuPy's."""
+        out[...] = _unwrapped(self)
+        return out
+
+
+class cuda:  # noqa: N801 CuPy's name
+    """What of ``cupy.cuda`` is used: the current stream, and events."""
+
+    recorded: ClassVar[list[Callable[[], None]]] = []
+    """The launches of the last capture."""
+
+    class Event:
+        """Done only once it is waited for, so that tests go the ways of what is not yet there."""
+
+        done = False
+
+        def __init__(self, disable_timing: bool = False):
+            pass
+
+        def record(self) -> None:
+            """Nothing is asynchronous here."""
+
+        def synchronize(self) -> None:
+            """Wait."""
+            self.done = True
+
+    class Stream:
+        """The only one."""
+
+        capturing = False
+
+        def is_capturing(self) -> bool:
+            """Whether launches are recorded."""
+            return self.capturing
+
+        def begin_capture(self) -> None:
+            """Record launches from now on."""
+            cuda.recorded.clear()
+            self.capturing = True
+
+        def end_capture(self) -> Graph:
+            """What was recorded."""
+            self.capturing = False
+            return Graph(list(cuda.recorded))
+
+    _stream = Stream()
+
+    @classmethod
+    def get_current_stream(cls) -> Stream:
+        """As CuPy's."""
+        return cls._stream
+
+
+class Graph:
+    """Recorded launches."""
+
+    def __init__(self, launches: list[Callable[[], None]]):
+        self._launches = launches
+
+    def launch(self) -> None:
+        """Run them."""
+        for launch in self._launches:
+            launch()
 
 
 def _bare(value: Any) -> Any:
