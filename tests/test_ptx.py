@@ -76,7 +76,7 @@ class Recorder(backend_module.CUDA):
 
     def launch(self, kernel: Any, blocks: int, *arguments: Any) -> None:
         assert blocks > 0
-        self.launched.append((kernel, tuple(numba.typeof(argument) for argument in arguments)))
+        self.launched.append((kernel, tuple(backend_module.type_of(argument) for argument in arguments)))
 
     def host(self, array: np.ndarray) -> np.ndarray:
         return array

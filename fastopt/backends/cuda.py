@@ -10,7 +10,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ if not hasattr(np, "row_stack"):  # numba-cuda 0.30 looks for it at its first co
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the deprecation of numba's own target, and NumPy's of what it imports
-    from numba import config, cuda, float64, uint64
+    from numba import config, cuda, float64
 
 from fastopt.backends import (
     BLOCK,
@@ -47,11 +47,11 @@ THREADS = 32 if SIMULATED else 256
 BLOCKS_PER_SM = 8
 
 # --- the loops --------------------------------------------------------------------------------------------------------
-# Upper-case names are constants that `bind` supplies. A block of threads takes a chunk, then that a grid further.
+# Upper-case names are constants that `bind` supplies. A block of threads takes a chunk, then that a grid further. What
+# becomes of an element is told by a scalar function, the LANE of the kernel; `walk` is the way over elements for all.
 #
-# Counters are unsigned, and loops are `while`: over `range`, numba divides for the number of rounds and looks at every
-# index whether it is negative. Adam's inner loop has 61 machine instructions instead of 99, 42 registers instead of 50
-# (cc 9.0). An uint64 that meets an int64 becomes a float64: both are converted first.
+# 1-D arrays come as bare addresses: an array costs a launch eight words to marshal, and a look at every index whether
+# it is negative. Loops are `while`: over `range`, numba divides for the number of rounds.
 
 ELEMENT: Any
 APPLY: Any
@@ -60,12 +60,14 @@ SCALED: Any
 HYPER: Any
 FIRST: Any
 FIRST_HYPER: Any
+UNPACK_CHUNK: Any
 UNPACK_STEP: Any
 UNPACK_HYPER: Any
 UNPACK_FIRST: Any
 N_STATES: Any
 N_STEP: Any
 N_HYPER: Any
+N_ROW: Any
 SCATTERED: Any
 ZERO_GRAD: Any
 ZERO: Any
@@ -78,8 +80,17 @@ MEASURE: Any
 FRESH: Any
 STEP: Any
 DTYPE: Any
+VECTOR: Any
+LOAD: Any
+STORE: Any
+LANES: Any
+WIDE: Any
+NARROW: Any
+WALK: Any
+ROW: Any
 SUMS: Any
 SPAN_SUMS: Any
+LEAVE: Any
 CLIP_COEFFICIENT: Any
 CLIPS: Any
 SKIPS: Any
@@ -89,41 +100,61 @@ PROCEEDS: Any
 GATED: Any
 
 
-def elementwise(p, g, a, b, c3, d, e, table, chunks):
-    """Update every chunk by a rule whose every element stands alone. Of the states only the first N_STATES are used."""
-    c = uint64(cuda.blockIdx.x)
-    n = uint64(chunks.shape[0])
+def stretch(buffers, i, j, stop, stride, told, s, t):
+    """Every `stride`-th element from i on, or as many beside each other as LOAD takes: j is i in the last buffer."""
+    while i < stop:
+        new, more, others = LANES(LOAD(buffers, i, j), told)
+        STORE(buffers, i, j, new)
+        s += more
+        t += others
+        i += stride
+        j += stride
+    return s, t
+
+
+def walk(buffers, start, stop, j, told, s, t):
+    """A thread's share of a chunk: VECTOR elements at a time, and what is left one by one; the sums s and t, too."""
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    whole = stop & -VECTOR  # start is a multiple of VECTOR
+    ahead = VECTOR * thread
+    s, t = WIDE(buffers, start + ahead, j + ahead, whole, VECTOR * threads, told, s, t)
+    if VECTOR > 1:
+        s, t = NARROW(buffers, whole + thread, whole - start + j + thread, stop, threads, told, s, t)
+    return s, t
+
+
+def row_of(table, row):
+    """What a row of the table tells: (step, h)."""
+    at = row * N_ROW
+    step = StepHyper(*UNPACK_STEP(table, at))
+    own = HYPER(*UNPACK_HYPER(table, at + N_STEP))
+    if FIRST:
+        return step, (own, FIRST_HYPER(*UNPACK_FIRST(table, at + N_STEP + N_HYPER)))
+    return step, own
+
+
+def updated(values, told):
+    """The LANE of `elementwise`: of (p, *states, g) to what is written, from the first on, and nothing to be summed."""
+    step, h = told
+    new = ELEMENT(step, values[0], values[-1], *values[1:-1], h)
+    if N_STATES == 0:  # noqa: SIM108 a branch is pruned, an expression is not
+        kept = (new,)
+    else:
+        kept = new
+    if ZERO_GRAD:
+        return (*kept, ZERO), ZERO, ZERO
+    return kept, ZERO, ZERO
+
+
+def elementwise(buffers, table, chunks, n):
+    """Update every chunk by a rule whose every element stands alone. buffers : (p, *states, g)."""
+    c = cuda.blockIdx.x
     while c < n:
-        i = uint64(chunks[c, 0]) + uint64(cuda.threadIdx.x)
-        stop = uint64(chunks[c, 1])
-        j = uint64(chunks[c, 4]) + uint64(cuda.threadIdx.x)  # where the gradient is, if scattered
-        stride = uint64(cuda.blockDim.x)
-        row = chunks[c, 2]
-        step = StepHyper(*UNPACK_STEP(table, row, 0))
-        own = HYPER(*UNPACK_HYPER(table, row, N_STEP))
-        if FIRST:  # noqa: SIM108 a branch is pruned, an expression is not
-            h = (own, FIRST_HYPER(*UNPACK_FIRST(table, row, N_STEP + N_HYPER)))
-        else:
-            h = own
-        while i < stop:
-            at = j if SCATTERED else i
-            if N_STATES == 0:
-                p[i] = ELEMENT(step, p[i], g[at], h)
-            elif N_STATES == 1:
-                p[i], a[i] = ELEMENT(step, p[i], g[at], a[i], h)
-            elif N_STATES == 2:
-                p[i], a[i], b[i] = ELEMENT(step, p[i], g[at], a[i], b[i], h)
-            elif N_STATES == 3:
-                p[i], a[i], b[i], c3[i] = ELEMENT(step, p[i], g[at], a[i], b[i], c3[i], h)
-            elif N_STATES == 4:
-                p[i], a[i], b[i], c3[i], d[i] = ELEMENT(step, p[i], g[at], a[i], b[i], c3[i], d[i], h)
-            else:
-                p[i], a[i], b[i], c3[i], d[i], e[i] = ELEMENT(step, p[i], g[at], a[i], b[i], c3[i], d[i], e[i], h)
-            if ZERO_GRAD:
-                g[at] = ZERO
-            i += stride
-            j += stride
-        c += uint64(cuda.gridDim.x)
+        start, stop, row, _, of_gradient = UNPACK_CHUNK(chunks, 5 * c)
+        j = of_gradient if SCATTERED else start
+        WALK(buffers, start, stop, j, ROW(table, row), ZERO, ZERO)
+        c += cuda.gridDim.x
 
 
 def block_sums(left, right):
@@ -141,157 +172,142 @@ def block_sums(left, right):
         width //= 2
 
 
-def squares(g, table, chunks, partials):
+def leave(left, right, s, t, partials, block):
+    """Leave the sums of s and t over a block of threads in its line of the partial sums."""
+    left[cuda.threadIdx.x] = s
+    right[cuda.threadIdx.x] = t
+    SUMS(left, right)
+    if cuda.threadIdx.x == 0:
+        partials[2 * block] = left[0]
+        partials[2 * block + 1] = right[0]
+    cuda.syncthreads()
+
+
+def squared(values, step):
+    """The LANE of `squares`, of (g,)."""
+    x = float64(CONDITIONED(step, values[0]))
+    u = UNSCALED(step, values[0])
+    return (), x * x, u - u
+
+
+def squares(buffers, table, columns, chunks, n, partials):
     """The sum of the squares of each block's gradients; and 0, or NaN where one of them is not finite."""
     total = cuda.shared.array(THREADS, float64)
     marks = cuda.shared.array(THREADS, DTYPE)
-    c = uint64(cuda.blockIdx.x)
-    n = uint64(chunks.shape[0])
+    c = cuda.blockIdx.x
     while c < n:
-        i = uint64(chunks[c, 0]) + uint64(cuda.threadIdx.x)
-        stop = uint64(chunks[c, 1])
-        step = StepHyper(*UNPACK_STEP(table, chunks[c, 2], 0))
-        s = 0.0
-        bad = ZERO
-        while i < stop:
-            given = g[i]
-            x = float64(CONDITIONED(step, given))
-            s += x * x
-            u = UNSCALED(step, given)
-            bad += u - u
-            i += uint64(cuda.blockDim.x)
-        total[cuda.threadIdx.x] = s
-        marks[cuda.threadIdx.x] = bad
-        SUMS(total, marks)
-        if cuda.threadIdx.x == 0:
-            partials[chunks[c, 4], 0] = total[0]
-            partials[chunks[c, 4], 1] = marks[0]
-        cuda.syncthreads()
-        c += uint64(cuda.gridDim.x)
+        start, stop, row, _, block = UNPACK_CHUNK(chunks, 5 * c)
+        step = StepHyper(*UNPACK_STEP(table, row * columns))
+        s, bad = WALK(buffers, start, stop, start, step, 0.0, ZERO)
+        LEAVE(total, marks, s, bad, partials, block)
+        c += cuda.gridDim.x
 
 
-def add(more, offset, weight, g, chunks, partials):
-    """Add weight times `more` to its parameter's part of g, and measure what is there then."""
+def added(values, factor):
+    """The LANE of `add`, of (g, more)."""
+    new = factor * values[1]
+    if not FRESH:
+        new = values[0] + new
+    if MEASURE:
+        x = float64(CONDITIONED(STEP, new))
+        return (new,), x * x, new - new
+    return (new,), ZERO, ZERO
+
+
+def add(buffers, offset, weight, chunks, n, partials):
+    """Add weight times `more` to its parameter's part of g, and measure what is there then. buffers : (g, more)."""
     total = cuda.shared.array(THREADS, float64)
     marks = cuda.shared.array(THREADS, DTYPE)
     factor = weight[0]
-    c = uint64(cuda.blockIdx.x)
-    n = uint64(chunks.shape[0])
+    c = cuda.blockIdx.x
     while c < n:
-        i = uint64(chunks[c, 0]) + uint64(cuda.threadIdx.x)
-        stop = uint64(chunks[c, 1])
-        k = uint64(chunks[c, 0] - offset) + uint64(cuda.threadIdx.x)
-        s = 0.0
-        bad = ZERO
-        while i < stop:
-            new = factor * more[k]
-            if not FRESH:
-                new = g[i] + new
-            g[i] = new
-            if MEASURE:
-                x = float64(CONDITIONED(STEP, new))
-                s += x * x
-                bad += new - new
-            i += uint64(cuda.blockDim.x)
-            k += uint64(cuda.blockDim.x)
+        start, stop, _, _, block = UNPACK_CHUNK(chunks, 5 * c)
         if MEASURE:
-            total[cuda.threadIdx.x] = s
-            marks[cuda.threadIdx.x] = bad
-            SUMS(total, marks)
-            if cuda.threadIdx.x == 0:
-                partials[chunks[c, 4], 0] = total[0]
-                partials[chunks[c, 4], 1] = marks[0]
-            cuda.syncthreads()
-        c += uint64(cuda.gridDim.x)
+            s, bad = WALK(buffers, start, stop, start - offset, factor, 0.0, ZERO)
+            LEAVE(total, marks, s, bad, partials, block)
+        else:
+            WALK(buffers, start, stop, start - offset, factor, ZERO, ZERO)
+        c += cuda.gridDim.x
 
 
-def propose(p, g, a, b, table, chunks, partials):
-    """First pass of a layerwise rule: update the states, and sum the squares of p and of the proposed update u."""
+def proposed(values, told):
+    """The LANE of `propose`, of (*states, g, p)."""
+    step, h = told
+    new = ELEMENT(step, values[-1], values[-2], *values[:-2], h)
+    x = float64(values[-1])
+    u = float64(new[0])
+    if ZERO_GRAD:
+        return (*new[1:], ZERO), x * x, u * u
+    return new[1:], x * x, u * u
+
+
+def propose(buffers, table, chunks, n, partials):
+    """First pass of a layerwise rule: update the states, and sum the squares of p and of the proposed update u.
+
+    buffers : (*states, g, p).
+    """
     of_p = cuda.shared.array(THREADS, float64)
     of_u = cuda.shared.array(THREADS, float64)
-    c = uint64(cuda.blockIdx.x)
-    n = uint64(chunks.shape[0])
+    c = cuda.blockIdx.x
     while c < n:
-        i = uint64(chunks[c, 0]) + uint64(cuda.threadIdx.x)
-        stop = uint64(chunks[c, 1])
-        row = chunks[c, 2]
-        step = StepHyper(*UNPACK_STEP(table, row, 0))
-        h = HYPER(*UNPACK_HYPER(table, row, N_STEP))
-        pp = 0.0
-        uu = 0.0
-        while i < stop:
-            x = p[i]
-            if N_STATES == 1:
-                u, a[i] = ELEMENT(step, x, g[i], a[i], h)
-            else:
-                u, a[i], b[i] = ELEMENT(step, x, g[i], a[i], b[i], h)
-            if ZERO_GRAD:
-                g[i] = ZERO
-            pp += float64(x) * float64(x)
-            uu += float64(u) * float64(u)
-            i += uint64(cuda.blockDim.x)
-        of_p[cuda.threadIdx.x] = pp
-        of_u[cuda.threadIdx.x] = uu
-        SUMS(of_p, of_u)
-        if cuda.threadIdx.x == 0:
-            partials[chunks[c, 4], 0] = of_p[0]
-            partials[chunks[c, 4], 1] = of_u[0]
-        cuda.syncthreads()
-        c += uint64(cuda.gridDim.x)
+        start, stop, row, _, block = UNPACK_CHUNK(chunks, 5 * c)
+        pp, uu = WALK(buffers, start, stop, start, ROW(table, row), 0.0, 0.0)
+        LEAVE(of_p, of_u, pp, uu, partials, block)
+        c += cuda.gridDim.x
 
 
 def span_sums(spans, k, left, left_column, right, right_column, of_left, of_right):
     """The sums of a parameter's partial sums, in of_left[0] and of_right[0]."""
     s = 0.0
     t = 0.0
-    for block in range(spans[k, 2] + cuda.threadIdx.x, spans[k, 3], cuda.blockDim.x):
-        s += left[block, left_column]
-        t += right[block, right_column]
+    for block in range(spans[4 * k + 2] + cuda.threadIdx.x, spans[4 * k + 3], cuda.blockDim.x):
+        s += left[2 * block + left_column]
+        t += right[2 * block + right_column]
     of_left[cuda.threadIdx.x] = s
     of_right[cuda.threadIdx.x] = t
     SUMS(of_left, of_right)
 
 
-def merge(spans, partials, ratios):
+def merge(spans, n, partials, ratios):
     """Leave the trust ratio of each parameter in ratios[param]."""
     of_p = cuda.shared.array(THREADS, float64)
     of_u = cuda.shared.array(THREADS, float64)
-    for k in range(cuda.blockIdx.x, spans.shape[0], cuda.gridDim.x):
+    for k in range(cuda.blockIdx.x, n, cuda.gridDim.x):
         SPAN_SUMS(spans, k, partials, 0, partials, 1, of_p, of_u)
         if cuda.threadIdx.x == 0:
-            ratios[spans[k, 0]] = RATIO(math.sqrt(of_p[0]), math.sqrt(of_u[0]))
+            ratios[spans[4 * k]] = RATIO(math.sqrt(of_p[0]), math.sqrt(of_u[0]))
         cuda.syncthreads()
 
 
-def settle(spans, table, pp, gg, numbers, rows):
+def settle(spans, n, table, pp, gg, numbers, rows):
     """Take the scale of each parameter, and give it a row of its own with that scale in it."""
     of_p = cuda.shared.array(THREADS, float64)
     of_g = cuda.shared.array(THREADS, float64)
-    for k in range(cuda.blockIdx.x, spans.shape[0], cuda.gridDim.x):
+    for k in range(cuda.blockIdx.x, n, cuda.gridDim.x):
         SPAN_SUMS(spans, k, pp, 0, gg, 0, of_p, of_g)
         if cuda.threadIdx.x == 0:
-            param = spans[k, 0]
-            row = spans[k, 1]
+            param = spans[4 * k]
+            row = spans[4 * k + 1]
             number = 0.0
             if NUMBERED:
                 number = numbers[param]
-            for column in range(table.shape[1]):
-                rows[param, column] = table[row, column]
-            step = StepHyper(*UNPACK_STEP(table, row, 0))
-            h = HYPER(*UNPACK_HYPER(table, row, N_STEP))
+            for column in range(N_ROW):
+                rows[param * N_ROW + column] = table[row * N_ROW + column]
+            step, h = ROW(table, row)
             norm_p = float64(math.sqrt(of_p[0]))  # in the simulator math.sqrt returns a Python float, which is weaker
             norm_g = float64(math.sqrt(of_g[0]))
+            scale = param * N_ROW + N_ROW - 1
             if NUMBERED:
-                rows[param, table.shape[1] - 1], number = SCALED(step, norm_p, norm_g, number, h)
+                rows[scale], number = SCALED(step, norm_p, norm_g, number, h)
                 if GATED:
                     number = numbers[param] if step.proceeds == ZERO else number
                 numbers[param] = number
             else:
-                rows[param, table.shape[1] - 1] = SCALED(step, norm_p, norm_g, h)
+                rows[scale] = SCALED(step, norm_p, norm_g, h)
         cuda.syncthreads()
 
 
-def judge(partials, factor, max_norm, known, candidates, skipped, table, told):
+def judge(partials, blocks, factor, max_norm, known, candidates, rows, columns, skipped, table, told):
     """Leave in `told` the norm of gradients, the coefficient that clips them, and whether all are finite; and put into
     the table what follows from it. One block.
 
@@ -301,9 +317,9 @@ def judge(partials, factor, max_norm, known, candidates, skipped, table, told):
     marks = cuda.shared.array(THREADS, float64)
     s = 0.0
     bad = 0.0
-    for block in range(cuda.threadIdx.x, partials.shape[0], cuda.blockDim.x):
-        s += partials[block, 0]
-        bad += partials[block, 1]
+    for block in range(cuda.threadIdx.x, blocks, cuda.blockDim.x):
+        s += partials[2 * block]
+        bad += partials[2 * block + 1]
     total[cuda.threadIdx.x] = s
     marks[cuda.threadIdx.x] = bad
     SUMS(total, marks)
@@ -315,13 +331,13 @@ def judge(partials, factor, max_norm, known, candidates, skipped, table, told):
     behind = 0
     if SKIPS:
         behind = skipped[0] - known
-    for row in range(cuda.threadIdx.x, table.shape[0], cuda.blockDim.x):
+    for row in range(cuda.threadIdx.x, rows, cuda.blockDim.x):
         if CHOOSES:
-            for column in range(table.shape[1]):
-                table[row, column] = candidates[behind, row, column]
-        table[row, COEFFICIENT] = coefficient
+            for column in range(columns):
+                table[row * columns + column] = candidates[(behind * rows + row) * columns + column]
+        table[row * columns + COEFFICIENT] = coefficient
         if SKIPS:
-            table[row, PROCEEDS] = finite
+            table[row * columns + PROCEEDS] = finite
     cuda.syncthreads()
     if cuda.threadIdx.x == 0:
         told[0] = norm
@@ -331,43 +347,41 @@ def judge(partials, factor, max_norm, known, candidates, skipped, table, told):
             skipped[0] += 1
 
 
-def gather(grads, order, starts, sums):
+def gather(grads, order, starts, runs, width, sums):
     """Leave in each row of `sums` the sum of a run of rows of `grads`, in the order of the run."""
-    run = uint64(cuda.blockIdx.x)
-    n = uint64(sums.shape[0])
-    while run < n:
-        column = uint64(cuda.threadIdx.x)
-        while column < uint64(sums.shape[1]):
+    run = cuda.blockIdx.x
+    while run < runs:
+        column = cuda.threadIdx.x
+        while column < width:
             s = ZERO
-            for k in range(starts[run], starts[run + uint64(1)]):
-                s += grads[order[k], column]
-            sums[run, column] = s
-            column += uint64(cuda.blockDim.x)
-        run += uint64(cuda.gridDim.x)
+            for k in range(starts[run], starts[run + 1]):
+                s += grads[order[k] * width + column]
+            sums[run * width + column] = s
+            column += cuda.blockDim.x
+        run += cuda.gridDim.x
 
 
-def apply(p, ratios, a, b, e, table, chunks):
-    """Second pass of a layerwise rule: move p by the proposed update, scaled by its parameter's ratio."""
-    c = uint64(cuda.blockIdx.x)
-    n = uint64(chunks.shape[0])
+def applied(values, told):
+    """The LANE of `apply`: of (p, *states), or (p, average, *states), to what is written."""
+    (step, h), ratio = told
+    if GATED and step.proceeds == ZERO:
+        return (values[:2] if EMA else values[:1]), ZERO, ZERO
+    if EMA:
+        p = APPLY(values[0], *values[2:], ratio, h)
+        return (p, AVERAGED(step, p, values[1])), ZERO, ZERO
+    return (APPLY(*values, ratio, h),), ZERO, ZERO
+
+
+def apply(buffers, ratios, table, chunks, n):
+    """Second pass of a layerwise rule: move p by the proposed update, scaled by its parameter's ratio.
+
+    buffers : (p, *states), or (p, average, *states).
+    """
+    c = cuda.blockIdx.x
     while c < n:
-        i = uint64(chunks[c, 0]) + uint64(cuda.threadIdx.x)
-        stop = uint64(chunks[c, 1])
-        row = chunks[c, 2]
-        step = StepHyper(*UNPACK_STEP(table, row, 0))
-        h = HYPER(*UNPACK_HYPER(table, row, N_STEP))
-        ratio = DTYPE(ratios[chunks[c, 3]])
-        if GATED:
-            stop = i if step.proceeds == ZERO else stop
-        while i < stop:
-            if N_STATES == 1:
-                p[i] = APPLY(p[i], a[i], ratio, h)
-            else:
-                p[i] = APPLY(p[i], a[i], b[i], ratio, h)
-            if EMA:
-                e[i] = AVERAGED(step, p[i], e[i])
-            i += uint64(cuda.blockDim.x)
-        c += uint64(cuda.gridDim.x)
+        start, stop, row, param, _ = UNPACK_CHUNK(chunks, 5 * c)
+        WALK(buffers, start, stop, start, (ROW(table, row), DTYPE(ratios[param])), ZERO, ZERO)
+        c += cuda.gridDim.x
 
 
 # --- from a loop to a kernel ------------------------------------------------------------------------------------------
@@ -379,7 +393,7 @@ def device(function: FunctionType) -> Any:
 
 
 def unpacking(size: int) -> Callable[..., tuple[Any, ...]]:
-    """A function ``(table, row, first)`` that returns `size` numbers of a row as a tuple."""
+    """A function ``(numbers, first)`` that returns `size` numbers beside each other as a tuple."""
     if size == 0:
         return _none
     if size == 1:
@@ -387,28 +401,143 @@ def unpacking(size: int) -> Callable[..., tuple[Any, ...]]:
     half = size // 2
     left, right = unpacking(half), unpacking(size - half)
 
-    def unpack(table, row, first):
-        return left(table, row, first) + right(table, row, first + half)
+    def unpack(numbers, first):
+        return left(numbers, first) + right(numbers, first + half)
 
     return unpack
 
 
-def _none(table, row, first):
+def _none(numbers, first):
     return ()
 
 
-def _one(table, row, first):
-    return (table[row, first],)
+def _one(numbers, first):
+    return (numbers[first],)
+
+
+def lanes_of(size: int, lane: Callable[..., Any]) -> Callable[..., Any]:
+    """LANES: a LANE for each of `size` elements. What they write, an element's in a tuple, and the sums of the rest."""
+    if size == 1:
+
+        def one(lanes, told):
+            new, s, t = lane(lanes[0], told)
+            return (new,), s, t
+
+        return one
+    half = size // 2
+    left, right = lanes_of(half, lane), lanes_of(size - half, lane)
+
+    def several(lanes, told):
+        new, s, t = left(lanes[:half], told)
+        more, more_s, more_t = right(lanes[half:], told)
+        return new + more, s + more_s, t + more_t
+
+    return several
+
+
+def memory(width: int) -> tuple[Any, Any]:
+    """LOAD, which takes `width` elements at i, a multiple of width, from every buffer; and STORE.
+
+    Their lanes are tuples, of an element of each buffer; STORE writes to as many buffers as they are long. The last
+    buffer is taken at j instead of i.
+    """
+    if SIMULATED:
+
+        def load(buffers, i, j):
+            at = [i] * (len(buffers) - 1) + [j]
+            return tuple(tuple(b[first + k] for b, first in zip(buffers, at, strict=True)) for k in range(width))
+
+        def store(buffers, i, j, lanes):
+            at = [i] * (len(buffers) - 1) + [j]
+            for k, lane in enumerate(lanes):
+                for value, b, first in zip(lane, buffers, at, strict=False):
+                    b[first + k] = value
+
+        return load, store
+    return _intrinsics(width)
+
+
+@cache
+def _intrinsics(width: int) -> tuple[Any, Any]:
+    """`memory` on a device: one instruction for a buffer, whatever the width."""
+    from llvmlite import ir
+    from numba.cuda import types
+    from numba.cuda.extending import intrinsic
+
+    def pointers(context, builder, signature, arguments):
+        """Where each buffer's elements are, as a vector; and how it is aligned."""
+        kind = signature.args[0]
+        vector = ir.VectorType(context.get_data_type(kind.dtype.dtype), width)
+        for k in range(kind.count):
+            place = builder.gep(builder.extract_value(arguments[0], k), [arguments[2 if k == kind.count - 1 else 1]])
+            yield builder.bitcast(place, vector.as_pointer()), vector
+
+    def lane_of(k):
+        return ir.Constant(ir.IntType(32), k)
+
+    @intrinsic
+    def load(typing_context, buffers, i, j):
+        def build(context, builder, signature, arguments):
+            number = context.get_data_type(buffers.dtype.dtype)
+            align = width * context.get_abi_sizeof(number)
+            found = [builder.load(place, align=align) for place, _ in pointers(context, builder, signature, arguments)]
+            lanes = [[builder.extract_element(vector, lane_of(k)) for vector in found] for k in range(width)]
+            made = [context.make_tuple(builder, signature.return_type.dtype, lane) for lane in lanes]
+            return context.make_tuple(builder, signature.return_type, made)
+
+        lane = types.UniTuple(buffers.dtype.dtype, buffers.count)
+        return types.UniTuple(lane, width)(buffers, types.int64, types.int64), build
+
+    @intrinsic
+    def store(typing_context, buffers, i, j, lanes):
+        def build(context, builder, signature, arguments):
+            align = width * context.get_abi_sizeof(context.get_data_type(buffers.dtype.dtype))
+            places = list(pointers(context, builder, signature, arguments))
+            for of_buffer, (place, vector) in enumerate(places[: len(lanes[0])]):
+                value = ir.Constant(vector, ir.Undefined)
+                for k in range(width):
+                    lane = builder.extract_value(arguments[3], k)
+                    number = context.cast(
+                        builder, builder.extract_value(lane, of_buffer), lanes[k][of_buffer], buffers.dtype.dtype
+                    )
+                    value = builder.insert_element(value, number, lane_of(k))
+                builder.store(value, place, align=align)
+            return context.get_dummy_value()
+
+        return types.void(buffers, types.int64, types.int64, lanes), build
+
+    return load, store
+
+
+def walking(
+    lane: Callable[..., Any], constants: dict[str, Any], dtype: np.dtype[Any], *, wide: bool = True
+) -> dict[str, Any]:
+    """What a loop needs to `walk`: its LANE, bound to these constants, over buffers of a dtype.
+
+    wide : 16 bytes at a time, which takes buffers and chunks that begin at multiples of 16 bytes.
+    """
+    vector = 16 // dtype.itemsize if wide else 1
+    bound = bind(lane, constants, label=lane.__name__, scalar=device)
+    found: dict[str, Any] = {"VECTOR": vector}
+    for name, width in (("WIDE", vector), ("NARROW", 1)):
+        load, store = memory(width)
+        own = {"LOAD": load, "STORE": store, "LANES": lanes_of(width, bound)}
+        found[name] = bind(stretch, own, label=f"{lane.__name__}_{width}", scalar=device)
+    return found
 
 
 class Chunks(NamedTuple):
-    """A table of chunks on the device."""
+    """A table of chunks on the device, its lines one after the other."""
 
     lines: Array
     by_param: Array
     """The same with the parameter for the row of the table."""
+    length: int
+    """How many lines."""
     spans: Array
-    """A line (parameter, row, first block, end) for each parameter."""
+    """A line (parameter, row, first block, end) for each parameter that is there ..."""
+    spanned: int
+    """... and how many these are."""
     blocks: int
     parameters: int
     """One more than the number of the last one."""
@@ -504,6 +633,7 @@ class CUDA:
         self._chunks: Lately[Chunks] = Lately()
         self._tables: Lately[Array] = Lately()
         self._recorded: list[Any] = []
+        self._typed: dict[Any, Any] = {}
         self._configured: dict[tuple[Any, ...], Any] = {}
         self._most_blocks = 4
 
@@ -567,10 +697,13 @@ class CUDA:
         lines = cut(chunks)
         by_param = lines.copy()
         by_param[:, 2] = lines[:, 3]
+        spans = spans_of(lines)
         made = Chunks(
-            self.upload(lines),
-            self.upload(by_param),
-            self.upload(spans_of(lines)),
+            self.upload(lines.reshape(-1)),
+            self.upload(by_param.reshape(-1)),
+            len(lines),
+            self.upload(spans.reshape(-1)),
+            len(spans),
             int(lines[-1, 4]) + 1 if len(lines) else 0,
             int(lines[:, 3].max(initial=-1)) + 1,
         )
@@ -598,6 +731,7 @@ class CUDA:
         key = ("norm", dtype, features)
         if key not in self._kernels:
             constants = {"DTYPE": dtype.type, **_unpackings(0, 0), **elements.conditioning(dtype, features, device)}
+            constants |= walking(squared, constants, dtype)
             self._kernels[key] = SquaresKernel(self, self.compiled(squares, constants, f"squares_{dtype.name}"))
         kernel: SquaresKernel = self._kernels[key]
         return kernel
@@ -620,9 +754,12 @@ class CUDA:
             self._kernels[key] = self.compiled(judge, constants, "judge")
         told = self.empty(3)
         counted, known = (self.unused(np.int64), 0) if skipped is None else skipped
-        possible = self.empty((1, 1, 1), table.dtype) if candidates is None else self.upload(candidates)
+        possible = self.unused(table.dtype) if candidates is None else self.upload(candidates.reshape(-1))
+        blocks, (rows, columns) = len(partials), table.shape
         limit = 0.0 if max_norm is None else float(max_norm)
-        self.launch(self._kernels[key], 1, partials, float(factor), limit, known, possible, counted, table, told)
+        sums, place = partials.reshape(-1), table.reshape(-1)
+        kernel, norm = self._kernels[key], (float(factor), limit)
+        self.launch(kernel, 1, sums, blocks, *norm, known, possible, rows, columns, counted, place, told)
         return Told(self, told)
 
     def add(
@@ -644,8 +781,10 @@ class CUDA:
                 continue
             kernel = self._adding(g.dtype, adder, bool(fresh[param]))
             more = self.xp.ascontiguousarray(array).reshape(-1)
-            lines = self.upload(cut(own))
-            self.launch(kernel, len(lines), more, int(offsets[param]), weights, g, lines, partials)
+            lines = cut(own)
+            on_device = self.upload(lines.reshape(-1))
+            n = len(lines)
+            self.launch(kernel, n, (g, more), int(offsets[param]), weights, on_device, n, partials.reshape(-1))
 
     def sum_rows(self, grads: Array, order: np.ndarray, starts: np.ndarray) -> Array:
         """As `fastopt.backends.Backend`."""
@@ -654,7 +793,9 @@ class CUDA:
             self._kernels[key] = self.compiled(gather, {"ZERO": grads.dtype.type(0)}, f"gather_{grads.dtype.name}")
         sums = self.empty((len(starts), grads.shape[1]), grads.dtype)
         ends = self.upload(np.append(starts, len(order)))
-        self.launch(self._kernels[key], len(starts), grads, self.upload(order), ends, sums)
+        numbers, runs, width = self.upload(order), len(starts), grads.shape[1]
+        flat = sums.reshape(-1)
+        self.launch(self._kernels[key], runs, grads.reshape(-1), numbers, ends, runs, width, flat)
         return sums
 
     def _adding(self, dtype: np.dtype[Any], adder: Adder, fresh: bool) -> Any:
@@ -668,6 +809,8 @@ class CUDA:
                 "STEP": StepHyper(*[0.0] * len(StepHyper._fields)),  # not looked at: none of its features is on
                 **elements.conditioning(dtype, features, device),
             }
+            constants |= _unpackings(0, 0)
+            constants |= walking(added, constants, dtype, wide=False)  # what is added may begin anywhere
             self._kernels[key] = self.compiled(add, constants, f"add_{dtype.name}")
         return self._kernels[key]
 
@@ -697,18 +840,21 @@ class CUDA:
         constants, label = elements.surrounded(rule, compiled, hyper, dtype, features, first, device)
         constants |= _unpackings(len(hyper._fields), 0 if first is None else len(first[1]._fields))
         constants |= {"DTYPE": dtype.type, "SCATTERED": features.scattered}
-        n_states = len(rule.states)
+        constants["ROW"] = bind(row_of, constants, label="row_of", scalar=device)
         if rule.layerwise is not None:
+            proposing = {**constants, **walking(proposed, constants, dtype)}
+            applying = {**constants, "APPLY": rule.layerwise.apply, "EMA": features.ema}
+            applying |= walking(applied, applying, dtype)
             return LayerwiseKernel(
                 self,
-                n_states,
-                self.compiled(propose, constants, f"propose_{label}"),
+                len(rule.states),
+                self.compiled(propose, proposing, f"propose_{label}"),
                 self.compiled(merge, {"RATIO": rule.layerwise.ratio}, f"merge_{label}"),
-                self.compiled(
-                    apply, {**constants, "APPLY": rule.layerwise.apply, "EMA": features.ema}, f"apply_{label}"
-                ),
+                self.compiled(apply, applying, f"apply_{label}"),
             )
-        update = ElementwiseKernel(self, self.compiled(elementwise, constants, label), features.scattered)
+        # Chunks of rows begin anywhere.
+        updating = {**constants, **walking(updated, constants, dtype, wide=not features.scattered)}
+        update = ElementwiseKernel(self, self.compiled(elementwise, updating, label), features.scattered)
         if rule.scaling is None:
             return update
         numbered = rule.scaling.number is not None
@@ -725,34 +871,50 @@ class CUDA:
         bound = bind(loop, constants, label=label, scalar=device)
         # The simulator puts its own module in the place of `cuda` in the globals of a kernel while it runs: these
         # functions share them.
-        for name, helper in (("SUMS", block_sums), ("SPAN_SUMS", span_sums)):
+        for name, helper in (("WALK", walk), ("SUMS", block_sums), ("SPAN_SUMS", span_sums), ("LEAVE", leave)):
             shared = FunctionType(helper.__code__, bound.__globals__, name)
             bound.__globals__[name] = device(shared)
         return cuda.jit(bound)
 
     def launch(self, kernel: Any, blocks: int, *arguments: Any) -> None:
-        """Run a kernel on CuPy's current stream."""
+        """Run a kernel on CuPy's current stream. Its first launch decides of what type every argument is."""
         if blocks == 0:
             return
         grid = min(blocks, self._most_blocks)
+        given = [self._given(argument) for argument in arguments]
         if SIMULATED:
             if self.capturing():
                 simulated.cuda.recorded.append(partial(self.launch, kernel, blocks, *arguments))
                 return
-            bare = [a.view(np.ndarray) if isinstance(a, simulated.ndarray) else a for a in arguments]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # NumPy's, of infinities and NaN
-                kernel[grid, THREADS](*bare)
+                kernel[grid, THREADS](*given)
             return
         stream = self.xp.cuda.get_current_stream().ptr
         key = (kernel, grid, stream)
         configured = self._configured.get(key)
         if configured is None:
+            typed = self._typed.get(kernel)
+            if typed is None:
+                signature = tuple(type_of(argument) for argument in arguments)
+                typed = self._typed[kernel] = cuda.jit(signature)(kernel.py_func)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the grid is small
-                configured = self._configured[key] = kernel[grid, THREADS, cuda.external_stream(stream)]
+                configured = self._configured[key] = typed[grid, THREADS, cuda.external_stream(stream)]
+        configured(*given)
+
+    def _given(self, argument: Any) -> Any:
+        """What numba is given for an argument: see `type_of`."""
+        if isinstance(argument, tuple):
+            return tuple([self._given(item) for item in argument])
+        if not isinstance(argument, self.xp.ndarray):
+            return argument
+        if SIMULATED:
+            return argument.view(np.ndarray)
+        if argument.ndim == 1:
+            return argument.data.ptr
         # Converted here, because numba would wait for CuPy's stream, on which the kernel is launched anyway.
-        configured(*[cuda.as_cuda_array(a, sync=False) if isinstance(a, self.xp.ndarray) else a for a in arguments])
+        return cuda.as_cuda_array(argument, sync=False)
 
     def host(self, array: Array) -> np.ndarray:
         """A NumPy copy of an array on the device; waits for it."""
@@ -786,10 +948,25 @@ class CUDA:
         return self.xp.ndarray
 
 
+def type_of(argument: Any) -> Any:
+    """The numba type of a kernel's argument: a 1-D array is the address of its first element, and has no gaps."""
+    from numba.cuda import types
+
+    if isinstance(argument, tuple):
+        return types.BaseTuple.from_types([type_of(item) for item in argument])
+    if getattr(argument, "ndim", 0) == 0:
+        return types.float64 if isinstance(argument, float) else types.int64
+    number = getattr(types, argument.dtype.name)
+    return types.CPointer(number) if argument.ndim == 1 else types.Array(number, argument.ndim, "C")
+
+
 def _unpackings(n_hyper: int, n_first: int) -> dict[str, Any]:
+    n_step = len(StepHyper._fields)
     return {
-        "N_STEP": len(StepHyper._fields),
-        "UNPACK_STEP": unpacking(len(StepHyper._fields)),
+        "N_STEP": n_step,
+        "N_ROW": n_step + n_hyper + n_first,
+        "UNPACK_CHUNK": unpacking(5),
+        "UNPACK_STEP": unpacking(n_step),
         "UNPACK_HYPER": unpacking(n_hyper),
         "UNPACK_FIRST": unpacking(n_first),
     }
@@ -825,14 +1002,15 @@ class ElementwiseKernel:
         """As `fastopt.backends.Kernel`."""
         backend = self._backend
         if self._scattered:  # made for this one launch
-            self.launch_on(p, g, states, backend.upload(table), backend.upload(chunks))
+            on_device, lines, count = backend.upload(table), backend.upload(chunks.reshape(-1)), len(chunks)
         else:
-            self.launch_on(p, g, states, backend.table(table), backend.chunks(chunks).lines)
+            found = backend.chunks(chunks)
+            on_device, lines, count = backend.table(table), found.lines, found.length
+        self.launch_on(p, g, states, on_device.reshape(-1), lines, count)
 
-    def launch_on(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, lines: Array) -> None:
-        """The same, with a table and chunks that are on the device."""
-        unused = [self._backend.unused(p.dtype)] * (elements.MAX_STATES + 1 - len(states))
-        self._backend.launch(self._kernel, lines.shape[0], p, g, *states, *unused, table, lines)
+    def launch_on(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, lines: Array, count: int) -> None:
+        """The same, with a table and `count` chunks that are on the device, the lines of both one after the other."""
+        self._backend.launch(self._kernel, count, (p, *states, g), table, lines, count)
 
 
 class LayerwiseKernel:
@@ -851,16 +1029,13 @@ class LayerwiseKernel:
         found = backend.chunks(chunks)
         if found.blocks == 0:
             return
-        unused = backend.unused(p.dtype)
-        own = states[: self._n_states]
-        a, b = (*own, unused) if len(own) == 1 else own
-        e = states[self._n_states] if len(states) > self._n_states else unused
-        on_device = backend.table(table)
-        partials = backend.empty((found.blocks, 2))
+        own, average = states[: self._n_states], states[self._n_states :]
+        on_device = backend.table(table).reshape(-1)
+        partials = backend.empty(2 * found.blocks)
         ratios = backend.empty(found.parameters)
-        backend.launch(self._propose, len(found.lines), p, g, a, b, on_device, found.lines, partials)
-        backend.launch(self._merge, len(found.spans), found.spans, partials, ratios)
-        backend.launch(self._apply, len(found.lines), p, ratios, a, b, e, on_device, found.lines)
+        backend.launch(self._propose, found.length, (*own, g, p), on_device, found.lines, found.length, partials)
+        backend.launch(self._merge, found.spanned, found.spans, found.spanned, partials, ratios)
+        backend.launch(self._apply, found.length, (p, *average, *own), ratios, on_device, found.lines, found.length)
 
 
 class ScaledKernel:
@@ -888,12 +1063,15 @@ class ScaledKernel:
         if found.blocks == 0:
             return
         on_device = backend.table(table)
+        columns = on_device.shape[1]
         pp = self._of_p.launch_on(p, on_device, found)
         gg = self._of_g.launch_on(g, on_device, found)
-        rows = backend.empty((found.parameters, table.shape[1]), table.dtype)
+        rows = backend.empty(found.parameters * columns, on_device.dtype)
         states, numbers = (states[:-1], states[-1]) if self._numbered else (states, backend.unused(np.float64))
-        backend.launch(self._settle, len(found.spans), found.spans, on_device, pp, gg, numbers, rows)
-        self._update.launch_on(p, g, states, rows, found.by_param)
+        backend.launch(
+            self._settle, found.spanned, found.spans, found.spanned, on_device.reshape(-1), pp, gg, numbers, rows
+        )
+        self._update.launch_on(p, g, states, rows, found.by_param, found.length)
 
 
 class SquaresKernel:
@@ -905,10 +1083,12 @@ class SquaresKernel:
 
     def launch(self, g: Array, table: np.ndarray, chunks: np.ndarray) -> Array:
         """As `fastopt.backends.NormKernel`."""
-        return self.launch_on(g, self._backend.table(table), self._backend.chunks(chunks))
+        backend = self._backend
+        return self.launch_on(g, backend.table(table), backend.chunks(chunks)).reshape(-1, 2)
 
     def launch_on(self, g: Array, table: Array, found: Chunks) -> Array:
-        """The same, with a table that is on the device, where the sums stay, too."""
-        partials = self._backend.empty((found.blocks, 2))
-        self._backend.launch(self._kernel, len(found.lines), g, table, found.lines, partials)
+        """The same, with a table that is on the device, where the sums stay, too: all in a row."""
+        backend, columns = self._backend, table.shape[1]
+        partials = backend.empty(2 * found.blocks)
+        backend.launch(self._kernel, found.length, (g,), table.reshape(-1), columns, found.lines, found.length, partials)
         return partials

@@ -83,6 +83,10 @@ BLEND: Any
 GRADIENT_COEFFICIENTS: Any
 
 
+COEFFICIENTS = 7
+"""In a line of the coefficients, a line for each channel: those of the map to y first, then what dx needs besides."""
+
+
 class Cut(NamedTuple):
     """How an array is shared out."""
 
@@ -183,25 +187,26 @@ def gather(x, a, y, cuts, coefficients, partials):
     """Sum every slice: (mean, sum of squares about it) of its values or, backward, (sum dy, sum dy xhat)."""
     of_s = cuda.shared.array(THREADS, float64)
     of_q = cuda.shared.array(THREADS, float64)
-    cut = Cut(*UNPACK_CUT(cuts, 0, 0))
+    cut = Cut(*UNPACK_CUT(cuts, 0))
     thread = cuda.threadIdx.x
     for task in range(cuda.blockIdx.x, cut.tiles * cut.slices, cuda.gridDim.x):
         channel = task % cut.tiles * cut.lanes + thread % cut.lanes
         there = channel < cut.channels
         own = min(channel, cut.channels - 1)
         part = task // cut.tiles
+        at = 2 * (part * cut.channels + channel)
         first = part * cut.length
         end = min(first + cut.length, cut.values)
         last = end if there else first
         number = first + thread // cut.lanes
         spare, _ = place(cut, first, own)
         if BACKWARD:
-            h = HYPER(*UNPACK_HYPER(coefficients, own, 0))
+            h = HYPER(*UNPACK_HYPER(coefficients, COEFFICIENTS * own))
             s, q = TOTALS(x, a, y, cut, own, number, last, spare, h)
             TREE(of_s, of_q, s, q, cut.lanes)
             if thread < cut.lanes and there:
-                partials[0, part, channel] = of_s[thread]
-                partials[1, part, channel] = of_q[thread]
+                partials[at] = of_s[thread]
+                partials[at + 1] = of_q[thread]
         else:
             shift = x[spare]
             s, q = TOTALS(x, a, y, cut, own, number, last, spare, HYPER(shift))
@@ -219,8 +224,8 @@ def gather(x, a, y, cuts, coefficients, partials):
             if thread < cut.lanes and there:
                 mean = of_s[thread] / count
                 about_mean = of_q[thread] - of_s[thread] * mean
-                partials[0, part, channel] = mean + float64(shift)
-                partials[1, part, channel] = 0.0 if about_mean < 0.0 else about_mean
+                partials[at] = mean + float64(shift)
+                partials[at + 1] = 0.0 if about_mean < 0.0 else about_mean
         # Until the next TREE a thread reads and writes only the element that is its own: no barrier is needed.
 
 
@@ -229,7 +234,7 @@ def finish_statistics(cuts, partials, gamma, beta, eps, weight, running_mean, ru
     counts = cuda.shared.array(THREADS, float64)
     means = cuda.shared.array(THREADS, float64)
     squares = cuda.shared.array(THREADS, float64)
-    cut = Cut(*UNPACK_CUT(cuts, 0, 0))
+    cut = Cut(*UNPACK_CUT(cuts, 0))
     thread = cuda.threadIdx.x
     for start in range(cuda.blockIdx.x * cut.beside, cut.channels, cuda.gridDim.x * cut.beside):
         channel = start + thread % cut.beside
@@ -240,7 +245,8 @@ def finish_statistics(cuts, partials, gamma, beta, eps, weight, running_mean, ru
             m2 = float64(0.0)
             for part in range(thread // cut.beside, cut.slices, THREADS // cut.beside):
                 more = float64(min(cut.length, cut.values - part * cut.length))
-                n, mean, m2 = merged(n, mean, m2, more, partials[0, part, own], partials[1, part, own])
+                at = 2 * (part * cut.channels + own)
+                n, mean, m2 = merged(n, mean, m2, more, partials[at], partials[at + 1])
             counts[thread] = n
             means[thread] = mean
             squares[thread] = m2
@@ -278,19 +284,20 @@ def finish_statistics(cuts, partials, gamma, beta, eps, weight, running_mean, ru
                 shift *= float64(gamma[channel])
             if BETA:
                 shift += float64(beta[channel])
-            coefficients[channel, 0] = center
-            coefficients[channel, 1] = scale
-            coefficients[channel, 2] = shift
-            coefficients[channel, 3] = inv_std
-            stats[0, channel] = mean
-            stats[1, channel] = inv_std
+            line = COEFFICIENTS * channel
+            coefficients[line] = center
+            coefficients[line + 1] = scale
+            coefficients[line + 2] = shift
+            coefficients[line + 3] = inv_std
+            stats[channel] = mean
+            stats[cut.channels + channel] = inv_std
 
 
 def finish_slopes(cuts, partials, gamma, stats, dgamma, dbeta, coefficients):
     """Add up the slices of every channel, in a fixed order; leave dgamma, dbeta and the coefficients of dx."""
     of_s = cuda.shared.array(THREADS, float64)
     of_q = cuda.shared.array(THREADS, float64)
-    cut = Cut(*UNPACK_CUT(cuts, 0, 0))
+    cut = Cut(*UNPACK_CUT(cuts, 0))
     thread = cuda.threadIdx.x
     for start in range(cuda.blockIdx.x * cut.beside, cut.channels, cuda.gridDim.x * cut.beside):
         channel = start + thread % cut.beside
@@ -298,12 +305,14 @@ def finish_slopes(cuts, partials, gamma, stats, dgamma, dbeta, coefficients):
         s = float64(0.0)
         q = float64(0.0)
         for part in range(thread // cut.beside, cut.slices, THREADS // cut.beside):
-            s += partials[0, part, own]
-            q += partials[1, part, own]
+            at = 2 * (part * cut.channels + own)
+            s += partials[at]
+            q += partials[at + 1]
         TREE(of_s, of_q, s, q, cut.beside)
         if thread < cut.beside and channel < cut.channels:
-            inv_std = stats[1, channel]
-            lost = ROUNDING(stats[0, channel], float64(coefficients[channel, 0]), inv_std)
+            line = COEFFICIENTS * channel
+            inv_std = stats[cut.channels + channel]
+            lost = ROUNDING(stats[channel], float64(coefficients[line]), inv_std)
             sum_g = of_s[thread]
             sum_g_xhat = of_q[thread] - lost * sum_g
             weight = float64(1.0)
@@ -312,9 +321,9 @@ def finish_slopes(cuts, partials, gamma, stats, dgamma, dbeta, coefficients):
             slope, lean, offset = GRADIENT_COEFFICIENTS(sum_g, sum_g_xhat, float64(cut.values), weight, inv_std, lost)
             dgamma[channel] = sum_g_xhat
             dbeta[channel] = sum_g
-            coefficients[channel, 4] = slope
-            coefficients[channel, 5] = lean if TRAINING else 0.0  # constants have no gradient to send back
-            coefficients[channel, 6] = offset if TRAINING else 0.0
+            coefficients[line + 4] = slope
+            coefficients[line + 5] = lean if TRAINING else 0.0  # constants have no gradient to send back
+            coefficients[line + 6] = offset if TRAINING else 0.0
 
 
 def mapped(x, a, y, k, h):
@@ -335,11 +344,11 @@ def mapped(x, a, y, k, h):
 
 def spread(x, a, y, cuts, coefficients, out, other):
     """Map every element."""
-    cut = Cut(*UNPACK_CUT(cuts, 0, 0))
+    cut = Cut(*UNPACK_CUT(cuts, 0))
     for task in range(cuda.blockIdx.x, cut.tiles * cut.slices, cuda.gridDim.x):
         channel = task % cut.tiles * cut.lanes + cuda.threadIdx.x % cut.lanes
         if channel < cut.channels:
-            h = HYPER(*UNPACK_HYPER(coefficients, channel, 0))
+            h = HYPER(*UNPACK_HYPER(coefficients, COEFFICIENTS * channel))
             first = task // cut.tiles * cut.length
             last = min(first + cut.length, cut.values)
             number = first + cuda.threadIdx.x // cut.lanes
@@ -448,12 +457,12 @@ class BatchNormCUDA:
         backend, unused = self._backend, self._unused
         channels = shape[1]
         cut, cuts = self._cut(shape)
-        coefficients = backend.xp.empty((channels, 7), self._dtype)
-        stats = backend.xp.empty((2, channels), np.float64)
+        coefficients = backend.xp.empty(channels * COEFFICIENTS, self._dtype)
+        stats = backend.xp.empty(2 * channels, np.float64)
         gamma, beta, mean, var = channelwise
-        partials = unused(np.float64, 3)
+        partials = unused(np.float64)
         if training:
-            partials = backend.xp.empty((2, cut.slices, channels), np.float64)
+            partials = backend.xp.empty(2 * cut.slices * channels, np.float64)
             gather = self._gather(backward=False)
             backend.launch(gather, cut.tiles * cut.slices, x, unused(), unused(), cuts, coefficients, partials)
         backend.launch(
@@ -474,7 +483,7 @@ class BatchNormCUDA:
             streams = (x, unused() if residual is None else residual, unused())
             spread = self._spread(backward=False)
             backend.launch(spread, cut.tiles * cut.slices, *streams, cuts, coefficients, out, unused())
-        return coefficients, stats
+        return coefficients, stats.reshape(2, channels)
 
     def backward(
         self,
@@ -502,7 +511,7 @@ class BatchNormCUDA:
         dx, other = outputs
         streams = (x, dy, unused() if y is None else y)
         # What is empty has gradients all the same: those of one slice whose sums are 0.
-        partials = (backend.xp.empty if x.size else backend.xp.zeros)((2, cut.slices, shape[1]), np.float64)
+        partials = (backend.xp.empty if x.size else backend.xp.zeros)(2 * cut.slices * shape[1], np.float64)
         tasks = cut.tiles * cut.slices
         if x.size:
             backend.launch(self._gather(backward=True), tasks, *streams, cuts, coefficients, partials)
@@ -512,7 +521,7 @@ class BatchNormCUDA:
             cuts,
             partials,
             unused() if gamma is None else gamma,
-            stats,
+            stats.reshape(-1),
             dgamma,
             dbeta,
             coefficients,
@@ -523,8 +532,8 @@ class BatchNormCUDA:
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
-    def _unused(self, dtype: Any = None, ndim: int = 1) -> Array:
-        return self._backend.unused(self._dtype if dtype is None else dtype).reshape((1,) * ndim)
+    def _unused(self, dtype: Any = None) -> Array:
+        return self._backend.unused(self._dtype if dtype is None else dtype)
 
     def _cut(self, shape: tuple[int, int, int]) -> tuple[Cut, Array]:
         """How an array is shared out, and the same on the device, where that of a shape seen before still is."""
@@ -534,7 +543,7 @@ class BatchNormCUDA:
                 cuts.clear()
             samples, channels, spatial = shape
             cut = plan(max(1, samples), channels, max(1, spatial))
-            cuts[shape] = cut, self._backend.upload(np.array([cut], np.int64))
+            cuts[shape] = cut, self._backend.upload(np.array(cut, np.int64))
         found: tuple[Cut, Array] = cuts[shape]
         return found
 
