@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastopt.backends import get_backend, place_of
 from fastopt.init import generator
 
 __all__ = ["Minibatches", "minibatches"]
@@ -74,10 +75,11 @@ def minibatches(
 
     The arrays are not copied, and no shuffled copy of them is ever made: an epoch costs one permutation of the row
     numbers (8 bytes per row) and each batch is gathered when it is asked for. Memory-mapped arrays are read batch by
-    batch.
+    batch. Arrays of a CUDA device stay there: the order is drawn as ever, and rows are gathered on the device.
 
     Args:
-        X: array of shape (N, ...), any dtype. Lists and whatever else NumPy can read are converted once, here.
+        X: array of shape (N, ...), any dtype. Lists and whatever else NumPy can read are converted once, here. Or an
+            array of a CUDA device (CuPy's, torch's); all of them, then, and the batches are CuPy's.
         y: a second array of shape (N, ...), usually the labels. Without it the batches are plain arrays, with it they
             are tuples.
         *more: further arrays of shape (N, ...), such as sample weights; the tuples are then as long as there are
@@ -98,7 +100,8 @@ def minibatches(
         ValueError: an array without a first axis, arrays of different length (the message names them), batch_size < 1,
             or drop_last=True with fewer rows than one batch, which would silently train on nothing. No rows at all are
             fine: no batches.
-        TypeError: an argument of the wrong type, or a masked array, whose mask would be lost.
+        TypeError: an argument of the wrong type, a masked array, whose mask would be lost, or arrays of which only
+            some are on a device.
     """
     if y is None and more:
         raise TypeError(
@@ -106,6 +109,10 @@ def minibatches(
         )
     given = {"X": X} if y is None else {"X": X, "y": y, **{f"more[{i}]": array for i, array in enumerate(more)}}
     arrays = {name: _as_rows(name, array) for name, array in given.items()}
+    places = {name: place_of(array) for name, array in arrays.items()}
+    if len(set(places.values())) > 1:
+        found = ", ".join(f"{name} is on {place!r}" for name, place in places.items())
+        raise TypeError(f"all arrays must be in one place, found: {found}; bring all to the device, or none")
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} has {rows}" for name, rows in lengths.items())
@@ -147,7 +154,10 @@ class Minibatches(Generic[Batch]):
         return -(-self._stop // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._epoch(None if self._rng is None else self._rng.permutation(len(self._arrays[0])))
+        order = None if self._rng is None else self._rng.permutation(len(self._arrays[0]))
+        if order is not None and place_of(self._arrays[0]) == "cuda":
+            order = get_backend("cuda").adopt(order)  # once, and not part by part
+        return self._epoch(order)
 
     def _epoch(self, order: NDArray[np.intp] | None) -> Iterator[Any]:
         # Everything is spelled out in the loop: a call of a helper, or of a bound method in its place, costs as much as
@@ -188,6 +198,8 @@ def _gathers_by_take(array: Array) -> bool:
     where NumPy has a path of its own. No kernel: it gains nothing on `take` and would cost the import of numba and a
     compilation. mode="clip" and mode="wrap", which skip the check of the bounds, are no faster than the default.
     """
+    if place_of(array) == "cuda":
+        return True
     # Of an array that is not contiguous and aligned `take` first makes a copy that is: all of the data, at each batch.
     return array.ndim > 1 and array.flags.c_contiguous and array.flags.aligned
 
@@ -198,13 +210,16 @@ def _as_rows(name: str, array: ArrayLike) -> Array:
             f"{name} must not be a masked array, whose mask would be lost; "
             f"pass {name}.filled(value), and the mask as a further array"
         )
+    on_device = place_of(array) == "cuda"
     try:
-        rows = np.asarray(array)
+        rows: Any = get_backend("cuda").adopt(array) if on_device else np.asarray(array)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
             f"{name} must be an array whose first axis counts the rows, found {type(array).__name__}: {error}"
         ) from error
+    if rows is None:
+        raise TypeError(f"{name} must be an array without a gradient, found {type(array).__name__}; use detach()")
     if rows.ndim == 0:
         hint = "; the size of a batch is passed by name: batch_size=64" if isinstance(array, int | str) else ""
         raise ValueError(

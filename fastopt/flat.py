@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import optree
 
-from fastopt.backends import ALIGNMENT, BLOCK, get_backend, place_of
+from fastopt.backends import ALIGNMENT, BLOCK, Backend, get_backend, place_of
 
 NAMESPACE = "fastopt"
 """The optree namespace in which fastopt registers plain dataclasses; optree's global registrations are seen too."""
@@ -109,6 +109,7 @@ class FlatParams:
         self.treespec = treespec
         self.data = self.new_buffer()
         self.grad = self.new_buffer()
+        self._device = self._backend.device_of(self.data)
         views = self.views(self.data)
         for view, leaf in zip(views, leaves, strict=True):
             self._backend.copy(view, leaf)
@@ -163,13 +164,15 @@ class FlatParams:
     def check_grads(self, grads: Any) -> list[Any]:
         """The leaves of a tree of gradients, an array or None for each parameter; an error where one does not fit."""
         leaves = self._leaves_like(grads)
-        kind, overlap = self._backend.array_type, self._backend.overlap
+        kind, overlap, device = self._backend.array_type, self._backend.overlap, self._device
         leaf: Any
         for k, (path, view, leaf) in enumerate(zip(self.paths, self._grad_views, leaves, strict=True)):
             if leaf is None or leaf is view:
                 continue
             if type(leaf) is not kind or leaf.dtype != self.dtype or leaf.shape != view.shape:
                 leaf = leaves[k] = self._check_gradient(path, leaf, view)
+            if device is not None:
+                _check_device(f"gradient {path!r}", leaf, self._backend, device, "its parameter on device")
             if overlap(leaf, self.grad) and not self._same_memory(leaf, view):
                 raise ValueError(
                     f"gradient {path!r} overlaps the gradient buffer in another place than its own: pass a copy, "
@@ -192,10 +195,11 @@ class FlatParams:
         """A gradient as an array of the backend; an error where it is none, or not like the parameter."""
         array: Any = leaf if isinstance(leaf, self._backend.array_type) else None
         if array is None and not isinstance(leaf, np.ndarray):
-            array = self._backend.adopt(leaf)  # another library's, that lies where it should
+            array = _adopted(f"gradient {path!r}", leaf, self._backend)  # another library's, that lies where it should
         if array is None:
             raise TypeError(
                 f"gradient {path!r}: expected {named(self._backend.array_type)} or None, found {named(type(leaf))}"
+                f"{_hint(leaf)}"
             )
         if array.dtype != view.dtype:
             raise TypeError(
@@ -212,6 +216,27 @@ class FlatParams:
         except (ValueError, TypeError) as error:
             raise ValueError(f"grads: not the structure of the parameters ({', '.join(self.paths)}): {error}") from None
         return leaves
+
+
+def _adopted(name: str, array: Any, backend: Backend) -> Any:
+    """`array` as one of the backend, None where it is none; an error that begins with `name`."""
+    try:
+        return backend.adopt(array)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _hint(array: Any) -> str:
+    return "; it requires grad: pass tensor.detach()" if getattr(array, "requires_grad", False) else ""
+
+
+def _check_device(name: str, array: Any, backend: Backend, expected: int | None, whose: str) -> None:
+    found = backend.device_of(array)
+    if found != expected:
+        raise ValueError(
+            f"{name}: is on device {found}, and {whose} {expected}; bring all arrays to one device, and make it the "
+            f"current one by `with cupy.cuda.Device({found}):`"
+        )
 
 
 def named(kind: type) -> str:
@@ -263,7 +288,7 @@ def pack(params: Any, *, backend: str = "auto", dtype: Any = None) -> FlatParams
     if backend == "auto":
         backend = "cuda" if "cuda" in map(place_of, leaves) else "cpu"
     memory = get_backend(backend)
-    leaves = [_check_leaf(path, memory.adopt(leaf), leaf, wanted) for path, leaf in zip(paths, leaves, strict=True)]
+    leaves = [_check_leaf(path, leaf, memory, wanted) for path, leaf in zip(paths, leaves, strict=True)]
     found = wanted or leaves[0].dtype
     for path, leaf in zip(paths, leaves, strict=True):
         if wanted is None and leaf.dtype != found:
@@ -274,13 +299,16 @@ def pack(params: Any, *, backend: str = "auto", dtype: Any = None) -> FlatParams
     return FlatParams(leaves, paths, treespec, np.dtype(found), backend)
 
 
-def _check_leaf(path: str, leaf: Any, given: Any, wanted: np.dtype[Any] | None) -> Any:
+def _check_leaf(path: str, given: Any, memory: Backend, wanted: np.dtype[Any] | None) -> Any:
+    leaf = _adopted(f"parameter {path!r}", given, memory)
     if leaf is None:
-        hint = "; backend='cuda' takes arrays of a GPU" if hasattr(given, "__cuda_array_interface__") else ""
+        of_device = place_of(given) == "cuda"
+        hint = "; backend='cuda' takes arrays of a GPU" if of_device and memory.name == "cpu" else ""
         raise TypeError(
             f"parameter {path!r}: expected a NumPy array, found {type(given).__name__}; use np.asarray(...), "
-            f"or for a torch tensor on the CPU tensor.numpy(){hint}"
+            f"or for a torch tensor on the CPU tensor.numpy(){hint}{_hint(given) if of_device else ''}"
         )
+    _check_device(f"parameter {path!r}", leaf, memory, memory.device, "the current device is")
     if leaf.dtype in DTYPES or (wanted is not None and leaf.dtype.kind == "f" and leaf.dtype.isnative):
         return leaf
     raise TypeError(
@@ -337,17 +365,31 @@ def match_overrides(paths: Sequence[str], overrides: Mapping[str, Mapping[str, A
     return found
 
 
-def check_vectors(arrays: Mapping[str, Any], *, read_only: str) -> None:
-    """Refuse bare arrays on which a kernel would read or write out of bounds, or compute garbage.
+def check_vectors(given: Mapping[str, Any], *, read_only: str) -> tuple[Backend, list[Any]]:
+    """The backend of bare arrays, and the arrays as its own; an error where a kernel would compute garbage on them.
 
-    All must be 1-D, contiguous, aligned, native float32 or float64 of one dtype and length, and none may overlap
-    another; all but the one called `read_only` must be writeable.
+    All must be of one place (NumPy's, or of the current device), 1-D, contiguous, aligned, native float32 or float64 of
+    one dtype and length, and none may overlap another; all but the one called `read_only` must be writeable.
     """
-    names = list(arrays)
+    names = list(given)
+    places = {name: place_of(array) for name, array in given.items()}
+    place = "cuda" if "cuda" in places.values() else "cpu"
+    backend = get_backend(place)
+    arrays: dict[str, Any] = {}
+    for name, array in given.items():
+        if places[name] != place and isinstance(array, np.ndarray):
+            other = next(other for other in names if places[other] == place)
+            raise TypeError(
+                f"{name} is a NumPy array, and {other}, {named(type(given[other]))}, is on a device: pass all arrays "
+                f"on the CPU, or all on one device"
+            )
+        own = array if isinstance(array, np.ndarray) else _adopted(name, array, backend)
+        if own is None or places[name] != place:
+            expected = "NumPy array" if place == "cpu" else "array of the device"
+            raise TypeError(f"{name}: expected a 1-D {expected}, found {type(array).__name__}{_hint(array)}")
+        arrays[name] = own
     first = arrays[names[0]]
     for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise TypeError(f"{name}: expected a 1-D NumPy array, found {type(array).__name__}")
         if array.dtype not in DTYPES:
             raise TypeError(
                 f"{name}: expected float32 or float64 in native byte order, found dtype {array.dtype.str!r}; "
@@ -359,18 +401,25 @@ def check_vectors(arrays: Mapping[str, Any], *, read_only: str) -> None:
             raise TypeError(f"{name}: expected dtype {first.dtype} as that of {names[0]}, found {array.dtype}")
         if array.size != first.size:
             raise ValueError(f"{name}: expected {first.size} elements as in {names[0]}, found {array.size}")
-        flags = array.flags
-        if not flags.c_contiguous:
+        if not array.flags.c_contiguous:
             raise ValueError(
                 f"{name}: expected a contiguous array, found strides {array.strides}; pass a contiguous one"
             )
-        if not flags.aligned:
+        if backend.address(array) % array.itemsize:
             raise ValueError(f"{name}: expected an aligned array; its address is no multiple of {array.itemsize} bytes")
-        if not flags.writeable and name != read_only:
+        if name != read_only and not _writeable(given[name]):
             raise ValueError(f"{name}: is read-only, and would be written in place; pass a writeable array")
-    if first.size == 0:
-        return
-    begins = sorted((array.__array_interface__["data"][0], name) for name, array in arrays.items())
-    for (begin, name), (following, other) in pairwise(begins):
-        if begin + first.nbytes > following:
-            raise ValueError(f"{name} and {other} overlap in memory; pass arrays that share none")
+        _check_device(name, array, backend, backend.device, "the current device is")
+    if first.size > 0:
+        begins = sorted((backend.address(array), name) for name, array in arrays.items())
+        for (begin, name), (following, other) in pairwise(begins):
+            if begin + first.nbytes > following:
+                raise ValueError(f"{name} and {other} overlap in memory; pass arrays that share none")
+    return backend, list(arrays.values())
+
+
+def _writeable(array: Any) -> bool:
+    flags = getattr(array, "flags", None)  # CuPy's have no such flag: all of its arrays are
+    if hasattr(flags, "c_contiguous"):
+        return bool(getattr(flags, "writeable", True))
+    return not array.__cuda_array_interface__["data"][1]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends import Features, get_backend
+from fastopt.backends import Features
 from fastopt.flat import Layout, check_vectors
 from fastopt.idle import Idle
 from fastopt.table import EMA, WEIGHT_DECAY, Point, Table, hyper_of
@@ -317,16 +317,17 @@ class Rule:
             self._twin._twin = self
         return self._twin
 
-    def update_(
-        self, p: np.ndarray, g: np.ndarray, *states: np.ndarray, t: int = 1, grad_scale: float = 1.0, **hyper: Any
-    ) -> None:
+    def update_(self, p: Any, g: Any, *states: Any, t: int = 1, grad_scale: float = 1.0, **hyper: Any) -> None:
         """Update bare 1-D arrays in place, by the kernel that an Optimizer would use.
 
         Args:
-            p, g, *states: 1-D contiguous NumPy arrays of one length and dtype (float32 or float64), none overlapping
+            p, g, *states: 1-D contiguous arrays of one length and dtype (float32 or float64), none overlapping
                 another: parameter, gradient (only read) and the rule's states, in the order of `Rule.states`, which
                 begin as `Rule.initial` tells. A state that is one number per parameter (NovoGrad's v) comes last, as an
-                array of one float64.
+                array of one float64. NumPy arrays, or all on the current CUDA device: CuPy's, torch's
+                (``tensor.detach()``), or any with ``__cuda_array_interface__``. The kernel runs on CuPy's current
+                stream. torch must be on the same one; outside of its default stream, that takes
+                ``with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):``.
             t: the number of this update, from 1.
             grad_scale: what the loss was multiplied by; the gradient is divided by it.
             **hyper: the rule's hyperparameters, numbers (not schedules); the defaults of its optimizer for the rest.
@@ -349,23 +350,36 @@ class Rule:
         if self.matrixwise is not None:
             raise TypeError(f"rule {self.name!r} looks at matrices, and not at bare 1-D arrays: use its optimizer")
         count = len(self.states)
-        check_vectors(dict(zip(("p", "g", *self.states), (p, g, *states[:count]), strict=True)), read_only="g")
-        for name, number in zip(self.numbers, states[count:], strict=True):
-            check_vectors({name: number}, read_only="")
+        named = dict(zip(("p", "g", *self.states), (p, g, *states[:count]), strict=True))
+        backend, vectors = check_vectors(named, read_only="g")
+        numbers = []
+        for name, given in zip(self.numbers, states[count:], strict=True):
+            place, (number,) = check_vectors({name: given}, read_only="")
+            if place is not backend:
+                raise TypeError(f"{name} is on {place.name!r}, and p on {backend.name!r}: pass all arrays in one place")
             if number.dtype != np.float64 or number.size != 1:
                 raise TypeError(f"{name}: expected 1 number of float64, found {number.size} of {number.dtype}")
+            numbers.append(number)
         if not isinstance(t, Integral) or isinstance(t, bool) or t < 1:
             raise ValueError(f"t={t!r}: expected the number of this update, an int from 1")
         values = self.complete(hyper)
         values = {name: self.check(name, value) for name, value in values.items()}
         point = Point.of(self, values)
         hyper_type = hyper_of(self, point)
-        table = Table(self, hyper_type, p.dtype)
+        size, dtype = vectors[0].size, vectors[0].dtype
+        table = Table(self, hyper_type, dtype)
         unscale = table.unscale(grad_scale)
         table.write(0, int(t), point, unscale)
-        features = self.features(decays=values[WEIGHT_DECAY] != 0.0, unscale=unscale != 1.0)
-        kernel = get_backend("cpu").kernel(self, hyper_type, p.dtype, features)
-        kernel.launch(p, g, states, table.array, _whole(p.size, self.whole))
+        unaligned = any(backend.address(array) % backend.wide for array in vectors)
+        scattered = unaligned and not self.whole
+        features = self.features(decays=values[WEIGHT_DECAY] != 0.0, unscale=unscale != 1.0, scattered=scattered)
+        kernel = backend.kernel(self, hyper_type, dtype, features)
+        # The loops of a rule with norms have no scattered form: they are given copies.
+        used = [array.copy() for array in vectors] if unaligned and self.whole else vectors
+        kernel.launch(used[0], used[1], (*used[2:], *numbers), table.array, _whole(size, self.whole, scattered))
+        for array, new in zip(vectors, used, strict=True):
+            if array is not new and array is not vectors[1]:
+                backend.copy(array, new)
 
 
 def rule(
@@ -444,5 +458,8 @@ def _positional(function: Callable[..., Any], what: str) -> list[str]:
 
 
 @lru_cache(maxsize=64)
-def _whole(size: int, layerwise: bool) -> np.ndarray:
-    return Layout.of([(size,)]).chunks([0], layerwise=layerwise)
+def _whole(size: int, layerwise: bool, scattered: bool) -> np.ndarray:
+    chunks = Layout.of([(size,)]).chunks([0], layerwise=layerwise)
+    if scattered:
+        chunks[:, 4] = chunks[:, 0]  # the gradient is where the parameter is
+    return chunks

@@ -858,3 +858,33 @@ def test_a_checkpoint_is_one_file_of_one_optimizer(tmp_path, monkeypatch, argume
     for word in said:
         assert word in plain(result.output)
     assert not list(tmp_path.iterdir())
+
+
+# --- where it computes ------------------------------------------------------------------------------------------------
+
+
+def test_a_backend_that_cannot_work_here_is_an_error_with_its_reason():
+    """In a process without the CUDA simulator, and without the devices that there may be."""
+    without = {"NUMBA_ENABLE_CUDASIM": "0", "CUDA_VISIBLE_DEVICES": ""}
+    refused = command("train", "--backend", "cuda", **without)
+    automatic = command("train", "--backend", "auto", "--epochs", "1", "--json", "-", **without)
+    output, error = refused.communicate(timeout=60)
+    assert (refused.returncode, output) == (2, "")
+    assert "Invalid value for --backend: backend='cuda': numba finds no CUDA device" in plain(error)
+    assert "Traceback" not in error
+    output, error = automatic.communicate(timeout=60)
+    assert automatic.returncode == 0, error
+    assert json.loads(output)["settings"]["backend"] == "cpu"
+
+
+def test_a_library_that_cupy_misses_is_an_error_with_its_name(monkeypatch):
+    class Lonely:
+        params = property(lambda self: [self])
+
+        def __matmul__(self, other):
+            raise ImportError("libcublas.so.13: cannot open shared object file")
+
+    monkeypatch.setattr("fastopt.cli.choices.pack", lambda arrays, backend: Lonely())
+    result = invoke("--backend", "cuda")
+    assert result.exit_code == 2
+    assert "CuPy cannot multiply matrices here: libcublas.so.13" in plain(result.output)

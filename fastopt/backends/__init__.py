@@ -140,6 +140,10 @@ class Backend(Protocol):
     asynchronous: bool
     """Whether it is an `Asynchronous`."""
 
+    wide: int
+    """Bytes. Of buffers that all begin at a multiple of it a kernel may read and write several elements at once; with
+    others it is made with the feature `scattered`, or launched on copies."""
+
     def zeros(self, size: int, dtype: Any) -> Array:
         """A 1-D buffer of zeros, aligned to `ALIGNMENT` bytes."""
 
@@ -151,7 +155,17 @@ class Backend(Protocol):
         """That of its arrays, which are given and taken at the door. They have the methods and operators of NumPy's."""
 
     def adopt(self, leaf: Any) -> Array | None:
-        """An array as one of this backend; None for what it does not take."""
+        """An array as one of this backend; None for what it does not take.
+
+        Raises ValueError for an array that another library would be writing to meanwhile.
+        """
+
+    @property
+    def device(self) -> int | None:
+        """The number of the device that is current. None where there is but one place."""
+
+    def device_of(self, array: Array) -> int | None:
+        """That of the device on which an array of this backend lives."""
 
     def copy(self, to: Array, source: Array) -> None:
         """Copy a NumPy array, or one of this backend, to another of this backend."""
@@ -275,4 +289,7 @@ def get_backend(name: str) -> Backend:
 
 def place_of(array: Any) -> str:
     """The name of the backend on which an array lives: ``"cuda"`` for those of a device, else ``"cpu"``."""
-    return "cuda" if hasattr(array, "__cuda_array_interface__") else "cpu"
+    try:
+        return "cuda" if hasattr(array, "__cuda_array_interface__") else "cpu"
+    except RuntimeError:  # torch's, of a tensor on a device that requires grad; `Backend.adopt` tells so
+        return "cuda"

@@ -597,6 +597,12 @@ class CPU:
 
     overlap = staticmethod(np.may_share_memory)  # NumPy's own: it is asked twice for every gradient of a step
 
+    device = None
+    wide = 1  # unaligned loads of vectors cost next to nothing
+
+    def device_of(self, array: Array) -> None:
+        """As `fastopt.backends.Backend`."""
+
     def address(self, array: Array) -> int:
         """As `fastopt.backends.Backend`."""
         address: int = array.__array_interface__["data"][0]

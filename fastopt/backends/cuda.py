@@ -7,6 +7,7 @@ numba's simulator (NUMBA_ENABLE_CUDASIM=1), where there is no device, NumPy arra
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -621,6 +622,7 @@ class CUDA:
 
     name = "cuda"
     asynchronous = True
+    wide = 16
 
     xp: Any
     """CuPy, or what stands for it in the simulator."""
@@ -880,6 +882,7 @@ class CUDA:
         """Run a kernel on CuPy's current stream. Its first launch decides of what type every argument is."""
         if blocks == 0:
             return
+        self._check_device(arguments[0])
         grid = min(blocks, self._most_blocks)
         given = [self._given(argument) for argument in arguments]
         if SIMULATED:
@@ -916,16 +919,53 @@ class CUDA:
         # Converted here, because numba would wait for CuPy's stream, on which the kernel is launched anyway.
         return cuda.as_cuda_array(argument, sync=False)
 
+    def _check_device(self, argument: Any) -> None:
+        """Refuse to launch on the current device what works on another's arrays; the first argument tells."""
+        array = argument[0] if isinstance(argument, tuple) else argument
+        if isinstance(array, self.xp.ndarray) and self.device_of(array) != self.device:
+            found = self.device_of(array)
+            raise ValueError(
+                f"the arrays are on device {found}, and the current device is {self.device}: work with them in "
+                f"`with cupy.cuda.Device({found}):`"
+            )
+
     def host(self, array: Array) -> np.ndarray:
         """A NumPy copy of an array on the device; waits for it."""
         found: np.ndarray = self.xp.asnumpy(array)
         return found
 
     def adopt(self, leaf: Any) -> Array | None:
-        """As `fastopt.backends.Backend`: arrays of the device as they are, NumPy's uploaded."""
-        if isinstance(leaf, np.ndarray | self.xp.ndarray) or hasattr(leaf, "__cuda_array_interface__"):
+        """As `fastopt.backends.Backend`: arrays of the device as they are, NumPy's uploaded.
+
+        CuPy keeps a reference to the owner of the memory, and waits for the stream that an owner names.
+        """
+        if isinstance(leaf, np.ndarray | self.xp.ndarray):
             return self.xp.asarray(leaf)
-        return None
+        try:
+            if not hasattr(leaf, "__cuda_array_interface__"):
+                return None
+        except RuntimeError:  # torch's, of a tensor that requires grad
+            return None
+        torch = sys.modules.get("torch")
+        if torch is not None and type(leaf).__module__.partition(".")[0] == "torch":  # it names no stream
+            theirs, ours = torch.cuda.current_stream().cuda_stream, self.xp.cuda.get_current_stream().ptr
+            if theirs != ours:
+                raise ValueError(
+                    f"the current stream of torch ({theirs:#x}) is not that of CuPy ({ours:#x}), on which kernels run: "
+                    f"use `with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):`"
+                )
+        return self.xp.asarray(leaf)
+
+    @property
+    def device(self) -> int:
+        """As `fastopt.backends.Backend`."""
+        number: int = self.xp.cuda.Device().id
+        return number
+
+    def device_of(self, array: Array) -> int:
+        """As `fastopt.backends.Backend`."""
+        number: int = array.device.id
+        return number
 
     def copy(self, to: Array, source: Array) -> None:
         """As `fastopt.backends.Backend`."""

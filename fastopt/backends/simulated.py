@@ -1,19 +1,33 @@
 """What stands for CuPy in numba's CUDA simulator: arrays that do not mix with NumPy's, as those of a device do not.
 
 They are NumPy arrays underneath, so what works here need not work on a device; but what forgets where an array lives
-fails here, as it would there.
+fails here, as it would there. There are as many devices as are asked for, and one stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
 
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
 
 class ndarray(np.ndarray):  # noqa: N801 CuPy's name
     """An array "on the device"."""
+
+    _device_id: int
+
+    def __array_finalize__(self, source: Any) -> None:
+        """A view lives where its array does, and all else on the current device."""
+        self._device_id = source._device_id if isinstance(source, ndarray) else cuda.Device.current
+
+    @property  # type: ignore[override]
+    def device(self) -> cuda.Device:
+        """Where it lives."""
+        return cuda.Device(self._device_id)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -33,7 +47,11 @@ class ndarray(np.ndarray):  # noqa: N801 CuPy's name
         result = getattr(ufunc, method)(*operands, **kwargs)
         if out is not None:
             return out[0] if len(out) == 1 else out
-        return result.view(ndarray) if isinstance(result, np.ndarray) else result
+        return _there(result)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A part, which is an array even where it is one element: it stays on the device until it is asked for."""
+        return _there(super().__getitem__(key))
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Only numbers and arrays of the device can be assigned."""
@@ -46,7 +64,7 @@ class ndarray(np.ndarray):  # noqa: N801 CuPy's name
 
 
 class cuda:  # noqa: N801 CuPy's name
-    """What of ``cupy.cuda`` is used: the current stream, and events."""
+    """What of ``cupy.cuda`` is used: devices, the current stream, and events."""
 
     recorded: ClassVar[list[Callable[[], None]]] = []
     """The launches of the last capture."""
@@ -57,10 +75,11 @@ class cuda:  # noqa: N801 CuPy's name
         done = False
 
         def __init__(self, disable_timing: bool = False):
-            pass
+            self.seconds = 0.0
 
         def record(self) -> None:
-            """Nothing is asynchronous here."""
+            """Note the time. Nothing is asynchronous here."""
+            self.seconds = perf_counter()
 
         def synchronize(self) -> None:
             """Wait."""
@@ -70,6 +89,10 @@ class cuda:  # noqa: N801 CuPy's name
         """The only one."""
 
         capturing = False
+        ptr = 0
+
+        def synchronize(self) -> None:
+            """Nothing is asynchronous here."""
 
         def is_capturing(self) -> bool:
             """Whether launches are recorded."""
@@ -85,12 +108,34 @@ class cuda:  # noqa: N801 CuPy's name
             self.capturing = False
             return Graph(list(cuda.recorded))
 
+    class Device:
+        """``Device(1).id`` is 1, ``Device().id`` that of the current one, which ``with Device(1):`` makes it."""
+
+        current = 0
+
+        def __init__(self, number: int | None = None):
+            self.id = cuda.Device.current if number is None else number
+            self._outer: list[int] = []
+
+        def __enter__(self) -> cuda.Device:
+            self._outer.append(cuda.Device.current)
+            cuda.Device.current = self.id
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            cuda.Device.current = self._outer.pop()
+
     _stream = Stream()
 
     @classmethod
     def get_current_stream(cls) -> Stream:
         """As CuPy's."""
         return cls._stream
+
+    @staticmethod
+    def get_elapsed_time(start: cuda.Event, end: cuda.Event) -> float:
+        """As CuPy's, in milliseconds."""
+        return 1e3 * (end.seconds - start.seconds)
 
 
 class Graph:
@@ -105,12 +150,33 @@ class Graph:
             launch()
 
 
+def _there(result: Any) -> Any:
+    return np.asarray(result).view(ndarray) if isinstance(result, np.ndarray | np.generic) else result
+
+
 def _bare(value: Any) -> Any:
     if isinstance(value, ndarray):
         return value.view(np.ndarray)
     if isinstance(value, np.ndarray) and value.ndim > 0:
         raise TypeError("a NumPy array meets one of the (simulated) device: upload it")
     return value
+
+
+class _Owned:
+    """The memory of another library's array, which is kept."""
+
+    def __init__(self, owner: Any):
+        self.owner = owner
+        self.__array_interface__ = {**owner.__cuda_array_interface__, "version": 3}
+
+
+def _unwrapped(source: Any) -> Any:
+    if isinstance(source, ndarray):
+        return source.view(np.ndarray)
+    return np.asarray(_Owned(source)) if hasattr(source, "__cuda_array_interface__") else source
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
 
 
 def zeros(shape: Any, dtype: Any = np.float64) -> ndarray:
@@ -123,16 +189,22 @@ def empty(shape: Any, dtype: Any = np.float64) -> ndarray:
     return np.empty(shape, dtype).view(ndarray)
 
 
+def arange(stop: int) -> ndarray:
+    """As CuPy's."""
+    return np.arange(stop).view(ndarray)
+
+
 def array(source: Any, dtype: Any = None) -> ndarray:
     """A copy of a NumPy array, or of one of the device."""
     return np.array(_unwrapped(source), dtype).view(ndarray)
 
 
 def asarray(source: Any, dtype: Any = None) -> ndarray:
-    """`source` itself where it is of the device and of this dtype, else a copy."""
-    if isinstance(source, ndarray) and dtype in (None, source.dtype):
-        return source
-    return array(source, dtype)
+    """`source` itself, or a view of another library's array, where it is of the device and this dtype, else a copy."""
+    if not hasattr(source, "__cuda_array_interface__"):
+        return array(source, dtype)
+    found = source if isinstance(source, ndarray) else _unwrapped(source).view(ndarray)
+    return found if dtype in (None, found.dtype) else array(found, dtype)
 
 
 def ascontiguousarray(source: ndarray) -> ndarray:
@@ -145,10 +217,22 @@ def asnumpy(source: ndarray) -> np.ndarray:
     return np.array(_unwrapped(source))
 
 
+def copyto(to: ndarray, source: ndarray) -> None:
+    """As CuPy's."""
+    to[...] = source
+
+
 def may_share_memory(a: ndarray, b: ndarray) -> bool:
     """As CuPy's."""
     return bool(np.may_share_memory(_unwrapped(a), _unwrapped(b)))
 
 
-def _unwrapped(source: Any) -> Any:
-    return source.view(np.ndarray) if isinstance(source, ndarray) else source
+def _for_the_device(ufunc: np.ufunc) -> Callable[..., Any]:
+    def function(*operands: Any, out: ndarray | None = None) -> Any:
+        given = {} if out is None else {"out": (out,)}
+        return empty(0).__array_ufunc__(ufunc, "__call__", *operands, **given)
+
+    return function
+
+
+exp, log, sqrt, maximum, matmul = map(_for_the_device, (np.exp, np.log, np.sqrt, np.maximum, np.matmul))

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
-from fastopt import Optimizer, init, schedules
+from fastopt import Optimizer, init, pack, schedules
 
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
@@ -212,6 +213,25 @@ def parse_batch_size(text: str) -> int | Literal["full"]:
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     raise ValueError(f"{text!r} is no batch size; give a whole number from 1, or 'full' for all rows in every step")
+
+
+def parse_backend(text: str) -> str:
+    """``cpu``, or ``cuda`` where that works; ``auto`` is cuda where it works, else cpu."""
+    if one_of(text, ["cpu", "cuda", "auto"], "backend") == "cpu":
+        return "cpu"
+    try:
+        ones = pack([np.ones((1, 1), np.float32)], backend="cuda").params[0]
+        try:
+            (ones @ ones).tobytes()
+        except (RuntimeError, ImportError, OSError) as error:  # our kernels need fewer of NVIDIA's libraries
+            raise RuntimeError(
+                f"backend='cuda': CuPy cannot multiply matrices here: {error}; pip install 'cupy-cuda13x[ctk]'"
+            ) from None
+    except RuntimeError as error:
+        if text == "auto":
+            return "cpu"
+        raise ValueError(str(error)) from None
+    return "cuda"
 
 
 def parse_hidden(text: str) -> list[int]:

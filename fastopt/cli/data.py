@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,11 @@ class Dataset(NamedTuple):
     x_test: NDArray[Any]
     y_test: NDArray[Any]
     classes: int
+
+    def on(self, xp: ModuleType) -> Dataset:
+        """The same as arrays of `xp`, which is NumPy or CuPy."""
+        x_train, y_train, x_test, y_test = map(xp.asarray, self[:-1])
+        return Dataset(x_train, y_train, x_test, y_test, self.classes)
 
 
 def load(name: str, rng: np.random.Generator) -> Dataset:

@@ -1,4 +1,4 @@
-"""A small multilayer network in plain NumPy: the example of embedding fastopt in a trainer of one's own.
+"""A small multilayer network in NumPy, or CuPy: the example of embedding fastopt in a trainer of one's own.
 
 The network belongs to the trainer, its numbers to the optimizer, which hands them out as views of one flat buffer.
 `backward` reads ``opt.params`` and writes into ``opt.grads``; nothing is copied, and a step is one launch. With batch
@@ -8,12 +8,17 @@ normalisation, gamma and beta live in that buffer as well (`new_norms`):
     for x, labels in fastopt.minibatches(X, y, batch_size=32, rng=rng):
         loss = backward(opt.params, x, labels, out=opt.grads)
         opt.step()
+
+With ``backend="cuda"`` the parameters are CuPy arrays. Whatever is given to the network is then to be such an array,
+too (``module_of(opt.flat.data).asarray(X)``), and no number leaves the device unless it is asked for: ``float(loss)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +51,17 @@ def new_layers(
     return layers
 
 
-def new_norms(layers: Sequence[Layer]) -> tuple[list[Layer], list[BatchNorm]]:
+def module_of(array: Array) -> ModuleType:
+    """NumPy, or CuPy: the module whose functions are for this array, which has the same functions in both.
+
+    >>> import numpy as np
+    >>> module_of(np.zeros(3)).__name__
+    'numpy'
+    """
+    return import_module(type(array).__module__)
+
+
+def new_norms(layers: Sequence[Layer], backend: str = "cpu") -> tuple[list[Layer], list[BatchNorm]]:
     """Batch normalisation with ReLU after every layer but the last: the layers with its parameters, and the norms.
 
     The optimizer packs the layers; `attach` each norm to its views then:
@@ -56,29 +71,33 @@ def new_norms(layers: Sequence[Layer]) -> tuple[list[Layer], list[BatchNorm]]:
         for norm, params, grads in zip(norms, opt.params, opt.grads):
             norm.attach(params.bn, grads.bn)
     """
-    norms = [BatchNorm(layer.W.shape[1], activation="relu", dtype=layer.W.dtype) for layer in layers[:-1]]
+    norms = [
+        BatchNorm(layer.W.shape[1], activation="relu", dtype=layer.W.dtype, backend=backend) for layer in layers[:-1]
+    ]
     normed = [layer._replace(bn=norm.params) for layer, norm in zip(layers, norms, strict=False)]
     return [*normed, layers[-1]], norms
 
 
 def forward(layers: Sequence[Layer], x: Array, norms: Sequence[BatchNorm] = (), training: bool = False) -> list[Array]:
     """What enters each layer, and the logits that leave the last: ``a = relu(a W + b)``, the last without relu."""
+    xp = module_of(x)
     activations = [x]
     for k, layer in enumerate(layers):
         z = activations[-1] @ layer.W + layer.b
         if k < len(layers) - 1:
-            z = norms[k].forward(z, training=training) if norms else np.maximum(z, 0, out=z)
+            z = norms[k].forward(z, training=training) if norms else xp.maximum(z, 0, out=z)
         activations.append(z)
     return activations
 
 
-def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
+def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Any, Array]:
     """The mean of ``log(sum(exp(z))) - z[label]`` over the rows, and its gradient ``(softmax(z) - onehot) / rows``."""
-    picks = np.arange(len(labels)), labels
+    xp = module_of(logits)
+    picks = xp.arange(len(labels)), labels
     shifted = logits - logits.max(axis=1, keepdims=True)  # the same softmax, whose largest term is exp(0)
-    terms = np.exp(shifted)
+    terms = xp.exp(shifted)
     sums = terms.sum(axis=1)
-    loss = float(np.mean(np.log(sums) - shifted[picks]))
+    loss = (xp.log(sums) - shifted[picks]).mean()
     gradient = terms / sums[:, None]
     gradient[picks] -= 1
     gradient /= len(labels)
@@ -87,13 +106,14 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
 
 def backward(
     layers: Sequence[Layer], x: Array, labels: Array, out: Sequence[Layer], norms: Sequence[BatchNorm] = ()
-) -> float:
-    """The mean loss of a batch; its gradient by every parameter is written into `out`, in place."""
+) -> Any:
+    """The mean loss of a batch, a number; its gradient by every parameter is written into `out`, in place."""
+    xp = module_of(x)
     *inputs, logits = forward(layers, x, norms, training=True)
     loss, delta = softmax_cross_entropy(logits, labels)
     for k in reversed(range(len(layers))):
-        np.matmul(inputs[k].T, delta, out=out[k].W)
-        np.sum(delta, axis=0, out=out[k].b)
+        xp.matmul(inputs[k].T, delta, out=out[k].W)
+        delta.sum(axis=0, out=out[k].b)
         if k > 0:
             delta = delta @ layers[k].W.T
             delta = norms[k - 1].backward(delta, out=delta) if norms else delta * (inputs[k] > 0)
@@ -101,7 +121,7 @@ def backward(
 
 
 def evaluate(layers: Sequence[Layer], x: Array, labels: Array, norms: Sequence[BatchNorm] = ()) -> tuple[float, float]:
-    """The mean loss, and the fraction of rows whose largest logit is that of their label."""
+    """The mean loss, and the fraction of rows whose largest logit is that of their label; waits for the device."""
     logits = forward(layers, x, norms)[-1]
     loss, _ = softmax_cross_entropy(logits, labels)
-    return loss, float(np.mean(logits.argmax(axis=1) == labels))
+    return float(loss), float((logits.argmax(axis=1) == labels).mean())

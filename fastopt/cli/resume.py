@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastopt import BatchNorm, Optimizer
+from fastopt.cli.network import module_of
 from fastopt.cli.trainer import Outcome
 
 OPTIONS = {
@@ -23,6 +24,7 @@ OPTIONS = {
     "optimizer": "--optimizer",
     "options": "--optimizer",
     "lr": "--lr",
+    "backend": "--backend",
     "batch_norm": "--batch-norm",
 }
 """The settings that must be those of the run in the file, and the options that set them."""
@@ -61,7 +63,7 @@ class Keeper:
         kept = describe(self.path)["extra"].get("fastopt train")
         if not isinstance(kept, dict) or not isinstance(kept.get("settings"), dict):
             raise ValueError(f"{self.path}: a checkpoint, but none of fastopt train; choose another --checkpoint FILE")
-        self._refuse_other_settings(kept["settings"])
+        self._refuse_other_settings({"backend": "cpu", **kept["settings"]})  # it was, before there was a choice
         try:
             outcome = _outcome_of(kept["progress"])
             statistics = [_parsed(norm, one) for norm, one in zip(self._norms, kept["progress"]["norms"], strict=True)]
@@ -74,8 +76,9 @@ class Keeper:
             )
         self._opt.load(self.path)
         for norm, (mean, var, count) in zip(self._norms, statistics, strict=True):
-            np.copyto(norm.running_mean, mean)  # type: ignore[arg-type]
-            np.copyto(norm.running_var, var)  # type: ignore[arg-type]
+            for own, kept_there in ((norm.running_mean, mean), (norm.running_var, var)):
+                assert own is not None
+                own[...] = module_of(own).asarray(kept_there)
             norm.num_batches_tracked = count
         return outcome
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from fastopt.cli.choices import (
     check_lr,
     one_of,
     optimizers,
+    parse_backend,
     parse_batch_size,
     parse_hidden,
     parse_optimizers,
@@ -45,6 +47,7 @@ EXAMPLES = "\n\n".join(
         "fastopt train --optimizer all --plot curves.png --json results.json",
         "fastopt train --optimizer sgd --lr 0.005 --batch-norm --plot curves.png",
         "fastopt train --epochs 300 --schedule cosine --checkpoint run.safetensors --resume",
+        "fastopt train --backend cuda --hidden 4096,4096 --batch-size 256",
     ]
 )
 
@@ -124,6 +127,14 @@ def train(
         str,
         typer.Option(metavar="NUMBER|full", help="Rows in a mini-batch, from 1, or full: all rows in every step."),
     ] = "32",
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Where the network and the optimizer compute: cpu, cuda (CuPy and our kernels on a GPU; it rounds in "
+            "other places than a CPU), or auto: cuda where it works, else cpu.",
+        ),
+    ] = "cpu",
     seed: Annotated[
         int,
         typer.Option(
@@ -179,6 +190,8 @@ def train(
         widths = parse_hidden(hidden)
     with blame("--batch-size"):
         rows_per_batch = parse_batch_size(batch_size)
+    with blame("--backend"):
+        backend = parse_backend(backend)
     with blame("--plot"):
         if plot is not None:
             check_writable(plot)
@@ -209,6 +222,7 @@ def train(
         "steps": epochs * -(-n // batch_rows),
         "schedule": schedule,
         "init": init,
+        "backend": backend,
         "seed": seed,
     }
     with blame("--batch-norm"):
@@ -299,13 +313,15 @@ def _make_run(
     layers = new_layers(settings["layers"], INITS[settings["init"]], rng)
     norms: list[fastopt.BatchNorm] = []
     if normed:
-        layers, norms = new_norms(layers)
+        layers, norms = new_norms(layers, settings["backend"])
     _, schedule = SCHEDULES[settings["schedule"]]
     started = perf_counter()
-    opt = choice.kind(layers, lr=schedule(lr, settings["steps"]), **choice.options)
+    opt = choice.kind(layers, lr=schedule(lr, settings["steps"]), backend=settings["backend"], **choice.options)
     if choice.looks_ahead and isinstance(opt, fastopt.Nesterov):
         with opt.lookahead():  # this has a kernel of its own: compile it here, not in the training loop
             pass
+    if settings["backend"] == "cuda":  # where kernels are compiled when they are first launched
+        copy.deepcopy(opt).step()
     for norm, params, grads in zip(norms, opt.params, opt.grads, strict=False):
         norm.attach(params.bn, grads.bn)
     label = f"{choice.label} + batch norm" if normed else choice.label
@@ -347,6 +363,7 @@ def _title(settings: dict[str, Any]) -> str:
     return (
         f"{settings['data']}, layers {'-'.join(map(str, settings['layers']))}, batch size {settings['batch_size']}, "
         f"schedule {settings['schedule']}, init {settings['init']}, seed {settings['seed']}"
+        + (", on cuda" if settings["backend"] == "cuda" else "")
     )
 
 
@@ -371,11 +388,12 @@ def _print_results(out: Console, settings: dict[str, Any], runs: Sequence[Run], 
                 f"{run.label} diverged: its loss after epoch {outcome.diverged_in_epoch} is not a finite number; "
                 f"try a learning rate below {run.lr:.4g}."
             )
+    of_device = ", between two events on the device" if settings["backend"] == "cuda" else ""
     out.print(
         f"loss: mean over the {settings['training_rows']} training rows after {settings['epochs']} epochs "
         f"({settings['steps']} steps). accuracy: on these rows, and on {settings['test_rows']} test rows. us per step: "
-        f"microseconds in the optimizer. Compiling took {sum(run.compile_seconds for run in runs):.2f} s and is not in "
-        f"these times."
+        f"microseconds in the optimizer{of_device}. Compiling took {sum(run.compile_seconds for run in runs):.2f} s "
+        f"and is not in these times."
     )
 
 

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from fastopt import BatchNorm, Nesterov, Optimizer, ScheduleFreeAdamW, minibatches
 from fastopt.cli.data import Dataset
-from fastopt.cli.network import Array, backward, evaluate
+from fastopt.cli.network import Array, backward, evaluate, module_of
 
 
 @dataclass
@@ -33,7 +33,8 @@ class Outcome:
     """Of training and of measuring the loss after each epoch."""
     timed_seconds: float = 0.0
     timed_steps: int = 0
-    """How long how many calls of ``opt.step()`` took, without the first of a process, which may compile."""
+    """How long how many calls of ``opt.step()`` took, without the first of a run, which may compile. On a device: from
+    when it came to them until it had done them, whatever the host did meanwhile."""
     parameters: str = ""
     """SHA-256 of the trained parameters: two runs with one digest agree to the bit."""
 
@@ -46,6 +47,36 @@ class Outcome:
     def step_microseconds(self) -> float | None:
         """Mean time of ``opt.step()`` from the second step on. None where there was no second."""
         return 1e6 * self.timed_seconds / self.timed_steps if self.timed_steps else None
+
+
+class Stopwatch:
+    """The time that calls take: on the clock, or, where they only tell a device what to do, by events on its stream."""
+
+    def __init__(self, xp: Any):
+        self._cuda: Any = getattr(xp, "cuda", None)
+        self._pairs: list[tuple[Any, Any]] = []
+        self._seconds = 0.0
+
+    def time(self, call: Callable[[], Any]) -> None:
+        """Make the call; it does not wait for a device."""
+        if self._cuda is None:
+            before = perf_counter()
+            call()
+            self._seconds += perf_counter() - before
+            return
+        start, end = self._cuda.Event(), self._cuda.Event()
+        start.record()
+        call()
+        end.record()
+        self._pairs.append((start, end))
+
+    def read(self) -> float:
+        """Seconds of all calls since the last reading; waits for them."""
+        for start, end in self._pairs:
+            end.synchronize()
+            self._seconds += self._cuda.get_elapsed_time(start, end) / 1e3
+        found, self._seconds, self._pairs = self._seconds, 0.0, []
+        return found
 
 
 def train_network(
@@ -63,11 +94,15 @@ def train_network(
     """Train the network whose layers are ``opt.params``; call `after_epoch` with what came of it so far, each time.
 
     `looks_ahead` takes each gradient inside ``with opt.lookahead()``. The result depends on `rng` and not on the number
-    of threads: matrix products run on one, since BLAS may round differently on two.
+    of threads: matrix products run on one, since BLAS may round differently on two. They run where the optimizer is, to
+    which the data are brought; nothing is fetched from a device but the loss after each epoch.
 
     `begun` is what came of the epochs before, where `opt` and `norms` have had some; `rng` is as it was before those.
     """
     outcome = Outcome() if begun is None else begun
+    xp = module_of(opt.flat.data)
+    data = data.on(xp)
+    stopwatch = Stopwatch(xp)
     batches = minibatches(data.x_train, data.y_train, batch_size=batch_size, rng=rng)
     for _ in range(outcome.epochs):
         iter(batches)  # draws the order of an epoch that was made
@@ -82,16 +117,17 @@ def train_network(
             for x, labels in batches:
                 with gradient_point() as layers:
                     backward(layers, x, labels, out=opt.grads, norms=norms)
-                before = perf_counter()
-                opt.step()
-                if not first:
-                    outcome.timed_seconds += perf_counter() - before
+                if first:
+                    opt.step()
+                else:
+                    stopwatch.time(opt.step)
                     outcome.timed_steps += 1
                 first = False
                 outcome.steps += 1
             outcome.losses.append(_evaluate(opt, data.x_train, data.y_train, norms)[0])
             if not math.isfinite(outcome.losses[-1]):
                 outcome.diverged_in_epoch = outcome.epochs
+            outcome.timed_seconds += stopwatch.read()
             outcome.seconds += perf_counter() - started
             after_epoch(outcome)
             started = perf_counter()
