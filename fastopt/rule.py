@@ -376,7 +376,9 @@ class Rule:
         kernel = backend.kernel(self, hyper_type, dtype, features)
         # The loops of a rule with norms have no scattered form: they are given copies.
         used = [array.copy() for array in vectors] if unaligned and self.whole else vectors
-        kernel.launch(used[0], used[1], (*used[2:], *numbers), table.array, _whole(size, self.whole, scattered))
+        kernel.launch(
+            used[0], used[1], (*used[2:], *numbers), table.array, _whole(size, self.whole, scattered, backend.device)
+        )
         for array, new in zip(vectors, used, strict=True):
             if array is not new and array is not vectors[1]:
                 backend.copy(array, new)
@@ -458,7 +460,8 @@ def _positional(function: Callable[..., Any], what: str) -> list[str]:
 
 
 @lru_cache(maxsize=64)
-def _whole(size: int, layerwise: bool, scattered: bool) -> np.ndarray:
+def _whole(size: int, layerwise: bool, scattered: bool, device: int | None) -> np.ndarray:
+    """One parameter. Each device has its own, of which it keeps a copy."""
     chunks = Layout.of([(size,)]).chunks([0], layerwise=layerwise)
     if scattered:
         chunks[:, 4] = chunks[:, 0]  # the gradient is where the parameter is

@@ -24,8 +24,8 @@ class ndarray(np.ndarray):  # noqa: N801 CuPy's name
         """A view lives where its array does, and all else on the current device."""
         self._device_id = source._device_id if isinstance(source, ndarray) else cuda.Device.current
 
-    @property  # type: ignore[override]
-    def device(self) -> cuda.Device:
+    @property
+    def device(self) -> cuda.Device:  # type: ignore[override]
         """Where it lives."""
         return cuda.Device(self._device_id)
 
@@ -167,7 +167,8 @@ class _Owned:
 
     def __init__(self, owner: Any):
         self.owner = owner
-        self.__array_interface__ = {**owner.__cuda_array_interface__, "version": 3}
+        found = owner.__cuda_array_interface__
+        self.__array_interface__ = {**found, "data": (found["data"][0], False), "version": 3}  # CuPy's can be written
 
 
 def _unwrapped(source: Any) -> Any:

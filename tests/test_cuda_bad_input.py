@@ -1,0 +1,323 @@
+"""What the CUDA backend is given: bare arrays, other places, devices, streams and owners, and sizes beyond 2**31.
+
+NUMBA_ENABLE_CUDASIM=1 pytest tests/test_cuda_bad_input.py
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import BY_NAME
+
+import fastopt
+from fastopt import rules
+from fastopt.backends import BLOCK, get_backend
+from fastopt.flat import Layout
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
+N = 40
+T, V = TypeError, ValueError
+ADAM = ("p", "g", "m", "v")
+simulator_only = pytest.mark.skipif(not SIMULATED, reason="a second device, or torch on one, is simulated")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _device(request: pytest.FixtureRequest) -> None:
+    if not SIMULATED and not request.config.getoption("--gpu"):
+        pytest.skip("needs numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1, as in CI) or a GPU (--gpu)")
+
+
+def backend() -> Any:
+    return get_backend("cuda")
+
+
+def uploaded(array: np.ndarray) -> Any:
+    return backend().adopt(array)
+
+
+def host(array: Any) -> np.ndarray:
+    return backend().host(array)
+
+
+def vectors(names: tuple[str, ...] = ADAM, dtype: Any = np.float64, size: int = N) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.uniform(1.0, 2.0, size).astype(dtype) for name in names}
+
+
+def there(arrays: dict[str, np.ndarray], shift: int = 0) -> dict[str, Any]:
+    """The same on the device, `shift` elements behind where an array begins."""
+    return {name: uploaded(np.concatenate([np.zeros(shift, a.dtype), a]))[shift:] for name, a in arrays.items()}
+
+
+class Foreign:
+    """An array of another library on the device: all that is known of it is its interface."""
+
+    def __init__(self, array: np.ndarray, read_only: bool = False, **more: Any):
+        self.mine = uploaded(array)
+        found = self.mine.__cuda_array_interface__
+        self.__cuda_array_interface__ = {**found, "data": (found["data"][0], read_only), "version": 2, **more}
+
+
+class Tensor(Foreign):
+    """As torch's."""
+
+
+Tensor.__module__ = "torch"
+
+
+class Parameter:
+    """As torch's, which do not tell where they are while they require grad."""
+
+    requires_grad = True
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad.")
+
+
+# --- bare arrays ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SGD-lr=0.1", "Adam", "LAMB", "NovoGrad-weight_decay=0.1"])
+@pytest.mark.parametrize(("dtype", "shift"), [(np.float32, 0), (np.float32, 3), (np.float64, 1)])
+def test_update_of_bare_arrays_is_that_of_the_cpu_wherever_they_begin(name, shift, dtype):
+    rule = BY_NAME[name].rule
+    begin = vectors(("p", "g", *rule.states), dtype)
+    numbers = [np.array([0.5]) for _ in rule.numbers]
+    ours, mine = there(begin, shift), [uploaded(number) for number in numbers]
+    theirs = {key: array.copy() for key, array in begin.items()}
+    for t in (1, 2):
+        rule.update_(*ours.values(), *mine, t=t, lr=0.1, grad_scale=2.0, weight_decay=0.1)
+        rule.update_(*theirs.values(), *numbers, t=t, lr=0.1, grad_scale=2.0, weight_decay=0.1)
+    for key, expected in theirs.items():
+        np.testing.assert_allclose(host(ours[key]), expected, rtol=8 * np.finfo(dtype).eps, err_msg=key)
+    for found, expected in zip(mine, numbers, strict=True):
+        np.testing.assert_allclose(host(found), expected, rtol=1e-6)
+    assert host(ours["g"]).tobytes() == begin["g"].tobytes()
+
+
+def test_kernels_that_read_16_bytes_at_once_are_kept_from_arrays_that_begin_elsewhere(monkeypatch):
+    """Those with norms get copies, the others the feature `scattered`, whose loads are of one element."""
+    seen: list[tuple[bool, bool]] = []
+    original = type(backend()).kernel
+
+    def kernel(self: Any, rule: Any, hyper: Any, dtype: Any, features: Any, first: Any = None) -> Any:
+        made = original(self, rule, hyper, dtype, features, first)
+
+        def launch(p: Any, g: Any, states: Any, table: Any, chunks: Any) -> None:
+            aligned = all(self.address(array) % 16 == 0 for array in (p, g, *states))
+            seen.append((features.scattered, aligned))
+            assert not features.scattered or (chunks[:, 4] == chunks[:, 0]).all()
+            made.launch(p, g, states, table, chunks)
+
+        return SimpleNamespace(launch=launch)
+
+    monkeypatch.setattr(type(backend()), "kernel", kernel)
+    for rule in (rules.adam, rules.lamb):
+        for shift in (0, 1):
+            rule.update_(*there(vectors(dtype=np.float32), shift).values())
+    assert seen == [(False, True), (True, False), (False, True), (False, True)]
+
+
+def overlapping() -> dict[str, Any]:
+    whole = uploaded(np.ones(2 * N))
+    return {"m": whole[:N], "v": whole[N - 1 : 2 * N - 1]}
+
+
+BAD = {
+    "one on the CPU": (
+        lambda: {"g": np.ones(N)},
+        T,
+        r"^g is a NumPy array, and p, .*ndarray, is on a device: pass all",
+    ),
+    "the first on the CPU": (lambda: {"p": np.ones(N)}, T, r"^p is a NumPy array, and g, .*, is on a device"),
+    "a list": (lambda: {"g": [1.0] * N}, T, r"^g: expected a 1-D array of the device, found list"),
+    "None": (lambda: {"v": None}, T, r"^v: expected a 1-D array of the device, found NoneType"),
+    "requires grad": (
+        lambda: {"p": Parameter()},
+        T,
+        r"^p: expected .* found Parameter; it requires grad: .*detach\(\)",
+    ),
+    "ints": (lambda: {"g": uploaded(np.ones(N, np.int64))}, T, r"^g: expected float32 or float64 .*'<i8'"),
+    "half": (lambda: {"p": uploaded(np.ones(N, np.float16))}, T, r"^p: expected float32 or float64 .*'<f2'"),
+    "mixed": (
+        lambda: {"m": uploaded(np.ones(N, np.float32))},
+        T,
+        r"^m: expected dtype float64 as that of p, found float32",
+    ),
+    "short": (lambda: {"g": uploaded(np.ones(N - 1))}, V, r"^g: expected 40 elements as in p, found 39"),
+    "2-D": (lambda: {"p": uploaded(np.ones((N, 1)))}, V, r"^p: expected a 1-D array, found shape \(40, 1\)"),
+    "strided": (lambda: {"v": uploaded(np.ones(2 * N))[::2]}, V, r"^v: expected a contiguous array, found strides"),
+    "misaligned": (
+        lambda: {"m": uploaded(np.zeros(8 * N + 8, np.uint8))[1 : 8 * N + 1].view(np.float64)},
+        V,
+        r"^m: expected an aligned array; its address is no multiple of 8 bytes",
+    ),
+    "read-only": (lambda: {"p": Foreign(np.ones(N), read_only=True)}, V, r"^p: is read-only"),
+    "overlap": (overlapping, V, r"^m and v overlap in memory"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), BAD.values(), ids=BAD)
+def test_bare_arrays_are_checked_before_anything_is_written(wrong, error, message):
+    arrays = {**there(vectors()), **wrong()}
+    own = [array for array in arrays.values() if isinstance(array, backend().array_type)]
+    before = [host(array).tobytes() for array in own]
+    with pytest.raises(error, match=message):
+        rules.adam.update_(*arrays.values())
+    assert [host(array).tobytes() for array in own] == before
+
+
+def test_a_number_per_parameter_is_where_the_arrays_are():
+    rule = BY_NAME["NovoGrad-weight_decay=0.1"].rule
+    arrays = vectors(("p", "g", *rule.states))
+    with pytest.raises(TypeError, match=r"^v is on 'cpu', and p on 'cuda': pass all arrays in one place"):
+        rule.update_(*there(arrays).values(), np.zeros(1))
+    with pytest.raises(TypeError, match=r"^v is on 'cuda', and p on 'cpu'"):
+        rule.update_(*arrays.values(), uploaded(np.zeros(1)))
+
+
+def test_arrays_of_other_libraries_are_updated_where_they_are():
+    begin = vectors()
+    foreign = {name: Foreign(array, read_only=name == "g") for name, array in begin.items()}
+    rules.adam.update_(*foreign.values(), t=2)
+    rules.adam.update_(*begin.values(), t=2)
+    for name, expected in begin.items():
+        np.testing.assert_allclose(host(foreign[name].mine), expected, rtol=1e-14)
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+def on_device_1(array: np.ndarray) -> Any:
+    with backend().xp.cuda.Device(1):
+        return uploaded(array)
+
+
+@simulator_only
+def test_arrays_of_another_device_are_named_with_both():
+    params, other = {"w": np.ones(3)}, {"w": on_device_1(np.ones(3))}
+    with pytest.raises(ValueError, match=r"^parameter 'w': is on device 1, and the current device is 0; .*Device\(1\)"):
+        fastopt.Adam(other)
+    opt = fastopt.Adam(params, backend="cuda")
+    before = host(opt.flat.data).tobytes()
+    for call in (opt.step, opt.accumulate):
+        with pytest.raises(ValueError, match=r"^gradient 'w': is on device 1, and its parameter on device 0"):
+            call(other)
+    arrays = there(vectors())
+    arrays["m"] = on_device_1(np.ones(N))
+    with pytest.raises(ValueError, match=r"^m: is on device 1, and the current device is 0"):
+        rules.adam.update_(*arrays.values())
+    assert host(opt.flat.data).tobytes() == before
+    assert opt.step_count == 0
+
+
+@simulator_only
+def test_an_optimizer_works_where_its_arrays_are():
+    opt = fastopt.SGD({"w": np.ones(3)}, backend="cuda", lr=1.0)
+    with backend().xp.cuda.Device(1):
+        with pytest.raises(
+            ValueError, match=r"^the arrays are on device 0, and the current device is 1: .*Device\(0\)"
+        ):
+            opt.step()
+        there_too = fastopt.SGD({"w": np.ones(3)}, backend="cuda", lr=1.0)
+        there_too.step({"w": uploaded(np.ones(3))})
+        assert there_too.flat.data.device.id == 1
+    assert opt.step_count == 0
+    opt.step({"w": uploaded(np.ones(3))})
+    assert host(opt.params["w"]).tolist() == host(there_too.params["w"]).tolist() == [0.0] * 3
+
+
+# --- owners and streams -----------------------------------------------------------------------------------------------
+
+
+def test_memory_outlives_its_owner_where_it_is_used_and_is_let_go_where_it_was_copied():
+    owner = Foreign(np.arange(3.0))
+    watched = weakref.ref(owner)
+    adopted = backend().adopt(owner)
+    opt = fastopt.SGD({"w": owner}, lr=1.0)
+    opt.step({"w": owner})  # copied as well
+    del owner
+    gc.collect()
+    assert watched() is not None, "the owner of memory in use was let go"
+    assert host(adopted).tolist() == [0.0, 1.0, 2.0]
+    del adopted
+    gc.collect()
+    assert watched() is None, "the optimizer keeps what it has copied"
+    assert host(opt.params["w"]).tolist() == [0.0, 0.0, 0.0]
+
+
+@simulator_only
+def test_torch_must_be_on_the_stream_of_cupy(monkeypatch):
+    """Its interface names no stream, so that nobody waits for it: what it still writes would be read."""
+    ours = backend().xp.cuda.get_current_stream().ptr
+    current = SimpleNamespace(cuda_stream=ours)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(current_stream=lambda: current)))
+    opt = fastopt.SGD({"w": Tensor(np.ones(2))}, lr=1.0)
+    opt.step({"w": Tensor(np.ones(2))})
+    current.cuda_stream = 0xABC
+    tells = r"current stream of torch \(0xabc\) is not that of CuPy \(0x0\).*cupy\.cuda\.ExternalStream"
+    with pytest.raises(ValueError, match=r"^gradient 'w': the " + tells):
+        opt.step({"w": Tensor(np.ones(2))})
+    with pytest.raises(ValueError, match=r"^parameter 'w': the " + tells):
+        fastopt.SGD({"w": Tensor(np.ones(2))})
+    with pytest.raises(ValueError, match=r"^p: the " + tells):
+        rules.sgd.update_(Tensor(np.ones(2)), Tensor(np.ones(2)))
+    assert (opt.step_count, host(opt.params["w"]).tolist()) == (1, [0.0, 0.0])
+
+
+def test_a_stream_that_an_array_names_is_left_to_cupy(monkeypatch):
+    """`asarray` waits for it; so every foreign array has to come in by it."""
+    xp, seen = backend().xp, []
+    original = xp.asarray
+    monkeypatch.setattr(xp, "asarray", lambda source, *more: seen.append(source) or original(source, *more))
+    gradient = Foreign(np.ones(2), version=3, stream=1)
+    opt = fastopt.SGD({"w": np.ones(2)}, backend="cuda")
+    opt.step({"w": gradient})
+    assert any(source is gradient for source in seen)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "gradient"])
+def test_a_tensor_that_requires_grad_is_told_what_to_do(kind):
+    call = fastopt.SGD if kind == "parameter" else fastopt.SGD({"w": np.ones(2)}, backend="cuda").step
+    message = rf"^{kind} 'w': expected .*Parameter.*it requires grad: pass tensor\.detach\(\)"
+    with pytest.raises(TypeError, match=message):
+        call({"w": Parameter()})
+    with pytest.raises(TypeError, match=r"^X must be an array without a gradient, found Parameter; use detach\(\)"):
+        fastopt.minibatches(Parameter())
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_sizes_beyond_32_bits_are_cut_without_gaps(layerwise):
+    """Nothing is allocated but the table of chunks: about 30 MB for 3,000,000,000 elements."""
+    from fastopt.backends.cuda import cut, spans_of
+
+    sizes = (3_000_000_000, 5, 2**31 + 1)
+    layout = Layout.of([(size,) for size in sizes])
+    lines = cut(layout.chunks([0, 1, 0], layerwise=layerwise))
+    assert lines.dtype == np.int64
+    starts, stops = lines[:, 0], lines[:, 1]
+    lengths = stops - starts
+    assert lengths.min() > 0
+    assert lengths.max() <= BLOCK
+    assert lengths.sum() == sum(sizes)
+    assert (starts[1:] >= stops[:-1]).all()
+    assert starts.max() > 2**32
+    for param, (offset, size) in enumerate(zip(layout.offsets, sizes, strict=True)):
+        own = lines[lines[:, 3] == param] if layerwise else lines[(starts >= offset) & (stops <= offset + size)]
+        assert (own[0, 0], own[-1, 1]) == (offset, offset + size)
+        assert (own[1:, 0] == own[:-1, 1]).all()
+    if layerwise:
+        assert (lines[:, 4] == np.arange(len(lines))).all()
+        assert spans_of(lines)[:, [0, 1]].tolist() == [[0, 0], [1, 1], [2, 0]]
+        assert spans_of(lines)[-1, 3] == len(lines)
