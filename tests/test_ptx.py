@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any, get_type_hints
 
-import numba
 import numpy as np
 import pytest
 

@@ -1130,5 +1130,7 @@ class SquaresKernel:
         """The same, with a table that is on the device, where the sums stay, too: all in a row."""
         backend, columns = self._backend, table.shape[1]
         partials = backend.empty(2 * found.blocks)
-        backend.launch(self._kernel, found.length, (g,), table.reshape(-1), columns, found.lines, found.length, partials)
+        backend.launch(
+            self._kernel, found.length, (g,), table.reshape(-1), columns, found.lines, found.length, partials
+        )
         return partials
