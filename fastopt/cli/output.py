@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 STDOUT = Path("-")
 
@@ -20,6 +21,22 @@ STDOUT = Path("-")
 def console(*, for_json: Path | None = None) -> Console:
     """Where tables go: standard output, or standard error where the JSON is to have standard output for itself."""
     return Console(stderr=for_json == STDOUT, highlight=False, markup=False)
+
+
+def progress(unit: str) -> Progress:
+    """Bars on standard error, one a task, where that is a terminal; nothing where it is a file or a pipe.
+
+    `unit` is what is counted; as a format of rich it may show fields of the task.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 import fastopt
@@ -33,7 +32,7 @@ from fastopt.cli.choices import (
     parse_optimizers,
 )
 from fastopt.cli.network import new_layers, new_norms
-from fastopt.cli.output import STDOUT, blame, check_writable, console, write_json
+from fastopt.cli.output import STDOUT, blame, check_writable, console, progress, write_json
 from fastopt.cli.resume import OPTIONS, Keeper
 from fastopt.cli.trainer import Outcome, train_network
 
@@ -241,7 +240,7 @@ def train(
         ]
     resumed_after = [0 if before is None else before.epochs for before in begun]
     outcomes = []
-    with _progress() as bar:
+    with progress("epochs {task.fields[loss]}") as bar:
         for run, before, done in zip(runs, begun, resumed_after, strict=True):
             task = bar.add_task(run.label, total=epochs, completed=done, loss="")
             outcomes.append(
@@ -337,19 +336,6 @@ def _make_run(
         }
         keeper = Keeper(_second_of(checkpoint) if normed else checkpoint, kept, opt, norms)
     return Run(choice, label, lr, opt, norms, seconds, keeper)
-
-
-def _progress() -> Progress:
-    """A bar per optimizer on standard error, where that is a terminal; nothing where it is a file or a pipe."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs {task.fields[loss]}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )
 
 
 def _after_epoch(bar: Progress, task: TaskID, keeper: Keeper | None, outcome: Outcome) -> None:

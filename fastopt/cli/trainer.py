@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
@@ -106,7 +106,6 @@ def train_network(
     batches = minibatches(data.x_train, data.y_train, batch_size=batch_size, rng=rng)
     for _ in range(outcome.epochs):
         iter(batches)  # draws the order of an epoch that was made
-    gradient_point = opt.lookahead if looks_ahead and isinstance(opt, Nesterov) else lambda: nullcontext(opt.params)
     first = True
     # A diverging run overflows before it is found out; that is reported once, as its outcome.
     with threadpool_limits(limits=1, user_api="blas"), np.errstate(all="ignore"):
@@ -115,7 +114,7 @@ def train_network(
             outcome.losses.append(_evaluate(opt, data.x_train, data.y_train, norms)[0])
         while outcome.epochs < epochs and outcome.diverged_in_epoch is None:
             for x, labels in batches:
-                with gradient_point() as layers:
+                with gradient_point(opt, looks_ahead) as layers:
                     backward(layers, x, labels, out=opt.grads, norms=norms)
                 if first:
                     opt.step()
@@ -138,9 +137,19 @@ def train_network(
     return outcome
 
 
+def gradient_point(opt: Optimizer, looks_ahead: bool) -> AbstractContextManager[Any]:
+    """The parameters, at the point where the optimizer wants its gradient taken; its own point where it looks ahead."""
+    return opt.lookahead() if looks_ahead and isinstance(opt, Nesterov) else nullcontext(opt.params)
+
+
+def result_point(opt: Optimizer) -> AbstractContextManager[Any]:
+    """The parameters, at the point that is the optimizer's result so far: an average where it keeps one for that."""
+    return opt.eval_params() if isinstance(opt, ScheduleFreeAdamW) else nullcontext(opt.params)
+
+
 def _evaluate(opt: Optimizer, x: Array, labels: Array, norms: Sequence[BatchNorm]) -> tuple[float, float]:
     """`evaluate`; NaN where a run that diverges has left a norm without a variance, which it would refuse."""
     if not all(norm.running_var is None or (norm.running_var >= 0.0).all() for norm in norms):
         return math.nan, math.nan
-    with opt.eval_params() if isinstance(opt, ScheduleFreeAdamW) else nullcontext(opt.params) as layers:
+    with result_point(opt) as layers:
         return evaluate(layers, x, labels, norms)
