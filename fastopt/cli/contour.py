@@ -118,10 +118,11 @@ def contour(
 ) -> None:
     """Show the paths of optimizers on a function of two variables, and how many steps they need to its minimum.
 
-    A minimum counts as reached after the step from which on the path stays within --tolerance of it, to its end. There
-    is no chance in it: the same command gives the same paths.
+    A minimum is reached with the step from which on the path stays within --tolerance of it, to its end.
 
     Minima of an expression are looked for inside the window; those count that share the lowest value.
+
+    There is no chance in it: the same command gives the same paths.
     """
     with blame("--function"):
         surface = surface_of(function)
