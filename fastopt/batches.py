@@ -140,6 +140,14 @@ class Minibatches(Generic[Batch]):
 
     Each `iter` draws its permutation at once, so epochs may also be run side by side, and giving one up half way
     changes nothing for the next. `len` is the number of batches in an epoch.
+
+    Attributes:
+        batch_size: rows in a batch; the number of all rows where "full" was asked for, or more than there are.
+
+    >>> import numpy as np
+    >>> batches = minibatches(np.arange(5), batch_size=2, shuffle=False)
+    >>> batches, [batch.tolist() for batch in batches]
+    (<Minibatches of (5,), in order: 3 batches of 2>, [[0, 1], [2, 3], [4]])
     """
 
     __slots__ = ("_arrays", "_rng", "_stop", "batch_size")

@@ -28,6 +28,8 @@ from fastopt.optimizer import Optimizer, Row
 from fastopt.state import STATE_FORMAT, Snapshot
 from fastopt.table import EMA, Table, hyper_of
 
+__all__ = ["describe"]
+
 CHECKPOINT_FORMAT = 1
 """Of the file. In every format the digest of the document is where it is in this one."""
 
@@ -131,9 +133,13 @@ def load(opt: Optimizer, path: str | os.PathLike[str]) -> dict[str, Any]:
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint says of itself, without its arrays: no optimizer is needed.
 
-    Keys: ``format``, ``fastopt`` (the version that wrote it), ``optimizer``, ``rule``, ``dtype``, ``paths``, ``step``,
-    ``missed``, ``hyper``, ``overrides``, ``nonfinite`` (as `Optimizer.state_dict`), ``options`` (as `Optimizer` takes
-    them), ``extra`` (what `Optimizer.save` was given).
+    Args:
+        path: of the file.
+
+    Returns:
+        A dict of ``format``, ``fastopt`` (the version that wrote it), ``optimizer``, ``rule``, ``dtype``, ``paths``,
+        ``step``, ``missed``, ``hyper``, ``overrides``, ``nonfinite`` (as `Optimizer.state_dict`), ``options`` (as
+        `Optimizer` takes them) and ``extra`` (what `Optimizer.save` was given).
 
     Raises:
         ValueError: it is no checkpoint, of a newer format, or its description is damaged. The arrays are not read.

@@ -117,6 +117,7 @@ class FlatParams:
         self._grad_views = self.views(self.grad)
         self.grads = self.tree(self._grad_views)
 
+    # What these are the class tells, under Attributes.
     shapes = property(lambda self: self.layout.shapes)
     offsets = property(lambda self: self.layout.offsets)
     size = property(lambda self: self.layout.size)
@@ -133,15 +134,37 @@ class FlatParams:
         return f"<FlatParams: {len(self.paths)} parameters, {count:,} elements of {self.dtype}, on {self.backend}>"
 
     def new_buffer(self) -> np.ndarray:
-        """Another buffer of zeros with this layout, for a state."""
+        """Another buffer of zeros with this layout, for a state.
+
+        >>> import numpy as np, fastopt
+        >>> fastopt.pack({"w": np.ones(3)}).new_buffer()
+        array([0., 0., 0., 0., 0., 0., 0., 0.])
+        """
         return self._backend.zeros(self.layout.size, self.dtype)
 
     def new_numbers(self) -> np.ndarray:
-        """A buffer of one zero for each parameter, in float64: a sum of squares leaves the range of float32."""
+        """A buffer of one zero for each parameter, in float64: a sum of squares leaves the range of float32.
+
+        >>> import numpy as np, fastopt
+        >>> fastopt.pack({"w": np.ones(3), "b": np.ones(1)}).new_numbers()
+        array([0., 0.])
+        """
         return self._backend.zeros(len(self.paths), np.dtype(np.float64))
 
     def views(self, buffer: np.ndarray) -> list[np.ndarray]:
-        """The parameters' parts of `buffer`, in their shapes."""
+        """The parameters' parts of a buffer.
+
+        Args:
+            buffer: 1-D, of `size` elements, such as `data` or what `new_buffer` returned.
+
+        Returns:
+            A list of views of it in the parameters' shapes, in the order of `paths`.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.ones(2), "b": np.zeros(1)})
+        >>> flat.paths, flat.views(flat.data)
+        (('b', 'w'), [array([0.]), array([1., 1.])])
+        """
         layout = self.layout
         return [
             buffer[offset : offset + size].reshape(shape)
@@ -149,11 +172,36 @@ class FlatParams:
         ]
 
     def tree(self, leaves: Sequence[Any]) -> Any:
-        """`leaves` in the structure of the parameters."""
+        """Put leaves into the structure of the parameters.
+
+        Args:
+            leaves: anything, one for each parameter, in the order of `paths`.
+
+        Returns:
+            A tree like `params`.
+
+        >>> import numpy as np, fastopt
+        >>> fastopt.pack({"w": np.ones(2), "b": np.zeros(1)}).tree([0.0, 0.1])
+        {'w': 0.1, 'b': 0.0}
+        """
         return optree.tree_unflatten(self.treespec, leaves)
 
     def matrix(self, path: Any) -> int:
-        """The number of the 2-D parameter of this path; ValueError where there is none."""
+        """Find a 2-D parameter.
+
+        Args:
+            path: one of `paths`.
+
+        Returns:
+            Its number, an int from 0.
+
+        Raises:
+            ValueError: there is no such path, or the parameter is not 2-D.
+
+        >>> import numpy as np, fastopt
+        >>> fastopt.pack({"W": np.ones((2, 3)), "b": np.ones(3)}).matrix("W")
+        0
+        """
         if path not in self.paths:
             raise ValueError(f"{path!r} is no parameter; the paths are {', '.join(self.paths)}")
         k = self.paths.index(path)
@@ -162,7 +210,23 @@ class FlatParams:
         return k
 
     def check_grads(self, grads: Any) -> list[Any]:
-        """The leaves of a tree of gradients, an array or None for each parameter; an error where one does not fit."""
+        """Hold a tree of gradients against the parameters.
+
+        Args:
+            grads: a tree like `params`, of arrays of the shapes and the dtype of the parameters, or None.
+
+        Returns:
+            A list of its leaves, an array or None for each parameter.
+
+        Raises:
+            TypeError, ValueError: naming the path: another structure, type, dtype or shape, an array that overlaps the
+                buffers.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.ones(2), "b": np.zeros(1)})
+        >>> flat.check_grads({"w": np.array([1.0, 2.0]), "b": None})
+        [None, array([1., 2.])]
+        """
         leaves = self._leaves_like(grads)
         kind, overlap, device = self._backend.array_type, self._backend.overlap, self._device
         leaf: Any
@@ -183,7 +247,17 @@ class FlatParams:
         return leaves
 
     def copy_grads(self, leaves: Sequence[Any]) -> None:
-        """Copy what `check_grads` returned into the buffer of gradients."""
+        """Copy gradients into `grad`.
+
+        Args:
+            leaves: what `check_grads` returned; the place of a None is left as it is.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.ones(2), "b": np.zeros(1)})
+        >>> flat.copy_grads(flat.check_grads({"w": np.array([1.0, 2.0]), "b": None}))
+        >>> flat.grads["w"]
+        array([1., 2.])
+        """
         for view, leaf in zip(self._grad_views, leaves, strict=True):
             if leaf is not None and leaf is not view:
                 view[...] = leaf
@@ -253,9 +327,13 @@ def pack(params: Any, *, backend: str = "auto", dtype: Any = None) -> FlatParams
         backend: ``"cpu"``, ``"cuda"``, or ``"auto"``: the one that the arrays live on.
         dtype: float32 or float64 to convert to; None keeps the arrays' own.
 
+    Returns:
+        `FlatParams`.
+
     Raises:
         TypeError, ValueError: naming the parameter's path: a leaf that is no array, another dtype (integer, complex,
-        object, mixed), a tree without arrays, two parameters of one path.
+            object, mixed), a tree without arrays, two parameters of one path.
+        RuntimeError: the backend cannot work here.
 
     >>> import numpy as np, fastopt
     >>> flat = fastopt.pack({"W": np.ones((2, 3)), "bn": {"gamma": np.ones(3)}})

@@ -101,7 +101,22 @@ HYPERS: tuple[Any, ...] = tuple(
 class Linear:
     """Of a rule that, where g = 0, maps p and its states linearly: so do many steps, by the product of their matrices.
 
-    The matrix of a step is found by giving the rule unit vectors. `with_l2`: it is linear for g = weight_decay p, too.
+    The matrix of a step is found by giving the rule unit vectors.
+
+    Args:
+        with_l2: whether the rule is linear for ``g = weight_decay p``, too.
+
+    >>> import numpy as np, fastopt
+    >>> from typing import NamedTuple
+    >>> class Hyper(NamedTuple):
+    ...     lr: float
+    >>> @fastopt.rule(lambda t, lr: Hyper(lr), idle=fastopt.Linear(with_l2=True))
+    ... def descent(p, g, h):
+    ...     return p - h.lr * g
+    >>> opt = fastopt.Optimizer({"rows": np.ones((3, 1))}, descent, lr=0.5)
+    >>> _ = opt.step_rows({"rows": (np.array([1]), np.array([[4.0]]))})
+    >>> opt.params["rows"].ravel()
+    array([ 1., -1.,  1.])
     """
 
     def __init__(self, *, with_l2: bool = False):

@@ -42,11 +42,10 @@ class _Sampler(Protocol):
 
 
 def fans(shape: Sequence[int]) -> tuple[int, int]:
-    r"""How many inputs each output of a weight array sums, and how many outputs each input feeds: (fan_in, fan_out).
+    """How many inputs each output of a weight array sums, and how many outputs each input feeds: (fan_in, fan_out).
 
-    .. math::
-        (n_{in}, n_{out}) \to fan_{in} = n_{in}, \; fan_{out} = n_{out}, \qquad
-        (c_{out}, c_{in}, k_1, \dots) \to fan_{in} = c_{in} \prod k_i, \; fan_{out} = c_{out} \prod k_i
+    Formula: of ``(n_in, n_out)``: ``fan_in = n_in``, ``fan_out = n_out``; of ``(c_out, c_in, k1, k2, ...)``:
+    ``fan_in = c_in k1 k2 ...``, ``fan_out = c_out k1 k2 ...``
 
     Args:
         shape: two ints, (fan_in, fan_out), for a matrix used as `x @ W`; three or more, (out_channels, in_channels,
@@ -85,6 +84,8 @@ def fans(shape: Sequence[int]) -> tuple[int, int]:
 def zeros_(w: Weights) -> Weights:
     """Fill with zeros: the usual start of biases and of BatchNorm's beta; hidden weights would all stay equal.
 
+    Formula: ``w = 0``
+
     Args:
         w: float32 or float64 array of any shape and layout; filled in place.
 
@@ -104,7 +105,9 @@ def zeros_(w: Weights) -> Weights:
 
 
 def normal_(w: Weights, std: float = 0.01, mean: float = 0.0, rng: int | np.random.Generator | None = None) -> Weights:
-    r"""Fill with normal draws of a given spread: :math:`w \sim N(mean, std^2)`.
+    """Fill with normal draws of a given spread.
+
+    Formula: ``w ~ N(mean, std^2)``
 
     A fixed `std` suits one or two layers (embeddings, logistic regression). Through many layers the activations vanish
     or explode, because the spread they need depends on the width: use `xavier_normal_` or `he_normal_` there.
@@ -131,12 +134,12 @@ def normal_(w: Weights, std: float = 0.01, mean: float = 0.0, rng: int | np.rand
 
 
 def xavier_uniform_(w: Weights, gain: float = 1.0, rng: int | np.random.Generator | None = None) -> Weights:
-    r"""Fill with uniform draws whose variance suits tanh and linear layers (Xavier, or Glorot, initialisation).
+    """Fill with uniform draws whose variance suits tanh and linear layers (Xavier, or Glorot, initialisation).
 
-    .. math:: w \sim U[-a, a], \quad a = gain \sqrt{\frac{6}{fan_{in} + fan_{out}}}
+    Formula: ``w ~ U[-a, a]``, ``a = gain sqrt(6 / (fan_in + fan_out))``
 
-    The variance :math:`2 / (fan_{in} + fan_{out})` is the compromise between keeping the variance of the activations on
-    the way forward, :math:`1 / fan_{in}`, and that of the gradients on the way back, :math:`1 / fan_{out}`.
+    The variance ``2 / (fan_in + fan_out)`` is the compromise between keeping the variance of the activations on the way
+    forward, ``1 / fan_in``, and that of the gradients on the way back, ``1 / fan_out``.
 
     Args:
         w: float32 or float64 array of at least two axes, read as `fans` says; any layout; filled in place.
@@ -162,9 +165,9 @@ def xavier_uniform_(w: Weights, gain: float = 1.0, rng: int | np.random.Generato
 
 
 def xavier_normal_(w: Weights, gain: float = 1.0, rng: int | np.random.Generator | None = None) -> Weights:
-    r"""Fill with normal draws whose variance suits tanh and linear layers (Xavier, or Glorot, initialisation).
+    """Fill with normal draws whose variance suits tanh and linear layers (Xavier, or Glorot, initialisation).
 
-    .. math:: w \sim N(0, \sigma^2), \quad \sigma = gain \sqrt{\frac{2}{fan_{in} + fan_{out}}}
+    Formula: ``w ~ N(0, s^2)``, ``s = gain sqrt(2 / (fan_in + fan_out))``
 
     Args:
         w: float32 or float64 array of at least two axes, read as `fans` says; any layout; filled in place.
@@ -190,10 +193,9 @@ def xavier_normal_(w: Weights, gain: float = 1.0, rng: int | np.random.Generator
 
 
 def he_uniform_(w: Weights, negative_slope: float = 0.0, rng: int | np.random.Generator | None = None) -> Weights:
-    r"""Fill with uniform draws whose variance suits ReLU layers (He, Kaiming or MSRA initialisation).
+    """Fill with uniform draws whose variance suits ReLU layers (He, Kaiming or MSRA initialisation).
 
-    .. math:: w \sim U[-a, a], \quad a = \sqrt{3} \sigma, \quad
-        \sigma = \sqrt{\frac{2}{(1 + negative\_slope^2) \, fan_{in}}}
+    Formula: ``w ~ U[-a, a]``, ``a = sqrt(3) s``, ``s = sqrt(2 / ((1 + negative_slope^2) fan_in))``
 
     Args:
         w: float32 or float64 array of at least two axes, read as `fans` says; any layout; filled in place.
@@ -220,9 +222,9 @@ def he_uniform_(w: Weights, negative_slope: float = 0.0, rng: int | np.random.Ge
 
 
 def he_normal_(w: Weights, negative_slope: float = 0.0, rng: int | np.random.Generator | None = None) -> Weights:
-    r"""Fill with normal draws whose variance suits ReLU layers (He, Kaiming or MSRA initialisation).
+    """Fill with normal draws whose variance suits ReLU layers (He, Kaiming or MSRA initialisation).
 
-    .. math:: w \sim N(0, \sigma^2), \quad \sigma = \sqrt{\frac{2}{(1 + negative\_slope^2) \, fan_{in}}}
+    Formula: ``w ~ N(0, s^2)``, ``s = sqrt(2 / ((1 + negative_slope^2) fan_in))``
 
     A ReLU drops half of the second moment of a centred input; twice the variance of a linear layer makes up for it.
 

@@ -93,7 +93,8 @@ class Optimizer:
 
     Raises:
         TypeError, ValueError: naming the parameter, hyperparameter or option: a tree that `pack` refuses, a
-        hyperparameter that is unknown, not finite or out of range, a glob that matches nothing.
+            hyperparameter that is unknown, not finite or out of range, a glob that matches nothing.
+        RuntimeError: the backend cannot work here.
 
     >>> import numpy as np, fastopt
     >>> opt = fastopt.Adam({"w": np.ones(2), "b": np.zeros(1)}, lr=0.1, overrides={"b": {"lr": 0.01}})
@@ -238,7 +239,7 @@ class Optimizer:
 
     @property
     def ema(self) -> Any:
-        """The moving average of the parameters, where ``ema=`` asks for one: a tree of views."""
+        """The moving average of the parameters, a tree of views; AttributeError unless ``ema=`` asked for one."""
         if self._average is None:
             raise AttributeError("ema: this optimizer keeps no average of its parameters; construct it with ema=0.999")
         self.flush_rows()
@@ -246,7 +247,12 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step (of parameters without an override); assign a number or a schedule."""
+        """The learning rate of the next step (of parameters without an override); assign a number or a schedule.
+
+        Raises:
+            AttributeError: the rule has no ``lr``.
+            TypeError, ValueError: what is assigned is out of range.
+        """
         if "lr" not in self._values:
             raise AttributeError(f"rule {self.rule.name!r} has no lr; it has {', '.join(self.rule.names())}")
         self._settle()
@@ -306,6 +312,15 @@ class Optimizer:
         Raises:
             TypeError, ValueError: naming the parameter's path or the hyperparameter, before anything is changed.
             FloatingPointError: a gradient is NaN or infinite, and ``nonfinite="raise"``; nothing was updated.
+            RuntimeError: inside a ``with`` block that holds the parameters elsewhere (`swap_ema`).
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.SGD({"w": np.zeros(2), "b": np.zeros(1)}, lr=0.5)
+        >>> opt.grads["w"][...] = [1.0, -1.0]
+        >>> _ = opt.step()  # what was written into opt.grads
+        >>> _ = opt.step({"w": np.array([1.0, 1.0]), "b": None})  # or a tree, in which None stands for no gradient
+        >>> opt.params["w"], opt.step_count
+        (array([-1.,  0.]), 2)
         """
         if self._held:
             self._refuse_while_held("step")
@@ -465,6 +480,7 @@ class Optimizer:
 
         Raises:
             TypeError, ValueError: naming the parameter's path or the argument, before anything is changed.
+            RuntimeError: inside a ``with`` block that holds the parameters elsewhere.
 
         >>> import numpy as np, fastopt
         >>> opt = fastopt.SGD({"w": np.zeros(1)}, lr=1.0)
@@ -521,7 +537,7 @@ class Optimizer:
                 ones being summed, and an array of shape (len(indices), columns), dtype of the parameter.
             grads: gradients of the other parameters, as for `step`, None in place of those in `rows`. Without it the
                 others are left untouched.
-            grad_scale: as for `step`.
+            grad_scale: a positive finite number, as for `step`.
 
         Returns:
             `StepInfo`.
@@ -529,7 +545,7 @@ class Optimizer:
         Raises:
             TypeError, ValueError: naming the path or argument, before anything is changed; also where the rule, with
                 these hyperparameters, has no closed form.
-            FloatingPointError: as for `step`.
+            FloatingPointError, RuntimeError: as for `step`.
 
         >>> import numpy as np, fastopt
         >>> opt = fastopt.Momentum({"embedding": np.zeros((4, 2))}, lr=1.0, momentum=0.5)
@@ -584,7 +600,22 @@ class Optimizer:
     def read_rows(self, path: str, indices: Any) -> np.ndarray:
         """A copy of rows of a parameter, after they were brought up to date: what a forward pass looks up.
 
-        Raises TypeError or ValueError, naming the argument: an unknown path, indices as `step_rows` refuses them.
+        Args:
+            path: of a 2-D parameter.
+            indices: 1-D integers in [0, number of rows), in any order, repeated ones included.
+
+        Returns:
+            An array of shape (len(indices), columns).
+
+        Raises:
+            TypeError, ValueError: naming the argument: an unknown path, indices as `step_rows` refuses them.
+            RuntimeError: inside a ``with`` block that holds the parameters elsewhere.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.SGD({"embedding": np.arange(6.0).reshape(3, 2)}, lr=1.0)
+        >>> opt.read_rows("embedding", [2, 0])
+        array([[4., 5.],
+               [0., 1.]])
         """
         self._refuse_while_held("read_rows")
         k = self.flat.matrix(path)
@@ -595,7 +626,16 @@ class Optimizer:
         return rows
 
     def flush_rows(self) -> None:
-        """Bring every row up to date that `step_rows` has left behind."""
+        """Bring every row up to date that `step_rows` has left behind.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.Momentum({"embedding": np.zeros((2, 1))}, lr=1.0, momentum=0.5)
+        >>> _ = opt.step_rows({"embedding": (np.array([0]), np.array([[1.0]]))})
+        >>> _ = opt.step_rows({"embedding": (np.array([1]), np.array([[1.0]]))})
+        >>> opt.flush_rows()  # row 0 makes the second step, along its velocity
+        >>> opt.params["embedding"].ravel()
+        array([-1.5, -1. ])
+        """
         self._settle()
         for k in list(self._clocks):
             self._row_steps.stop(k)
@@ -618,7 +658,15 @@ class Optimizer:
         return found[1]
 
     def zero_grad(self) -> None:
-        """Set ``opt.grads`` to zero, and forget what was accumulated."""
+        """Set ``opt.grads`` to zero, and forget what was accumulated.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.SGD({"w": np.ones(1)})
+        >>> opt.grads["w"] += 2.0
+        >>> opt.zero_grad()
+        >>> opt.grads["w"]
+        array([0.])
+        """
         self.flat.grad.fill(0)
         self._pending = self._last = None
 
@@ -841,6 +889,9 @@ class Optimizer:
     def swap_ema(self) -> Iterator[Any]:
         """Hold the parameters at their moving average, to evaluate with it; they are restored at the end of the block.
 
+        Raises:
+            RuntimeError: no average is kept (``ema=``), or inside another such block.
+
         >>> import numpy as np, fastopt
         >>> opt = fastopt.SGD({"w": np.zeros(1)}, lr=1.0, ema=0.75)
         >>> _ = opt.step({"w": np.array([-4.0])})
@@ -910,9 +961,21 @@ class Optimizer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the optimizer that gave `state` stopped: states, step count, hyperparameters.
 
+        Args:
+            state: what `state_dict` returned.
+
         Raises:
             TypeError, ValueError: that says what differs (another rule, other paths, shapes or dtype, a newer format, a
-            schedule that is not given here); the optimizer is then unchanged.
+                schedule that is not given here); the optimizer is then unchanged.
+            RuntimeError: inside a ``with`` block that holds the parameters elsewhere.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.Adam({"w": np.ones(2)})
+        >>> _ = opt.step({"w": np.ones(2)})
+        >>> resumed = fastopt.Adam({"w": opt.params["w"]})
+        >>> resumed.load_state_dict(opt.state_dict())
+        >>> resumed.step_count
+        1
         """
         self._refuse_while_held("load_state_dict")
         self._restore(Snapshot.of(state, self.rule, self.flat.paths, self._views(), self._values, self._changes))
@@ -936,6 +999,7 @@ class Optimizer:
             TypeError, ValueError: an `extra` that is no JSON, two arrays that would have one key, a path that names
                 something else than a file.
             OSError: it could not be written; what was there before still is.
+            RuntimeError: inside a ``with`` block that holds the parameters elsewhere.
 
         >>> import pathlib, tempfile
         >>> import numpy as np, fastopt
@@ -973,6 +1037,19 @@ class Optimizer:
                 ``maximize`` and ``decoupled_weight_decay``, a schedule that is not given here. Other options are those
                 of this optimizer. It is then unchanged.
             OSError: the file cannot be read.
+            RuntimeError: inside a ``with`` block that holds the parameters elsewhere.
+
+        >>> import pathlib, tempfile
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.Lion({"w": np.full(2, 7.0)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "run.safetensors"
+        ...     opt.save(path)
+        ...     resumed = fastopt.Lion({"w": np.zeros(2)})
+        ...     resumed.load(path)
+        {}
+        >>> resumed.params["w"]
+        array([7., 7.])
         """
         from fastopt import checkpoint
 

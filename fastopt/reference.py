@@ -9,7 +9,7 @@ All optimizers are called alike, ``optimizer(p, g, state, t, **hyperparameters) 
 - ``p`` parameter, float32 or float64 of any shape, updated in place;
 - ``g`` gradient of the loss, the shape of ``p``, only read (another dtype is rounded to that of ``p`` first);
 - ``state`` dictionary of arrays like ``p`` (the "v" of NovoGrad is one number), updated in place, made by
-  :func:`init_state`;
+  `init_state`;
 - ``t`` number of this update, a Python int, 1 at the first.
 
 Everything is computed in the dtype of ``p``, except the norms of whole tensors (LAMB, LARS, NovoGrad, Muon), which are
@@ -18,7 +18,7 @@ to float64 before the result is stored. Their ranges are not checked here. What 
 states present, ``form`` and its like) is checked before anything is written, and raises ValueError or TypeError naming
 the argument.
 
-:func:`batchnorm_forward` and :func:`batchnorm_backward`, at the end of the file, take and return arrays.
+`batchnorm_forward` and `batchnorm_backward`, at the end of the file, take and return arrays.
 
 In the formulas ``g`` is the gradient after L2 weight decay, ``g + weight_decay * p``, except where the formula itself
 says what weight_decay does. In the units of hyperparameters [p] stands for the unit of the parameter and [g] for that
@@ -176,8 +176,6 @@ def sgd(
 ) -> None:
     """Stochastic gradient descent, with the momentum of torch.optim.SGD.
 
-    ::
-
         momentum = 0:   p = p - lr g
         otherwise:      v = g                                     at t = 1, whatever the dampening
                         v = momentum v + (1 - dampening) g        after
@@ -225,8 +223,6 @@ def momentum(
 ) -> None:
     """Gradient descent with classical momentum, in the three forms in use; v = 0 before the first update.
 
-    ::
-
         "heavy_ball":   v = momentum v + g                   p = p - lr v
         "ema":          v = momentum v + (1 - momentum) g    p = p - lr v
         "lr_inside":    v = momentum v - lr g                p = p + v
@@ -271,8 +267,6 @@ def nesterov(
     weight_decay: float = 0.0,
 ) -> None:
     """Nesterov's accelerated gradient, in the two forms in use; v = 0 before the first update.
-
-    ::
 
         "reformulated":   v = momentum v + g        p = p - lr (g + momentum v)      g is the gradient at p
         "lookahead":      v = momentum v + lr g     p = p - v                        g is the gradient at p - momentum v
@@ -322,8 +316,6 @@ def adagrad(
 ) -> None:
     """Adagrad, the diagonal form.
 
-    ::
-
         lr_t = lr / (1 + (t - 1) lr_decay)
         s = s + g^2
         p = p - lr_t g / (sqrt(s) + eps)        or, eps_inside, / sqrt(s + eps)
@@ -360,8 +352,6 @@ def adadelta(
     weight_decay: float = 0.0,
 ) -> None:
     """Adadelta.
-
-    ::
 
         s = rho s + (1 - rho) g^2
         d = sqrt(r + eps) / sqrt(s + eps) g         r from the update before
@@ -403,8 +393,6 @@ def rmsprop(
     weight_decay: float = 0.0,
 ) -> None:
     """RMSprop, with the centering of Graves and the momentum of torch as options.
-
-    ::
 
         v = alpha v + (1 - alpha) g^2
         centered:   a = alpha a + (1 - alpha) g ;  w = max(v - a^2, 0)         otherwise w = v
@@ -468,8 +456,6 @@ def adam(
 ) -> None:
     """Adam, and AMSGrad as an option.
 
-    ::
-
         m = b1 m + (1 - b1) g            m_hat = m / (1 - b1^t)
         v = b2 v + (1 - b2) g^2          v_hat = v / (1 - b2^t)
         p = p - lr m_hat / (sqrt(v_hat) + eps)          or, eps_inside, / sqrt(v_hat + eps)
@@ -513,13 +499,11 @@ def adamw(
 ) -> None:
     """Adam with decoupled weight decay: the decay does not pass through the moments.
 
-    ::
-
         p = (1 - lr weight_decay) p
         p = p - lr m_hat / (sqrt(v_hat) + eps)          with m_hat and v_hat as in adam, of the bare gradient
 
     lr [p]; weight_decay 1/[p], so that lr weight_decay is the fraction of p lost per update; betas, eps, eps_inside,
-    eps_hat, bias_correction and amsgrad as in :func:`adam`.
+    eps_hat, bias_correction and amsgrad as in `adam`.
     States: "m" [g], "v" [g]^2, and with amsgrad "v_max" [g]^2.
 
     Source: I. Loshchilov, F. Hutter, Decoupled weight decay regularization, ICLR 2019,
@@ -549,8 +533,6 @@ def lamb(
     bias_correction: bool = True,
 ) -> None:
     """LAMB: Adam's direction, with a length proportional to that of the parameter. p is one whole parameter tensor.
-
-    ::
 
         u = m_hat / (sqrt(v_hat) + eps) + weight_decay p          with m_hat and v_hat as in adam, of the bare gradient
         ratio = |p| / |u|                                         Euclidean norms over all of p; 1 where either is 0
@@ -590,8 +572,6 @@ def nadam(
     weight_decay: float = 0.0,
 ) -> None:
     """NAdam: Adam with Nesterov momentum, whose weight grows with t.
-
-    ::
 
         mu_i = b1 (1 - 0.5 0.96^(i momentum_decay))
         prod = mu_1 mu_2 ... mu_t
@@ -634,8 +614,6 @@ def radam(
     weight_decay: float = 0.0,
 ) -> None:
     """RAdam: Adam that leaves out the second moment until there are enough gradients in it, and then eases it in.
-
-    ::
 
         m = b1 m + (1 - b1) g            m_hat = m / (1 - b1^t)
         v = b2 v + (1 - b2) g^2
@@ -686,8 +664,6 @@ def adamax(
 ) -> None:
     """Adamax: Adam with a decaying maximum of the gradients in the place of their mean square.
 
-    ::
-
         m = b1 m + (1 - b1) g
         eps_inside:    u = max(b2 u, |g| + eps)      p = p - lr / (1 - b1^t) m / u
         otherwise:     u = max(b2 u, |g|)            p = p - lr / (1 - b1^t) m / (u + eps)
@@ -727,8 +703,6 @@ def lion(
 ) -> None:
     """Lion: steps of one length, along the sign of an average of the gradients.
 
-    ::
-
         p = (1 - lr weight_decay) p
         p = p - lr sign(b1 m + (1 - b1) g)          sign(0) = 0
         m = b2 m + (1 - b2) g
@@ -763,8 +737,6 @@ def adabelief(
     weight_decay: float = 0.0,
 ) -> None:
     """AdaBelief: Adam with the mean square of what the first moment did not foresee.
-
-    ::
 
         p = (1 - lr weight_decay) p
         m = b1 m + (1 - b1) g                         m_hat = m / (1 - b1^t)
@@ -803,8 +775,6 @@ def adan(
     weight_decay: float = 0.0,
 ) -> None:
     """Adan: Nesterov momentum from the differences of the gradients, with a step per element as in Adam.
-
-    ::
 
         d = g - prev_grad                             0 at t = 1
         m = b1 m + (1 - b1) g                         m_hat = m / (1 - b1^t)
@@ -851,8 +821,6 @@ def ademamix(
     weight_decay: float = 0.0,
 ) -> None:
     """AdEMAMix: AdamW with a second, slower average of the gradients.
-
-    ::
 
         p = (1 - lr weight_decay) p
         m1 = b1 m1 + (1 - b1) g                       m1_hat = m1 / (1 - b1^t)
@@ -906,8 +874,6 @@ def lars(
 ) -> None:
     """LARS: momentum on steps whose length is proportional to that of the parameter. p is one whole parameter tensor.
 
-    ::
-
         ratio = trust_coefficient |p| / (|g| + weight_decay |p| + eps)      Euclidean norms over all of p and g, the
                                                                             bare gradient; 1 where |p| or |g| is 0
         d = ratio (g + weight_decay p)
@@ -949,8 +915,6 @@ def novograd(
     weight_decay: float = 0.0,
 ) -> None:
     """NovoGrad: momentum on gradients divided by an average of their norm. p is one whole parameter tensor.
-
-    ::
 
         v = |g|^2                                     at t = 1; Euclidean norm over all of g
         v = b2 v + (1 - b2) |g|^2                     after
@@ -994,8 +958,6 @@ def yogi(
 ) -> None:
     """Yogi: Adam whose second moment goes towards g^2 by steps of a size that does not depend on how far off it is.
 
-    ::
-
         m = b1 m + (1 - b1) g                                m_hat = m / (1 - b1^t)
         v = v - (1 - b2) sign(v - g^2) g^2                   v_hat = v / (1 - b2^t)
         p = p - lr m_hat / (sqrt(v_hat) + eps)
@@ -1035,8 +997,6 @@ def rprop(
     weight_decay: float = 0.0,
 ) -> None:
     """Rprop: a step size per element, which grows while the gradient keeps its sign and shrinks when it changes.
-
-    ::
 
         prev_grad g > 0:   s = etas[1] s
         prev_grad g < 0:   s = etas[0] s,  and then g = 0
@@ -1080,8 +1040,6 @@ def schedule_free_adamw(
 ) -> None:
     """Schedule-free AdamW: an average of the points takes the place of a falling lr. p is y, where g is taken.
 
-    ::
-
         s_i = sqrt(1 - b2^i) min(1, i / warmup_steps)        sqrt(1 - b2^i) where warmup_steps = 0
         c = s_t^2 / (s_1^2 + ... + s_t^2)
         x = (y - (1 - b1) z) / b1                            the x of the update before
@@ -1090,7 +1048,7 @@ def schedule_free_adamw(
         x = (1 - c) x + c z
         y = (1 - b1) z + b1 x
 
-    x is what is to be used in the end; :func:`schedule_free_eval` returns it. With a constant lr the c are those of
+    x is what is to be used in the end; `schedule_free_eval` returns it. With a constant lr the c are those of
     the paper, which has lr^2 in each term of the fraction.
 
     lr [p]; betas no unit, the first above 0; eps [g]; warmup_steps in updates; weight_decay 1/[p]. States: "z" [p],
@@ -1116,13 +1074,12 @@ def schedule_free_adamw(
 
 
 def schedule_free_eval(p: Array, state: State, *, betas: tuple[float, float] = (0.9, 0.999)) -> Array:
-    """Return x of :func:`schedule_free_adamw`, the average to be used in the end, from p, which is y, and the state.
-
-    ::
+    """Return x of `schedule_free_adamw`, the average to be used in the end, from p, which is y, and the state.
 
         x = (y - (1 - b1) z) / b1
 
-    betas as in the updates. Raises ValueError where the first is 0, as y is z then, or where the state is not of p.
+    betas as in the updates. Returns an array of the shape of p. Raises ValueError where the first is 0, as y is z then,
+    or where the state is not of p.
 
     Source: A. Defazio et al., The road less scheduled, NeurIPS 2024, https://arxiv.org/abs/2405.15682, Algorithm 1, its
     first line for y, solved for x.
@@ -1170,8 +1127,6 @@ def muon(
     weight_decay: float = 0.1,
 ) -> None:
     """Muon: momentum made orthogonal, for a matrix; AdamW for all else. p is one whole parameter tensor.
-
-    ::
 
         orthogonal (None: where p has two axes):
             p = (1 - lr weight_decay) p
@@ -1259,8 +1214,10 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
 
     ``name`` is a key of OPTIMIZERS; ``hyper`` any of its hyperparameters, the others have their defaults. All states
     are zero, but for "sum_sq" of Adagrad and "v" of Yogi, which are ``initial_accumulator_value`` ([g]^2), "step_size"
-    of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (). Raises
-    ValueError for an unknown name, TypeError for an unknown hyperparameter.
+    of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape ().
+
+    Returns a dictionary of arrays by name, which the optimizer updates in place. Raises ValueError for an unknown name,
+    TypeError for an unknown hyperparameter.
 
     >>> init_state("adam", np.ones(2, np.float32), amsgrad=True)["v_max"]
     array([0., 0.], dtype=float32)
@@ -1332,9 +1289,7 @@ def batchnorm_forward(
     activation: str | None = None,
     residual: Array | None = None,
 ) -> tuple[Array, dict[str, Any]]:
-    """Batch normalisation over all axes but `axis`, and what :func:`batchnorm_backward` needs.
-
-    ::
+    """Batch normalisation over all axes but `axis`, and what `batchnorm_backward` needs.
 
         mean = sum(x) / m               training; m values per channel
         var  = sum((x - mean)^2) / m
@@ -1349,7 +1304,10 @@ def batchnorm_forward(
         y    = max(y, 0)                activation = "relu"
 
     x [x], residual [y], gamma [y], beta [y], running_mean [x], running_var and eps [x]^2, momentum no unit. The
-    running statistics are updated in place; gamma, beta and they have shape (C,), residual that of x.
+    running statistics are updated in place; gamma, beta and they have shape (C,), residual that of x, whose channels
+    are on `axis`, 1 or -1.
+
+    Returns y, in the shape of x, and the dictionary that `batchnorm_backward` takes.
 
     Source: S. Ioffe, C. Szegedy, Batch normalization, ICML 2015, https://arxiv.org/abs/1502.03167, Algorithms 1 and 2.
 
@@ -1400,9 +1358,9 @@ def batchnorm_forward(
 
 
 def batchnorm_backward(dy: Array, cache: dict[str, Any]) -> dict[str, Array]:
-    """The gradients of a loss L with respect to all that entered :func:`batchnorm_forward`; dy = dL/dy.
+    """The gradients of a loss L with respect to all that entered `batchnorm_forward`; dy = dL/dy.
 
-    The chain rule, one line of the forward pass at a time, from the last to the first (dv stands for dL/dv)::
+    The chain rule, one line of the forward pass at a time, from the last to the first (dv stands for dL/dv):
 
         y = max(z, 0)                       dz = dy where y > 0, else 0
         z = u + residual                    du = dz,  dresidual = dz

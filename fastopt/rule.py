@@ -29,7 +29,17 @@ MISSING = inspect.Parameter.empty
 
 @dataclass(frozen=True)
 class Interval:
-    """A finite number in [low, high], or in [low, high) where `open` is set; with `length`, a tuple of them."""
+    """A finite number in [low, high], or in [low, high) where `open` is set; with `length`, a tuple of them.
+
+    Args:
+        low, high: the ends, finite or -inf, inf.
+        open: whether `high` itself is out of range.
+        length: how many numbers, from 1; None for a single one that is no tuple.
+
+    >>> from fastopt import Interval
+    >>> str(Interval(0.0, 1.0, open=True, length=2))
+    '2 numbers, each in [0, 1)'
+    """
 
     low: float = -math.inf
     high: float = math.inf
@@ -42,7 +52,22 @@ class Interval:
         return f"{self.length} numbers, each {one}" if self.length else f"a number {one}"
 
     def check(self, name: str, value: Any) -> Any:
-        """`value` as float (or a tuple of floats); TypeError or ValueError, naming `name`, where it is not in here."""
+        """Refuse a value that is not in here.
+
+        Args:
+            name: of the hyperparameter, for the message.
+            value: a number of Python or NumPy, or a sequence of `length` numbers.
+
+        Returns:
+            `value` as a float, or a tuple of floats.
+
+        Raises:
+            TypeError, ValueError: naming `name`: no number, not finite, out of range, or not `length` of them.
+
+        >>> from fastopt import Interval
+        >>> Interval(0.0).check("lr", 1)
+        1.0
+        """
         if self.length is not None:
             if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str) or len(value) != self.length:
                 raise TypeError(f"{name}={value!r}: expected {self}")
@@ -61,10 +86,29 @@ class Interval:
 
 @dataclass(frozen=True)
 class Flag:
-    """True or False."""
+    """True or False.
+
+    >>> from fastopt import Flag, rule
+    >>> decorator = rule(lambda t, lr, nesterov=True: None, domains={"nesterov": Flag()})
+    """
 
     def check(self, name: str, value: Any) -> bool:
-        """`value`; TypeError, naming `name`, where it is no bool."""
+        """Refuse what is no bool.
+
+        Args:
+            name: of the hyperparameter, for the message.
+            value: a bool of Python or NumPy.
+
+        Returns:
+            `value` as a bool.
+
+        Raises:
+            TypeError: naming `name`, where it is no bool.
+
+        >>> from fastopt import Flag
+        >>> Flag().check("nesterov", True)
+        True
+        """
         if not isinstance(value, bool | np.bool_):
             raise TypeError(f"{name}={value!r}: expected True or False")
         return bool(value)
@@ -72,12 +116,37 @@ class Flag:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few names."""
+    """One of a few names.
+
+    Args:
+        names: those that are allowed.
+
+    >>> from fastopt import Choice
+    >>> Choice(("ema", "heavy_ball")).check("form", "ema")
+    'ema'
+    """
 
     names: tuple[str, ...]
 
     def check(self, name: str, value: Any) -> str:
-        """`value`; ValueError, naming `name`, where it is none of the names."""
+        """Refuse what is none of the names.
+
+        Args:
+            name: of the hyperparameter, for the message.
+            value: a str.
+
+        Returns:
+            `value`.
+
+        Raises:
+            ValueError: naming `name`, where it is none of the names.
+
+        >>> from fastopt import Choice
+        >>> Choice(("ema", "heavy_ball")).check("form", "nesterov")
+        Traceback (most recent call last):
+            ...
+        ValueError: form='nesterov': expected one of 'ema', 'heavy_ball'
+        """
         if not isinstance(value, str) or value not in self.names:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, self.names))}")
         return value
@@ -109,7 +178,25 @@ DOMAINS: dict[str, Domain] = {
 class Layerwise:
     """How a rule uses norms of whole parameters: the first value it returns is then a proposed update u, not the new p.
 
-    ``ratio(norm_p, norm_u)`` is taken once per parameter, in float64; ``apply(p, *states, ratio, h)`` is the new p.
+    Args:
+        ratio: ``ratio(norm_p, norm_u)``, a number, taken once per parameter in float64.
+        apply: ``apply(p, *states, ratio, h)``, which returns the new p. u is not kept: it makes it anew of the states.
+
+    >>> import numpy as np, fastopt
+    >>> from typing import NamedTuple
+    >>> class Hyper(NamedTuple):
+    ...     lr: float
+    >>> def ratio(norm_p, norm_u):
+    ...     return norm_p / norm_u if norm_u > 0.0 else 1.0
+    >>> def apply(p, u, ratio, h):
+    ...     return p - h.lr * ratio * u
+    >>> @fastopt.rule(lambda t, lr: Hyper(lr), layerwise=fastopt.Layerwise(ratio, apply))
+    ... def relative_descent(p, g, u, h):
+    ...     return g, g
+    >>> opt = fastopt.Optimizer({"w": np.array([3.0, 4.0])}, relative_descent, lr=0.1)
+    >>> _ = opt.step({"w": np.array([0.0, 8.0])})  # a step of a tenth of the norm of w
+    >>> opt.params["w"]
+    array([3. , 3.5])
     """
 
     ratio: Callable[..., Any]
@@ -120,9 +207,27 @@ class Layerwise:
 class Scaling:
     """How a rule uses norms of whole parameters that are known before its update: they decide about its scale.
 
-    ``scale(norm_p, norm_g, h)`` is taken once per parameter, in float64, and takes the place of the last field of h.
-    With `number`, the name of a state that is one number per parameter and begins at 0, it is
-    ``scale(norm_p, norm_g, number, h)``, which returns the scale and the new number.
+    Args:
+        scale: ``scale(norm_p, norm_g, h)``, taken once per parameter in float64; it takes the place of the last field
+            of h. With `number` it is ``scale(norm_p, norm_g, number, h)`` and returns the scale and the new number.
+        number: the name of a state that is one number per parameter, in float64, and begins at 0; None for none.
+
+    >>> import numpy as np, fastopt
+    >>> from typing import NamedTuple
+    >>> class Hyper(NamedTuple):
+    ...     lr: float
+    ...     scale: float
+    >>> def prepare(t, lr, weight_decay=0.0):
+    ...     return Hyper(lr, 0.0)
+    >>> def per_norm(norm_p, norm_g, h):
+    ...     return 1.0 / norm_g if norm_g > 0.0 else 0.0
+    >>> @fastopt.rule(prepare, scaling=fastopt.Scaling(per_norm))
+    ... def normalized_descent(p, g, h):
+    ...     return p - h.lr * h.scale * g
+    >>> opt = fastopt.Optimizer({"w": np.zeros(2)}, normalized_descent, lr=0.5)
+    >>> _ = opt.step({"w": np.array([3.0, -4.0])})
+    >>> opt.params["w"].round(12)
+    array([-0.3,  0.4])
     """
 
     scale: Callable[..., Any]
@@ -133,9 +238,33 @@ class Scaling:
 class Matrixwise:
     """How a rule uses whole matrices: what it steps along is made of them by linear algebra, before its update.
 
-    Of the parameters whose hyperparameter `chosen` is true, as it is of 2-D ones unless an override says otherwise:
-    ``direction``, a rule of the same states and hyperparameters, is run first, and leaves something in `state`;
-    ``transform(array, **hyperparameters)`` makes of that, in place, what the update then reads.
+    Args:
+        direction: a rule of the same states and hyperparameters, which is run first and leaves something in `state`.
+        state: the name of that state.
+        transform: ``transform(array, **hyperparameters)`` makes of a 2-D array of that state, in place, what the update
+            then reads.
+        chosen: the name of the hyperparameter that tells for which parameters this is done: it is true for 2-D ones
+            unless an override says otherwise.
+
+    >>> import numpy as np, fastopt
+    >>> from typing import NamedTuple
+    >>> class Hyper(NamedTuple):
+    ...     lr: float
+    >>> def prepare(t, lr, centred=True, weight_decay=0.0):
+    ...     return Hyper(lr)
+    >>> @fastopt.rule(prepare)
+    ... def keep(p, g, u, h):
+    ...     return p, g
+    >>> def centre(u, **hyperparameters):
+    ...     u -= u.mean(axis=0)
+    >>> @fastopt.rule(prepare, matrixwise=fastopt.Matrixwise(keep, "u", centre, "centred"))
+    ... def centred_descent(p, g, u, h):
+    ...     return p - h.lr * u, u
+    >>> opt = fastopt.Optimizer({"W": np.zeros((2, 2))}, centred_descent, lr=1.0)
+    >>> _ = opt.step({"W": np.array([[1.0, 0.0], [3.0, 0.0]])})
+    >>> opt.params["W"]
+    array([[ 1.,  0.],
+           [-1.,  0.]])
     """
 
     direction: Rule
@@ -250,18 +379,55 @@ class Rule:
         return self.layerwise is not None or self.scaling is not None
 
     def names(self) -> tuple[str, ...]:
-        """Every hyperparameter that the rule accepts: its own, and weight_decay, which the loop handles for all."""
+        """Every hyperparameter that the rule accepts: its own, and weight_decay, which the loop handles for all.
+
+        >>> import fastopt
+        >>> fastopt.rules.momentum.names()
+        ('lr', 'momentum', 'form', 'weight_decay')
+        """
         return self.hyperparameters if self.owns_weight_decay else (*self.hyperparameters, WEIGHT_DECAY)
 
     def check(self, name: str, value: Any, where: str = "") -> Any:
-        """`value` in the form `prepare` expects; an error that names the hyperparameter where it is out of range."""
+        """Refuse a hyperparameter that is out of range.
+
+        Args:
+            name: of the hyperparameter.
+            value: a number, flag or name; no schedule, see `check_all`.
+            where: what the message begins with.
+
+        Returns:
+            `value` in the form that `prepare` expects.
+
+        Raises:
+            TypeError, ValueError: naming the hyperparameter, what was found and what was expected.
+
+        >>> import fastopt
+        >>> fastopt.rules.adam.check("betas", [0.9, 0.99])
+        (0.9, 0.99)
+        """
         domain = self._domains.get(name)
         if domain is None:
             domain = Flag() if isinstance(self.defaults.get(name), bool) else Interval()
         return domain.check(where + name, value)
 
     def check_all(self, values: Mapping[str, Any], where: str = "", step: int = 0) -> dict[str, Any]:
-        """`values` as `check` returns them; a schedule stays one, and is tried at `step`, the next one."""
+        """Refuse hyperparameters that the rule does not have, or that are out of range.
+
+        Args:
+            values: by name: what `check` takes, or schedules.
+            where: what messages begin with.
+            step: the next one, an int from 0, at which schedules are tried.
+
+        Returns:
+            A dict of `values` as `check` returns them; a schedule stays one.
+
+        Raises:
+            TypeError, ValueError: naming the hyperparameter.
+
+        >>> import fastopt
+        >>> fastopt.rules.sgd.check_all({"lr": 1})
+        {'lr': 1.0}
+        """
         for name in values:
             if name not in self.names():
                 raise TypeError(
@@ -277,7 +443,21 @@ class Rule:
         return checked
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The given hyperparameters and the defaults of the rest; TypeError for one that is unknown or missing."""
+        """The given hyperparameters, and the defaults of the rest.
+
+        Args:
+            given: hyperparameters by name.
+
+        Returns:
+            A dict of all of them, in the order of `names`.
+
+        Raises:
+            TypeError: naming one that is unknown, or has no default.
+
+        >>> import fastopt
+        >>> fastopt.rules.momentum.complete({"lr": 0.5})
+        {'lr': 0.5, 'momentum': 0.9, 'form': 'heavy_ball', 'weight_decay': 0.0}
+        """
         unknown = [name for name in given if name not in self.names()]
         if unknown:
             raise TypeError(
@@ -291,12 +471,39 @@ class Rule:
         return {name: values[name] for name in self.names()}
 
     def features(self, *, decays: bool, **flags: bool) -> Features:
-        """The kernel's flags: these, and those of weight decay where some group decays its weights (`decays`)."""
+        """The flags of the kernel that runs this rule.
+
+        Args:
+            decays: whether some parameter decays its weights.
+            **flags: of `fastopt.backends.Features`, other than those of weight decay.
+
+        Returns:
+            A `fastopt.backends.Features`.
+
+        >>> import fastopt
+        >>> found = fastopt.rules.sgd.features(decays=True)
+        >>> found.l2, found.decoupled
+        (True, False)
+        """
         by_loop = decays and not self.owns_weight_decay
         return Features(**flags, l2=by_loop and not self.decoupled, decoupled=by_loop and self.decoupled)
 
     def decaying(self, decoupled: bool) -> Rule:
-        """This rule with decoupled weight decay, or with L2; TypeError where it decays weights in a way of its own."""
+        """This rule with decoupled weight decay, or with L2.
+
+        Args:
+            decoupled: True for ``p *= 1 - lr weight_decay``, False for ``g += weight_decay p``.
+
+        Returns:
+            A `Rule`: this one, or its twin.
+
+        Raises:
+            TypeError: it decays weights in a way of its own.
+
+        >>> import fastopt
+        >>> fastopt.rules.sgd.decaying(True).decoupled
+        True
+        """
         if decoupled == self.decoupled:
             return self
         if self.owns_weight_decay:
@@ -329,11 +536,13 @@ class Rule:
                 stream. torch must be on the same one; outside of its default stream, that takes
                 ``with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):``.
             t: the number of this update, from 1.
-            grad_scale: what the loss was multiplied by; the gradient is divided by it.
+            grad_scale: what the loss was multiplied by, a positive finite number; the gradient is divided by it.
             **hyper: the rule's hyperparameters, numbers (not schedules); the defaults of its optimizer for the rest.
 
-        Raises TypeError or ValueError, naming the argument, before anything is written. A layerwise rule (LAMB) takes
-        the arrays as one parameter; a matrixwise one (Muon) does not take them.
+        A layerwise rule (LAMB) takes the arrays as one parameter; a matrixwise one (Muon) does not take them.
+
+        Raises:
+            TypeError, ValueError: naming the argument, before anything is written.
 
         >>> import numpy as np, fastopt
         >>> p, m, v = np.ones(3), np.zeros(3), np.zeros(3)

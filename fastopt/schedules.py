@@ -184,7 +184,7 @@ def _value(part: Callable[[int], float] | float, step: int) -> float:
 class constant(Schedule):
     """The same value at every step.
 
-    .. math:: f(t) = lr
+    Formula: ``f(t) = lr``
 
     Args:
         lr: the value; finite, >= 0.
@@ -207,9 +207,9 @@ class constant(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class exponential(Schedule):
-    r"""Exponential decay: the value shrinks by the same factor at every step.
+    """Exponential decay: the value shrinks by the same factor at every step.
 
-    .. math:: f(t) = lr \, e^{-k t}
+    Formula: ``f(t) = lr exp(-k t)``
 
     Args:
         lr: the value at step 0; finite, >= 0.
@@ -222,6 +222,8 @@ class exponential(Schedule):
     >>> schedule = exponential(0.1, k=0.01)
     >>> [round(schedule(t), 6) for t in (0, 100, 200)]
     [0.1, 0.036788, 0.013534]
+
+    Source: the form of torch.optim.lr_scheduler.ExponentialLR, whose gamma is exp(-k).
     """
 
     lr: float
@@ -237,9 +239,9 @@ class exponential(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class inverse_time(Schedule):
-    r"""Decay as one over the time, as Robbins & Monro (1951) ask: the sum has no limit, the sum of the squares has one.
+    """Decay as one over the time, as Robbins & Monro (1951) ask: the sum has no limit, the sum of the squares has one.
 
-    .. math:: f(t) = \frac{lr}{1 + k t}
+    Formula: ``f(t) = lr / (1 + k t)``
 
     Args:
         lr: the value at step 0; finite, >= 0.
@@ -251,6 +253,8 @@ class inverse_time(Schedule):
     >>> schedule = inverse_time(0.1, k=0.01)
     >>> [schedule(t) for t in (0, 100, 300)]
     [0.1, 0.05, 0.025]
+
+    Source: Robbins & Monro 1951, https://doi.org/10.1214/aoms/1177729586
     """
 
     lr: float
@@ -266,12 +270,11 @@ class inverse_time(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class cyclical(Schedule):
-    r"""A triangular wave between two values: the cyclical learning rate.
+    """A triangular wave between two values: the cyclical learning rate.
 
-    .. math:: f(t) = low + (high - low) \, \Bigl(1 - \Bigl|\frac{2\,(t \bmod period)}{period} - 1\Bigr|\Bigr) \, a(t)
-
-    where the amplitude is :math:`a = 1` for "triangular", :math:`a = 2^{-\lfloor t / period \rfloor}` (halved after
-    each cycle) for "triangular2", and :math:`a = gamma^t` for "exp_range".
+    Formula: ``f(t) = low + (high - low) (1 - |2 (t mod period) / period - 1|) a(t)``, where the amplitude is ``a = 1``
+    for "triangular", ``a = 2^-floor(t / period)`` (halved after each cycle) for "triangular2", and ``a = gamma^t`` for
+    "exp_range"
 
     Args:
         low: the value at the start of every cycle; finite, >= 0.
@@ -323,9 +326,9 @@ class cyclical(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class step_decay(Schedule):
-    r"""Multiplied by a factor every so many steps: a staircase (torch's StepLR).
+    """Multiplied by a factor every so many steps: a staircase (torch's StepLR).
 
-    .. math:: f(t) = lr \cdot factor^{\lfloor t / every \rfloor}
+    Formula: ``f(t) = lr factor^floor(t / every)``
 
     Args:
         lr: the value of the first stair; finite, >= 0.
@@ -338,6 +341,8 @@ class step_decay(Schedule):
     >>> schedule = step_decay(0.4, factor=0.5, every=30)
     >>> [schedule(t) for t in (0, 29, 30, 60)]
     [0.4, 0.4, 0.2, 0.1]
+
+    Source: the form of torch.optim.lr_scheduler.StepLR.
     """
 
     lr: float
@@ -357,7 +362,7 @@ class step_decay(Schedule):
 class piecewise(Schedule):
     """One constant after another.
 
-    .. math:: f(t) = values_i, \\quad i = \\#\\{\\,b \\in boundaries : b \\le t\\,\\}
+    Formula: ``f(t) = values[i]``, where ``i`` is the number of boundaries ``<= t``
 
     Args:
         boundaries: steps at which the value changes; strictly increasing ints >= 1. Step `boundaries[0]` is the first
@@ -389,9 +394,9 @@ class piecewise(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class linear(Schedule):
-    r"""A straight line from one value to another, which is then kept.
+    """A straight line from one value to another, which is then kept.
 
-    .. math:: f(t) = start + (end - start) \, \min(1, t / steps)
+    Formula: ``f(t) = start + (end - start) min(1, t / steps)``
 
     Args:
         start: the value at step 0; finite, >= 0.
@@ -421,9 +426,9 @@ class linear(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class polynomial(Schedule):
-    r"""From one value to another along a power of the time that is left.
+    """From one value to another along a power of the time that is left.
 
-    .. math:: f(t) = end + (start - end) \, \bigl(1 - \min(1, t / steps)\bigr)^{power}
+    Formula: ``f(t) = end + (start - end) (1 - min(1, t / steps))^power``
 
     Args:
         start: the value at step 0; finite, >= 0.
@@ -437,6 +442,8 @@ class polynomial(Schedule):
     >>> schedule = polynomial(0.5, 0.1, steps=4, power=2.0)
     >>> [round(schedule(t), 6) for t in range(6)]
     [0.5, 0.325, 0.2, 0.125, 0.1, 0.1]
+
+    Source: the form of torch.optim.lr_scheduler.PolynomialLR, which has ``end = 0``.
     """
 
     start: float
@@ -460,9 +467,9 @@ class polynomial(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class cosine(Schedule):
-    r"""Cosine annealing: half a cosine from one value to another, which is then kept.
+    """Cosine annealing: half a cosine from one value to another, which is then kept.
 
-    .. math:: f(t) = end + \tfrac{1}{2} (start - end) \, \bigl(1 + \cos(\pi \min(1, t / steps))\bigr)
+    Formula: ``f(t) = end + 1/2 (start - end) (1 + cos(pi min(1, t / steps)))``
 
     Args:
         start: the value at step 0; finite, >= 0.
@@ -501,20 +508,14 @@ class cosine(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class one_cycle(Schedule):
-    r"""One rise to a high value and one long descent far below where it began: the 1cycle policy.
+    """One rise to a high value and one long descent far below where it began: the 1cycle policy.
 
-    With :math:`low = high / div\_factor`, :math:`final = low / final\_div\_factor`, the peak at
-    :math:`p = \max(0, pct\_start \cdot steps - 1)` and the last step :math:`e = steps - 1`:
+    Formula: ``f(t) = A(low, high, t / p)`` for ``t <= p``, ``A(high, final, (t - p) / (e - p))`` for ``p < t < e``,
+    ``final`` from there on; ``low = high / div_factor``, ``final = low / final_div_factor``, the peak at
+    ``p = max(0, pct_start steps - 1)``, the last step ``e = steps - 1``, and ``A`` half a cosine or a straight line
 
-    .. math::
-        f(t) = \begin{cases}
-            A(low, high, t / p)                 & t \le p \\
-            A(high, final, (t - p) / (e - p))   & p < t < e \\
-            final                               & t \ge e
-        \end{cases}
-
-    where `A` is half a cosine or a straight line. `p` need not be a whole number: the peak may fall between two steps.
-    If `p = 0` the first step has the value `high`. The shape and the defaults are those of torch's OneCycleLR.
+    `p` need not be a whole number: the peak may fall between two steps. If `p = 0` the first step has the value `high`.
+    The shape and the defaults are those of torch's OneCycleLR.
 
     Args:
         high: the value at the peak; finite, >= 0.
@@ -563,17 +564,13 @@ class one_cycle(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class warmup(Schedule):
-    r"""A linear ramp up to the first value of another schedule, which then runs from its own beginning.
+    """A linear ramp up to the first value of another schedule, which then runs from its own beginning.
 
-    .. math::
-        f(t) = \begin{cases}
-            s(0) \, (t + 1) / (steps + 1) & t < steps \\
-            s(t - steps)                  & t \ge steps
-        \end{cases}
+    Formula: ``f(t) = s(0) (t + 1) / (steps + 1)`` for ``t < steps``, ``s(t - steps)`` from there on
 
-    So the first step has :math:`s(0) / (steps + 1)`, never 0 (a first update of nothing is a wasted one), the ramp
-    climbs by the same amount at every step, its last included, and step `steps` is the first with the full value. The
-    wrapped schedule is delayed, not cut: `warmup(cosine(0.1, 0.0, 90), 10)` ends at step 100.
+    So the first step has ``s(0) / (steps + 1)``, never 0 (a first update of nothing is a wasted one), the ramp climbs
+    by the same amount at every step, its last included, and step `steps` is the first with the full value. The wrapped
+    schedule is delayed, not cut: `warmup(cosine(0.1, 0.0, 90), 10)` ends at step 100.
 
     Args:
         schedule: the schedule to ramp up to: one of this module's, any function of the step, or a number
@@ -606,9 +603,10 @@ class warmup(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class sequence(Schedule):
-    r"""One schedule after another, each counting its steps from where it takes over.
+    """One schedule after another, each counting its steps from where it takes over.
 
-    .. math:: f(t) = s_i(t - b_i), \quad b_0 = 0, \quad b_i = boundaries_{i-1}, \quad b_i \le t < b_{i+1}
+    Formula: ``f(t) = schedules[i](t - b)``, where ``i`` is the number of boundaries ``<= t`` and ``b`` the last of
+    them, or 0
 
     Args:
         schedules: the schedules in order: of this module, any function of the step, or numbers (finite, >= 0).

@@ -20,15 +20,19 @@ ACTIVATIONS = (None, "relu")
 
 
 class BatchNormGrads(NamedTuple):
-    """The gradients that `batchnorm_backward` returns."""
+    """The gradients that `batchnorm_backward` returns.
+
+    Attributes:
+        dx: in the shape of x.
+        dgamma, dbeta: of shape (C,); None where there was no gamma, no beta.
+        dresidual: in the shape of x; None where there was no residual; `dy` itself, not a copy, where no ReLU came
+            after the addition.
+    """
 
     dx: np.ndarray
     dgamma: np.ndarray | None
-    """None where there was no gamma."""
     dbeta: np.ndarray | None
-    """None where there was no beta."""
     dresidual: np.ndarray | None
-    """None where there was no residual; `dy` itself, not a copy, where no ReLU came after the addition."""
 
 
 class Saved:
@@ -151,6 +155,7 @@ def batchnorm_forward(
         TypeError, ValueError: naming the argument, before anything is written: another dtype, shape, memory order or
             range than above, fewer than two values per channel in training, running statistics missing or negative
             where they are needed, arrays that overlap.
+        RuntimeError: the arrays lie on a device that cannot be used here.
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167, algorithm 1.
 
@@ -355,7 +360,7 @@ def fold_batchnorm(
     An activation of `bn` is not part of the result: apply it after the folded layer.
 
     Args:
-        weight: float32 or float64; (fan_in, fan_out) of a dense layer, or (C_out, C_in, ...) of a convolution.
+        weight: float32 or float64, of shape (fan_in, fan_out) of a dense layer, or (C_out, C_in, ...) of a convolution.
         bias: shape (C_out,), dtype of weight; None for a layer without one.
         bn: the BatchNorm that follows it, with running statistics.
         axis: of the output channels in `weight`; None is the last of a 2-D weight and the first of any other.
@@ -366,6 +371,7 @@ def fold_batchnorm(
     Raises:
         TypeError, ValueError: naming the argument: a dtype or shape other than above, another number of channels than
             `bn` has, a `bn` without running statistics.
+        RuntimeError: those lie on a device that cannot be used here.
 
     Source: Jacob et al. 2017, https://arxiv.org/abs/1712.05877, section 3.2.
 

@@ -52,6 +52,7 @@ class BatchNorm:
 
     Raises:
         TypeError, ValueError: naming the argument that is out of range.
+        RuntimeError: the backend cannot work here.
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167
 
@@ -172,13 +173,23 @@ class BatchNorm:
         """Use these arrays for gamma, beta and their gradients from now on: an optimizer's views of its buffers.
 
         Args:
-            params: ``opt.params[...]`` of an optimizer whose tree held ``bn.params``, or ``bn.state``: the running
-                statistics are then used and written there, too. Their values count from now on.
-            grads: ``opt.grads[...]`` of the same. Nothing is written to those of the running statistics.
+            params: dict of arrays of shape (C,), ``opt.params[...]`` of an optimizer whose tree held ``bn.params``, or
+                ``bn.state``: the running statistics are then used and written there, too. Their values count from now
+                on.
+            grads: dict of arrays of shape (C,), ``opt.grads[...]`` of the same. Nothing is written to those of the
+                running statistics.
 
         Raises:
             TypeError, ValueError: naming the array: other keys, shapes or dtypes than the layer's, read-only arrays;
                 the layer is then unchanged.
+
+        >>> import numpy as np, fastopt
+        >>> bn = fastopt.BatchNorm(2, dtype=np.float64)
+        >>> opt = fastopt.SGD({"bn": bn.params})
+        >>> bn.attach(opt.params["bn"], opt.grads["bn"])
+        >>> opt.params["bn"]["gamma"][0] = 7.0
+        >>> bn.params["gamma"]
+        array([7., 1.])
         """
         own = self.state
         keys = set(self.params)
@@ -210,16 +221,17 @@ class BatchNorm:
         """Normalise x: with the batch's statistics in training, which are recorded, else with the running ones.
 
         Args:
-            x: of the layer's dtype, C-contiguous, its channels on the layer's axis. Kept, not copied, for `backward`.
+            x: of shape (N, C), (N, C, ...), or (N, ..., C) with ``axis=-1``, of the layer's dtype, C-contiguous. Kept,
+                not copied, for `backward`.
             training: which statistics to use.
             residual: added before the activation; shape of x.
-            out: array to write y to; see `batchnorm_forward`.
+            out: array to write y to, shape of x; see `batchnorm_forward`.
 
         Returns:
             y, in the shape of x.
 
         Raises:
-            TypeError, ValueError: as `batchnorm_forward`, before anything is changed.
+            TypeError, ValueError, RuntimeError: as `batchnorm_forward`, before anything is changed.
 
         >>> import numpy as np
         >>> from fastopt.batchnorm import BatchNorm
@@ -262,10 +274,10 @@ class BatchNorm:
 
         Args:
             dy: gradient with respect to y; shape and dtype of x.
-            out: array to write dx to; it may be dy or x.
+            out: array to write dx to, shape of x; it may be dy or x.
 
         Returns:
-            dx; where the forward pass had a residual, (dx, dresidual).
+            dx, in the shape of x; where the forward pass had a residual, (dx, dresidual).
 
         Raises:
             RuntimeError: there was no forward pass since the last backward pass.
@@ -310,9 +322,19 @@ class BatchNorm:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the running statistics that `state_dict` gave, into the arrays that are there.
 
+        Args:
+            state: what `state_dict` returned.
+
         Raises:
             TypeError, ValueError: that says what differs (keys, a newer format, shapes, dtype, statistics that are
                 tracked on one side only, numbers that are none); the layer is then unchanged.
+
+        >>> import numpy as np, fastopt
+        >>> bn, twin = (fastopt.BatchNorm(1, momentum=0.5, dtype=np.float64) for _ in range(2))
+        >>> _ = bn.forward(np.array([[1.0], [3.0]]))
+        >>> twin.load_state_dict(bn.state_dict())
+        >>> twin.running_mean, twin.num_batches_tracked
+        (array([1.]), 1)
         """
         keys = {"format", "running_mean", "running_var", "num_batches_tracked"}
         if not isinstance(state, Mapping) or set(state) != keys:

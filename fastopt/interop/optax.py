@@ -196,8 +196,8 @@ def from_optax_state(opt: Optimizer, state: Any, step: int | None = None) -> Non
         state: what ``tx.init`` or ``tx.update`` returned, or the same in plain tuples and dicts. States are known by
             their fields, trees of parameters by their paths; arrays are copied, and may be anything that ``np.asarray``
             reads, in the dtype of the parameters.
-        step: how many steps were made, for what counts none: rmsprop, adagrad and sgd without a schedule. None: what a
-            schedule has counted, else ``step_count`` as it is.
+        step: how many steps were made, from 0, for what counts none: rmsprop, adagrad and sgd without a schedule. None:
+            what a schedule has counted, else ``step_count`` as it is.
 
     Raises:
         TypeError, ValueError: that say where and what: a state of another form, other paths, shapes, dtypes or counts.

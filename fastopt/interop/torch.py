@@ -233,8 +233,8 @@ def from_torch_state(
         names: the paths of the parameters here in torch's order, that of its groups one after another. None: the names
             that torch keeps (``param_names``) if it was built with them, else the order of ``opt.flat.paths``: mind
             that this is that of the sorted keys of a dict.
-        step: how many steps were made, which schedules and ``step_count`` go by; None for the largest count of a
-            parameter. torch's SGD counts none: None then leaves ``step_count`` as it is, or makes it 1 if it is 0 and
+        step: how many steps were made, from 0, which schedules and ``step_count`` go by; None for the largest count of
+            a parameter. torch's SGD counts none: None then leaves ``step_count`` as it is, or makes it 1 if it is 0 and
             there are velocities, since what dampening does depends on whether a parameter had its first step.
 
     Raises:

@@ -131,7 +131,7 @@ class Muon(Optimizer, rules=(muon,)):
         ns_coefficients: their (a, b, c).
         eps: >= 0; the least norm that u is divided by.
         adjust_lr: ``"original"``, or ``"match_rms_adamw"`` for steps as large as AdamW's, so that its lr will do.
-        adamw_lr, adamw_betas, adamw_eps: as for `AdamW`, of the other parameters.
+        adamw_lr, adamw_betas, adamw_eps: lr, betas and eps of the other parameters, as for `AdamW`.
         **options: see `Optimizer`.
 
     Raises:

@@ -94,7 +94,20 @@ class Nesterov(Optimizer, rules=(nesterov, nesterov_lookahead), conventions={"to
         """Hold the parameters at the look-ahead point ``p - momentum v`` inside a ``with`` block, and yield them.
 
         Take the gradient in the block, step after it. On leaving, also by an exception, the parameters are what they
-        were, to the bit. Raises TypeError for the reformulated form, whose parameters are the look-ahead point.
+        were, to the bit.
+
+        Raises:
+            TypeError: of the reformulated form, whose parameters are the look-ahead point.
+            RuntimeError: inside another such block.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.Nesterov({"w": np.ones(1)}, lr=0.5, momentum=0.5, form="lookahead")
+        >>> _ = opt.step({"w": np.ones(1)})  # the velocity is 0.5 now, and w 0.5
+        >>> with opt.lookahead() as params:
+        ...     print(params["w"])
+        [0.25]
+        >>> opt.params["w"]
+        array([0.5])
         """
         if self.rule is not nesterov_lookahead:
             raise TypeError("lookahead() is for Nesterov(form='lookahead'); the reformulated form needs no look-ahead")

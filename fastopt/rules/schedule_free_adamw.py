@@ -144,6 +144,17 @@ class ScheduleFreeAdamW(Optimizer, rules=(schedule_free_adamw,)):
         """Hold the parameters at the average x inside a ``with`` block, and yield them.
 
         On leaving, also by an exception, the parameters are what they were, to the bit.
+
+        Raises:
+            RuntimeError: inside another such block.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.ScheduleFreeAdamW({"w": np.zeros(1)}, lr=0.1, betas=(0.5, 0.0))
+        >>> for _ in range(2):
+        ...     _ = opt.step({"w": np.array([5.0])})
+        >>> with opt.eval_params() as params:
+        ...     print(params["w"].round(4))
+        [-0.15]
         """
         with self._moved(average, "eval_params") as params:
             yield params
