@@ -6,7 +6,6 @@ prints one JSON object a line.
 
 from __future__ import annotations
 
-import doctest
 import hashlib
 import json
 import sys
@@ -22,7 +21,7 @@ from scripts import run
 import fastopt
 from fastopt import reference
 from fastopt.backends import cpu_batchnorm, get_backend
-from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm, functional, layer
+from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
 
 # Every way to cut an array: rows of whole samples and pieces of them, several channels side by side, one channel per
 # tile over the samples and inside them; primes, one channel, one position, and the sizes beside a SIMD register.
@@ -570,22 +569,6 @@ def test_state_goes_from_one_layer_to_another():
     assert state["num_batches_tracked"] == 1  # a copy, not the layer's own arrays
     np.testing.assert_allclose(state["running_mean"], first.mean((0, 2)), rtol=1e-12)
     assert "4 batches seen" in repr(other)
-
-
-EXAMPLES = [
-    example
-    for module in (functional, layer)
-    for example in doctest.DocTestFinder(exclude_empty=True).find(module, module.__name__)
-    if example.examples
-]
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
-def test_examples_are_true(example):
-    output: list[str] = []
-    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-    runner.run(example, out=output.append)
-    assert runner.summarize(verbose=False).failed == 0, "".join(output)
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["drivers"]:

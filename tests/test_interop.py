@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
-import importlib
 import json
 import math
 from collections import OrderedDict, namedtuple
@@ -1710,11 +1708,3 @@ def test_no_framework_is_imported():
     finished = run("-c", report)
     assert finished.returncode == 0, finished.stderr
     assert not {"torch", "jax", "optax", "keras", "tensorflow"} & set(json.loads(finished.stdout))
-
-
-@pytest.mark.parametrize("name", ["torch", "optax", "keras"])
-def test_examples_are_true(name):
-    module = importlib.import_module(f"fastopt.interop.{name}")
-    found = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
-    assert found.failed == 0
-    assert found.attempted > 0
