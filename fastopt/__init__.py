@@ -47,8 +47,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchNorm",
     "Choice",
-    "FlatParams",
     "Flag",
+    "FlatParams",
     "Interval",
     "Layerwise",
     "Linear",
@@ -68,8 +68,8 @@ __all__ = [
     "rule",
     "rules",
     "schedules",
-    *Optimizer.classes,
 ]
+__all__.extend(Optimizer.classes)
 
 globals().update(Optimizer.classes)  # every optimizer under fastopt/rules, so that a new one is a new file and no more
 

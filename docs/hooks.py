@@ -1,0 +1,180 @@
+"""What the site is built with besides its pages: pictures made by their own commands, and what the code tells.
+
+A command that stands in a table of `pictures.md`, with ``--plot FILE`` or ``--animate FILE``, is run, and what it has
+drawn is shown beside it: a new row is a new picture. Two run at a time. Pictures are kept under build/pictures, and are
+made again when the command, or anything in the package, has changed. A command that fails ends the build.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ROOT / "build" / "pictures"
+PAGE = "pictures.md"
+COMMAND = re.compile(r"`(fastopt [^`]+)`")
+DRAWN = re.compile(r"--(?:plot|animate)[ =](\S+)")
+AT_ONCE = 2
+LONGEST = 300
+"""Seconds that a command may take."""
+
+
+def commands_in(text: str) -> list[str]:
+    """The commands in the tables of a page that draw something."""
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return [command for row in rows for command in COMMAND.findall(row) if DRAWN.search(command)]
+
+
+def pictures_of(command: str) -> list[str]:
+    """The names of the files that a command draws."""
+    return DRAWN.findall(command)
+
+
+def make(commands: Sequence[str], folder: Path) -> list[str]:
+    """Run those commands in `folder` whose pictures are not there, or not those of this package; return what was run.
+
+    Raises RuntimeError with what a command said where it fails, or leaves a picture out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [name for command in commands for name in pictures_of(command)]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise RuntimeError(f"{PAGE}: two commands draw {', '.join(sorted(twice))}; give each picture a name of its own")
+    due = [command for command in commands if not is_made(command, folder)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(lambda command: run(command, folder), due))
+    return due
+
+
+def run(command: str, folder: Path) -> None:
+    """Run one command in `folder`, and note that its pictures are made."""
+    program, *arguments = shlex.split(command)
+    assert program == "fastopt"
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    for name in pictures_of(command):
+        (folder / name).unlink(missing_ok=True)
+    try:
+        finished = subprocess.run(
+            [sys.executable, "-m", "fastopt", *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path, "COLUMNS": "100"},
+            capture_output=True,
+            text=True,
+            timeout=LONGEST,
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{PAGE}: {command}\ntook longer than {LONGEST} s") from None
+    missing = [name for name in pictures_of(command) if not (folder / name).is_file()]
+    if finished.returncode != 0 or missing:
+        said = finished.stderr.strip() or finished.stdout.strip()
+        raise RuntimeError(f"{PAGE}: {command}\nended with {finished.returncode}, without {missing}:\n{said}")
+    stamp(command, folder).write_text(key(command))
+
+
+def is_made(command: str, folder: Path) -> bool:
+    """Whether the pictures of a command are there, made by it and by the package as it is now."""
+    there = stamp(command, folder)
+    made = all((folder / name).is_file() for name in pictures_of(command))
+    return made and there.is_file() and there.read_text() == key(command)
+
+
+def stamp(command: str, folder: Path) -> Path:
+    """Where is noted what the pictures of a command were made by."""
+    return folder / f"{pictures_of(command)[0]}.made"
+
+
+def key(command: str) -> str:
+    """A digest of all that decides about a picture."""
+    return hashlib.sha256(f"{command}\n{sources()}".encode()).hexdigest()
+
+
+@cache
+def sources() -> str:
+    """A digest of the package."""
+    files = sorted((ROOT / "fastopt").rglob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def with_pictures(text: str) -> str:
+    """A page in which every row of a table ends with the pictures of the command in it."""
+
+    def row(line: str) -> str:
+        found = COMMAND.search(line) if line.startswith("|") else None
+        if found is None or not DRAWN.search(found.group(1)):
+            return line
+        shown = [f"[![{name}](images/{name})](images/{name})" for name in pictures_of(found.group(1))]
+        return f"{line.rstrip()} {' '.join(shown)} |"
+
+    return "\n".join(map(row, text.split("\n")))
+
+
+def optimizers() -> str:
+    """For each optimizer what mkdocstrings makes its documentation of: a new one is a new file under fastopt/rules."""
+    import fastopt
+
+    classes = sorted(fastopt.Optimizer.classes.items(), key=lambda item: item[0].lower())
+    return "\n\n".join(f"::: {kind.__module__}.{name}" for name, kind in classes)
+
+
+def conventions() -> str:
+    """The table of what `convention=` stands for."""
+    import fastopt
+
+    frameworks = ("torch", "keras", "optax")
+    lines = [f"| optimizer | {' | '.join(frameworks)} |", "|---|---|---|---|"]
+    for name, kind in sorted(fastopt.Optimizer.classes.items(), key=lambda item: item[0].lower()):
+        if kind.conventions:
+            cells = [shown(kind.conventions.get(framework)) for framework in frameworks]
+            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "*as it is*: the defaults of fastopt; *none*: there is none to follow."])
+
+
+def shown(arguments: Any) -> str:
+    """The arguments that stand for a convention, as the cell of a table."""
+    if arguments is None:
+        return "*none*"
+    return ", ".join(f"`{name}={value!r}`" for name, value in arguments.items()) or "*as it is*"
+
+
+GENERATED = {"<!-- optimizers -->": optimizers, "<!-- conventions -->": conventions}
+
+
+# --- what mkdocs calls ------------------------------------------------------------------------------------------------
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Make the pictures, and add them and CONTRIBUTING.md to the site."""
+    from mkdocs.exceptions import PluginError
+    from mkdocs.structure.files import File
+
+    sources.cache_clear()
+    commands = commands_in((Path(config.docs_dir) / PAGE).read_text(encoding="utf-8"))
+    try:
+        make(commands, PICTURES)
+    except RuntimeError as error:
+        raise PluginError(str(error)) from None
+    for name in (name for command in commands for name in pictures_of(command)):
+        files.append(File.generated(config, f"images/{name}", abs_src_path=str(PICTURES / name)))
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    files.append(File.generated(config, "contributing.md", content=contributing))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put the pictures beside their commands, and what is generated in the place of its mark."""
+    if page.file.src_uri == PAGE:
+        markdown = with_pictures(markdown)
+    for mark, make_text in GENERATED.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, make_text())
+    return markdown
