@@ -1,4 +1,4 @@
-"""What the README says is generated or run: its tables, its code, its commands, and the speed of a user's own rule."""
+"""What the README says is generated: its tables; its commands are those of CI; and the speed of a user's own rule."""
 
 from __future__ import annotations
 
@@ -27,15 +27,6 @@ def test_the_generated_tables_are_up_to_date():
     assert report.render_init(source) == source, "run: python bench/report.py"
     for name in fastopt.Optimizer.classes:
         assert f"| `{name}` |" in README
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_code_blocks_run_and_print_what_they_say(block, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 5
-    exec(compile(block, "README.md", "exec", dont_inherit=True), {"__name__": "readme"})
-    promised = [line.split("  # ")[1].strip() for line in block.splitlines() if line.startswith("print")]
-    assert capsys.readouterr().out.split("\n")[:-1] == promised
 
 
 def test_the_two_commands_are_the_ones_that_ci_runs():
