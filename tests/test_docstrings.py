@@ -4,7 +4,7 @@ Public is what stands in the `__all__` of a module of the package, and of the cl
 properties without an underscore. The names of a module beneath ``__all__`` are the house's own: ruff sees to their
 first line. What is demanded:
 
-- of everything: a first paragraph of one line;
+- of everything: a first paragraph of one line; no directives or roles, which a terminal and the site show as they are;
 - of functions, methods, and classes that users construct: every argument by its name, an array with its shape, a number
   with its range; `Returns` or `Yields` where there are arguments and something comes back; each kind of error that it
   can raise, by what the code says, itself and through what it calls of the package; an example;
@@ -61,7 +61,14 @@ NO_SOURCE = {
 }
 """Mathematics that nobody need be cited for."""
 
-MATHEMATICS = ("fastopt.rules.", "fastopt.schedules", "fastopt.init", "fastopt.batchnorm", "fastopt.reference")
+MATHEMATICS = (
+    "fastopt.rules.",
+    "fastopt.schedules",
+    "fastopt.init",
+    "fastopt.batchnorm",
+    "fastopt.curvature",
+    "fastopt.reference",
+)
 
 NOT_MATHEMATICS = ("init_state",)
 
@@ -188,6 +195,8 @@ def lacks(name: Public, package: str = "fastopt") -> list[str]:
         missing.append("a first paragraph of one line that ends with a full stop")
     if inspect.isclass(thing) and name.name in MADE_BY:
         return missing + [f"attribute {one}" for one in attributes(thing) if not named(one, doc)]
+    if re.search(r"^ *\.\. \w+::|:\w+:`", doc, flags=re.MULTILINE):
+        missing.append("plain text in the place of reStructuredText")
     if not isinstance(thing, property):
         missing += arguments(name, doc, shared)
         if ">>>" not in doc:
@@ -383,6 +392,7 @@ FAULTS = {
     "that it raises ValueError": ("    Raises:\n        ValueError: factor <= 0.\n", ""),
     "that it raises TypeError": ("        TypeError: no int.", "        KeyError: no int."),
     "an example (>>>)": ("    >>> 1 + 1\n    2\n", ""),
+    "plain text in the place of reStructuredText": ("``y = factor x``", ":math:`y = a x`"),
     "a formula": ("    Formula: ``y = w x``\n", ""),
     "a source": ("    Source: Euclid, book V.\n\n    >>> Layer", "    >>> Layer"),
 }
