@@ -1,122 +1,59 @@
-"""One step of every optimizer against the memory limit, plain NumPy and torch's fused kernels.
-
-Run with ``pytest bench/bench_step.py --benchmark-enable``. The table at the end, and ``extra_info`` of the JSON, hold
-microseconds per step and ratios; all of a line come from one interleaved run.
-"""
+"""One step of every optimizer, from 1,000 to 30 million parameters, against the memory limit and all rivals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
-from interleaved import interleave
-from limit import limit_of
 
 import fastopt
-from fastopt import reference
+from fastopt.measure import RIVALS, Work, compare_step
 
-try:
-    import torch
-except ImportError:
-    torch = None
-
-SIZES = {"1k": 1_000, "100k": 100_000, "1M": 1_000_000, "4M": 4_000_000, "30M": 30_000_000}
-LINES: list[str] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table():
-    yield
-    print("\n\nmicroseconds per step; in brackets, how many times as long as fastopt\n" + "\n".join(LINES))
+SIZES = {"1k": 1_000, "10k": 10_000, "100k": 100_000, "1M": 1_000_000, "4M": 4_000_000, "30M": 30_000_000}
+SECONDS = {"1k": 0.2, "10k": 0.2, "100k": 0.2, "1M": 0.5, "4M": 0.4, "30M": 0.6}
+DTYPES = ("float32", "float64")
+FEW = ("torch fused",)
+LEFT_OUT = dict.fromkeys(RIVALS.keys() - set(FEW), "left out at this size: Adam stands for all")
+CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in fastopt.Optimizer.classes}
+CASES |= {"Adam amsgrad": ("Adam", {"amsgrad": True}), "RMSprop centered": ("RMSprop", {"centered": True})}
+CASES |= {"Muon vectors": ("Muon", {})}
+MATRICES = {"1k": (32, 32), "100k": (316, 316), "1M": (1000, 1000)}  # what Muon makes orthogonal
 
 
-def numpy_step(name: str, size: int, dtype: Any, g: np.ndarray, **hyper: Any) -> Callable[[], object]:
-    p = np.ones(size, dtype)
-    state = reference.init_state(name, p, **hyper)
-    update = reference.OPTIMIZERS[name]
-    return lambda: update(p, g, state, 10, **hyper)
+def title_of(name: str, size: str, dtype: str) -> str:
+    return f"{name} {size}" + ("" if dtype == "float32" else f" {dtype}")
 
 
-def torch_step(name: str, grads: list[np.ndarray], groups: int = 1, **options: Any) -> Callable[[], object] | None:
-    if torch is None:
-        return None
-    params = []
-    for g in grads:
-        param = torch.nn.Parameter(torch.ones(g.shape))
-        param.grad = torch.from_numpy(g.copy())
-        params.append(param)
-    alone = [{"params": [param], "lr": 1e-3 / (k + 2)} for k, param in enumerate(params[: groups - 1])]
-    return getattr(torch.optim, name)([*alone, {"params": params[groups - 1 :]}], **options).step
-
-
-def compare(benchmark: Any, title: str, contestants: dict[str, Callable[[], object] | None], seconds: float) -> None:
-    present = {name: call for name, call in contestants.items() if call is not None}
-    missing = [name for name, call in contestants.items() if call is None]
-    times = interleave(present, seconds)
-    ours = times["fastopt"]
-    cells = [f"{name} {1e6 * t:10.1f} ({t / ours:6.2f}x)" for name, t in times.items()]
-    LINES.append(f"{title:32s} " + "  ".join(cells) + "".join(f"  {name} not installed" for name in missing))
-    benchmark.extra_info.update({"title": title, "us": {name: 1e6 * t for name, t in times.items()}})
-    benchmark.pedantic(present["fastopt"], rounds=5, iterations=1)
-
-
-def filled(optimizer: fastopt.Optimizer) -> fastopt.Optimizer:
-    rng = np.random.default_rng(0)
-    for view in optimizer.flat.views(optimizer.flat.grad):
-        view[...] = rng.standard_normal(view.shape, np.float32)
-    optimizer.step()
-    return optimizer
-
-
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_adam(benchmark, size):
-    n = SIZES[size]
-    optimizer = filled(fastopt.Adam({"w": np.ones(n, np.float32)}))
-    g = optimizer.grads["w"]
-    compare(
-        benchmark,
-        f"Adam {size}",
-        {
-            "fastopt": optimizer.step,
-            "limit": limit_of(optimizer).step,
-            "torch fused": torch_step("Adam", [g], fused=True),
-            "numpy": numpy_step("adam", n, np.float32, g),
-        },
-        seconds=2.0 if n < 10_000_000 else 6.0,
-    )
+def test_adam(measure, size, dtype):
+    """Everyone, at every size."""
+    work = Work("Adam", ((SIZES[size],),), dtype)
+    measure(compare_step, title_of("Adam", size, dtype), work, seconds=3 * SECONDS[size], size=work.size)
 
 
-@pytest.mark.parametrize("groups", [1, 501])
-def test_adam_on_1000_tensors_of_64(benchmark, groups):
-    tensors = [np.ones(64, np.float32) for _ in range(1000)]
-    overrides = {str(k): {"lr": 1e-3 / (k + 2)} for k in range(groups - 1)}
-    optimizer = filled(fastopt.Adam(tensors, overrides=overrides))
-    compare(
-        benchmark,
-        f"Adam 1000 x 64, {groups} groups",
-        {
-            "fastopt": optimizer.step,
-            "limit": limit_of(optimizer).step,
-            "torch fused": torch_step("Adam", optimizer.grads, groups, fused=True),
-        },
-        seconds=2.0,
-    )
+OTHERS = [
+    (name, size, dtype)
+    for name in CASES
+    for dtype, sizes in (("float32", ("1k", "100k", "1M", "4M", "30M")), ("float64", ("1k", "1M", "30M")))
+    for size in sizes
+    if name != "Adam" and (name != "Muon" or size in MATRICES)
+]
 
 
-OTHERS = {name: {} for name in fastopt.Optimizer.classes if name != "Adam"}
-OTHERS |= {"Adam amsgrad": {"amsgrad": True}, "RMSprop centered": {"centered": True}}
-
-
-@pytest.mark.parametrize("size", ["1M", "30M"])
-@pytest.mark.parametrize("name", OTHERS)
-def test_other(benchmark, name, size):
-    n = SIZES[size]
-    optimizer = filled(getattr(fastopt, name.split()[0])({"w": np.ones(n, np.float32)}, **OTHERS[name]))
-    compare(
-        benchmark,
-        f"{name} {size}",
-        {"fastopt": optimizer.step, "limit": limit_of(optimizer).step},
-        seconds=1.0 if n < 10_000_000 else 3.0,
+@pytest.mark.parametrize(("name", "size", "dtype"), OTHERS)
+def test_other(measure, name, size, dtype):
+    """The rivals that compute the same, up to 1M; above, the limit and torch's fused kernels."""
+    optimizer, options = CASES[name]
+    work = Work(optimizer, (MATRICES[size] if name == "Muon" else (SIZES[size],),), dtype, options)
+    few = SIZES[size] > SIZES["1M"]
+    measure(
+        compare_step,
+        title_of(name, size, dtype),
+        work,
+        FEW if few else tuple(RIVALS),
+        seconds=SECONDS[size],
+        size=work.size,
+        limit=name != "Muon",  # its time is that of products of matrices
+        left_out=LEFT_OUT if few else {},
     )

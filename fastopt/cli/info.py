@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +19,7 @@ import fastopt
 from fastopt.backends import get_backend
 from fastopt.backends.bind import CACHE_VARIABLE, cache_directory
 from fastopt.cli.output import STDOUT, blame, check_writable, console, write_json
+from fastopt.measure.machine import cores, cpu_name, version_of
 
 EXAMPLES = "\n\n".join(["[bold]Examples[/bold]", "fastopt info", "fastopt info --json -"])
 
@@ -81,41 +80,19 @@ def _versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
-    return {**found, **{package: _version(package) for package in PACKAGES}}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return {**found, **{package: version_of(package) for package in PACKAGES}}
 
 
 def _cpu() -> dict[str, Any]:
     features = llvm.get_host_cpu_features()
     return {
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "architecture": platform.machine(),
         "llvm": llvm.get_host_cpu_name(),
         "features": [name for name in FEATURES if features.get(name, False)],
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": cores(),
     }
-
-
-def _cpu_name() -> str:
-    """The name the maker gave it, which Python's own `platform` does not know on Linux and macOS."""
-    try:
-        if platform.system() == "Darwin":
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip().lower() == "model name":
-                return value.strip()
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return platform.processor() or "unknown"
 
 
 def _threads() -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""The cost of a step of Adam against its size, from 100 to 100 million parameters, and against the number of threads.
+
+Where the driver stops to run a loop on one thread (`SERIAL_BELOW`) is not obeyed here by the contestants named after
+threads: their curves tell where it would be best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import pytest
+
+from fastopt.backends import cpu
+from fastopt.measure import Result, Work, compare, limit_of, machine
+from fastopt.measure.comparison import check_memory
+from fastopt.measure.limit import bytes_of
+from fastopt.measure.rivals import of_fastopt
+
+SIZES = [
+    *(10**k for k in range(2, 9)),
+    *(round(10 ** (k + 0.5)) for k in range(2, 8)),
+    *(16_384, 20_000, 24_576, 49_152, 65_536, 131_072),  # around the switch
+]
+SWITCH = cpu.SERIAL_BELOW
+
+
+def thread_counts(most: int) -> list[int]:
+    """1, 2, 4, ... and all."""
+    return sorted({min(2**k, most) for k in range(most.bit_length() + 1)})
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    threads = machine.threads()
+    yield
+    numba.set_num_threads(threads)
+    cpu.SERIAL_BELOW = SWITCH
+
+
+def on_threads(count: int, serial_below: int) -> Callable[[], None]:
+    def switch() -> None:
+        numba.set_num_threads(count)
+        cpu.SERIAL_BELOW = serial_below
+
+    return switch
+
+
+def scale(title: str, size: int, **options: Any) -> Result:
+    """A step as it is, its limit, and the same step on each number of threads."""
+    work = Work("Adam", ((size,),))
+    check_memory(work, 2)
+    optimizer = of_fastopt(work).optimizer
+    most = machine.threads()
+    contestants = {"fastopt": optimizer.step, "limit": limit_of(optimizer).step}
+    before = dict.fromkeys(contestants, on_threads(most, SWITCH))
+    for count in thread_counts(most):
+        name = f"{count} thread{'s' if count > 1 else ''}"
+        contestants[name], before[name] = optimizer.step, on_threads(count, 0)
+    return compare(
+        title,
+        contestants,
+        before=before,
+        moved=bytes_of(optimizer),
+        parameters=size,
+        states=2,
+        dtype="float32",
+        threads=most,
+        serial_below=SWITCH,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_scaling(measure, size):
+    measure(scale, f"Adam {size:,}", size, seconds=0.5 if size < 10**7 else 1.5, size=size)

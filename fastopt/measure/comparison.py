@@ -1,0 +1,198 @@
+"""Contestants in, a `Result` out: times with their spread, bandwidth, the share of the limit, and who was absent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fastopt.measure import batchnorm, machine
+from fastopt.measure.interleaved import Spread, interleave
+from fastopt.measure.limit import bytes_of, limit_of
+from fastopt.measure.rivals import RIVALS, Contestant, Work, enter, of_fastopt
+
+OURS = "fastopt"
+LIMIT = "limit"
+
+
+class Result(NamedTuple):
+    """One interleaved run. The first contestant is ours."""
+
+    title: str
+    seconds: dict[str, Spread]
+    """By contestant, per call."""
+    absent: dict[str, str]
+    """Who did not take part, and why."""
+    bytes: int | None = None
+    """What a call has to read and write."""
+    facts: Mapping[str, Any] = {}
+    """What was measured, for charts."""
+
+    @property
+    def ours(self) -> Spread:
+        """The times of the first contestant."""
+        return next(iter(self.seconds.values()))
+
+    def times(self, name: str) -> float | None:
+        """How many times as long as ours `name` takes; None where it did not take part."""
+        return self.seconds[name].median / self.ours.median if name in self.seconds else None
+
+    def bandwidth(self, name: str = OURS) -> float | None:
+        """Bytes that have to be moved, over the time: in GB/s (1e9 bytes). Above that of the memory, caches help."""
+        if self.bytes is None or name not in self.seconds:
+            return None
+        return 1e-9 * self.bytes / self.seconds[name].median
+
+    def record(self) -> dict[str, Any]:
+        """For JSON, in four digits."""
+        spreads = {name: [*(float(f"{x:.4g}") for x in spread[:3]), spread[3]] for name, spread in self.seconds.items()}
+        return {
+            "title": self.title,
+            "seconds": spreads,
+            "absent": dict(self.absent),
+            "bytes": self.bytes,
+            "facts": dict(self.facts),
+        }
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Result:
+        """What `record` was made of."""
+        seconds = {name: Spread(*numbers) for name, numbers in record["seconds"].items()}
+        return cls(record["title"], seconds, dict(record["absent"]), record["bytes"], dict(record["facts"]))
+
+
+def compare(
+    title: str,
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float,
+    rounds: int = 5,
+    before: Mapping[str, Callable[[], object]] | None = None,
+    after_round: Callable[[], object] | None = None,
+    absent: Mapping[str, str] | None = None,
+    moved: int | None = None,
+    **facts: Any,
+) -> Result:
+    """`interleave`, as a `Result`; `moved` are its bytes.
+
+    >>> result = compare("sums", {"a": lambda: sum(range(1000)), "b": lambda: sum(range(9000))}, seconds=0.01)
+    >>> result.times("b") > 1
+    True
+    """
+    spreads = interleave(contestants, seconds, rounds, before, after_round)
+    return Result(title, spreads, dict(absent or {}), moved, facts)
+
+
+def compare_step(
+    title: str,
+    work: Work,
+    rivals: Sequence[str] = tuple(RIVALS),
+    *,
+    seconds: float,
+    rounds: int = 5,
+    limit: bool = True,
+    left_out: Mapping[str, str] | None = None,
+    after_round: Callable[[], object] | None = None,
+) -> Result:
+    """One step of fastopt against that of the limit and of these rivals.
+
+    Args:
+        title: of the line.
+        work: the step.
+        rivals: names from `RIVALS`.
+        seconds: to be spent on it, and at least `rounds` rounds.
+        rounds: see there.
+        limit: whether the memory limit takes part; not where the time of a step is not that of its memory (Muon).
+        left_out: of rivals that do not take part in this, and why.
+        after_round: called after each round.
+
+    Raises:
+        MemoryError: there is too little for all of them; says how much there is.
+
+    >>> result = compare_step("SGD", Work("SGD", ((1000,),)), ["numpy"], seconds=0.02, rounds=3)
+    >>> list(result.seconds), result.bytes
+    (['fastopt', 'limit', 'numpy'], 12000)
+    """
+    check_memory(work, 1 + limit + len(rivals))
+    ours = of_fastopt(work)
+    assert ours.optimizer is not None
+    contestants = {OURS: ours}
+    if limit:
+        contestants[LIMIT] = Contestant(limit_of(ours.optimizer).step, list)
+    entered, absent = enter(work, rivals)
+    contestants |= entered
+    facts = {
+        "optimizer": work.optimizer,
+        "options": dict(work.options),
+        "parameters": work.size,
+        "tensors": len(work.shapes),
+        "groups": work.groups,
+        "dtype": work.dtype,
+        "states": len(ours.optimizer.rule.states),
+        "threads": machine.threads(),
+    }
+    return compare(
+        title,
+        {name: each.step for name, each in contestants.items()},
+        seconds=seconds,
+        rounds=rounds,
+        before={name: each.before for name, each in contestants.items() if each.before is not None},
+        after_round=after_round,
+        absent={**(left_out or {}), **absent},
+        moved=bytes_of(ours.optimizer),
+        **facts,
+    )
+
+
+def check_memory(work: Work, contestants: int) -> None:
+    """Raise MemoryError where so many contestants would take more than is free."""
+    free, needed = machine.free_memory(), contestants * work.bytes_each
+    if free is not None and needed > 0.9 * free:
+        raise MemoryError(f"needs {1e-9 * needed:.1f} GB of memory, and {1e-9 * free:.1f} GB are free")
+
+
+def compare_batchnorm(
+    title: str,
+    shape: tuple[int, ...],
+    *,
+    axis: int = 1,
+    way: str = "forward",
+    rivals: Iterable[str] = ("torch", "numpy"),
+    seconds: float,
+    rounds: int = 5,
+    left_out: Mapping[str, str] | None = None,
+    after_round: Callable[[], object] | None = None,
+) -> Result:
+    """A pass of BatchNorm in float32 against that of the limit (a copy, or a sum of two arrays) and of these rivals.
+
+    Args:
+        title: of the line.
+        shape: of x.
+        axis: the channels': 1 or -1.
+        way: ``"forward"``, ``"backward"`` or ``"inference"``, which is with ReLU.
+        rivals: of ``"torch"`` and ``"numpy"``.
+        seconds: to be spent on it, and at least `rounds` rounds.
+        rounds: see there.
+        left_out: of rivals that do not take part in this, and why.
+        after_round: called after each round.
+
+    >>> result = compare_batchnorm("small", (8, 4), seconds=0.02, rivals=["numpy"], rounds=3)
+    >>> list(result.seconds), result.bytes
+    (['fastopt', 'limit', 'numpy'], 256)
+    """
+    contestants, absent = batchnorm.contestants(shape, axis, way, rivals)
+    size = 4
+    for length in shape:
+        size *= length
+    return compare(
+        title,
+        {name: each.step for name, each in contestants.items()},
+        seconds=seconds,
+        rounds=rounds,
+        after_round=after_round,
+        absent={**(left_out or {}), **absent},
+        moved=(3 if way == "backward" else 2) * size,
+        shape=list(shape),
+        axis=axis,
+        way=way,
+        threads=machine.threads(),
+    )

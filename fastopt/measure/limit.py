@@ -1,0 +1,141 @@
+"""The limit: what the memory of this machine allows. Kernels that move the same bytes and compute next to nothing.
+
+`limit_of` gives an optimizer a twin that reads and writes the same buffers in the same loop, with one multiply-add a
+value; that of a rule with norms has its passes and its norms. `copy` and `add` are the passes that a BatchNorm cannot
+do without: forward it reads an array and writes one, backward it reads two and writes one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from fastopt import Layerwise, Optimizer, Scaling, rule
+
+CHUNK = 32_768
+
+
+class _Hyper(NamedTuple):
+    """What a step hands to the kernels."""
+
+    keep: float
+
+
+def _prepare(t: int) -> _Hyper:
+    return _Hyper(0.5)
+
+
+@rule(_prepare)
+def limit_0(p, g, h):
+    return h.keep * p + g
+
+
+@rule(_prepare)
+def limit_1(p, g, a, h):
+    return h.keep * p + g, h.keep * a + g
+
+
+@rule(_prepare)
+def limit_2(p, g, a, b, h):
+    return h.keep * p + g, h.keep * a + g, h.keep * b + g
+
+
+@rule(_prepare)
+def limit_3(p, g, a, b, c, h):
+    return h.keep * p + g, h.keep * a + g, h.keep * b + g, h.keep * c + g
+
+
+@rule(_prepare)
+def limit_4(p, g, a, b, c, d, h):
+    return h.keep * p + g, h.keep * a + g, h.keep * b + g, h.keep * c + g, h.keep * d + g
+
+
+def _one(norm_p, norm_u):
+    return 1.0
+
+
+def _move(p, a, b, ratio, h):
+    return ratio * p + a + b
+
+
+@rule(_prepare, layerwise=Layerwise(_one, _move))
+def limit_layerwise(p, g, a, b, h):
+    return p + g, h.keep * a + g, h.keep * b + g
+
+
+class _Scaled(NamedTuple):
+    """That, and the column that the norms of a step are written to."""
+
+    keep: float
+    scale: float
+
+
+def _prepare_scaled(t: int, weight_decay: float = 0.0) -> _Scaled:
+    return _Scaled(0.5, 1.0)
+
+
+def _half(norm_p, norm_g, h):
+    return h.keep
+
+
+@rule(_prepare_scaled, scaling=Scaling(_half))
+def limit_scaling(p, g, a, h):
+    return h.scale * p + g, h.scale * a + g
+
+
+LIMITS = (limit_0, limit_1, limit_2, limit_3, limit_4)
+
+
+def limit_of(optimizer: Optimizer) -> Optimizer:
+    """A twin of `optimizer`, on parameters of the same layout and the same gradients, that only moves its bytes."""
+    if optimizer.rule.layerwise is not None:
+        twins = limit_layerwise
+    elif optimizer.rule.scaling is not None:
+        twins = limit_scaling
+    else:
+        twins = LIMITS[len(optimizer.rule.states)]
+    flat = optimizer.flat
+    twin = Optimizer([np.zeros_like(leaf) for leaf in flat.views(flat.data)], twins)
+    twin.flat.grad[:] = flat.grad
+    return twin
+
+
+def bytes_of(optimizer: Optimizer) -> int:
+    """The bytes that a step of `optimizer` reads and writes, without clipping, averaging or zeroing.
+
+    One pass reads p, g and the states and writes p and the states. A rule with trust ratios goes over p and the states
+    again, to apply them; one that scales by norms reads p and g once more before.
+
+    >>> import numpy as np, fastopt
+    >>> bytes_of(fastopt.Adam({"w": np.zeros(1000, np.float32)}))
+    28000
+    """
+    states = len(optimizer.rule.states)
+    if optimizer.rule.layerwise is not None:
+        passes = 2 + 2 * states + 2 + states
+    else:
+        passes = 3 + 2 * states + (2 if optimizer.rule.scaling is not None else 0)
+    return passes * sum(leaf.nbytes for leaf in optimizer.flat.views(optimizer.flat.data))
+
+
+@numba.njit(parallel=True, error_model="numpy")
+def copy(x: Any, out: Any) -> None:
+    """Read one array and write one: ``out = x``, both 1-D and of one size."""
+    for c in numba.prange((x.size + CHUNK - 1) // CHUNK):
+        a = x[c * CHUNK : (c + 1) * CHUNK]
+        o = out[c * CHUNK : (c + 1) * CHUNK]
+        for i in range(o.size):
+            o[i] = a[i]
+
+
+@numba.njit(parallel=True, error_model="numpy")
+def add(x: Any, y: Any, out: Any) -> None:
+    """Read two arrays and write one: ``out = x + y``, all 1-D and of one size."""
+    for c in numba.prange((x.size + CHUNK - 1) // CHUNK):
+        a = x[c * CHUNK : (c + 1) * CHUNK]
+        b = y[c * CHUNK : (c + 1) * CHUNK]
+        o = out[c * CHUNK : (c + 1) * CHUNK]
+        for i in range(o.size):
+            o[i] = a[i] + b[i]

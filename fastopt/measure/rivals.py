@@ -1,0 +1,410 @@
+"""The one comparison table: how NumPy, torch, optax, DeepSpeed, thinc and scikit-learn make the same step as fastopt.
+
+A rival takes part in a `Work` only with an optimizer that computes the same: the tests let every one of them take steps
+beside fastopt and compare the parameters. What cannot take part says why, in the words of an `Absent`.
+
+Whoever can uses as many threads as fastopt; NumPy, thinc and scikit-learn compute these steps on one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastopt import Optimizer, reference
+from fastopt.measure.machine import threads
+
+Array = NDArray[Any]
+PATTERN = 2**16
+"""Elements after which starting points and gradients repeat: random numbers for 30M take longer than what is timed."""
+
+
+class Absent(Exception):  # noqa: N818 no error: whoever asks is told why
+    """A rival that does not take part, and why."""
+
+
+class Contestant(NamedTuple):
+    """What takes part: a step, and the parameters it updates."""
+
+    step: Callable[[], object]
+    params: Callable[[], list[Array]]
+    """Copies, in the order of the shapes."""
+    before: Callable[[], object] | None = None
+    """What has to be done before a step and is not part of it."""
+    optimizer: Optimizer | None = None
+    """Of fastopt: the optimizer itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One step of an optimizer: what all contestants are to do."""
+
+    optimizer: str
+    """The name of a class of fastopt."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the parameters."""
+    dtype: str = "float32"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Hyperparameters that differ from the defaults of the class."""
+    groups: int = 1
+    """So many learning rates: each of the first ``groups - 1`` parameters has one of its own."""
+
+    @property
+    def kind(self) -> type[Optimizer]:
+        """The class."""
+        return Optimizer.classes[self.optimizer]
+
+    @property
+    def size(self) -> int:
+        """How many numbers the parameters have in all."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def bytes_each(self) -> int:
+        """The memory that one contestant takes: parameters, gradients, states, and as much again for temporaries."""
+        states = max(len(rule.states) for rule in self.kind.rules)
+        return 2 * (2 + states) * self.size * np.dtype(self.dtype).itemsize
+
+    def start(self) -> list[Array]:
+        """New parameters."""
+        return [_repeated(shape, self.dtype, seed) for seed, shape in enumerate(self.shapes)]
+
+    @cached_property
+    def grads(self) -> list[Array]:
+        """The gradients of every step, to be read only."""
+        return [_repeated(shape, self.dtype, -1 - seed) for seed, shape in enumerate(self.shapes)]
+
+    def values(self) -> Values:
+        """All hyperparameters."""
+        return Values(self.kind, self.options)
+
+    def lr(self, parameter: int) -> float:
+        """The learning rate of a parameter, by its number."""
+        lr = float(self.values().lr)
+        return lr / (parameter + 2) if parameter < self.groups - 1 else lr
+
+
+class Values:
+    """The hyperparameters of an optimizer as attributes; it notes which were asked for."""
+
+    def __init__(self, kind: type[Optimizer], options: Mapping[str, Any]):
+        parameters = inspect.signature(kind).parameters.values()
+        self._all = {each.name: each.default for each in parameters if each.default is not each.empty} | dict(options)
+        self._given = options
+        self._used: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            value = self._all[name]
+        except KeyError:
+            raise AttributeError(name) from None
+        self._used.add(name)
+        return value
+
+    def some_of(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of these names that there are."""
+        return {name: getattr(self, name) for name in names if name in self._all}
+
+    def check_used(self, whose: str) -> None:
+        """Raise Absent where an option was given that a rival has not asked for."""
+        for name, value in self._given.items():
+            if name not in self._used:
+                raise Absent(f"{whose} has no {name}={value}")
+
+
+def _repeated(shape: tuple[int, ...], dtype: str, seed: int) -> Array:
+    """Numbers from the normal distribution."""
+    size = math.prod(shape)
+    numbers = np.random.default_rng(abs(seed) * 2 + (seed < 0)).standard_normal(min(size, PATTERN)).astype(dtype)
+    return np.resize(numbers, shape)
+
+
+# --- fastopt ----------------------------------------------------------------------------------------------------------
+
+
+def of_fastopt(work: Work) -> Contestant:
+    """Our own step, on gradients that stand in ``opt.grads``."""
+    overrides = {str(k): {"lr": work.lr(k)} for k in range(work.groups - 1)}
+    optimizer = work.kind(work.start(), **work.options, overrides=overrides)
+    flat = optimizer.flat
+    for view, grad in zip(flat.views(flat.grad), work.grads, strict=True):
+        view[...] = grad
+    return Contestant(optimizer.step, lambda: [view.copy() for view in flat.views(flat.data)], None, optimizer)
+
+
+# --- the rivals -------------------------------------------------------------------------------------------------------
+
+STEPS = 10
+"""The number of the step that the reference is told from the tenth on: some of its formulas are sums over all steps,
+which it takes anew every time, and what they would cost after thousands is not NumPy's doing."""
+
+
+def _numpy(work: Work) -> Contestant:
+    names = {name.replace("_", ""): name for name in reference.OPTIMIZERS}
+    name = names[work.optimizer.lower()]
+    update = reference.OPTIMIZERS[name]
+    values = work.values()
+    hyper = values.some_of(inspect.signature(update).parameters)
+    values.check_used("the reference")
+    params = work.start()
+    states = [reference.init_state(name, p, **hyper) for p in params]
+    options = [{**hyper, "lr": work.lr(k)} for k in range(len(params))]
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count = min(count + 1, STEPS)
+        for p, g, state, each in zip(params, work.grads, states, options, strict=True):
+            update(p, g, state, count, **each)
+
+    return Contestant(step, lambda: [p.copy() for p in params])
+
+
+def _sgd(h: Values) -> dict[str, Any]:
+    if h.form != "heavy_ball":
+        raise Absent(f"has no form={h.form}")
+    return {"momentum": h.momentum, "weight_decay": h.weight_decay}
+
+
+def _nesterov(h: Values) -> dict[str, Any]:
+    if h.form != "reformulated":
+        raise Absent(f"has no form={h.form}")
+    return {"momentum": h.momentum, "weight_decay": h.weight_decay, "nesterov": True}
+
+
+ADAM = ("betas", "eps", "weight_decay", "amsgrad")
+TORCH: dict[str, tuple[str, Callable[[Values], dict[str, Any]]]] = {
+    "SGD": ("SGD", lambda h: h.some_of(("momentum", "dampening", "nesterov", "weight_decay"))),
+    "Momentum": ("SGD", _sgd),
+    "Nesterov": ("SGD", _nesterov),
+    "Adagrad": ("Adagrad", lambda h: h.some_of(("lr_decay", "weight_decay", "eps", "initial_accumulator_value"))),
+    "Adadelta": ("Adadelta", lambda h: h.some_of(("rho", "eps", "weight_decay"))),
+    "RMSprop": ("RMSprop", lambda h: h.some_of(("alpha", "eps", "weight_decay", "momentum", "centered"))),
+    "Adam": ("Adam", lambda h: h.some_of(ADAM)),
+    "AdamW": ("AdamW", lambda h: h.some_of(ADAM)),
+    "NAdam": ("NAdam", lambda h: h.some_of(("betas", "eps", "weight_decay", "momentum_decay"))),
+    "RAdam": ("RAdam", lambda h: h.some_of(("betas", "eps", "weight_decay"))),
+    "Adamax": ("Adamax", lambda h: h.some_of(("betas", "eps", "weight_decay"))),
+    "Rprop": ("Rprop", lambda h: h.some_of(("etas", "step_sizes"))),
+}
+"""The classes of torch.optim that compute the same, and their arguments but lr."""
+
+FUSED = ("SGD", "Adagrad", "Adam", "AdamW")
+"""Those with a fused kernel for the CPU."""
+
+
+def _torch_params(work: Work) -> tuple[Any, list[Any], list[dict[str, Any]]]:
+    """torch, its parameters with their gradients, and the groups that they are in."""
+    torch = import_module("torch")
+    torch.set_num_threads(threads())
+    params = [torch.nn.Parameter(torch.from_numpy(p)) for p in work.start()]
+    for param, grad in zip(params, work.grads, strict=True):
+        param.grad = torch.from_numpy(grad)
+    own = work.groups - 1
+    groups = [{"params": [param], "lr": work.lr(k)} for k, param in enumerate(params[:own])]
+    return torch, params, [*groups, {"params": params[own:], "lr": work.lr(own)}]
+
+
+def _torch(work: Work, **how: Any) -> Contestant:
+    if work.optimizer not in TORCH:
+        raise Absent(f"torch has no {work.optimizer} that computes the same")
+    name, translate = TORCH[work.optimizer]
+    if how and name not in FUSED:
+        raise Absent(f"torch has no fused {name}")
+    values = work.values()
+    options = translate(values)
+    _ = values.lr
+    values.check_used("torch")
+    torch, params, groups = _torch_params(work)
+    optimizer = getattr(torch.optim, name)(groups, lr=work.lr(len(params)), **options, **how)
+    return Contestant(optimizer.step, lambda: [param.detach().numpy().copy() for param in params])
+
+
+OPTAX: dict[str, Callable[[Any, Values], Any]] = {
+    "SGD": lambda optax, h: optax.sgd(h.lr, momentum=h.momentum or None, nesterov=h.nesterov),
+    "Momentum": lambda optax, h: optax.sgd(h.lr, momentum=_sgd(h)["momentum"]),
+    "Nesterov": lambda optax, h: optax.sgd(h.lr, momentum=_nesterov(h)["momentum"], nesterov=True),
+    "Adadelta": lambda optax, h: optax.adadelta(h.lr, h.rho, h.eps),
+    "RMSprop": lambda optax, h: optax.rmsprop(h.lr, h.alpha, h.eps, eps_in_sqrt=False, centered=h.centered),
+    "Adam": lambda optax, h: optax.adam(h.lr, *h.betas, eps=h.eps),
+    "AdamW": lambda optax, h: optax.adamw(h.lr, *h.betas, eps=h.eps, weight_decay=h.weight_decay),
+    "Adamax": lambda optax, h: optax.adamax(h.lr, *h.betas, eps=h.eps),
+    "LAMB": lambda optax, h: optax.lamb(h.lr, *h.betas, eps=h.eps, weight_decay=h.weight_decay),
+    "Lion": lambda optax, h: optax.lion(h.lr, *h.betas, weight_decay=h.weight_decay),
+    "AdaBelief": lambda optax, h: optax.adabelief(h.lr, *h.betas, eps=h.eps, eps_root=h.eps),
+    "RAdam": lambda optax, h: optax.radam(h.lr, *h.betas, eps=h.eps),
+    "Adan": lambda optax, h: optax.adan(h.lr, *h.betas, eps=h.eps, eps_root=0.0, weight_decay=h.weight_decay),
+    "LARS": lambda optax, h: optax.lars(
+        h.lr, h.weight_decay, trust_coefficient=h.trust_coefficient, eps=h.eps, momentum=h.momentum
+    ),
+    "AdEMAMix": lambda optax, h: optax.contrib.ademamix(
+        h.lr, *h.betas, alpha=h.alpha, eps=h.eps, weight_decay=h.weight_decay
+    ),
+}
+"""The optimizers of optax that compute the same. Its yogi, rprop, adagrad, nadam and novograd do not."""
+
+
+def _optax(work: Work) -> Contestant:
+    # XLA reads this once, at its start.
+    os.environ.setdefault("NPROC", str(threads()))
+    optax, jax = import_module("optax"), import_module("jax")
+    if work.optimizer not in OPTAX:
+        raise Absent(f"optax has no {work.optimizer} that computes the same")
+    if work.groups > 1:
+        raise Absent("optax has one learning rate for all parameters")
+    values = work.values()
+    transform = OPTAX[work.optimizer](optax, values)
+    values.check_used("optax")
+    jax.config.update("jax_enable_x64", work.dtype == "float64")
+    params = [jax.numpy.array(p) for p in work.start()]
+    grads = [jax.numpy.array(g) for g in work.grads]
+    state = transform.init(params)
+
+    def update(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = transform.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    jitted = jax.jit(update, donate_argnums=(0, 1))
+
+    def step() -> None:
+        nonlocal params, state
+        params, state = jitted(params, state, grads)
+        jax.block_until_ready(params)
+
+    return Contestant(step, lambda: [np.array(p) for p in params])
+
+
+DEEPSPEED: dict[str, tuple[str, str, Callable[[Values], dict[str, Any]]]] = {
+    "Adam": ("adam", "DeepSpeedCPUAdam", lambda h: {**h.some_of(ADAM[:3]), "adamw_mode": False}),
+    "AdamW": ("adam", "DeepSpeedCPUAdam", lambda h: {**h.some_of(ADAM[:3]), "adamw_mode": True}),
+    "Lion": ("lion", "DeepSpeedCPULion", lambda h: h.some_of(("betas", "weight_decay"))),
+}
+"""The modules and classes of deepspeed.ops. The parameters of its Adagrad (0.19.8) were not those of the others."""
+
+
+def _deepspeed(work: Work) -> Contestant:
+    if work.optimizer not in DEEPSPEED:
+        raise Absent(f"DeepSpeed has no {work.optimizer} for the CPU that computes the same")
+    if work.dtype != "float32":
+        raise Absent("DeepSpeed computes in float32 only")
+    module, name, translate = DEEPSPEED[work.optimizer]
+    kind = getattr(import_module(f"deepspeed.ops.{module}"), name)
+    values = work.values()
+    options = translate(values)
+    _ = values.lr
+    values.check_used("DeepSpeed")
+    _torch_module, params, groups = _torch_params(work)
+    try:
+        optimizer = kind(groups, lr=work.lr(len(params)), **options)  # compiles its kernel the first time
+    except Exception as error:  # a compiler that is missing, and whatever else building C++ may raise
+        raise Absent(f"DeepSpeed could not build its kernel: {' '.join(str(error).split())[:200]}") from None
+    return Contestant(optimizer.step, lambda: [param.detach().numpy().copy() for param in params])
+
+
+def _thinc(work: Work) -> Contestant:
+    api = import_module("thinc.api")
+    if work.optimizer not in ("SGD", "Adam"):
+        raise Absent(f"thinc has no {work.optimizer} that computes the same")
+    if work.dtype != "float32":
+        raise Absent("thinc computes in float32 only")
+    if work.groups > 1:
+        raise Absent("thinc has one learning rate for all parameters")
+    h = work.values()
+    plain = {"L2": 0.0, "grad_clip": 0.0, "use_averages": False}
+    if work.optimizer == "Adam":
+        optimizer = api.Adam(h.lr, beta1=h.betas[0], beta2=h.betas[1], eps=h.eps, **plain)
+    else:
+        optimizer = api.SGD(h.lr, **plain)
+    h.check_used("thinc")
+    params = [p.reshape(-1) for p in work.start()]
+    grads = [g.reshape(-1).copy() for g in work.grads]
+
+    def step() -> None:
+        for k, (p, g) in enumerate(zip(params, grads, strict=True)):
+            optimizer((k, ""), p, g)
+
+    def write() -> None:  # it leaves zeros
+        for g, grad in zip(grads, work.grads, strict=True):
+            g[...] = grad.reshape(-1)
+
+    return Contestant(
+        step, lambda: [p.reshape(shape).copy() for p, shape in zip(params, work.shapes, strict=True)], write
+    )
+
+
+def _sklearn(work: Work) -> Contestant:
+    module = import_module("sklearn.neural_network._stochastic_optimizers")
+    if work.optimizer not in ("SGD", "Momentum", "Nesterov", "Adam"):
+        raise Absent(f"scikit-learn has no {work.optimizer} that computes the same")
+    if work.groups > 1:
+        raise Absent("scikit-learn has one learning rate for all parameters")
+    params = work.start()
+    h = work.values()
+    if work.optimizer == "Adam":
+        b1, b2 = h.betas
+        optimizer = module.AdamOptimizer(params, h.lr, beta_1=b1, beta_2=b2, epsilon=h.eps)
+    else:
+        if work.optimizer != "SGD":
+            (_sgd if work.optimizer == "Momentum" else _nesterov)(h)
+        nesterov = work.optimizer == "Nesterov" or (work.optimizer == "SGD" and bool(h.nesterov))
+        optimizer = module.SGDOptimizer(params, h.lr, momentum=h.momentum, nesterov=nesterov)
+    h.check_used("scikit-learn")
+    return Contestant(lambda: optimizer.update_params(params, work.grads), lambda: [p.copy() for p in params])
+
+
+class Rival(NamedTuple):
+    """A row of the table."""
+
+    package: str
+    """What to install, by the name it has on PyPI."""
+    imports: str
+    """The module that tells whether it is there."""
+    enter: Callable[[Work], Contestant]
+    """Raises Absent."""
+
+
+RIVALS: dict[str, Rival] = {
+    "numpy": Rival("numpy", "numpy", _numpy),
+    "torch fused": Rival("torch", "torch", lambda work: _torch(work, fused=True)),
+    "torch": Rival("torch", "torch", _torch),
+    "optax": Rival("optax", "optax", _optax),
+    "deepspeed": Rival("deepspeed", "deepspeed", _deepspeed),
+    "thinc": Rival("thinc", "thinc", _thinc),
+    "scikit-learn": Rival("scikit-learn", "sklearn", _sklearn),
+}
+"""Everyone, in the order of the tables' columns."""
+
+
+def enter(work: Work, names: Iterable[str] = tuple(RIVALS)) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """The rivals that take part in `work`, and of the others the reason why not.
+
+    >>> work = Work("Lion", ((1000,),))
+    >>> contestants, absent = enter(work, ["numpy", "scikit-learn"])
+    >>> list(contestants), absent
+    (['numpy'], {'scikit-learn': 'scikit-learn has no Lion that computes the same'})
+    """
+    contestants: dict[str, Contestant] = {}
+    absent: dict[str, str] = {}
+    for name in names:
+        rival = RIVALS[name]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what another package has to say of its imports is not our user's
+                import_module(rival.imports)
+                contestants[name] = rival.enter(work)
+        except Absent as reason:
+            absent[name] = str(reason)
+        except ImportError as error:
+            missing = (error.name or rival.imports).partition(".")[0]
+            absent[name] = f"{rival.package if missing == rival.imports else missing} is not installed"
+    return contestants, absent
