@@ -88,7 +88,7 @@ def line_of(result: Result) -> str:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """What a reader has to know of the run; `report.py --store` keeps this, and nothing of what the plugin found out."""
+    """What a reader has to know of the run; `report.py --store` keeps this, and nothing that the plugin found out."""
     versions = {"fastopt": fastopt.__version__, **{name: machine.version_of(name) for name in PACKAGES}}
     output_json["fastopt"] = {
         "date": datetime.date.today().isoformat(),

@@ -1,26 +1,33 @@
-"""Writes what is generated: in the README the table of optimizers and the speeds stored under bench/results, and in
-fastopt/__init__.py the names of the optimizers, for type checkers.
+"""Writes what is generated: in the README the table of optimizers and the headlines of the measurements stored under
+bench/results, docs/performance.md with all of them and its charts, and in fastopt/__init__.py the names of the
+optimizers, for type checkers.
 
-python bench/report.py                 write them anew
-python bench/report.py --store FILE    first distil FILE, the JSON of a benchmark run, into bench/results/step.json
+    python bench/report.py                 write them anew
+    python bench/report.py --store FILE    first distil FILE, the JSON of a benchmark run, into bench/results
+    python bench/report.py --bars          print which of the bars hold, and write nothing
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import hashlib
 import json
-import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import bars
+from results import Stored, load, store
 
 import fastopt
+from fastopt.measure import Result
+from fastopt.measure.machine import Cache
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 INIT = ROOT / "fastopt" / "__init__.py"
-RESULTS = ROOT / "bench" / "results" / "step.json"
-CONTESTANTS = ("fastopt", "limit", "torch fused", "numpy")
+PERFORMANCE = ROOT / "docs" / "performance.md"
+IMAGES = ROOT / "docs" / "images"
 
 
 def paragraph(doc: str, start: str) -> str:
@@ -44,51 +51,254 @@ def optimizers() -> str:
     return "\n".join(rows) + "\n\nStates in brackets are kept only where an option asks for them."
 
 
-def speed() -> str:
-    """The stored measurements of one step, as a table of microseconds."""
-    if not RESULTS.exists():
-        return "No measurements are stored."
-    stored = json.loads(RESULTS.read_text())
-    versions = ", ".join(f"{name} {version}" for name, version in stored["versions"].items())
-    lines = [
-        f"Microseconds per `opt.step()`, all Python included, in float32 on {stored['cores']} cores of a "
-        f"{stored['cpu']} ({stored['date']}; {versions}). Each line was measured in one run, the contestants taking "
-        "turns. `limit` is a kernel that reads and writes the same buffers with one multiply-add per value: what this "
-        "memory allows. Measure your own machine: `pytest bench/bench_step.py --benchmark-enable -s`.",
-        "",
-        "| step | " + " | ".join(CONTESTANTS) + " |",
-        "|---|" + "---:|" * len(CONTESTANTS),
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+HEADLINES = {
+    "step": ("Adam 1k", "Adam 100k", "Adam 1M", "Adam 30M", "AdamW 30M", "SGD 1M", "LAMB 1M"),
+    "many_tensors": ("Adam 1000 x 64", "Adam 1000 x 64, 501 groups"),
+    "tail": ("tail 1M", "tail 30M"),
+    "batchnorm": (
+        "forward 32x256x14x14",
+        "backward 32x256x14x14",
+        "forward 64x64x56x56",
+        "backward 64x64x56x56",
+    ),
+}
+"""What the README shows of each file."""
+
+SECTIONS = {
+    "step": (
+        "One step",
+        "Every optimizer, by size and dtype. `limit` reads and writes the same buffers with one multiply-add a value; "
+        "that of a rule with norms has its passes. Muon, whose time is that of products of matrices, has none.",
+    ),
+    "many_tensors": (
+        "Many tensors",
+        "Adam on many small tensors, and with a learning rate of its own for 500 of them.",
+    ),
+    "tail": (
+        "The whole step",
+        "`tail`: unscale, clip by norm, AdamW, moving average, zero the gradients, against torch's sequence of calls. "
+        "`accumulate`: a micro-batch added, and measured in the same pass. Rows: Adam on an embedding few of whose rows "
+        "have a gradient, against dense steps.",
+    ),
+    "batchnorm": (
+        "BatchNorm",
+        "float32. `limit` is a copy forward, and backward two reads and a write.",
+    ),
+    "minibatches": ("Mini-batches", "Rows gathered from 128 MiB of data, and epochs against a loop by hand."),
+    "scaling": (
+        "Size and threads",
+        "Adam from 100 to 100 million parameters. `fastopt` is the step as it is, which takes to all threads from "
+        "the switch on; the others are held to their number of threads at every size.",
+    ),
+    "startup": (
+        "A new process",
+        "`cached` is fastopt with `FASTOPT_CACHE_DIR`, beside it numba, which it imports, and torch.",
+    ),
+}
+
+
+def speed(stored: Mapping[str, Stored]) -> str:
+    """The headlines of what is stored, for the README."""
+    rows = [
+        (file, stored[file].results[title])
+        for file, titles in HEADLINES.items()
+        for title in titles
+        if file in stored and title in stored[file].results
     ]
-    for title, times in stored["us"].items():
-        lines.append(f"| {title} | " + " | ".join(cell(times, name) for name in CONTESTANTS) + " |")
+    if not rows:
+        return "No measurements are stored."
+    lines = [
+        f"Microseconds, all Python included, in float32 on {machine_of(next(iter(stored.values())))}. Each line was "
+        "measured in one run, the contestants taking turns; in brackets, how many times as long as fastopt. `limit` "
+        "moves the same bytes and computes next to nothing: what this memory allows. Everything measured, with charts: "
+        "[docs/performance.md](docs/performance.md). Your own machine: `fastopt bench`.",
+        *caveats(stored.values()),
+        "",
+        "| | fastopt | limit | torch | numpy | the fastest other |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for file, result in rows:
+        torch = next((name for name in ("torch fused", "torch") if name in result.seconds), "")
+        known = {"fastopt", "limit", "numpy", "torch fused", "torch", "no clipping", "plain step"}
+        others = sorted(result.seconds.keys() - known, key=lambda name: result.seconds[name].median)
+        other = f"{cell(result, others[0])} {others[0]}" if others else ""
+        title = f"BatchNorm {result.title}" if file == "batchnorm" else result.title
+        cells = [title, *(cell(result, name) for name in ("fastopt", "limit", torch, "numpy")), other]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def cell(times: dict[str, float], name: str) -> str:
-    if name not in times:
-        return ""
-    value = f"{times[name]:,.1f}" if times[name] < 100 else f"{times[name]:,.0f}"
-    return value if name == "fastopt" else f"{value} ({times[name] / times['fastopt']:.2f}x)"
-
-
-def store(path: Path) -> None:
-    """Keep of a benchmark run what the tables need: nothing that names the machine it ran on."""
-    run = json.loads(path.read_text())
-    packages = ("numba", "numpy", "torch")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps(
-            {
-                "date": run["datetime"][:10],
-                "cpu": run["machine_info"]["cpu"].get("brand_raw", platform.machine()),
-                "cores": run["machine_info"]["cpu"].get("count"),
-                "versions": {name: importlib.metadata.version(name) for name in packages},
-                "us": {entry["extra_info"]["title"]: entry["extra_info"]["us"] for entry in run["benchmarks"]},
-            },
-            indent=1,
-        )
-        + "\n"
+def machine_of(stored: Stored) -> str:
+    """The machine, the versions and the date of a run."""
+    run = stored.run
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    caches = ", ".join(
+        f"L{cache['level']} {cache['instances']} x {cache['bytes'] // 1024} KiB" for cache in run["machine"]["caches"]
     )
+    threads = f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}"
+    return f"{threads} of {run['machine']['cpu']} ({caches}; {versions}; {run['date']})"
+
+
+def caveats(stored: Iterable[Stored]) -> list[str]:
+    """What is to be said against them, each once."""
+    return list(dict.fromkeys(f"**{caveat}**" for each in stored for caveat in each.caveats()))
+
+
+def cell(result: Result, name: str) -> str:
+    if name not in result.seconds:
+        return ""
+    value = figures(1e6 * result.seconds[name].median)
+    times = result.times(name)
+    return value if name == next(iter(result.seconds)) or times is None else f"{value} ({figures(times)}x)"
+
+
+def figures(number: float) -> str:
+    """Three figures or more."""
+    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:,.0f}"
+
+
+def performance(stored: Mapping[str, Stored]) -> str:
+    """The page docs/performance.md."""
+    lines = [
+        "<!-- generated by bench/report.py, do not edit -->",
+        "",
+        "# Performance",
+        "",
+        "Times are medians in microseconds, all Python included; behind ours, between which times 8 of 10 samples lie, "
+        "and the bytes that have to be moved over the time. In brackets stands how many times as long as fastopt a "
+        "contestant takes. Each line was measured in one run, the contestants taking turns (A B C, C B A, ...) and "
+        "running warm; whoever can uses as many threads as fastopt. Tests hold every rival to the parameters that "
+        "fastopt computes.",
+        "",
+        "Measure your own machine with `fastopt bench`, or all of this with `pytest bench --benchmark-only`.",
+    ]
+    for file, each in stored.items():
+        heading, text = SECTIONS[file]
+        lines += ["", f"## {heading}", "", text, "", f"Measured on {machine_of(each)}.", *caveats([each])]
+        lines += [f"\n![{chart.alt}](images/{chart.file})" for chart in CHARTS if chart.of == file]
+        lines += ["", *table(list(each.results.values()))]
+        absent: dict[str, list[str]] = {}
+        for result in each.results.values():
+            for reason in result.absent.values():
+                absent.setdefault(reason, []).append(result.title)
+        if absent:
+            lines += ["", "Empty cells: " + "; ".join(absent) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """A row for each result, a column for each contestant."""
+    names = list(dict.fromkeys(name for result in results for name in result.seconds if name != "fastopt"))
+    moved = any(result.bytes is not None for result in results)
+    head = ["", "fastopt", "8 of 10", *(["GB/s"] if moved else []), *names]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for result in results:
+        low, high = (figures(1e6 * seconds) for seconds in (result.ours.low, result.ours.high))
+        bandwidth = result.bandwidth()
+        rate = [figures(bandwidth) if bandwidth is not None else ""] if moved else []
+        cells = [result.title, cell(result, "fastopt"), f"{low}-{high}", *rate, *(cell(result, name) for name in names)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+
+class Chart(NamedTuple):
+    """A picture: of which file of results, what it is called, what it shows, and how it is drawn."""
+
+    of: str
+    file: str
+    alt: str
+    draw: Callable[[Path, Stored, str], None]
+
+
+def caches_of(stored: Stored) -> list[Cache]:
+    return [Cache(**cache) for cache in stored.run["machine"]["caches"]]
+
+
+def draw_adam(path: Path, stored: Stored, digest: str) -> None:
+    panels = {
+        f"Adam, {dtype}": [
+            result
+            for result in stored.results.values()
+            if result.facts["optimizer"] == "Adam" and not result.facts["options"] and result.facts["dtype"] == dtype
+        ]
+        for dtype in ("float32", "float64")
+    }
+    from fastopt.cli.plots import draw_throughput
+
+    draw_throughput(path, heading(stored), {k: v for k, v in panels.items() if v}, caches_of(stored), digest=digest)
+
+
+def draw_optimizers(path: Path, stored: Stored, digest: str) -> None:
+    from fastopt.cli.plots import draw_dots
+
+    rows: dict[str, dict[str, float]] = {}
+    for result in stored.results.values():
+        times = result.times("limit")
+        name, _, size = result.title.rpartition(" ")
+        if times is not None and result.facts["dtype"] == "float32" and size in ("1M", "30M"):
+            rows.setdefault(name, {})[size] = 1 / times
+    draw_dots(path, heading(stored), "time of a step over that of its limit, float32", rows, digest=digest)
+
+
+def draw_threads(path: Path, stored: Stored, digest: str) -> None:
+    from fastopt.cli.plots import draw_throughput
+
+    results = list(stored.results.values())
+    draw_throughput(
+        path,
+        heading(stored),
+        {"Adam, float32": results},
+        caches_of(stored),
+        switch=results[0].facts["serial_below"],
+        digest=digest,
+    )
+
+
+def draw_batchnorm(path: Path, stored: Stored, digest: str) -> None:
+    from fastopt.cli.plots import draw_dots
+
+    rows: dict[str, dict[str, float]] = {}
+    for result in stored.results.values():
+        limit = result.seconds["limit"].median
+        for name in ("fastopt", "torch", "numpy"):
+            if name in result.seconds:
+                rows.setdefault(result.title, {})[name] = result.seconds[name].median / limit
+    draw_dots(
+        path, heading(stored), "time over that of the limit (a copy; backward: two reads, a write)", rows, digest=digest
+    )
+
+
+def heading(stored: Stored) -> str:
+    return f"{stored.run['machine']['cpu']}, {stored.run['threads']} threads, {stored.run['date']}"
+
+
+CHARTS = (
+    Chart("step", "performance-adam.svg", "Throughput of Adam against the number of parameters", draw_adam),
+    Chart("step", "performance-optimizers.svg", "Every optimizer's time over that of its limit", draw_optimizers),
+    Chart("scaling", "performance-threads.svg", "Throughput by size and number of threads", draw_threads),
+    Chart("batchnorm", "performance-batchnorm.svg", "BatchNorm's time over that of its limit", draw_batchnorm),
+)
+
+
+def digest_of(stored: Stored) -> str:
+    """What a picture carries to tell what it was drawn from."""
+    content = [stored.run, [result.record() for result in stored.results.values()]]
+    return "sha256 " + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def draw(stored: Mapping[str, Stored], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for chart in CHARTS:
+        if chart.of in stored:
+            chart.draw(folder / chart.file, stored[chart.of], digest_of(stored[chart.of]))
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
 
 
 def names() -> str:
@@ -100,7 +310,7 @@ def names() -> str:
 
 def render(readme: str) -> str:
     """`readme` with its generated parts made anew."""
-    for name, text in (("optimizers", optimizers()), ("speed", speed())):
+    for name, text in (("optimizers", optimizers()), ("speed", speed(load()))):
         start = f"<!-- {name}: generated by bench/report.py, do not edit -->"
         readme = replaced(readme, f"{start}\n\n", text, f"\n\n<!-- end of {name} -->")
     return readme
@@ -123,11 +333,19 @@ def replaced(text: str, start: str, new: str, end: str) -> str:
 def main(arguments: Any = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, metavar="FILE", help="JSON of pytest --benchmark-json=FILE")
+    parser.add_argument("--bars", action="store_true", help="print which bars hold, from the stored results")
     options = parser.parse_args(arguments)
     if options.store:
-        store(options.store)
-    README.write_text(render(README.read_text()))
-    INIT.write_text(render_init(INIT.read_text()))
+        print("stored:", ", ".join(store(options.store)))
+    stored = load()
+    if options.bars:
+        print(bars.table(stored))
+        return
+    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    INIT.write_text(render_init(INIT.read_text(encoding="utf-8")), encoding="utf-8")
+    PERFORMANCE.parent.mkdir(exist_ok=True)
+    PERFORMANCE.write_text(performance(stored), encoding="utf-8")
+    draw(stored, IMAGES)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 import fastopt
-from fastopt.cli import contour, info, train
+from fastopt.cli import bench, contour, info, train
 
 app = typer.Typer(
-    help="Train small networks with the optimizers of fastopt, see their paths, and what they find on this machine.",
+    help="Train small networks with the optimizers of fastopt, see their paths, and measure how fast they are here.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("contour", epilog=contour.EXAMPLES)(contour.contour)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("info", epilog=info.EXAMPLES)(info.info)
 
 

@@ -244,6 +244,28 @@ def parse_hidden(text: str) -> list[int]:
     raise ValueError(f"{text!r}: give the width of each hidden layer, as in 64,32, or 'none' for no hidden layer")
 
 
+MOST_PARAMETERS = 10**10
+UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Whole numbers from 1, separated by commas, in ascending order; k, M and G stand for 1e3, 1e6 and 1e9."""
+    return sorted({_size(word.strip()) for word in text.split(",")})
+
+
+def _size(word: str) -> int:
+    unit = UNITS.get(word[-1:].lower(), 1)
+    try:
+        number = float(word[:-1] if unit > 1 else word) * unit
+    except ValueError:
+        number = math.nan
+    if not (1 <= number <= MOST_PARAMETERS and number == round(number)):
+        raise ValueError(
+            f"{word!r} is no number of parameters; give whole numbers from 1 to 10G, such as 1000, 1k, 2.5M, 1e6"
+        )
+    return round(number)
+
+
 def one_of(name: str, names: Iterable[str], what: str) -> str:
     """`name`, where it is one of `names`; else a ValueError that lists them and suggests the nearest."""
     allowed: Sequence[str] = list(names)

@@ -1,0 +1,158 @@
+"""The bars that the speed has to clear, in one table; `python bench/report.py --bars` tells which the results clear.
+
+All are ratios of medians of one interleaved run, but for the few that are times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from fastopt.measure import Result
+from results import Stored
+
+Results = Mapping[str, Stored]
+
+
+class Bar(NamedTuple):
+    """A demand on what was measured."""
+
+    work: str
+    demand: str
+    """What the number is."""
+    least: bool
+    """Whether the bar is the least it may be; else the most."""
+    bar: float
+    measured: Callable[[Results], float]
+    """KeyError where it was not measured."""
+
+    def holds(self, value: float) -> bool:
+        """Whether the bar is cleared."""
+        return value >= self.bar if self.least else value <= self.bar
+
+
+def times(file: str, title: str, name: str) -> Callable[[Results], float]:
+    """How many times as long as fastopt a contestant takes."""
+
+    def measured(stored: Results) -> float:
+        found = stored[file].results[title].times(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    return measured
+
+
+def seconds(file: str, title: str, unit: float = 1.0) -> Callable[[Results], float]:
+    return lambda stored: stored[file].results[title].ours.median / unit
+
+
+def best_rival(file: str, title: str) -> Callable[[Results], float]:
+    def measured(stored: Results) -> float:
+        result = stored[file].results[title]
+        return min(result.times(name) or 0.0 for name in result.seconds if name not in ("fastopt", "limit"))
+
+    return measured
+
+
+def worst_of_the_others(stored: Results) -> float:
+    """The least share of its limit of an optimizer other than Adam, at 30M in float32."""
+
+    def is_meant(result: Result) -> bool:
+        facts = result.facts
+        large = facts["parameters"] == 30_000_000 and facts["dtype"] == "float32"
+        return large and not result.title.startswith("Adam 30M") and "limit" in result.seconds
+
+    shares = [result.times("limit") or 0.0 for result in stored["step"].results.values() if is_meant(result)]
+    if not shares:
+        raise KeyError("30M")
+    return min(shares)
+
+
+SHARE = "the limit's time over ours"
+OVER = {name: f"the time of {name} over ours" for name in ("torch fused", "torch", "deepspeed", "numpy")}
+MAPS = ("64x64x56x56", "32x256x14x14", "32x512x7x7", "128x16x32x32")
+
+BARS = (
+    Bar("Adam 1k", "microseconds, all Python included", False, 8.0, seconds("step", "Adam 1k", 1e-6)),
+    Bar("Adam 1k", "the time of the best rival over ours", True, 2.0, best_rival("step", "Adam 1k")),
+    *(
+        Bar(f"Adam {size}", text, True, bar, times("step", f"Adam {size}", name))
+        for size in ("100k", "1M")
+        for text, bar, name in (
+            (OVER["torch fused"], 2.0, "torch fused"),
+            (OVER["deepspeed"], 1.3, "deepspeed"),
+            (SHARE, 0.75, "limit"),
+        )
+    ),
+    Bar("Adam 4M", SHARE, True, 0.92, times("step", "Adam 4M", "limit")),
+    Bar("Adam 4M", OVER["torch fused"], True, 1.4, times("step", "Adam 4M", "torch fused")),
+    Bar("Adam 30M", SHARE, True, 0.92, times("step", "Adam 30M", "limit")),
+    Bar("Adam 30M", OVER["torch fused"], True, 1.05, times("step", "Adam 30M", "torch fused")),
+    Bar("Adam 30M", OVER["numpy"], True, 15.0, times("step", "Adam 30M", "numpy")),
+    Bar("every other optimizer, 30M", SHARE, True, 0.90, worst_of_the_others),
+    Bar("1000 tensors of 64", OVER["torch fused"], True, 100.0, times("many_tensors", "Adam 1000 x 64", "torch fused")),
+    Bar(
+        "1000 tensors of 64, 501 groups",
+        OVER["torch fused"],
+        True,
+        10.0,
+        times("many_tensors", "Adam 1000 x 64, 501 groups", "torch fused"),
+    ),
+    Bar("the tail of a step, 1M", OVER["torch"], True, 4.0, times("tail", "tail 1M", "torch")),
+    Bar("the tail of a step, 30M", OVER["torch"], True, 1.5, times("tail", "tail 30M", "torch")),
+    *(
+        Bar(f"BatchNorm forward {shape}", OVER["torch"], True, 5.0, times("batchnorm", f"forward {shape}", "torch"))
+        for shape in MAPS
+    ),
+    *(
+        Bar(
+            f"BatchNorm forward {shape}",
+            "the time of a copy over ours",
+            True,
+            0.4 if shape.endswith("7x7") else 0.6,
+            times("batchnorm", f"forward {shape}", "limit"),
+        )
+        for shape in MAPS
+    ),
+    *(
+        Bar(f"BatchNorm backward {shape}", OVER["torch"], True, 1.5, times("batchnorm", f"backward {shape}", "torch"))
+        for shape in MAPS
+    ),
+    *(
+        Bar(
+            f"BatchNorm backward {shape}",
+            "the time of two reads and a write over ours",
+            True,
+            0.6,
+            times("batchnorm", f"backward {shape}", "limit"),
+        )
+        for shape in MAPS
+    ),
+    Bar(
+        "import fastopt", "seconds over importing numba", False, 0.15, seconds("startup", "import fastopt, over numba")
+    ),
+    Bar(
+        "first step of a new process",
+        "seconds, nothing cached",
+        False,
+        1.0,
+        seconds("startup", "first step of a process"),
+    ),
+)
+
+
+def table(stored: Results) -> str:
+    """Every bar, what was measured, and whether it holds."""
+    lines = ["| work | measure | bar | measured | holds |", "|---|---|---:|---:|---|"]
+    for bar in BARS:
+        asked = f"{'>=' if bar.least else '<='} {bar.bar:g}"
+        try:
+            value = bar.measured(stored)
+        except KeyError:
+            lines.append(f"| {bar.work} | {bar.demand} | {asked} | not measured |  |")
+        else:
+            lines.append(
+                f"| {bar.work} | {bar.demand} | {asked} | {value:.3g} | {'yes' if bar.holds(value) else 'NO'} |"
+            )
+    return "\n".join(lines)

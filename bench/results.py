@@ -1,0 +1,64 @@
+"""The measurements stored under bench/results: one JSON for each file of benchmarks, and what they are of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastopt.measure import Result
+
+FOLDER = Path(__file__).resolve().parent / "results"
+FILES = ("step", "many_tensors", "tail", "batchnorm", "minibatches", "scaling", "startup")
+BUSY = 0.5
+"""Load per core before the run from which the machine counts as busy."""
+
+
+class Stored(NamedTuple):
+    """The results of one file of benchmarks."""
+
+    run: dict[str, Any]
+    """Date, machine, threads, load, scale, versions."""
+    results: dict[str, Result]
+    """By title."""
+
+    def caveats(self) -> list[str]:
+        """What is to be said against the figures."""
+        found = []
+        if self.run["scale"] < 1:
+            found.append(f"Taken in a trial, with {self.run['scale']:g} of the time that a measurement takes.")
+        if self.run["load"] > BUSY * self.run["machine"]["cores"]:
+            found.append(f"The machine was busy with other work (load {self.run['load']:g} before the run).")
+        return found
+
+
+def load(folder: Path = FOLDER) -> dict[str, Stored]:
+    """What is stored, by file."""
+    stored = {}
+    for name in FILES:
+        path = folder / f"{name}.json"
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            results = [Result.of(record) for record in content.pop("results")]
+            stored[name] = Stored(content, {result.title: result for result in results})
+    return stored
+
+
+def store(path: Path, folder: Path = FOLDER) -> list[str]:
+    """Keep of a benchmark run what the tables need, nothing that names the machine; the files that were written.
+
+    path : the JSON of ``pytest --benchmark-json=FILE``. Files of benchmarks that were not part of the run stay.
+    """
+    run = json.loads(path.read_text(encoding="utf-8"))
+    records: dict[str, list[dict[str, Any]]] = {}
+    for entry in run["benchmarks"]:
+        name = Path(entry["fullname"].split("::")[0]).stem.removeprefix("bench_")
+        records.setdefault(name, []).append({key: entry["extra_info"][key] for key in Result._fields})
+    if unknown := sorted(records.keys() - set(FILES)):
+        raise ValueError(f"{path}: bench_{unknown[0]}.py is not known; name it in FILES of bench/results.py")
+    folder.mkdir(exist_ok=True)
+    for name, of_file in records.items():
+        lines = ",\n".join("  " + json.dumps(record) for record in of_file)  # a line for each: diffs can be read
+        head = json.dumps(run["fastopt"], indent=1)[:-2]
+        (folder / f"{name}.json").write_text(f'{head},\n "results": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    return sorted(records)

@@ -1,0 +1,310 @@
+"""`fastopt bench`: how fast the optimizers and BatchNorm are here, against NumPy, torch, and what the memory allows."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, NamedTuple
+
+import numba
+import numpy as np
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+import fastopt
+from fastopt.cli.choices import Choice, one_of, optimizers, parse_optimizers, parse_sizes
+from fastopt.cli.output import blame, check_writable, console, write_json
+from fastopt.measure import Result, Work, compare_batchnorm, compare_step, machine
+
+EXAMPLES = "\n\n".join(
+    [
+        "[bold]Examples[/bold]",
+        "fastopt bench",
+        "fastopt bench --plot speed.png --json speed.json",
+        "fastopt bench --optimizer adam,lion --sizes 1k,1M,30M --dtype float64",
+        "fastopt bench --optimizer all --sizes 1M --seconds 120 --no-batch-norm",
+        "fastopt bench --threads 1",
+    ]
+)
+
+RIVALS = ("numpy", "torch fused", "torch")
+"""Those of `fastopt.measure.RIVALS` that need no compiling: the command is to be done in a minute."""
+
+SHAPES = ((32, 256, 14, 14), (64, 64, 28, 28))
+"""Of the images that BatchNorm is measured on: (N, C, H, W)."""
+
+ROUNDS = 3
+LEAST = 0.05
+"""Seconds for a case, whatever time is left."""
+
+BUSY = 0.5
+"""Load per core from which the user is told that other programs are running."""
+
+PACKAGES = ("numba", "numpy", "torch")
+
+
+class Case(NamedTuple):
+    """A line of a table: what to call with ``seconds`` and ``after_round``."""
+
+    title: str
+    run: Callable[..., Result]
+
+
+def bench(
+    optimizer: Annotated[
+        list[str],
+        typer.Option(
+            "--optimizer",
+            "-o",
+            metavar="NAME[:OPTION...]",
+            help=f"{', '.join(optimizers())}, or all. Several: repeat the option, or separate them by commas. Options "
+            "of an optimizer follow its name after colons: adam:amsgrad, rmsprop:momentum=0.9.",
+        ),
+    ] = ["sgd,momentum,adam,adamw"],  # noqa: B006 typer's way to say a default list
+    sizes: Annotated[
+        str,
+        typer.Option(
+            metavar="NUMBERS",
+            help="Numbers of parameters, separated by commas; k, M and G stand for 1e3, 1e6 and 1e9. A size that does "
+            "not fit into the free memory is left out, with a word about it.",
+        ),
+    ] = "1k,10k,100k,1M,10M",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="float32 or float64.")] = "float32",
+    seconds: Annotated[
+        float,
+        typer.Option(min=1.0, metavar="NUMBER", help="About how long the whole is to take, in seconds, from 1."),
+    ] = 45.0,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="NUMBER", help="Threads of fastopt and torch, from 1.", show_default="all"),
+    ] = None,
+    batch_norm: Annotated[
+        bool, typer.Option("--batch-norm/--no-batch-norm", help="Measure BatchNorm too, in float32.")
+    ] = True,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw the throughput of every optimizer against the size (.png, .pdf, .svg)."
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write everything measured as JSON; - is standard output.")
+    ] = None,
+) -> None:
+    """Measure the optimizers on this machine: time per step, and how near it is to what the memory allows.
+
+    All contestants of a line take turns in one run, so that whatever else the machine does hits all alike; what is
+    printed are medians. The limit is a kernel that reads and writes the same buffers and computes next to nothing.
+
+    Nothing has to be installed to compare with: torch takes part where it is there.
+    """
+    with blame("--optimizer"):
+        choices = parse_optimizers(optimizer)
+    with blame("--sizes"):
+        counts = parse_sizes(sizes)
+    with blame("--dtype"):
+        one_of(dtype, ("float32", "float64"), "dtype")
+    most = machine.threads()
+    with blame("--threads"):
+        if threads is not None and threads > numba.config.NUMBA_NUM_THREADS:
+            raise ValueError(f"{threads} threads are more than the {numba.config.NUMBA_NUM_THREADS} that there are")
+    with blame("--plot"):
+        if plot is not None:
+            check_writable(plot)
+            from fastopt.cli.plots import check_format, draw_throughput  # matplotlib: 0.5 s, only for those who plot
+
+            check_format(plot)
+    with blame("--json"):
+        if json is not None:
+            check_writable(json)
+
+    out = console(for_json=json)
+    if (load := _load()) is not None and load > BUSY:
+        out.print(f"This machine is busy (load {load:.1f} per core): these are not the speeds it has when idle.")
+    numba.set_num_threads(threads or most)
+    try:
+        with blame("--optimizer"):
+            steps, norms = _cases(choices, counts, dtype, batch_norm)
+            results, skipped = _measure([*steps, *norms], seconds)
+        by_title = {result.title: result for result in results}
+        step_results = [by_title[case.title] for case in steps if case.title in by_title]
+        norm_results = [by_title[case.title] for case in norms if case.title in by_title]
+        facts = machine.describe()
+        _print(out, step_results, norm_results, skipped, facts, dtype)
+        if plot is not None and step_results:
+            with blame("--plot"):
+                panels = {
+                    choice.label: [r for r in step_results if r.title.startswith(f"{choice.label} ")]
+                    for choice in choices
+                }
+                panels = {label: results for label, results in panels.items() if results}
+                draw_throughput(plot, _title(facts, dtype), panels, machine.caches())
+            out.print(f"throughput: {plot}", soft_wrap=True)
+        if json is not None:
+            with blame("--json"):
+                write_json(json, _report(results, skipped, facts, dtype, seconds))
+    finally:
+        numba.set_num_threads(most)
+
+
+def _load() -> float | None:
+    return os.getloadavg()[0] / machine.cores() if hasattr(os, "getloadavg") else None
+
+
+def _cases(
+    choices: Iterable[Choice], counts: Sequence[int], dtype: str, batch_norm: bool
+) -> tuple[list[Case], list[Case]]:
+    steps = []
+    for choice in choices:
+        options = choice.options if choice.given_lr is None else {**choice.options, "lr": choice.given_lr}
+        choice.kind([np.zeros(1, dtype)], **options)  # a value that is out of range ends the command here
+        for count in counts:
+            work = Work(choice.kind.__name__, (_shape(choice, count),), dtype, options)
+            title = f"{choice.label} {spelled(count)}"
+            limit = choice.kind is not fastopt.Muon  # whose time is that of products of matrices
+            steps.append(Case(title, partial(compare_step, title, work, RIVALS, rounds=ROUNDS, limit=limit)))
+    norms = []
+    for shape in SHAPES if batch_norm else ():
+        for way in ("forward", "backward"):
+            title = f"{'x'.join(map(str, shape))} {way}"
+            norms.append(Case(title, partial(compare_batchnorm, title, shape, way=way, rounds=ROUNDS)))
+    return steps, norms
+
+
+def _shape(choice: Choice, count: int) -> tuple[int, ...]:
+    """Of the one parameter: a vector, and for Muon, which makes matrices orthogonal, the squarest matrix there is."""
+    if choice.kind is not fastopt.Muon:
+        return (count,)
+    rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
+    return (rows, count // rows)
+
+
+def _measure(cases: Sequence[Case], seconds: float) -> tuple[list[Result], dict[str, str]]:
+    """The results, and the titles of what could not be measured with the reasons.
+
+    Every case is given its share of the seconds that are left, so that what one has spent on compiling is saved by the
+    others, and the bar, which shows seconds, tells the truth.
+    """
+    results, skipped = [], {}
+    start = perf_counter()
+    with _progress() as bar:
+        task = bar.add_task("", total=seconds)
+
+        def tick() -> None:
+            bar.update(task, completed=min(perf_counter() - start, seconds))
+
+        for k, case in enumerate(cases):
+            bar.update(task, description=f"{case.title} ({k + 1} of {len(cases)})")
+            share = (seconds - (perf_counter() - start)) / (len(cases) - k)
+            try:
+                results.append(case.run(seconds=max(share, LEAST), after_round=tick))
+            except MemoryError as error:
+                skipped[case.title] = str(error)
+            tick()
+        bar.update(task, completed=seconds)
+    return results, skipped
+
+
+def _progress() -> Progress:
+    """A bar of the seconds on standard error, where that is a terminal; nothing where it is a file or a pipe."""
+    return Progress(
+        BarColumn(),
+        TextColumn("{task.completed:.0f} of {task.total:.0f} s"),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )
+
+
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def spelled(count: int) -> str:
+    """A number of parameters as it is given: 1000 as 1k, 2500000 as 2.5M.
+
+    >>> spelled(1000), spelled(2_500_000), spelled(1234)
+    ('1k', '2.5M', '1234')
+    """
+    for unit, sign in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= unit and count * 10 % unit == 0:
+            return f"{count / unit:g}{sign}"
+    return str(count)
+
+
+def _print(
+    out: Console,
+    steps: Sequence[Result],
+    norms: Sequence[Result],
+    skipped: dict[str, str],
+    facts: dict[str, Any],
+    dtype: str,
+) -> None:
+    """The tables, and what their columns mean; narrow enough for a terminal of 80 columns."""
+    out.print(_title(facts, dtype), soft_wrap=True)
+    for heading, results in (("step", steps), ("BatchNorm", norms)):
+        if results:
+            out.print(_table(heading, results))
+    for title, reason in skipped.items():
+        out.print(f"{title} left out: {reason}", soft_wrap=True)
+    out.print(
+        "us: microseconds per call, the median, and between which times 8 of 10 samples lie. GB/s: bytes that have to "
+        "be read and written, by the time; beyond the speed of the memory, the caches help. of limit: the time of a "
+        "kernel that moves the same bytes and computes next to nothing, by ours. Others: how many times as long they take."
+    )
+    reasons = dict.fromkeys(reason for result in (*steps, *norms) for reason in result.absent.values())
+    for reason in reasons:
+        out.print(reason, soft_wrap=True)
+
+
+def _table(heading: str, results: Sequence[Result]) -> Table:
+    rivals = [name for name in RIVALS if any(name in result.seconds for result in results)]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(heading, overflow="fold")
+    for column in ("us", "8 of 10", "GB/s", "of\nlimit", *(name.replace(" ", "\n") for name in rivals)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        low, high = (_figures(1e6 * seconds) for seconds in (result.ours.low, result.ours.high))
+        share = result.times("limit")
+        cells = [_figures(1e6 * result.ours.median), f"{low}-{high}", f"{result.bandwidth():.1f}"]
+        cells.append("-" if share is None else f"{share:.0%}")
+        for name in rivals:
+            times = result.times(name)
+            cells.append("-" if times is None else f"{_figures(times)}x")
+        table.add_row(result.title, *cells)
+    return table
+
+
+def _figures(number: float) -> str:
+    """Three figures or more."""
+    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:.0f}"
+
+
+def _title(facts: dict[str, Any], dtype: str) -> str:
+    versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := machine.version_of(name)))
+    count = machine.threads()
+    return f"{facts['cpu']}, {count} thread{'s' if count > 1 else ''}, {dtype}; {versions}"
+
+
+def _report(
+    results: Sequence[Result], skipped: dict[str, str], facts: dict[str, Any], dtype: str, seconds: float
+) -> dict[str, Any]:
+    """What ``--json`` writes; times in seconds: the median, the 10th and 90th percentile, the number of samples."""
+    return {
+        "fastopt": fastopt.__version__,
+        "command": "bench",
+        "settings": {"dtype": dtype, "seconds": seconds, "threads": machine.threads()},
+        "machine": facts,
+        "load_per_core": _load(),
+        "versions": {name: machine.version_of(name) for name in PACKAGES},
+        "results": [result.record() for result in results],
+        "skipped": skipped,
+    }
