@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from fastopt.measure import Result
 from results import Stored
+
+from fastopt.measure import Result
 
 Results = Mapping[str, Stored]
 

@@ -36,7 +36,7 @@ class Tail(NamedTuple):
 
 def ours(gradient: np.ndarray, **options: Any) -> Tail:
     pieces = np.split(gradient, TENSORS)
-    params = {f"w{k}": np.ones(len(piece), np.float32) for k, piece in enumerate(pieces)}
+    params = [np.ones(len(piece), np.float32) for piece in pieces]
     optimizer = fastopt.AdamW(params, lr=LR, weight_decay=DECAY, **options)
     views = optimizer.flat.views(optimizer.flat.grad)
 
@@ -46,7 +46,7 @@ def ours(gradient: np.ndarray, **options: Any) -> Tail:
 
     write()
     scale = SCALE if options else 1.0
-    return Tail(lambda: optimizer.step(grad_scale=scale), write, lambda: list(optimizer.params.values()))
+    return Tail(lambda: optimizer.step(grad_scale=scale), write, lambda: optimizer.params)
 
 
 def torchs(gradient: np.ndarray) -> Tail:

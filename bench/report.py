@@ -79,8 +79,8 @@ SECTIONS = {
     "tail": (
         "The whole step",
         "`tail`: unscale, clip by norm, AdamW, moving average, zero the gradients, against torch's sequence of calls. "
-        "`accumulate`: a micro-batch added, and measured in the same pass. Rows: Adam on an embedding few of whose rows "
-        "have a gradient, against dense steps.",
+        "`accumulate`: a micro-batch added, and measured in the same pass. Rows: Adam on an embedding few of whose "
+        "rows have a gradient, against dense steps.",
     ),
     "batchnorm": (
         "BatchNorm",

@@ -258,7 +258,8 @@ def _print(
     out.print(
         "us: microseconds per call, the median, and between which times 8 of 10 samples lie. GB/s: bytes that have to "
         "be read and written, by the time; beyond the speed of the memory, the caches help. of limit: the time of a "
-        "kernel that moves the same bytes and computes next to nothing, by ours. Others: how many times as long they take."
+        "kernel that moves the same bytes and computes next to nothing, by ours. Others: how many times as long "
+        "they take."
     )
     reasons = dict.fromkeys(reason for result in (*steps, *norms) for reason in result.absent.values())
     for reason in reasons:

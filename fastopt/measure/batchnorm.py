@@ -96,7 +96,7 @@ def _torch(task: Pass) -> Contestant:
 
     def back(tensor: Any) -> list[Array]:
         tensor = tensor.detach()
-        return [np.array(tensor.movedim(1, -1) if task.axis == -1 and tensor.ndim > 2 else tensor)]
+        return [(tensor.movedim(1, -1) if task.axis == -1 and tensor.ndim > 2 else tensor).numpy().copy()]
 
     x, dy = of(task.x), of(task.dy)
     gamma, beta, mean, var = (of(each) for each in (task.gamma, task.beta, *task.statistics()))

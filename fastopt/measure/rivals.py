@@ -311,9 +311,20 @@ def _deepspeed(work: Work) -> Contestant:
     return Contestant(optimizer.step, lambda: [param.detach().numpy().copy() for param in params])
 
 
+THINC = ("SGD", "Adam")
+SKLEARN = ("SGD", "Momentum", "Nesterov", "Adam")
+NEGLIGIBLE = 1e-7
+
+
+def _check_eps(h: Values, whose: str) -> None:
+    """Raise Absent for an eps that is not negligible, where it is added to the uncorrected root."""
+    if h.eps > NEGLIGIBLE:
+        raise Absent(f"{whose} adds eps to the uncorrected root, which makes a difference with eps={h.eps:g}")
+
+
 def _thinc(work: Work) -> Contestant:
     api = import_module("thinc.api")
-    if work.optimizer not in ("SGD", "Adam"):
+    if work.optimizer not in THINC:
         raise Absent(f"thinc has no {work.optimizer} that computes the same")
     if work.dtype != "float32":
         raise Absent("thinc computes in float32 only")
@@ -322,6 +333,7 @@ def _thinc(work: Work) -> Contestant:
     h = work.values()
     plain = {"L2": 0.0, "grad_clip": 0.0, "use_averages": False}
     if work.optimizer == "Adam":
+        _check_eps(h, "thinc")
         optimizer = api.Adam(h.lr, beta1=h.betas[0], beta2=h.betas[1], eps=h.eps, **plain)
     else:
         optimizer = api.SGD(h.lr, **plain)
@@ -344,13 +356,14 @@ def _thinc(work: Work) -> Contestant:
 
 def _sklearn(work: Work) -> Contestant:
     module = import_module("sklearn.neural_network._stochastic_optimizers")
-    if work.optimizer not in ("SGD", "Momentum", "Nesterov", "Adam"):
+    if work.optimizer not in SKLEARN:
         raise Absent(f"scikit-learn has no {work.optimizer} that computes the same")
     if work.groups > 1:
         raise Absent("scikit-learn has one learning rate for all parameters")
     params = work.start()
     h = work.values()
     if work.optimizer == "Adam":
+        _check_eps(h, "scikit-learn")
         b1, b2 = h.betas
         optimizer = module.AdamOptimizer(params, h.lr, beta_1=b1, beta_2=b2, epsilon=h.eps)
     else:

@@ -1,0 +1,381 @@
+"""What measures: turns and spreads on a clock of its own, limits that move the bytes they should, honest rivals."""
+
+from __future__ import annotations
+
+import doctest
+import gc
+import importlib
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+import fastopt
+from fastopt.measure import RIVALS, Result, Spread, Work, batchnorm, bytes_of, compare, comparison, interleave, limit_of
+from fastopt.measure import machine as machine_facts
+from fastopt.measure.interleaved import SAMPLE, SLOW, WARM
+from fastopt.measure.rivals import FUSED, OPTAX, SKLEARN, THINC, TORCH, enter, of_fastopt
+
+MODULES = ("interleaved", "limit", "machine", "rivals", "comparison", "batchnorm")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_are_true(name):
+    failed, tried = doctest.testmod(importlib.import_module(f"fastopt.measure.{name}"))
+    assert failed == 0
+    assert tried or name == "machine"
+
+
+# --- the timer --------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes only while a contestant works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def contestant(self, name: str, *costs: float):
+        """One that takes these times, call after call, the last of them for ever."""
+        left = list(costs)
+
+        def call() -> None:
+            self.calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return call
+
+
+def test_contestants_take_turns_and_every_second_round_goes_the_other_way():
+    clock = Clock()
+    contestants = {name: clock.contestant(name, 2 * SLOW) for name in "abc"}
+    interleave(contestants, seconds=0.0, rounds=4, clock=clock)
+    assert "".join(clock.calls) == "aabbcc" + "abc" + "cba" + "abc" + "cba"
+
+
+def test_a_fast_call_runs_warm_and_then_fills_a_sample():
+    clock = Clock()
+    spread = interleave({"a": clock.contestant("a", 1e-5)}, seconds=0.0, rounds=1, clock=clock)["a"]
+    assert spread.median == pytest.approx(1e-5)
+    assert len(clock.calls) == pytest.approx(2 + (WARM + SAMPLE) / 1e-5, abs=2)
+
+
+def test_median_and_percentiles_are_those_of_the_samples():
+    clock = Clock()
+    samples = [0.3, 0.1, 0.2, 0.9, 0.4, 0.5, 0.6, 0.8, 0.7, 1.0]
+    found = interleave({"a": clock.contestant("a", 9.0, 9.0, *samples)}, seconds=0.0, rounds=10, clock=clock)["a"]
+    assert found == Spread(*(pytest.approx(np.percentile(samples, q)) for q in (50, 10, 90)), 10)
+
+
+def test_a_drift_of_the_machine_leaves_the_ratio():
+    clock = Clock()
+
+    def slower_and_slower(cost: float):
+        def call() -> None:
+            clock.now += cost * (1.0 + clock.now / 20.0)  # three times as slow after 40 s
+
+        return call
+
+    spreads = interleave({"a": slower_and_slower(0.1), "b": slower_and_slower(0.2)}, seconds=40.0, clock=clock)
+    assert spreads["a"].high / spreads["a"].low > 1.5
+    assert spreads["b"].median / spreads["a"].median == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize(("seconds", "rounds", "expected"), [(0.0, 3, 3), (10.0, 3, 10), (10.0, 12, 12)])
+def test_the_seconds_are_spent_and_the_rounds_made(seconds, rounds, expected):
+    clock, ticks = Clock(), []
+    found = interleave(
+        {"a": clock.contestant("a", 1.0)}, seconds, rounds, after_round=lambda: ticks.append(clock.now), clock=clock
+    )
+    assert found["a"].samples == len(ticks) == expected
+
+
+def test_what_comes_before_a_sample_is_not_in_it():
+    clock = Clock()
+    found = interleave(
+        {"a": clock.contestant("a", 0.25), "b": clock.contestant("b", 0.5)},
+        seconds=0.0,
+        rounds=2,
+        before={"b": clock.contestant("before b", 7.0)},
+        clock=clock,
+    )
+    assert (found["a"].median, found["b"].median) == (0.25, 0.5)
+    for k, name in enumerate(clock.calls):
+        assert name != "b" or clock.calls[k - 1] == "before b"
+
+
+def test_garbage_is_not_collected_while_it_is_timed_and_is_afterwards():
+    seen = []
+    interleave({"a": lambda: seen.append(gc.isenabled())}, seconds=0.0, rounds=1)
+    assert seen[0] is True
+    assert seen[-1] is False
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        interleave({"a": lambda: 1 / 0}, seconds=0.0)
+    assert gc.isenabled()
+
+
+# --- the limit --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays"), [("SGD", 3), ("Momentum", 5), ("Adam", 7), ("Adan", 11), ("LAMB", 10), ("LARS", 7)]
+)
+def test_bytes_are_those_of_the_arrays_that_are_read_and_written(name, arrays):
+    for dtype in (np.float32, np.float64):
+        optimizer = getattr(fastopt, name)({"w": np.zeros((10, 10), dtype)})
+        assert bytes_of(optimizer) == arrays * 100 * np.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize("name", ["SGD", "Momentum", "Adam", "AdEMAMix", "Adan", "LAMB", "LARS", "NovoGrad"])
+def test_the_limit_touches_every_buffer_that_the_optimizer_has(name):
+    optimizer = getattr(fastopt, name)([np.ones(5000, np.float32), np.ones(7, np.float32)])
+    optimizer.flat.grad[:] = 1.0
+    limit = limit_of(optimizer)
+    assert bytes_of(limit) == bytes_of(optimizer)
+    assert limit.flat.shapes == optimizer.flat.shapes
+    before = [optimizer.flat.data.copy(), *(state.copy() for state in limit._states)]
+    limit.step()
+    limit.step()
+    for array, old in zip((limit.flat.data, *limit._states), before, strict=True):
+        assert np.count_nonzero(array != old) >= 5007
+    np.testing.assert_array_equal(optimizer.flat.data, before[0])  # its own are another's
+
+
+def test_the_kernels_of_batchnorms_limit():
+    from fastopt.measure import limit
+
+    x, y, out = np.arange(100_001.0), np.ones(100_001), np.zeros(100_001)
+    limit.copy(x, out)
+    np.testing.assert_array_equal(out, x)
+    limit.add(x, y, out)
+    np.testing.assert_array_equal(out, x + 1)
+
+
+# --- the rivals compute the same --------------------------------------------------------------------------------------
+
+SHAPES = ((30, 7), (50,), (1,))
+OPTIONS = [
+    ("Adam", {"amsgrad": True}),
+    ("Adam", {"lr": 0.1, "betas": (0.5, 0.75)}),
+    ("AdamW", {"weight_decay": 0.3}),
+    ("SGD", {"momentum": 0.9}),
+    ("SGD", {"momentum": 0.9, "nesterov": True}),
+    ("RMSprop", {"centered": True}),
+    ("Lion", {"weight_decay": 0.3}),
+]
+WORKS = [
+    *(Work(name, SHAPES) for name in fastopt.Optimizer.classes),
+    *(Work(name, SHAPES, options=options) for name, options in OPTIONS),
+    Work("Adam", SHAPES, "float64"),
+    Work("Adam", SHAPES, groups=3),
+    Work("SGD", SHAPES, groups=2),
+]
+
+
+def name_of(work: Work) -> str:
+    return "-".join([work.optimizer, work.dtype, *map(str, work.options), *(["groups"] if work.groups > 1 else [])])
+
+
+def entered(work: Work, rival: str):
+    pytest.importorskip(RIVALS[rival].imports, reason=f"{rival} is not installed: it is what is compared with")
+    contestants, absent = enter(work, [rival])
+    if absent:
+        # Left out for a reason that names whose it is, and never NumPy but for an option it lacks.
+        assert rival != "numpy"
+        assert set(absent) == {rival}
+        assert absent[rival].split()[0].lower() in (rival.split()[0], "scikit-learn", "optax", "deepspeed", "thinc")
+        pytest.skip(absent[rival])
+    return contestants[rival]
+
+
+TAKES_PART = {
+    "numpy": tuple(fastopt.Optimizer.classes),
+    "torch fused": FUSED,
+    "torch": tuple(TORCH),
+    "optax": tuple(OPTAX),
+    "thinc": THINC,
+    "scikit-learn": SKLEARN,
+}
+"""Without DeepSpeed, which would be compiling for half a minute."""
+PAIRS = [
+    pytest.param(work, rival, id=f"{name_of(work)}-{rival}")
+    for rival, names in TAKES_PART.items()
+    for work in WORKS
+    if work.optimizer in names
+]
+
+
+@pytest.mark.parametrize(("work", "rival"), PAIRS)
+def test_a_rival_computes_what_fastopt_computes(work, rival):
+    theirs, ours = entered(work, rival), of_fastopt(work)
+    for _ in range(6):
+        ours.step()
+        if theirs.before is not None:
+            theirs.before()
+        theirs.step()
+    expected, start = ours.params(), work.start()
+    moved = max(np.max(np.abs(after - before)) for after, before in zip(expected, start, strict=True))
+    rounding = 8 * max(np.spacing(np.max(np.abs(before))) for before in start)
+    assert moved > 100 * rounding
+    for found, after in zip(theirs.params(), expected, strict=True):
+        assert found.shape == after.shape
+        np.testing.assert_allclose(found, after, rtol=0, atol=3e-4 * moved + rounding)
+
+
+def test_the_table_knows_only_optimizers_that_there_are():
+    assert set().union(*TAKES_PART.values()) <= set(fastopt.Optimizer.classes)
+    assert TAKES_PART.keys() | {"deepspeed"} == RIVALS.keys()
+
+
+@pytest.mark.parametrize(
+    ("work", "rival", "reason"),
+    [
+        (Work("Lion", ((3,),)), "scikit-learn", "scikit-learn has no Lion that computes the same"),
+        (Work("Adam", ((3,),), options={"amsgrad": True}), "scikit-learn", "scikit-learn has no amsgrad=True"),
+        (Work("Adam", ((3,), (4,)), groups=2), "scikit-learn", "scikit-learn has one learning rate for all parameters"),
+        (
+            Work("Adam", ((3,),), options={"eps": 1e-3}),
+            "scikit-learn",
+            "scikit-learn adds eps to the uncorrected root, which makes a difference with eps=0.001",
+        ),
+        (Work("Nesterov", ((3,),), options={"form": "lookahead"}), "scikit-learn", "has no form=lookahead"),
+    ],
+)
+def test_who_cannot_compute_the_same_says_why(work, rival, reason):
+    assert enter(work, [rival]) == ({}, {rival: reason})
+
+
+def test_who_is_not_installed_is_named(monkeypatch):
+    for module in {rival.imports for rival in RIVALS.values()} - {"numpy"}:
+        monkeypatch.setitem(sys.modules, module, None)
+    contestants, absent = enter(Work("Adam", ((3,),)))
+    assert list(contestants) == ["numpy"]
+    packages = {"torch fused": "torch", "torch": "torch", "optax": "optax", "deepspeed": "deepspeed"}
+    packages |= {"thinc": "thinc", "scikit-learn": "scikit-learn"}
+    assert absent == {name: f"{package} is not installed" for name, package in packages.items()}
+
+
+@pytest.mark.parametrize("rival", batchnorm.RIVALS)
+@pytest.mark.parametrize("way", batchnorm.WAYS)
+@pytest.mark.parametrize(("shape", "axis"), [((16, 5), 1), ((4, 3, 6, 5), 1), ((4, 6, 5, 3), -1)])
+def test_rivals_in_batchnorm_compute_the_same(rival, way, shape, axis):
+    pytest.importorskip(rival, reason=f"{rival} is not installed: it is what is compared with")
+    found, absent = batchnorm.contestants(shape, axis, way, [rival])
+    assert absent == {}
+    for contestant in found.values():
+        contestant.step()
+    np.testing.assert_allclose(found[rival].params()[0], found["fastopt"].params()[0], rtol=1e-4, atol=2e-5)
+    assert np.any(found["fastopt"].params()[0])
+
+
+def test_the_tail_of_a_step_is_that_of_torch():
+    bench_tail = importlib.import_module("bench_tail")
+    if bench_tail.torch is None:
+        pytest.skip("torch is not installed: it is what is compared with")
+    gradient = 100 * np.random.default_rng(0).standard_normal(1000, np.float32)
+    ours = bench_tail.ours(gradient, max_norm=bench_tail.MAX_NORM, ema=bench_tail.EMA, zero_grad=True)
+    theirs = bench_tail.torchs(gradient)
+    for _ in range(5):
+        for tail in (ours, theirs):
+            tail.write()
+            tail.step()
+    for found, expected in zip(ours.params(), theirs.params(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+RESULT = Result(
+    "Adam 1k",
+    {
+        "fastopt": Spread(2e-6, 1e-6, 3e-6, 9),
+        "limit": Spread(1e-6, 1e-6, 1e-6, 9),
+        "numpy": Spread(1e-5, 9e-6, 2e-5, 9),
+    },
+    {"torch": "torch is not installed"},
+    28_000,
+    {"parameters": 1000},
+)
+
+
+def test_a_result_tells_ratios_and_bandwidth():
+    assert (RESULT.times("numpy"), RESULT.times("limit"), RESULT.times("torch")) == (pytest.approx(5.0), 0.5, None)
+    assert RESULT.bandwidth() == pytest.approx(14.0)
+    assert RESULT.bandwidth("numpy") == pytest.approx(2.8)
+    assert RESULT._replace(bytes=None).bandwidth() is None
+
+
+def test_a_result_survives_json():
+    assert Result.of(json.loads(json.dumps(RESULT.record()))) == RESULT
+
+
+def test_a_comparison_keeps_what_it_is_of():
+    result = compare("x", {"a": lambda: None}, seconds=0.0, rounds=1, absent={"b": "why"}, moved=8, parameters=2)
+    assert (result.title, result.absent, result.bytes, result.facts) == ("x", {"b": "why"}, 8, {"parameters": 2})
+
+
+def test_too_little_memory_is_told_before_it_is_taken(monkeypatch):
+    monkeypatch.setattr(machine_facts, "free_memory", lambda: 10**9)
+    work = Work("Adam", ((10**9,),))
+    with pytest.raises(MemoryError, match=r"needs 120\.0 GB of memory, and 1\.0 GB are free"):
+        comparison.compare_step("x", work, ["numpy"], seconds=1.0)
+    comparison.check_memory(Work("Adam", ((1000,),)), 9)
+    monkeypatch.setattr(machine_facts, "free_memory", lambda: None)
+    comparison.check_memory(work, 9)  # where the system does not tell, it is tried
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def test_a_description_is_json_and_names_nobody():
+    facts = machine_facts.describe()
+    assert set(facts) == {"cpu", "architecture", "system", "cores", "memory_bytes", "caches"}
+    assert facts["cpu"]
+    assert facts["cores"] >= 1
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_caches_are_counted_once_for_those_that_share_them(tmp_path, monkeypatch):
+    for cpu in range(4):
+        for index, (kind, level, size, shared) in enumerate(
+            [
+                ("Data", 1, "32K", f"{cpu}"),
+                ("Instruction", 1, "32K", f"{cpu}"),
+                ("Unified", 2, "1024K", f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}"),
+                ("Unified", 3, "32M", "0-3"),
+            ]
+        ):
+            folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            for name, value in (("type", kind), ("level", level), ("size", size), ("shared_cpu_list", shared)):
+                (folder / name).write_text(f"{value}\n")
+    monkeypatch.setattr(machine_facts, "CPUS", tmp_path)
+    monkeypatch.setattr(machine_facts.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(machine_facts.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    assert machine_facts.caches() == [(1, 2**15, 4), (2, 2**20, 2), (3, 2**25, 1)]
+    assert machine_facts.caches()[1].total == 2**21
+
+
+def test_caches_of_a_system_that_does_not_tell_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_facts, "CPUS", tmp_path)
+    monkeypatch.setattr(machine_facts.platform, "system", lambda: "Linux")
+    assert machine_facts.caches() == []
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 4096 * 1000), ("1000000", 999_000)])
+def test_free_memory_is_the_least_that_the_system_tells(tmp_path, monkeypatch, limit, expected):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(machine_facts, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(machine_facts, "CONTROL_GROUP", tmp_path)
+    assert machine_facts.free_memory() == expected
+    monkeypatch.setattr(machine_facts, "memory", lambda: math.inf)
+    assert machine_facts.free_memory() == expected
