@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import report
 
 import fastopt
 from fastopt.backends import Features, cpu
@@ -19,9 +19,6 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_generated_tables_are_up_to_date():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
     assert report.render(README) == README, "run: python bench/report.py"
     source = report.INIT.read_text()
     assert report.render_init(source) == source, "run: python bench/report.py"

@@ -328,7 +328,7 @@ def draw_throughput(
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     figure = Figure(
-        figsize=(2.5 + 5.0 * columns, 1.8 + 3.6 * rows), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+        figsize=(4.0 + 4.5 * columns, 2.2 + 3.6 * rows), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     )
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     shown: dict[str, Line2D] = {}
@@ -430,6 +430,7 @@ def _mark_sizes(axes: Axes, result: Result, caches: Sequence[Cache], switch: int
                 fontsize=8,
                 ha="right",
                 va="bottom",
+                bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},  # curves may pass behind it
             )
     axes.set_xlim(left, right)
 

@@ -1,0 +1,195 @@
+"""`fastopt bench`: tables, JSON and a picture that hold what was measured; bad input is named; nothing is fatal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import numba
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from typer.testing import CliRunner
+
+import fastopt
+from fastopt.cli import bench
+from fastopt.cli.app import app
+from fastopt.cli.choices import parse_sizes
+from fastopt.measure import Result, machine
+
+QUICK = ("--optimizer", "sgd", "--sizes", "100,1k", "--seconds", "1", "--no-batch-norm")
+
+
+def invoke(*arguments, columns="80"):
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": columns})
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """One run: what it printed, its JSON, its picture."""
+    folder = tmp_path_factory.mktemp("bench")
+    arguments = ("--optimizer", "sgd,adam:amsgrad", "--sizes", "100,1k", "--seconds", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "SHAPES", ((8, 16, 7, 7), (4, 3, 8, 8)))
+        result = invoke(*arguments, "--json", folder / "b.json", "--plot", folder / "b.png")
+    assert result.exit_code == 0, result.output
+    return result.output, json.loads((folder / "b.json").read_text(encoding="utf-8")), folder / "b.png"
+
+
+def test_the_tables_have_a_row_for_each_case(outcome):
+    output, _, _ = outcome
+    lines = output.splitlines()
+    for title in ("sgd 100", "sgd 1k", "adam:amsgrad 100", "adam:amsgrad 1k", "8x16x7x7 forward"):
+        (line,) = (line for line in lines if line.strip().startswith(title + " "))
+        cells = line.strip().removeprefix(title).split()
+        assert float(cells[0]) > 0
+        low, high = map(float, cells[1].split("-"))
+        assert low <= float(cells[0]) <= high
+        assert float(cells[2]) > 0
+        assert cells[3].endswith("%")
+        assert cells[4].endswith("x")
+    assert max(map(len, lines)) <= 80 or "throughput:" in max(lines, key=len)
+
+
+def test_the_json_holds_every_result_and_the_machine(outcome):
+    _, content, _ = outcome
+    assert content["fastopt"] == fastopt.__version__
+    assert content["command"] == "bench"
+    assert content["settings"]["threads"] == machine.threads()
+    assert content["machine"] == machine.describe()
+    results = [Result.of(record) for record in content["results"]]
+    assert [(result.facts["optimizer"], result.facts["parameters"]) for result in results[:4]] == [
+        ("SGD", 100),
+        ("SGD", 1000),
+        ("Adam", 100),
+        ("Adam", 1000),
+    ]
+    assert results[2].facts["options"] == {"amsgrad": True}
+    assert [result.facts["way"] for result in results[4:]] == ["forward", "backward"] * 2
+    for result in results:
+        assert {"fastopt", "limit", "numpy"} <= result.seconds.keys()
+        assert all(spread.low <= spread.median <= spread.high for spread in result.seconds.values())
+        assert result.seconds.keys() | result.absent.keys() >= {"torch"}
+
+
+def test_the_picture_is_not_blank_and_nothing_is_cut_off(outcome):
+    _, _, picture = outcome
+    pixels = imread(picture)[:, :, :3]
+    assert pixels.shape[0] > 500
+    assert pixels.shape[1] > 1000
+    ink = np.any(pixels < 0.99, axis=2)
+    assert ink.mean() > 0.005
+    for edge in (ink[0], ink[-1], ink[:, 0], ink[:, -1]):
+        assert not edge.any()
+    left, right = ink[:, : ink.shape[1] // 2].mean(), ink[:, ink.shape[1] // 2 :].mean()
+    assert min(left, right) > 0.003  # a panel for each optimizer
+
+
+def test_json_has_standard_output_for_itself():
+    result = invoke(*QUICK, "--json", "-", "--dtype", "float64")
+    content = json.loads(result.stdout)
+    assert content["settings"]["dtype"] == "float64"
+    assert [record["facts"]["dtype"] for record in content["results"]] == ["float64"] * 2
+
+
+def test_what_is_not_installed_is_named_once_and_is_no_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = invoke(*QUICK)
+    assert result.exit_code == 0
+    assert result.output.count("torch is not installed") == 1
+
+
+def test_a_size_that_does_not_fit_is_left_out_with_the_reason(monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda: 10**6)
+    result = invoke("--optimizer", "sgd", "--sizes", "100,1M", "--seconds", "1", "--no-batch-norm", columns="200")
+    assert result.exit_code == 0
+    assert "sgd 1M left out: needs 0.1 GB of memory, and 0.0 GB are free" in result.output
+    assert "sgd 100 " in result.output
+
+
+def test_the_number_of_threads_is_used_and_given_back():
+    before = numba.get_num_threads()
+    content = json.loads(invoke(*QUICK, "--threads", "1", "--json", "-").stdout)
+    assert content["settings"]["threads"] == 1
+    assert content["results"][0]["facts"]["threads"] == 1
+    assert numba.get_num_threads() == before
+
+
+def test_a_busy_machine_is_told(monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    assert "is busy" in invoke(*QUICK).output
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    assert "is busy" not in invoke(*QUICK).output
+
+
+def test_every_case_is_given_its_share_of_the_seconds(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench, "perf_counter", lambda: now[0])
+    given = []
+
+    def run(seconds, after_round):
+        given.append(seconds)
+        now[0] += 3.0 if len(given) == 1 else seconds  # the first compiles, and takes too long
+        after_round()
+        return Result("x", {}, {})
+
+    results, skipped = bench._measure([bench.Case(str(k), run) for k in range(4)], 8.0)
+    assert given == pytest.approx([2.0, 5 / 3, 5 / 3, 5 / 3])
+    assert (len(results), skipped) == (4, {})
+
+
+def test_muon_is_given_a_matrix():
+    content = json.loads(
+        invoke("--optimizer", "muon", "--sizes", "64", "--seconds", "1", "--no-batch-norm", "--json", "-").stdout
+    )
+    (record,) = content["results"]
+    assert "limit" not in record["seconds"]
+    assert record["facts"]["parameters"] == 64
+    assert "muon" in invoke("--optimizer", "muon", "--sizes", "64", "--seconds", "1", "--no-batch-norm").output
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "message"),
+    [
+        (("--optimizer", "adamm"), "--optimizer", "did you mean 'adam'"),
+        (("--optimizer", "adam:betas=2/3"), "--optimizer", "betas"),
+        (("--sizes", "1k,many"), "--sizes", "'many' is no number of parameters"),
+        (("--sizes", "0"), "--sizes", "'0' is no number of parameters"),
+        (("--sizes", ""), "--sizes", "'' is no number of parameters"),
+        (("--dtype", "float16"), "--dtype", "dtype 'float16' is unknown"),
+        (("--seconds", "0"), "--seconds", "is not in the range x>=1"),
+        (("--threads", "4096"), "--threads", "4096 threads are more than the"),
+        (("--plot", "x.nope"), "--plot", "use one of"),
+        (("--plot", "nowhere/x.png"), "--plot", "mkdir -p nowhere"),
+        (("--json", "nowhere/x.json"), "--json", "mkdir -p nowhere"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_measured(arguments, option, message, monkeypatch):
+    monkeypatch.setattr(bench, "_measure", lambda *_: pytest.fail("measured"))
+    result = invoke(*arguments, columns="300")
+    assert result.exit_code == 2
+    assert option in result.output
+    assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [("1k", [1000]), ("1M, 1k", [1000, 10**6]), ("2.5M,1e3,1_000", [1000, 2_500_000]), ("1g", [10**9]), ("7", [7])],
+)
+def test_sizes(text, sizes):
+    assert parse_sizes(text) == sizes
+
+
+@pytest.mark.parametrize("text", ["1.5", "-1k", "nan", "inf", "k", "1kk", "1,,2", "1e11", "0.0001k"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match="is no number of parameters"):
+        parse_sizes(text)
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 1234, 2_500_000, 10**9, 12_345_678])
+def test_a_size_is_spelled_as_it_may_be_given(count):
+    assert parse_sizes(bench.spelled(count)) == [count]
