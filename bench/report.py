@@ -66,6 +66,9 @@ HEADLINES = {
 }
 """What the README shows of each file."""
 
+PREFIXES = {"batchnorm": "BatchNorm ", "tail": "unscale, clip, AdamW, EMA, zero_grad: "}
+"""What makes their titles plain outside of their sections."""
+
 SECTIONS = {
     "step": (
         "One step",
@@ -124,7 +127,7 @@ def speed(stored: Mapping[str, Stored]) -> str:
         known = {"fastopt", "limit", "numpy", "torch fused", "torch", "no clipping", "plain step"}
         others = sorted(result.seconds.keys() - known, key=lambda name: result.seconds[name].median)
         other = f"{cell(result, others[0])} {others[0]}" if others else ""
-        title = f"BatchNorm {result.title}" if file == "batchnorm" else result.title
+        title = f"{PREFIXES.get(file, '')}{result.title}"
         cells = [title, *(cell(result, name) for name in ("fastopt", "limit", torch, "numpy")), other]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -137,8 +140,7 @@ def machine_of(stored: Stored) -> str:
     caches = ", ".join(
         f"L{cache['level']} {cache['instances']} x {cache['bytes'] // 1024} KiB" for cache in run["machine"]["caches"]
     )
-    threads = f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}"
-    return f"{threads} of {run['machine']['cpu']} ({caches}; {versions}; {run['date']})"
+    return f"{threads_of(stored)} of {run['machine']['cpu']} ({caches}; {versions}; {run['date']})"
 
 
 def caveats(stored: Iterable[Stored]) -> list[str]:
@@ -274,7 +276,11 @@ def draw_batchnorm(path: Path, stored: Stored, digest: str) -> None:
 
 
 def heading(stored: Stored) -> str:
-    return f"{stored.run['machine']['cpu']}, {stored.run['threads']} threads, {stored.run['date']}"
+    return f"{stored.run['machine']['cpu']}, {threads_of(stored)}, {stored.run['date']}"
+
+
+def threads_of(stored: Stored) -> str:
+    return f"{stored.run['threads']} thread{'s' if stored.run['threads'] > 1 else ''}"
 
 
 CHARTS = (

@@ -324,7 +324,7 @@ def test_a_comparison_keeps_what_it_is_of():
 def test_too_little_memory_is_told_before_it_is_taken(monkeypatch):
     monkeypatch.setattr(machine_facts, "free_memory", lambda: 10**9)
     work = Work("Adam", ((10**9,),))
-    with pytest.raises(MemoryError, match=r"needs 120\.0 GB of memory, and 1\.0 GB are free"):
+    with pytest.raises(MemoryError, match=r"needs 80\.0 GB of memory, and 1\.0 GB are free"):
         comparison.compare_step("x", work, ["numpy"], seconds=1.0)
     comparison.check_memory(Work("Adam", ((1000,),)), 9)
     monkeypatch.setattr(machine_facts, "free_memory", lambda: None)
@@ -360,7 +360,6 @@ def test_caches_are_counted_once_for_those_that_share_them(tmp_path, monkeypatch
     monkeypatch.setattr(machine_facts.platform, "system", lambda: "Linux")
     monkeypatch.setattr(machine_facts.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     assert machine_facts.caches() == [(1, 2**15, 4), (2, 2**20, 2), (3, 2**25, 1)]
-    assert machine_facts.caches()[1].total == 2**21
 
 
 def test_caches_of_a_system_that_does_not_tell_are_none(tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ def step(name: str, size: int, spelled: str, dtype: str = "float32", **us: float
     title = f"{name} {spelled}" + ("" if dtype == "float32" else f" {dtype}")
     times = {key.replace("_", " "): value for key, value in us.items()}
     facts = {"optimizer": name, "options": {}, "parameters": size, "dtype": dtype, "states": 2, "serial_below": 65_536}
+    facts["threads"] = 4
     return result(title, times, bytes=28 * size, absent={"thinc": "thinc is not installed"}, **facts)
 
 

@@ -80,7 +80,7 @@ def bench(
     dtype: Annotated[str, typer.Option(metavar="NAME", help="float32 or float64.")] = "float32",
     seconds: Annotated[
         float,
-        typer.Option(min=1.0, metavar="NUMBER", help="About how long the whole is to take, in seconds, from 1."),
+        typer.Option(metavar="NUMBER", help="About how long the whole is to take, in seconds, from 1."),
     ] = 45.0,
     threads: Annotated[
         int | None,
@@ -112,6 +112,9 @@ def bench(
         counts = parse_sizes(sizes)
     with blame("--dtype"):
         one_of(dtype, ("float32", "float64"), "dtype")
+    with blame("--seconds"):
+        if not 1.0 <= seconds < math.inf:
+            raise ValueError(f"{seconds:g} is too short or no time; give a number of seconds from 1, such as 45")
     most = machine.threads()
     with blame("--threads"):
         if threads is not None and threads > numba.config.NUMBA_NUM_THREADS:

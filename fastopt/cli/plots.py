@@ -411,10 +411,14 @@ def _log_axes(axes: Axes) -> None:
 
 
 def _mark_sizes(axes: Axes, result: Result, caches: Sequence[Cache], switch: int | None) -> None:
-    """Lines at the sizes whose parameters, gradients and states fill the caches of one level, and at the switch."""
+    """Lines at the switch, and where parameters, gradients and states fill the caches of one level of these threads."""
     each = (2 + result.facts["states"]) * np.dtype(result.facts["dtype"]).itemsize
     left, right = axes.get_xlim()
-    marks = [(cache.total / each, f"L{cache.level} full ({_bytes(cache.total)})", ":") for cache in caches]
+    marks = []
+    for cache in caches:
+        cores = min(cache.instances, result.facts["threads"])
+        text = f"L{cache.level} full ({cores} x {_bytes(cache.bytes)})"
+        marks.append((cores * cache.bytes / each, text, ":"))
     if switch is not None:
         marks.append((switch, f"all threads from {switch:,} on", "-"))
     for size, text, dashes in marks:

@@ -144,8 +144,8 @@ def compare_step(
 
 
 def check_memory(work: Work, contestants: int) -> None:
-    """Raise MemoryError where so many contestants would take more than is free."""
-    free, needed = machine.free_memory(), contestants * work.bytes_each
+    """Raise MemoryError where so many contestants, and the temporary arrays of one, would take more than is free."""
+    free, needed = machine.free_memory(), (contestants + 1) * work.bytes_each
     if free is not None and needed > 0.9 * free:
         raise MemoryError(f"needs {1e-9 * needed:.1f} GB of memory, and {1e-9 * free:.1f} GB are free")
 

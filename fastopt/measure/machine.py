@@ -24,11 +24,6 @@ class Cache(NamedTuple):
     """Of one of them."""
     instances: int
 
-    @property
-    def total(self) -> int:
-        """The bytes of all together."""
-        return self.bytes * self.instances
-
 
 def describe() -> dict[str, Any]:
     """What a reader of a measurement has to know of the machine, for JSON."""

@@ -71,9 +71,9 @@ class Work:
 
     @property
     def bytes_each(self) -> int:
-        """The memory that one contestant takes: parameters, gradients, states, and as much again for temporaries."""
+        """The memory that one contestant takes: parameters, gradients and states."""
         states = max(len(rule.states) for rule in self.kind.rules)
-        return 2 * (2 + states) * self.size * np.dtype(self.dtype).itemsize
+        return (2 + states) * self.size * np.dtype(self.dtype).itemsize
 
     def start(self) -> list[Array]:
         """New parameters."""
