@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastopt import init, reference, rules, schedules
+from fastopt import curvature, init, reference, rules, schedules
 from fastopt.batches import minibatches
 from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
 from fastopt.flat import FlatParams, pack
@@ -59,6 +59,7 @@ __all__ = [
     "StepInfo",
     "batchnorm_backward",
     "batchnorm_forward",
+    "curvature",
     "fold_batchnorm",
     "init",
     "interop",

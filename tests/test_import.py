@@ -23,6 +23,7 @@ MODULES = (
     "fastopt.schedules",
     "fastopt.init",
     "fastopt.batches",
+    "fastopt.curvature",
     "fastopt.reference",
     *(f"fastopt.rules.{module.name}" for module in pkgutil.iter_modules(rules.__path__)),
 )
