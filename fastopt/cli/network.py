@@ -28,6 +28,9 @@ from fastopt import BatchNorm, init
 
 Array = NDArray[Any]
 
+ACTIVATIONS = ("relu", "tanh")
+"""What follows every layer but the last: ``max(z, 0)`` or ``tanh(z)``."""
+
 
 class Layer(NamedTuple):
     """``x W + b``: W is (inputs, outputs), b is (outputs,). The gradient of a layer has the same form.
@@ -61,8 +64,12 @@ def module_of(array: Array) -> ModuleType:
     return import_module(type(array).__module__)
 
 
-def new_norms(layers: Sequence[Layer], backend: str = "cpu") -> tuple[list[Layer], list[BatchNorm]]:
-    """Batch normalisation with ReLU after every layer but the last: the layers with its parameters, and the norms.
+def new_norms(
+    layers: Sequence[Layer], backend: str = "cpu", activation: str = "relu"
+) -> tuple[list[Layer], list[BatchNorm]]:
+    """Batch normalisation after every layer but the last: the layers with its parameters, and the norms.
+
+    ReLU is part of the norm's own pass; tanh comes after it.
 
     The optimizer packs the layers; `attach` each norm to its views then:
 
@@ -71,21 +78,36 @@ def new_norms(layers: Sequence[Layer], backend: str = "cpu") -> tuple[list[Layer
         for norm, params, grads in zip(norms, opt.params, opt.grads):
             norm.attach(params.bn, grads.bn)
     """
+    fused = "relu" if activation == "relu" else None
     norms = [
-        BatchNorm(layer.W.shape[1], activation="relu", dtype=layer.W.dtype, backend=backend) for layer in layers[:-1]
+        BatchNorm(layer.W.shape[1], activation=fused, dtype=layer.W.dtype, backend=backend) for layer in layers[:-1]
     ]
     normed = [layer._replace(bn=norm.params) for layer, norm in zip(layers, norms, strict=False)]
     return [*normed, layers[-1]], norms
 
 
-def forward(layers: Sequence[Layer], x: Array, norms: Sequence[BatchNorm] = (), training: bool = False) -> list[Array]:
-    """What enters each layer, and the logits that leave the last: ``a = relu(a W + b)``, the last without relu."""
+def forward(
+    layers: Sequence[Layer],
+    x: Array,
+    norms: Sequence[BatchNorm] = (),
+    training: bool = False,
+    activation: str = "relu",
+) -> list[Array]:
+    """What enters each layer, and the logits that leave the last: ``a = relu(a W + b)``, the last without relu.
+
+    `activation` is one of `ACTIVATIONS`, as it is for `new_norms`.
+    """
     xp = module_of(x)
     activations = [x]
     for k, layer in enumerate(layers):
         z = activations[-1] @ layer.W + layer.b
         if k < len(layers) - 1:
-            z = norms[k].forward(z, training=training) if norms else xp.maximum(z, 0, out=z)
+            if norms:
+                z = norms[k].forward(z, training=training)
+            if activation == "tanh":
+                z = xp.tanh(z)
+            elif not norms:
+                xp.maximum(z, 0, out=z)
         activations.append(z)
     return activations
 
@@ -105,23 +127,35 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Any, Array]:
 
 
 def backward(
-    layers: Sequence[Layer], x: Array, labels: Array, out: Sequence[Layer], norms: Sequence[BatchNorm] = ()
+    layers: Sequence[Layer],
+    x: Array,
+    labels: Array,
+    out: Sequence[Layer],
+    norms: Sequence[BatchNorm] = (),
+    activation: str = "relu",
 ) -> Any:
     """The mean loss of a batch, a number; its gradient by every parameter is written into `out`, in place."""
     xp = module_of(x)
-    *inputs, logits = forward(layers, x, norms, training=True)
+    *inputs, logits = forward(layers, x, norms, training=True, activation=activation)
     loss, delta = softmax_cross_entropy(logits, labels)
     for k in reversed(range(len(layers))):
         xp.matmul(inputs[k].T, delta, out=out[k].W)
         delta.sum(axis=0, out=out[k].b)
         if k > 0:
             delta = delta @ layers[k].W.T
-            delta = norms[k - 1].backward(delta, out=delta) if norms else delta * (inputs[k] > 0)
+            if activation == "tanh":
+                delta *= 1 - inputs[k] ** 2
+            elif not norms:
+                delta *= inputs[k] > 0
+            if norms:
+                delta = norms[k - 1].backward(delta, out=delta)
     return loss
 
 
-def evaluate(layers: Sequence[Layer], x: Array, labels: Array, norms: Sequence[BatchNorm] = ()) -> tuple[float, float]:
+def evaluate(
+    layers: Sequence[Layer], x: Array, labels: Array, norms: Sequence[BatchNorm] = (), activation: str = "relu"
+) -> tuple[float, float]:
     """The mean loss, and the fraction of rows whose largest logit is that of their label; waits for the device."""
-    logits = forward(layers, x, norms)[-1]
+    logits = forward(layers, x, norms, activation=activation)[-1]
     loss, _ = softmax_cross_entropy(logits, labels)
     return float(loss), float((logits.argmax(axis=1) == labels).mean())

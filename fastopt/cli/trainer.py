@@ -87,6 +87,7 @@ def train_network(
     batch_size: int | Literal["full"],
     rng: np.random.Generator,
     norms: Sequence[BatchNorm] = (),
+    activation: str = "relu",
     looks_ahead: bool = False,
     begun: Outcome | None = None,
     after_epoch: Callable[[Outcome], Any] = lambda outcome: None,
@@ -111,11 +112,11 @@ def train_network(
     with threadpool_limits(limits=1, user_api="blas"), np.errstate(all="ignore"):
         started = perf_counter()
         if not outcome.losses:
-            outcome.losses.append(_evaluate(opt, data.x_train, data.y_train, norms)[0])
+            outcome.losses.append(_evaluate(opt, data.x_train, data.y_train, norms, activation)[0])
         while outcome.epochs < epochs and outcome.diverged_in_epoch is None:
             for x, labels in batches:
                 with gradient_point(opt, looks_ahead) as layers:
-                    backward(layers, x, labels, out=opt.grads, norms=norms)
+                    backward(layers, x, labels, out=opt.grads, norms=norms, activation=activation)
                 if first:
                     opt.step()
                 else:
@@ -123,7 +124,7 @@ def train_network(
                     outcome.timed_steps += 1
                 first = False
                 outcome.steps += 1
-            outcome.losses.append(_evaluate(opt, data.x_train, data.y_train, norms)[0])
+            outcome.losses.append(_evaluate(opt, data.x_train, data.y_train, norms, activation)[0])
             if not math.isfinite(outcome.losses[-1]):
                 outcome.diverged_in_epoch = outcome.epochs
             outcome.timed_seconds += stopwatch.read()
@@ -131,8 +132,8 @@ def train_network(
             after_epoch(outcome)
             started = perf_counter()
         if outcome.diverged_in_epoch is None:
-            outcome.train_accuracy = _evaluate(opt, data.x_train, data.y_train, norms)[1]
-            outcome.test_accuracy = _evaluate(opt, data.x_test, data.y_test, norms)[1]
+            outcome.train_accuracy = _evaluate(opt, data.x_train, data.y_train, norms, activation)[1]
+            outcome.test_accuracy = _evaluate(opt, data.x_test, data.y_test, norms, activation)[1]
     outcome.parameters = hashlib.sha256(opt.flat.data.tobytes()).hexdigest()
     return outcome
 
@@ -147,9 +148,11 @@ def result_point(opt: Optimizer) -> AbstractContextManager[Any]:
     return opt.eval_params() if isinstance(opt, ScheduleFreeAdamW) else nullcontext(opt.params)
 
 
-def _evaluate(opt: Optimizer, x: Array, labels: Array, norms: Sequence[BatchNorm]) -> tuple[float, float]:
+def _evaluate(
+    opt: Optimizer, x: Array, labels: Array, norms: Sequence[BatchNorm], activation: str
+) -> tuple[float, float]:
     """`evaluate`; NaN where a run that diverges has left a norm without a variance, which it would refuse."""
     if not all(norm.running_var is None or (norm.running_var >= 0.0).all() for norm in norms):
         return math.nan, math.nan
     with result_point(opt) as layers:
-        return evaluate(layers, x, labels, norms)
+        return evaluate(layers, x, labels, norms, activation)
