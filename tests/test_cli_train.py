@@ -788,6 +788,7 @@ def files_of(folder):
         (["--batch-size", "full"], "--batch-size 64, and this one has full"),
         (["--schedule", "linear"], "--schedule cosine, and this one has linear"),
         (["--init", "xavier"], "--init he_normal, and this one has xavier"),
+        (["--activation", "tanh"], "--activation relu, and this one has tanh"),
         (["--seed", "1"], "--seed 0, and this one has 1"),
         (["-o", "sgd"], "--optimizer adam, and this one has sgd"),
         (["-o", "adam:eps=1e-7"], "--optimizer adam, and this one has adam:eps=1e-07"),

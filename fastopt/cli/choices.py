@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastopt import Optimizer, init, pack, schedules
+from fastopt import SGD, Momentum, Nesterov, Optimizer, init, pack, schedules
 
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
@@ -50,6 +50,12 @@ name or by ``name:form``. An optimizer that is not here takes the default of its
 
 REFERENCE_BATCH = 32
 
+Rate = float | Literal["auto"]
+"""A learning rate as it is asked for; ``auto`` is what `Choice.auto_lr` makes of the curvature of the loss."""
+
+GRADIENT_DESCENT = (SGD, Momentum, Nesterov)
+"""Those whose steps are along gradients as they are, for which a curvature says how long a step may be."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -59,6 +65,8 @@ class Choice:
     kind: type[Optimizer]
     options: dict[str, Any]
     given_lr: float | None
+    auto: bool = False
+    """Whether the learning rate is to be that of `auto_lr`."""
 
     def lr(self, rows: int) -> float:
         """The learning rate for mini-batches of `rows`: the one given, else the usual one for so many rows.
@@ -73,6 +81,16 @@ class Choice:
         usual = LEARNING_RATES.get(f"{name}:{self.options.get('form')}", usual)
         return float(f"{usual * math.sqrt(rows / REFERENCE_BATCH):.2g}")
 
+    def auto_lr(self, eigenvalue: float) -> float:
+        """1/lambda, where `eigenvalue` is lambda, the largest of the Hessian: the step of ``--lr auto``.
+
+        A velocity that adds up gradients makes of a steady one 1/(1 - momentum) times as long a step, so there it is
+        (1 - momentum)/lambda: tried with 1/lambda, the network does not learn.
+        """
+        momentum = self.options.get("momentum", _options_of(self.kind).get("momentum", 0.0))
+        adds_up = isinstance(momentum, float) and self.options.get("form") != "ema"
+        return (1.0 - momentum if adds_up else 1.0) / eigenvalue
+
     @property
     def looks_ahead(self) -> bool:
         """Whether the gradient is to be taken inside ``with opt.lookahead()``."""
@@ -84,21 +102,22 @@ def optimizers() -> dict[str, type[Optimizer]]:
     return dict(sorted((name.lower(), kind) for name, kind in Optimizer.classes.items()))
 
 
-def parse_optimizers(texts: Iterable[str], lr: float | None = None) -> list[Choice]:
+def parse_optimizers(texts: Iterable[str], lr: Rate | None = None, *, auto: bool = False) -> list[Choice]:
     """The optimizers named in `texts`, each a list separated by commas; ``all`` is every class and `FORMS`.
 
     An optimizer is ``name``, or ``name:option:...``, where an option is ``option=value``, the bare name of a flag
     (``adam:amsgrad``), or the bare name of a form (``momentum:ema``). `lr` is for those that name no ``lr=``.
+    `auto` allows ``auto`` for a learning rate.
     """
     words = [word.strip() for text in texts for word in text.split(",")]
     names: list[str] = []
     for word in words:
         names.extend(sorted([*optimizers(), *FORMS]) if word.lower() == "all" else [word])
-    chosen = [parse_optimizer(name, lr) for name in names]
+    chosen = [parse_optimizer(name, lr, auto=auto) for name in names]
     return list({choice.label: choice for choice in chosen}.values())
 
 
-def parse_optimizer(text: str, lr: float | None = None) -> Choice:
+def parse_optimizer(text: str, lr: Rate | None = None, *, auto: bool = False) -> Choice:
     """One optimizer, as `parse_optimizers` describes it."""
     head, *rest = text.split(":")
     name = one_of(head.strip().lower(), [*optimizers(), "all"], "optimizer")
@@ -121,7 +140,23 @@ def parse_optimizer(text: str, lr: float | None = None) -> Choice:
             raise ValueError(f"{text!r}: the option {key} needs a value: {name}:{key}={known[key]}")
     label = ":".join([name, *(_spelled(key, value) for key, value in options.items())])
     given = options.pop("lr", lr)
-    return Choice(label, kind, options, None if given is None else check_lr(given, f"{text!r}: lr"))
+    if given != "auto" or not auto:
+        return Choice(label, kind, options, None if given is None else check_lr(given, f"{text!r}: lr"))
+    if kind not in GRADIENT_DESCENT:
+        able = ", ".join(kind.__name__.lower() for kind in GRADIENT_DESCENT)
+        raise ValueError(
+            f"{text!r}: lr auto is 1/lambda, the length of a step along the gradient itself, and the steps of {name} "
+            f"are not along it; give it a number, as in {name}:lr=0.01, or choose from {able}"
+        )
+    return Choice(label, kind, options, None, auto=True)
+
+
+def parse_lr(text: str) -> Rate:
+    """``auto``, or a finite number from 0."""
+    try:
+        return "auto" if text == "auto" else check_lr(float(text), "the learning rate")
+    except ValueError:
+        raise ValueError(f"the learning rate is {text}; it is a finite number from 0, such as 0.001, or auto") from None
 
 
 def check_lr(lr: Any, what: str) -> float:

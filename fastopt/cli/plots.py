@@ -20,7 +20,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -49,43 +49,10 @@ def check_format(path: Path) -> None:
 
 def draw_losses(path: Path, title: str, losses: Mapping[str, Sequence[float]]) -> None:
     """Draw each optimizer's mean training losses against the epoch (0 is before training), lowest at the end first."""
-    figure = Figure(
-        figsize=(10, max(6.0, 1.5 + 0.25 * len(losses))), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    )
+    figure = _figure(title, width=10, height=max(6.0, 1.5 + 0.25 * len(losses)))
     axes = figure.add_subplot()
-    by_result = sorted(losses, key=lambda label: _rank(losses[label]))
-    styles = {label: k for k, label in enumerate(losses)}
-    for label in by_result:
-        curve = losses[label]
-        k = styles[label]
-        every = max(1, math.ceil(len(curve) / MARKS_PER_CURVE))
-        diverged = not math.isfinite(curve[-1])
-        axes.plot(
-            range(len(curve)),
-            curve,
-            label=f"{label} (diverged)" if diverged else label,
-            markevery=(k % every, every),
-            markersize=6,
-            **_style(k),
-        )
-    axes.set_yscale("log")
-    # A run that explodes leaves the picture at the top, rather than press all others flat at the bottom.
-    axes.set_ylim(top=min(axes.get_ylim()[1], EXPLODED * max(curve[0] for curve in losses.values())))
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("mean training loss (cross-entropy, nats)")
-    figure.suptitle(fill(title, 110), fontsize=11)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),  # beside the curves, not on them
-        title="lowest final loss first",
-        alignment="left",
-        handlelength=3.5,
-        frameon=False,
-    )
+    _draw_losses(axes, losses)
+    _legend(axes)
     figure.savefig(path, dpi=150)
 
 
@@ -405,6 +372,55 @@ def _log_axes(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: spelled(round(size))))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+# --- the parts of figures of losses -----------------------------------------------------------------------------------
+
+
+def _figure(title: str, width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    figure.suptitle(fill(title, round(11 * width)), fontsize=11)
+    return figure
+
+
+def _draw_losses(
+    axes: Axes, losses: Mapping[str, Sequence[float]], steps_per_epoch: Mapping[str, int] | None = None
+) -> None:
+    """Curves of losses against the epoch, or against the step on a scale of logarithms, which has no 0."""
+    if steps_per_epoch is not None:
+        axes.set_xscale("log")  # before the curves, which may all have diverged and leave nothing to scale
+    for k, label in _in_order(losses):
+        curve = losses[label]
+        every = max(1, math.ceil(len(curve) / MARKS_PER_CURVE))
+        epochs = range(len(curve)) if steps_per_epoch is None else range(1, len(curve))
+        at = epochs if steps_per_epoch is None else [epoch * steps_per_epoch[label] for epoch in epochs]
+        axes.plot(
+            at,
+            [curve[epoch] for epoch in epochs],
+            label=label if math.isfinite(curve[-1]) else f"{label} (diverged)",
+            markevery=(k % every, every),
+            markersize=6,
+            **_style(k),
+        )
+    axes.set_yscale("log")
+    # A run that explodes leaves the picture at the top, rather than press all others flat at the bottom.
+    top = min(axes.get_ylim()[1], EXPLODED * max(curve[0] for curve in losses.values()))
+    axes.set_ylim(top=top, auto=True)  # auto: the curves of another panel with the same axis may still make it longer
+    axes.set_ylabel("mean training loss (cross-entropy, nats)")
+    if steps_per_epoch is None:
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    else:
+        axes.set_xlabel("step")
+    _tidy(axes)
+
+
+def _in_order(losses: Mapping[str, Sequence[float]]) -> list[tuple[int, str]]:
+    """The labels, lowest final loss first, each with its number, which decides about its style."""
+    return sorted(enumerate(losses), key=lambda item: _rank(losses[item[1]]))
+
+
+def _tidy(axes: Axes) -> None:
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -450,3 +466,138 @@ def save(figure: Figure, path: Path, digest: str | None = None) -> None:
     else:
         with rc_context({"svg.hashsalt": digest}):
             figure.savefig(path, format="svg", metadata={"Date": None, "Description": digest})
+
+
+def _legend(axes: Axes, title: str = "lowest final loss first") -> None:
+    """Beside the curves, not on them."""
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        title=title,
+        alignment="left",
+        handlelength=3.5,
+        frameon=False,
+    )
+
+
+# --- the figures of --compare -----------------------------------------------------------------------------------------
+
+
+def draw_batch_sizes(
+    path: Path, title: str, losses: Mapping[str, Sequence[float]], steps_per_epoch: Mapping[str, int]
+) -> None:
+    """Draw the losses twice: against the epochs, in which every row is seen once, and against the steps."""
+    figure = _figure(title, width=12, height=5.5)
+    by_epoch, by_step = figure.subplots(1, 2, sharey=True)
+    _draw_losses(by_epoch, losses)
+    _draw_losses(by_step, losses, steps_per_epoch)
+    by_epoch.set_title("for the same number of rows seen")
+    by_step.set_title("for the same number of steps")
+    by_step.set_ylabel("")
+    _legend(by_step)
+    figure.savefig(path, dpi=150)
+
+
+def draw_optimizers(
+    path: Path, title: str, losses: Mapping[str, Sequence[float]], accuracies: Mapping[str, tuple[float, float]]
+) -> None:
+    """Draw the losses, and beside them the accuracies at the end, on the training rows and on the test rows."""
+    figure = _figure(title, width=13, height=max(5.5, 1.5 + 0.3 * len(losses)))
+    curves, ends = figure.subplots(1, 2, width_ratios=[1.5, 1.0])
+    _draw_losses(curves, losses)
+    order = _in_order(losses)
+    for place, (k, label) in enumerate(order):
+        training, test = accuracies[label]
+        if math.isfinite(test):
+            colour = _style(k)["color"]
+            ends.plot([training, test], [place, place], color=colour, linewidth=1.8, zorder=1)
+            ends.scatter(training, place, s=50, facecolor="white", edgecolor=colour, linewidth=1.8)
+            ends.scatter(test, place, s=50, color=colour)
+    ends.scatter([], [], s=50, facecolor="white", edgecolor="#555555", linewidth=1.8, label="training rows")
+    ends.scatter([], [], s=50, color="#555555", label="test rows")
+    ends.set_yticks(range(len(order)), [label for _, label in order])
+    ends.set_ylim(len(order) - 0.5, -0.5)
+    ends.set_xlabel("accuracy at the end")
+    ends.xaxis.set_major_formatter(PercentFormatter(1.0))
+    _tidy(ends)
+    ends.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    curves.legend(title="lowest final loss first", alignment="left", handlelength=3.5, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_schedules(
+    path: Path, title: str, losses: Mapping[str, Sequence[float]], rates: Mapping[str, Sequence[float]]
+) -> None:
+    """Draw the learning rate of every step, and below it the losses."""
+    figure = _figure(title, width=12, height=5.5)
+    above, below = figure.subplots(1, 2)
+    for k, label in enumerate(rates):
+        every = max(1, math.ceil(len(rates[label]) / MARKS_PER_CURVE))
+        above.plot(rates[label], markevery=(k * every // len(rates), every), markersize=6, **_style(k))
+    above.set_xlabel("step")
+    above.set_ylabel("learning rate")
+    above.set_ylim(bottom=0.0)
+    _tidy(above)
+    _draw_losses(below, losses)
+    _legend(below)
+    figure.savefig(path, dpi=150)
+
+
+def draw_batch_norm(path: Path, title: str, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Draw the losses at several learning rates: a panel without and one with batch normalisation."""
+    figure = _figure(title, width=12, height=5.5)
+    for axes, (heading, losses) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        _draw_losses(axes, losses)
+        axes.set_title(heading)
+        axes.legend(title="lowest final loss first", alignment="left", handlelength=3.5, framealpha=0.9)
+        axes.label_outer()
+    figure.savefig(path, dpi=150)
+
+
+def draw_activations(
+    path: Path, title: str, panels: Mapping[tuple[str, str], tuple[Sequence[NDArray[Any]], float]]
+) -> None:
+    """Draw how the activations of each layer are distributed: a row per initialisation, a column per activation.
+
+    panels: by (initialisation, activation) what leaves each hidden layer, and the loss after training. Of ReLU the
+        values above 0 are drawn, and the share of zeros is written there: their bar would dwarf all others.
+    """
+    inits = list(dict.fromkeys(init for init, _ in panels))
+    activations = list(dict.fromkeys(activation for _, activation in panels))
+    figure = _figure(title, width=13, height=1.0 + 2.6 * len(inits))
+    grid = figure.subplots(len(inits), len(activations), squeeze=False, sharey="col")
+    for column, activation in enumerate(activations):
+        of_all = [values for name, (layers, _) in panels.items() if name[1] == activation for values in layers]
+        low, high = -1.0, 1.0
+        if activation == "relu":  # a few far out would press all others flat
+            low, high = 0.0, max(1e-3, *(float(np.quantile(values, 0.999)) for values in of_all))
+        for row, init in enumerate(inits):
+            layers, loss = panels[init, activation]
+            axes = grid[row][column]
+            for k, values in enumerate(layers):
+                _draw_distribution(axes, k + 1, values, low, high, COLOURS[column])
+            after = f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+            axes.set_title(f"{init}, {activation}: loss after training {after}", fontsize=11)
+            axes.set_xlim(0.9, len(layers) + 1)
+            axes.set_ylim(low - 0.06 * (high - low), high + 0.3 * (high - low))
+            axes.set_yticks([y for y in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= y <= high])
+            axes.set_xticks([k + 1.4 for k in range(len(layers))], [f"layer {k + 1}" for k in range(len(layers))])
+            axes.tick_params(axis="x", length=0)
+            axes.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                axes.set_ylabel("activation before training")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_distribution(axes: Axes, at: float, values: NDArray[Any], low: float, high: float, colour: str) -> None:
+    """A histogram on its side, from `at` to the right, with what to know about it above."""
+    shown = values[values > 0.0] if low == 0.0 else values
+    counts, edges = np.histogram(shown, bins=41, range=(low, high))
+    if counts.any():
+        ends = at + 0.8 * counts / counts.max()
+        axes.stairs(ends, edges, baseline=at, orientation="horizontal", fill=True, color=colour)
+    axes.plot([at, at], [low, high], color="#888888", linewidth=0.8)
+    told = f"std {values.std(dtype=np.float64):.2g}"
+    if low == 0.0:
+        told += f"\n{np.mean(values == 0.0):.0%} zeros"
+    axes.text(at + 0.05, high + 0.27 * (high - low), told, fontsize=9, verticalalignment="top")

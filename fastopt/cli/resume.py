@@ -20,6 +20,7 @@ OPTIONS = {
     "batch_size": "--batch-size",
     "schedule": "--schedule",
     "init": "--init",
+    "activation": "--activation",
     "seed": "--seed",
     "optimizer": "--optimizer",
     "options": "--optimizer",

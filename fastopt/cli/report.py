@@ -1,0 +1,197 @@
+"""What `fastopt train` tells of its runs: a title, a table with the columns that are asked for, notes, and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import fastopt
+from fastopt.cli.runs import Plan, Run, Setting
+from fastopt.cli.trainer import Outcome
+
+
+class Activations(NamedTuple):
+    """What leaves a hidden layer before the training, for every training row, and how it is distributed."""
+
+    values: NDArray[Any]
+    """(rows, units)."""
+    mean: float
+    std: float
+    dead: float
+    """Fraction of the units that are 0 on every row."""
+    saturated: float | None
+    """Fraction of the values of tanh that are so near to -1 or 1 that the gradient is all but gone; None for ReLU."""
+
+
+class Result(NamedTuple):
+    """A run, what came of it, and what leaves its hidden layers, where that was looked at."""
+
+    run: Run
+    outcome: Outcome
+    layers: Sequence[Activations] = ()
+
+
+class Column(NamedTuple):
+    """A column of the table: its heading, what stands in the line of a result, and what is told of it below."""
+
+    heading: str
+    cell: Callable[[Result], str]
+    note: str = ""
+    left: bool = False
+
+
+def _unless_diverged(shown: Callable[[Outcome], str], instead: str = "-") -> Callable[[Result], str]:
+    return lambda result: instead if result.outcome.diverged_in_epoch is not None else shown(result.outcome)
+
+
+def _step_microseconds(result: Result) -> str:
+    spent = result.outcome.step_microseconds
+    return "-" if spent is None else f"{spent:.1f}"
+
+
+LR = Column("lr", lambda result: f"{result.run.lr:.4g}")
+STEPS = Column("steps", lambda result: str(result.outcome.steps))
+LOSS = Column("loss", _unless_diverged(lambda outcome: f"{outcome.losses[-1]:.4f}", "diverged"))
+TRAIN = Column("train\naccuracy", _unless_diverged(lambda outcome: f"{outcome.train_accuracy:.2%}"))
+TEST = Column("test\naccuracy", _unless_diverged(lambda outcome: f"{outcome.test_accuracy:.2%}"))
+SECONDS = Column("seconds", lambda result: f"{result.outcome.seconds:.2f}")
+MICROSECONDS = Column("us per\nstep", _step_microseconds)
+
+RESULTS = (LR, LOSS, TRAIN, TEST, SECONDS, MICROSECONDS)
+
+
+def named(heading: str) -> Column:
+    """The first column: the label of each run under this heading."""
+    return Column(heading, lambda result: result.run.plan.label, left=True)
+
+
+SHARED = ("batch_size", "schedule", "init", "activation")
+"""What a plan holds, and is told of once where it is the same in all."""
+
+
+def settings_of(setting: Setting, plans: Sequence[Plan]) -> dict[str, Any]:
+    """The settings that all runs share."""
+    shared = {name: getattr(plans[0], name) for name in SHARED if len({getattr(plan, name) for plan in plans}) == 1}
+    optimizers = {plan.choice.label for plan in plans}
+    steps = {setting.epochs * setting.steps_per_epoch(plan) for plan in plans}
+    return {
+        "data": setting.dataset,
+        "training_rows": len(setting.rows.x_train),
+        "test_rows": len(setting.rows.x_test),
+        "layers": setting.layers,
+        "epochs": setting.epochs,
+        **({"optimizer": optimizers.pop()} if len(optimizers) == 1 else {}),
+        **shared,
+        **({"steps": steps.pop()} if len(steps) == 1 else {}),
+        "backend": setting.backend,
+        "seed": setting.seed,
+    }
+
+
+def title_of(settings: dict[str, Any]) -> str:
+    """The settings in a line."""
+    spelled = {
+        "optimizer": "optimizer {}",
+        "batch_size": "batch size {}",
+        "schedule": "schedule {}",
+        "init": "init {}",
+        "activation": "activation {}",
+        "seed": "seed {}",
+    }
+    layers = "-".join(map(str, settings["layers"]))
+    told = [text.format(settings[name]) for name, text in spelled.items() if name in settings]
+    place = ["on cuda"] if settings["backend"] == "cuda" else []
+    return ", ".join([settings["data"], f"layers {layers}", *told, *place])
+
+
+def print_results(
+    out: Console, settings: dict[str, Any], results: Sequence[Result], columns: Sequence[Column], rules: bool = False
+) -> None:
+    """The table, and what its columns mean; narrow enough for a terminal of 80 columns.
+
+    rules: a line between the results, where each has several lines of its own.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_lines=rules)
+    for column in columns:
+        if column.left:
+            table.add_column(column.heading, overflow="fold")
+        else:
+            table.add_column(column.heading, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(*(column.cell(result) for column in columns))
+    out.print(title_of(settings))
+    out.print(table)
+    for run, outcome, _ in results:
+        if outcome.diverged_in_epoch is not None:
+            out.print(
+                f"{run.plan.label} diverged: its loss after epoch {outcome.diverged_in_epoch} is not a finite number; "
+                f"try a learning rate below {run.lr:.4g}."
+            )
+    eigenvalues = dict.fromkeys(run.eigenvalue for run, _, _ in results if run.eigenvalue is not None)
+    if eigenvalues:
+        out.print(
+            "lr auto: lambda is the largest eigenvalue of the Hessian of the loss over all training rows, at the first "
+            "weights."
+        )
+    for eigenvalue in eigenvalues:
+        labels = ", ".join(run.plan.label for run, _, _ in results if run.eigenvalue == eigenvalue)
+        out.print(f"lambda = {eigenvalue:.4g}, 1/lambda = {1.0 / eigenvalue:.4g}: {labels}")
+    steps = f" ({settings['steps']} steps)" if "steps" in settings else ""
+    notes = [f"loss: mean over the {settings['training_rows']} training rows after {settings['epochs']} epochs{steps}."]
+    if TRAIN in columns:
+        notes.append(f"accuracy: on these rows, and on {settings['test_rows']} test rows.")
+    else:
+        notes.append(f"accuracy: on {settings['test_rows']} test rows.")
+    notes += [column.note for column in columns if column.note]
+    if MICROSECONDS in columns:
+        of_device = ", between two events on the device" if settings["backend"] == "cuda" else ""
+        notes.append(f"us per step: microseconds in the optimizer{of_device}.")
+    if SECONDS in columns:
+        compiling = sum(run.compile_seconds for run, _, _ in results)
+        notes.append(f"Compiling took {compiling:.2f} s and is not in these times.")
+    out.print(" ".join(notes))
+
+
+def report(settings: dict[str, Any], results: Sequence[Result], compare: str | None = None) -> dict[str, Any]:
+    """What ``--json`` writes. Only the keys with ``seconds`` in their name differ from run to run."""
+    return {
+        "fastopt": fastopt.__version__,
+        "command": "train",
+        **({} if compare is None else {"compare": compare}),
+        "settings": settings,
+        "runs": [_reported(settings, result) for result in results],
+    }
+
+
+def _reported(settings: dict[str, Any], result: Result) -> dict[str, Any]:
+    run, outcome, layers = result
+    return {
+        "optimizer": run.plan.choice.label,
+        **{name: getattr(run.plan, name) for name in SHARED if name not in settings},
+        "batch_norm": bool(run.norms),
+        "class": run.plan.choice.kind.__name__,
+        "options": run.plan.choice.options,
+        "lr": run.lr,
+        "dominant_eigenvalue": run.eigenvalue,
+        "status": "trained" if outcome.diverged_in_epoch is None else "diverged",
+        "diverged_in_epoch": outcome.diverged_in_epoch,
+        "loss": outcome.losses[-1],
+        "train_accuracy": outcome.train_accuracy,
+        "test_accuracy": outcome.test_accuracy,
+        "steps": outcome.steps,
+        "seconds": outcome.seconds,
+        "compile_seconds": run.compile_seconds,
+        "optimizer_microseconds_per_step": outcome.step_microseconds,
+        "losses": outcome.losses,
+        **({"activations_before_training": [_statistics(layer) for layer in layers]} if layers else {}),
+        "parameters_sha256": outcome.parameters,
+    }
+
+
+def _statistics(layer: Activations) -> dict[str, float | None]:
+    return {"mean": layer.mean, "std": layer.std, "dead": layer.dead, "saturated": layer.saturated}

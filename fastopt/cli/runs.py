@@ -1,0 +1,208 @@
+"""The runs of one command: from a `Plan` to a `Run`, an optimizer with a fresh network in it, and its training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+from rich.progress import Progress, TaskID
+from threadpoolctl import threadpool_limits
+
+import fastopt
+from fastopt.cli import data
+from fastopt.cli.choices import INITS, SCHEDULES, Choice
+from fastopt.cli.network import Layer, backward, new_layers, new_norms
+from fastopt.cli.output import blame, progress
+from fastopt.cli.resume import OPTIONS, Keeper
+from fastopt.cli.trainer import Outcome, train_network
+
+
+class Plan(NamedTuple):
+    """One run as it was asked for: what may differ between the runs of one command."""
+
+    label: str
+    choice: Choice
+    batch_size: int | Literal["full"]
+    schedule: str
+    init: str
+    activation: str
+    batch_norm: bool = False
+    lr_factor: float = 1.0
+    """What the learning rate of `choice` is multiplied by."""
+
+
+@dataclass
+class Setting:
+    """What all runs of one command share: data, sizes of the network, epochs, where they compute, and the seed."""
+
+    dataset: str
+    hidden: Sequence[int]
+    epochs: int
+    backend: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.rows = data.load(self.dataset, self.rng("split"))
+        self._eigenvalues: dict[Any, float] = {}
+
+    def rng(self, purpose: Literal["split", "weights", "batches", "curvature"]) -> np.random.Generator:
+        """A generator of its own for each purpose, the same at every call: every run begins alike."""
+        purposes = ("split", "weights", "batches", "curvature")
+        seeds = np.random.SeedSequence(self.seed).spawn(len(purposes))
+        return np.random.default_rng(seeds[purposes.index(purpose)])
+
+    @property
+    def layers(self) -> list[int]:
+        """The widths of the network, from its inputs to its classes."""
+        return [self.rows.x_train.shape[1], *self.hidden, self.rows.classes]
+
+    def batch_rows(self, plan: Plan) -> int:
+        """How many rows are in a mini-batch; the last of an epoch may have fewer."""
+        n = len(self.rows.x_train)
+        return n if plan.batch_size == "full" else min(plan.batch_size, n)
+
+    def steps_per_epoch(self, plan: Plan) -> int:
+        """How many mini-batches an epoch has."""
+        return -(-len(self.rows.x_train) // self.batch_rows(plan))
+
+    def network(
+        self, plan: Plan, backend: str = "cpu", dtype: DTypeLike = np.float32
+    ) -> tuple[list[Layer], list[fastopt.BatchNorm]]:
+        """The network as it begins, in NumPy arrays, and its norms, where it is to have them, for this backend."""
+        layers = new_layers(self.layers, INITS[plan.init], self.rng("weights"))
+        layers = [Layer(layer.W.astype(dtype), layer.b.astype(dtype)) for layer in layers]  # the same weights in any
+        return new_norms(layers, backend, plan.activation) if plan.batch_norm else (layers, [])
+
+    def eigenvalue(self, plan: Plan) -> float:
+        """The largest of the Hessian of the loss over all training rows, at the first weights.
+
+        Raises ValueError where 1 over it is no length of a step.
+        """
+        key = plan.init, plan.activation, plan.batch_norm
+        if key not in self._eigenvalues:
+            # In float64, where the way gone for a difference is so short that hardly a row passes the kink of a ReLU:
+            # in float32 lambda comes out up to twice as large, and in one small network of eight it was negative.
+            layers, norms = self.network(plan, dtype=np.float64)
+            flat = fastopt.pack(layers)
+            attach(norms, flat)
+            x, labels = self.rows.x_train.astype(np.float64), self.rows.y_train
+
+            def grad(layers: Any) -> Any:
+                backward(layers, x, labels, out=flat.grads, norms=norms, activation=plan.activation)
+                return flat.grads
+
+            with threadpool_limits(limits=1, user_api="blas"):  # as in the training: one result on any machine
+                self._eigenvalues[key] = fastopt.curvature.dominant_eigenvalue(grad, flat, rng=self.rng("curvature"))
+        found = self._eigenvalues[key]
+        if found <= 0.0:
+            raise ValueError(
+                f"the largest eigenvalue of the Hessian at the first weights is {found:.4g}, and 1/lambda no learning "
+                f"rate there; give a number, or begin with other weights"
+            )
+        return found
+
+
+class Run(NamedTuple):
+    """An optimizer with a fresh network in it, and how long it took to compile its kernels."""
+
+    plan: Plan
+    lr: float
+    eigenvalue: float | None
+    """What `lr` was taken from, where it is ``auto``."""
+    schedule: Any
+    """The learning rate of each step: a function of its number, or one number."""
+    steps_per_epoch: int
+    optimizer: fastopt.Optimizer
+    norms: list[fastopt.BatchNorm]
+    compile_seconds: float
+    keeper: Keeper | None
+
+
+def attach(norms: Sequence[fastopt.BatchNorm], flat: fastopt.FlatParams) -> None:
+    """Let the norms read gamma and beta in the flat buffer, and write their gradients there."""
+    for norm, params, grads in zip(norms, flat.params, flat.grads, strict=False):
+        norm.attach(params.bn, grads.bn)
+
+
+def make_run(plan: Plan, setting: Setting, checkpoint: Path | None = None) -> Run:
+    """The run of `plan`, ready to be trained. Raises what the optimizer raises where one of its values is no good."""
+    choice = plan.choice
+    eigenvalue = None
+    if choice.auto:
+        with blame("--lr"):
+            eigenvalue = setting.eigenvalue(plan)
+        lr = choice.auto_lr(eigenvalue)
+    else:
+        lr = choice.lr(setting.batch_rows(plan))
+    lr *= plan.lr_factor
+    layers, norms = setting.network(plan, setting.backend)
+    steps_per_epoch = setting.steps_per_epoch(plan)
+    schedule = SCHEDULES[plan.schedule][1](lr, setting.epochs * steps_per_epoch)
+    started = perf_counter()
+    opt = choice.kind(layers, lr=schedule, backend=setting.backend, **choice.options)
+    if choice.looks_ahead and isinstance(opt, fastopt.Nesterov):
+        with opt.lookahead():  # this has a kernel of its own: compile it here, not in the training loop
+            pass
+    if setting.backend == "cuda":  # where kernels are compiled when they are first launched
+        copy.deepcopy(opt).step()
+    attach(norms, opt.flat)
+    seconds = perf_counter() - started
+    keeper = None
+    if checkpoint is not None:
+        settings = {
+            **plan._asdict(),
+            "data": setting.dataset,
+            "layers": setting.layers,
+            "epochs": setting.epochs,
+            "backend": setting.backend,
+            "seed": setting.seed,
+            "optimizer": choice.label,
+            "options": choice.options,
+            "lr": lr,
+        }
+        kept = {name: settings[name] for name in ("epochs", *OPTIONS)}
+        keeper = Keeper(beside(checkpoint) if plan.batch_norm else checkpoint, kept, opt, norms)
+    return Run(plan, lr, eigenvalue, schedule, steps_per_epoch, opt, norms, seconds, keeper)
+
+
+def beside(checkpoint: Path) -> Path:
+    """Where the run with batch normalisation is kept."""
+    return checkpoint.with_name(f"{checkpoint.stem}.batch-norm{checkpoint.suffix}")
+
+
+def train_all(runs: Sequence[Run], setting: Setting, begun: Sequence[Outcome | None]) -> list[Outcome]:
+    """What came of every run, with a bar for each. `begun` is what came of the epochs before, where there were some."""
+    outcomes = []
+    with progress("epochs {task.fields[loss]}") as bar:
+        for run, before in zip(runs, begun, strict=True):
+            done = 0 if before is None else before.epochs
+            task = bar.add_task(run.plan.label, total=setting.epochs, completed=done, loss="")
+            outcomes.append(
+                train_network(
+                    run.optimizer,
+                    setting.rows,
+                    epochs=setting.epochs,
+                    batch_size=run.plan.batch_size,
+                    rng=setting.rng("batches"),
+                    norms=run.norms,
+                    activation=run.plan.activation,
+                    looks_ahead=run.plan.choice.looks_ahead,
+                    begun=before,
+                    after_epoch=partial(_after_epoch, bar, task, run.keeper),
+                )
+            )
+    return outcomes
+
+
+def _after_epoch(bar: Progress, task: TaskID, keeper: Keeper | None, outcome: Outcome) -> None:
+    bar.update(task, advance=1, loss=f"loss {outcome.losses[-1]:.4f}")
+    if keeper is not None:
+        with blame("--checkpoint"):
+            keeper.keep(outcome)
