@@ -102,6 +102,7 @@ def minibatches(
             fine: no batches.
         TypeError: an argument of the wrong type, a masked array, whose mask would be lost, or arrays of which only
             some are on a device.
+        RuntimeError: the arrays are on a device, and the CUDA backend cannot work here.
     """
     if y is None and more:
         raise TypeError(

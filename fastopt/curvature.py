@@ -33,22 +33,19 @@ def dominant_eigenvalue(
     iterations: int = 20,
     rng: int | np.random.Generator | None = None,
 ) -> float:
-    r"""The eigenvalue of largest magnitude of the Hessian at `params`, by power iteration on differences of gradients.
+    """The eigenvalue of largest magnitude of the Hessian at `params`, by power iteration on differences of gradients.
 
-    .. math::
-        d_k = 2 h v_k, \quad
-        y_k = \nabla f(w + h v_k) - \nabla f(w - h v_k) \approx H d_k, \quad
-        \lambda_k = \frac{d_k \cdot y_k}{d_k \cdot d_k}, \quad
-        v_{k+1} = \frac{y_k}{\lVert y_k \rVert}
+    Formula: ``d = 2 h v``; ``y = grad(w + h v) - grad(w - h v)``, which is about ``H d``; ``lambda = d.y / d.d``;
+    ``v = y / |y|``, and again; with ``h = s max(1, |w|)``, where `s` is 5e-3 in float32 and 4e-11 in float64.
 
-    with :math:`h = s \max(1, \lVert w \rVert)`, where :math:`s` is 5e-3 in float32 and 4e-11 in float64. The result
-    is the last Rayleigh quotient :math:`\lambda_k`. No Hessian is stored: an iteration costs two gradients, all that is
-    kept is a few vectors of the size of the buffer, and sums and differences are taken in float64. Where the loss has
-    kinks, as with ReLU, the result in float32 is the curvature over that distance, the kinks included; take float64
-    parameters (`pack(params, dtype=np.float64)`) for the Hessian at the point itself.
+    The result is the last Rayleigh quotient ``lambda``, in units of the loss over those of the parameters squared. No
+    Hessian is stored: an iteration costs two gradients, all that is kept is a few vectors of the size of the buffer,
+    and sums and differences are taken in float64. Where the loss has kinks, as with ReLU, the result in float32 is the
+    curvature over that distance, the kinks included; take float64 parameters (`pack(params, dtype=np.float64)`) for the
+    Hessian at the point itself.
 
     What it is for: gradient descent on a full batch falls towards a minimum in which the Hessian's largest eigenvalue
-    is :math:`\lambda` only where :math:`lr < 2 / \lambda`, and :math:`1 / \lambda` is the usual choice.
+    is ``lambda`` only where ``lr < 2 / lambda``, and ``1 / lambda`` is the usual choice.
 
     Args:
         grad: function of the parameters that returns their gradients: it is given a tree of the structure of `params`
@@ -58,9 +55,9 @@ def dominant_eigenvalue(
             is given copies; or a `FlatParams`, such as `opt.flat`. Then `grad` is given `flat.params` itself, moved in
             place, which layers that hold views of the buffer follow. Afterwards, also after an error, the parameters
             have the bits that they had before. What `grad` writes into `flat.grads` stays there.
-        iterations: int >= 1. The error falls with :math:`|\lambda_2 / \lambda_1|^{2 k}`: 20 iterations suffice for
-            1 % where the second largest magnitude is 9/10 of the largest. The result is never above the largest
-            magnitude (but for the error of the differences).
+        iterations: int >= 1. The error falls as ``|lambda2 / lambda1|**(2 iterations)``: 20 suffice for 1 %
+            where the second largest magnitude is 9/10 of the largest. The result is never above the largest magnitude
+            (but for the error of the differences).
         rng: the start vector: None (fresh entropy), an int seed >= 0, or a numpy.random.Generator, which is advanced.
 
     Returns:
@@ -72,6 +69,7 @@ def dominant_eigenvalue(
         ValueError: `iterations` < 1; a parameter or a gradient that is not finite, or a gradient of another structure
             or shape, by its path; parameters without an element.
         TypeError: `grad` is not callable, a gradient is not an array or of another dtype; what `pack` refuses.
+        RuntimeError: the parameters are on a device, and the CUDA backend cannot work here.
 
     >>> import numpy as np
     >>> curvatures = np.array([1.0, -2.0, 7.0])

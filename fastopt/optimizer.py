@@ -419,6 +419,13 @@ class Optimizer:
                 x[...], y[...] = batch
                 opt.prepare_replay()
                 graph.launch(stream)
+
+        On the CPU nothing can be captured:
+
+        >>> import numpy as np, fastopt
+        >>> fastopt.SGD({"w": np.zeros(2)}).prepare_replay()
+        Traceback (most recent call last):
+        RuntimeError: prepare_replay(): no step() was captured in a CUDA graph
         """
         self._refuse_while_held("prepare_replay")
         recorded = self._recorded
@@ -466,7 +473,7 @@ class Optimizer:
             self._step_count -= skipped
             self._left_out += skipped
             coefficient = 1.0 if skipped else coefficient  # nothing was clipped
-            info.tell(norm, coefficient, self._step_count - len(self._awaited), skipped, self._nonfinite)
+            info._tell(norm, coefficient, self._step_count - len(self._awaited), skipped, self._nonfinite)
 
     def accumulate(self, grads: Any, weight: float = 1.0) -> None:
         """Add the gradients of a micro-batch to what the next ``step()`` will use.
@@ -741,10 +748,10 @@ class Optimizer:
         if self._tail.waits:
             verdict.send()
             self._awaited.append((info, verdict))
-            info.fetch = lambda told: self._settle()
+            info._fetch = lambda told: self._settle()
         else:
             step, nonfinite = self._step_count, self._nonfinite
-            info.fetch = lambda told: told.tell(*verdict.read()[:2], step, False, nonfinite)
+            info._fetch = lambda told: told._tell(*verdict.read()[:2], step, False, nonfinite)
         return info
 
     # --- groups -------------------------------------------------------------------------------------------------------

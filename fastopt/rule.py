@@ -543,6 +543,7 @@ class Rule:
 
         Raises:
             TypeError, ValueError: naming the argument, before anything is written.
+            RuntimeError: the arrays are on a device, and the CUDA backend cannot work here.
 
         >>> import numpy as np, fastopt
         >>> p, m, v = np.ones(3), np.zeros(3), np.zeros(3)

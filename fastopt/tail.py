@@ -118,7 +118,7 @@ class StepInfo:
     (1, 5.0, 0.2, 0.5)
     """
 
-    __slots__ = ("_coefficient", "_measure", "_nonfinite", "_norm", "_schedule", "_skipped", "_step", "fetch")
+    __slots__ = ("_coefficient", "_fetch", "_measure", "_nonfinite", "_norm", "_schedule", "_skipped", "_step")
 
     def __init__(
         self,
@@ -135,21 +135,21 @@ class StepInfo:
         self._measure = measure
         self._norm = norm
         self._coefficient = clip_coefficient
-        self.fetch: Callable[[StepInfo], None] | None = None
-        """Waits for what a device has not yet told, and hands it over by `tell`."""
+        self._fetch: Callable[[StepInfo], None] | None = None
+        """Waits for what a device has not yet told, and hands it over by `_tell`."""
         self._skipped = skipped
         self._nonfinite = nonfinite
 
-    def tell(self, norm: float, clip_coefficient: float, step: int, skipped: bool, nonfinite: tuple[int, int]) -> None:
+    def _tell(self, norm: float, clip_coefficient: float, step: int, skipped: bool, nonfinite: tuple[int, int]) -> None:
         """All that was not known when the step was launched."""
         self._norm, self._coefficient = norm, clip_coefficient
         self._step, self._skipped, self._nonfinite = step, skipped, nonfinite
-        self.fetch = None
+        self._fetch = None
 
     def _told(self) -> StepInfo:
         """This, with nothing unknown in it."""
-        if self.fetch is not None:
-            self.fetch(self)
+        if self._fetch is not None:
+            self._fetch(self)
         return self
 
     @property

@@ -15,17 +15,25 @@ LIMIT = "limit"
 
 
 class Result(NamedTuple):
-    """One interleaved run. The first contestant is ours."""
+    """One interleaved run. The first contestant is ours.
+
+    Args:
+        title: of the line in a table.
+        seconds: by contestant the `Spread` of its calls, at least one.
+        absent: who did not take part, and why.
+        bytes: the number of bytes that a call has to read and write; None where that is not told.
+        facts: what was measured, for charts; of what JSON can hold.
+
+    >>> result = Result("SGD", {"fastopt": Spread(1e-6, 9e-7, 2e-6, 30), "numpy": Spread(3e-6, 3e-6, 4e-6, 30)}, {})
+    >>> result.ours.median, round(result.times("numpy"), 3)
+    (1e-06, 3.0)
+    """
 
     title: str
     seconds: dict[str, Spread]
-    """By contestant, per call."""
     absent: dict[str, str]
-    """Who did not take part, and why."""
     bytes: int | None = None
-    """What a call has to read and write."""
     facts: Mapping[str, Any] = {}
-    """What was measured, for charts."""
 
     @property
     def ours(self) -> Spread:
@@ -33,17 +41,48 @@ class Result(NamedTuple):
         return next(iter(self.seconds.values()))
 
     def times(self, name: str) -> float | None:
-        """How many times as long as ours `name` takes; None where it did not take part."""
+        """How many times as long as ours a contestant takes.
+
+        Formula: ``median(name) / median(ours)``, no unit.
+
+        Args:
+            name: of the contestant.
+
+        Returns:
+            A float > 0; None where it did not take part.
+
+        >>> Result("sum", {"a": Spread(2.0, 2.0, 2.0, 1), "b": Spread(3.0, 3.0, 3.0, 1)}, {}).times("b")
+        1.5
+        """
         return self.seconds[name].median / self.ours.median if name in self.seconds else None
 
     def bandwidth(self, name: str = OURS) -> float | None:
-        """Bytes that have to be moved, over the time: in GB/s (1e9 bytes). Above that of the memory, caches help."""
+        """How fast a contestant moves the bytes that have to be moved; above what the memory can do, caches help.
+
+        Formula: ``1e-9 bytes / median(name)``, in GB/s (1e9 bytes).
+
+        Args:
+            name: of the contestant.
+
+        Returns:
+            A float > 0; None where it did not take part, or `bytes` is None.
+
+        >>> Result("copy", {"fastopt": Spread(0.5, 0.5, 0.5, 1)}, {}, bytes=10**9).bandwidth()
+        2.0
+        """
         if self.bytes is None or name not in self.seconds:
             return None
         return 1e-9 * self.bytes / self.seconds[name].median
 
     def record(self) -> dict[str, Any]:
-        """For JSON, in four digits."""
+        """For JSON, times in four digits.
+
+        Returns:
+            A dict of the fields by name; a `Spread` is the list ``[median, low, high, samples]``.
+
+        >>> Result("copy", {"fastopt": Spread(1 / 3, 0.25, 0.5, 9)}, {}).record()["seconds"]
+        {'fastopt': [0.3333, 0.25, 0.5, 9]}
+        """
         spreads = {name: [*(float(f"{x:.4g}") for x in spread[:3]), spread[3]] for name, spread in self.seconds.items()}
         return {
             "title": self.title,
@@ -55,7 +94,18 @@ class Result(NamedTuple):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Result:
-        """What `record` was made of."""
+        """The result that a record was made of, as far as its digits go.
+
+        Args:
+            record: what `record` returned, also after a way through JSON.
+
+        Returns:
+            A `Result`.
+
+        >>> result = Result("copy", {"fastopt": Spread(0.3, 0.25, 0.5, 9)}, {"torch": "not installed"}, bytes=80)
+        >>> Result.of(result.record()) == result
+        True
+        """
         seconds = {name: Spread(*numbers) for name, numbers in record["seconds"].items()}
         return cls(record["title"], seconds, dict(record["absent"]), record["bytes"], dict(record["facts"]))
 
@@ -72,7 +122,21 @@ def compare(
     moved: int | None = None,
     **facts: Any,
 ) -> Result:
-    """`interleave`, as a `Result`; `moved` are its bytes.
+    """Time contestants by turns, as `interleave` does, and make a `Result` of it.
+
+    Args:
+        title: of the line.
+        contestants: as for `interleave`; the first is ours.
+        seconds: as for `interleave`: a number > 0.
+        rounds: as for `interleave`: from 1.
+        before: as for `interleave`.
+        after_round: as for `interleave`.
+        absent: who does not take part, and why.
+        moved: the number of bytes that a call has to read and write; None where that is not told.
+        **facts: what was measured, of what JSON can hold.
+
+    Returns:
+        A `Result`.
 
     >>> result = compare("sums", {"a": lambda: sum(range(1000)), "b": lambda: sum(range(9000))}, seconds=0.01)
     >>> result.times("b") > 1
@@ -98,15 +162,20 @@ def compare_step(
     Args:
         title: of the line.
         work: the step.
-        rivals: names from `RIVALS`.
-        seconds: to be spent on it, and at least `rounds` rounds.
-        rounds: see there.
+        rivals: names of `RIVALS`; KeyError for another.
+        seconds: to be spent on it, a number > 0.
+        rounds: so many at least, from 1, whatever time they take.
         limit: whether the memory limit takes part; not where the time of a step is not that of its memory (Muon).
         left_out: of rivals that do not take part in this, and why.
         after_round: called after each round.
 
+    Returns:
+        A `Result`, whose contestants are ``"fastopt"``, ``"limit"`` and the names of the rivals that take part.
+
     Raises:
         MemoryError: there is too little for all of them; says how much there is.
+        KeyError: fastopt has no optimizer of that name.
+        TypeError, ValueError, RuntimeError: as for the optimizer, of the shapes, dtype and options of `work`.
 
     >>> result = compare_step("SGD", Work("SGD", ((1000,),)), ["numpy"], seconds=0.02, rounds=3)
     >>> list(result.seconds), result.bytes
@@ -166,14 +235,21 @@ def compare_batchnorm(
 
     Args:
         title: of the line.
-        shape: of x.
+        shape: of x: (N, C), (N, C, ...) or, with axis=-1, (N, ..., C).
         axis: the channels': 1 or -1.
         way: ``"forward"``, ``"backward"`` or ``"inference"``, which is with ReLU.
         rivals: of ``"torch"`` and ``"numpy"``.
-        seconds: to be spent on it, and at least `rounds` rounds.
-        rounds: see there.
+        seconds: to be spent on it, a number > 0.
+        rounds: so many at least, from 1, whatever time they take.
         left_out: of rivals that do not take part in this, and why.
         after_round: called after each round.
+
+    Returns:
+        A `Result`, whose contestants are ``"fastopt"``, ``"limit"`` and the names of the rivals that take part.
+
+    Raises:
+        ValueError: `way` is none of these.
+        TypeError, ValueError, RuntimeError: as for `fastopt.batchnorm_forward`, of the shape and the axis.
 
     >>> result = compare_batchnorm("small", (8, 4), seconds=0.02, rivals=["numpy"], rounds=3)
     >>> list(result.seconds), result.bytes

@@ -89,7 +89,28 @@ LIMITS = (limit_0, limit_1, limit_2, limit_3, limit_4)
 
 
 def limit_of(optimizer: Optimizer) -> Optimizer:
-    """A twin of `optimizer`, on parameters of the same layout and the same gradients, that only moves its bytes."""
+    """A twin of an optimizer, on parameters of the same layout and the same gradients, that only moves its bytes.
+
+    Its step reads and writes buffers of the same sizes in the same loop, with one multiply-add a value; that of a rule
+    with norms takes the norms, too. It has none of the options of a step (clipping, averaging, zeroing).
+
+    Args:
+        optimizer: any whose rule has at most 4 states. Of one that multiplies matrices (Muon) the twin moves the bytes
+            of the update alone.
+
+    Returns:
+        An `Optimizer`, at parameters of 0.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `Optimizer`, of the parameters that `optimizer` has.
+
+    >>> import numpy as np, fastopt
+    >>> adam = fastopt.Adam({"w": np.zeros(1000, np.float32)})
+    >>> twin = limit_of(adam)
+    >>> _ = twin.step()
+    >>> bytes_of(twin) == bytes_of(adam)
+    True
+    """
     if optimizer.rule.layerwise is not None:
         twins = limit_layerwise
     elif optimizer.rule.scaling is not None:
@@ -107,6 +128,12 @@ def bytes_of(optimizer: Optimizer) -> int:
 
     One pass reads p, g and the states and writes p and the states. A rule with trust ratios goes over p and the states
     again, to apply them; one that scales by norms reads p and g once more before.
+
+    Args:
+        optimizer: any; of one that multiplies matrices (Muon) the bytes of its update alone.
+
+    Returns:
+        The number of bytes, without the padding of the buffers.
 
     >>> import numpy as np, fastopt
     >>> bytes_of(fastopt.Adam({"w": np.zeros(1000, np.float32)}))

@@ -30,7 +30,22 @@ PATTERN = 2**16
 
 
 class Absent(Exception):  # noqa: N818 no error: whoever asks is told why
-    """A rival that does not take part, and why."""
+    """A rival that does not take part, and why.
+
+    Args:
+        reason: a sentence for the reader of a table: "torch has no Lion that computes the same".
+
+    Raised by those of `RIVALS`, also by one that you add; `enter` collects the reasons.
+
+    >>> try:
+    ...     RIVALS["numpy"].enter(Work("SGD", ((1000,),), options={"max_norm": 1.0}))
+    ... except Absent as reason:
+    ...     print(reason)
+    the reference has no max_norm=1.0
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
 
 
 class Contestant(NamedTuple):
@@ -47,17 +62,25 @@ class Contestant(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One step of an optimizer: what all contestants are to do."""
+    """One step of an optimizer: what all contestants are to do.
+
+    Args:
+        optimizer: the name of a class of fastopt, as ``"AdamW"``.
+        shapes: of the parameters, one tuple of ints for each.
+        dtype: of parameters, gradients and states: ``"float32"`` or ``"float64"``.
+        options: what differs from the defaults of the class, by name.
+        groups: the number of learning rates, from 1: each of the first ``groups - 1`` parameters has one of its own.
+
+    >>> work = Work("Adam", ((100, 10), (10,)), options={"betas": (0.9, 0.95)})
+    >>> work.kind.__name__, work.size, [grad.shape for grad in work.grads]
+    ('Adam', 1010, [(100, 10), (10,)])
+    """
 
     optimizer: str
-    """The name of a class of fastopt."""
     shapes: tuple[tuple[int, ...], ...]
-    """Of the parameters."""
     dtype: str = "float32"
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Hyperparameters that differ from the defaults of the class."""
     groups: int = 1
-    """So many learning rates: each of the first ``groups - 1`` parameters has one of its own."""
 
     @property
     def kind(self) -> type[Optimizer]:
@@ -76,7 +99,16 @@ class Work:
         return (2 + states) * self.size * np.dtype(self.dtype).itemsize
 
     def start(self) -> list[Array]:
-        """New parameters."""
+        """New parameters: where every contestant begins.
+
+        Returns:
+            A list of arrays in the order of `shapes`, drawn from the normal distribution, the same at every call; they
+            repeat after 65,536 elements.
+
+        >>> work = Work("SGD", ((4,), (2, 3)))
+        >>> [p.shape for p in work.start()], bool((work.start()[0] == work.start()[0]).all())
+        ([(4,), (2, 3)], True)
+        """
         return [_repeated(shape, self.dtype, seed) for seed, shape in enumerate(self.shapes)]
 
     @cached_property
@@ -85,11 +117,32 @@ class Work:
         return [_repeated(shape, self.dtype, -1 - seed) for seed, shape in enumerate(self.shapes)]
 
     def values(self) -> Values:
-        """All hyperparameters."""
+        """All hyperparameters, those that were given and the defaults of the class, as attributes.
+
+        Returns:
+            An object that notes which of them were read, so that ``check_used(whose)`` can raise `Absent` for one that
+            was given and that a rival has no use for.
+
+        >>> Work("Adam", ((4,),), options={"lr": 0.1}).values().some_of(["lr", "betas"])
+        {'lr': 0.1, 'betas': (0.9, 0.999)}
+        """
         return Values(self.kind, self.options)
 
     def lr(self, parameter: int) -> float:
-        """The learning rate of a parameter, by its number."""
+        """The learning rate of a parameter: that of the optimizer, or of its own group a fraction of it.
+
+        Formula: ``lr / (parameter + 2)`` for the first ``groups - 1``, ``lr`` for the rest.
+
+        Args:
+            parameter: its number in `shapes`, from 0.
+
+        Returns:
+            A float.
+
+        >>> work = Work("SGD", ((1,), (1,), (1,)), options={"lr": 0.6}, groups=2)
+        >>> [work.lr(k) for k in range(3)]
+        [0.3, 0.6, 0.6]
+        """
         lr = float(self.values().lr)
         return lr / (parameter + 2) if parameter < self.groups - 1 else lr
 
@@ -399,7 +452,16 @@ RIVALS: dict[str, Rival] = {
 
 
 def enter(work: Work, names: Iterable[str] = tuple(RIVALS)) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """The rivals that take part in `work`, and of the others the reason why not.
+    """The rivals that take part in a step, and of the others the reason why not.
+
+    Args:
+        work: the step.
+        names: of `RIVALS`, all by default; KeyError for another.
+
+    Returns:
+        A tuple of two dicts by name: of contestants, each with ``step()``, ``params()`` (copies, in the order of the
+        shapes) and ``before`` (None, or what has to be called before a step); and of reasons. A package that is not
+        installed is a reason.
 
     >>> work = Work("Lion", ((1000,),))
     >>> contestants, absent = enter(work, ["numpy", "scikit-learn"])
