@@ -230,13 +230,13 @@ def draw_adam(path: Path, stored: Stored, digest: str) -> None:
         ]
         for dtype in ("float32", "float64")
     }
-    from fastopt.cli.plots import draw_throughput
+    from fastopt.cli.plots.speed import draw_throughput
 
     draw_throughput(path, heading(stored), {k: v for k, v in panels.items() if v}, caches_of(stored), digest=digest)
 
 
 def draw_optimizers(path: Path, stored: Stored, digest: str) -> None:
-    from fastopt.cli.plots import draw_dots
+    from fastopt.cli.plots.speed import draw_dots
 
     rows: dict[str, dict[str, float]] = {}
     for result in stored.results.values():
@@ -248,7 +248,7 @@ def draw_optimizers(path: Path, stored: Stored, digest: str) -> None:
 
 
 def draw_threads(path: Path, stored: Stored, digest: str) -> None:
-    from fastopt.cli.plots import draw_throughput
+    from fastopt.cli.plots.speed import draw_throughput
 
     results = list(stored.results.values())
     draw_throughput(
@@ -262,7 +262,7 @@ def draw_threads(path: Path, stored: Stored, digest: str) -> None:
 
 
 def draw_batchnorm(path: Path, stored: Stored, digest: str) -> None:
-    from fastopt.cli.plots import draw_dots
+    from fastopt.cli.plots.speed import draw_dots
 
     rows: dict[str, dict[str, float]] = {}
     for result in stored.results.values():

@@ -23,7 +23,8 @@ from fastopt.cli.app import app
 from fastopt.cli.choices import FORMS, optimizers, parse_optimizer
 from fastopt.cli.descent import LEARNING_RATES, descend, measure, suggest_lr
 from fastopt.cli.expression import FUNCTIONS, parse
-from fastopt.cli.plots import COLOURS, FRAMES, Scene, animate_paths, draw_paths, frames_of
+from fastopt.cli.plots.paths import FRAMES, Scene, animate_paths, draw_paths, frames_of
+from fastopt.cli.plots.style import COLOURS
 from fastopt.cli.surfaces import DEFAULT_WINDOW, SURFACES, Point, Window, find_minima, placed, surface_of
 
 ROOT = Path(__file__).parents[1]

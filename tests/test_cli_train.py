@@ -33,7 +33,8 @@ from fastopt.cli.choices import (
     parse_optimizers,
 )
 from fastopt.cli.network import Layer, backward, evaluate, forward, new_layers, new_norms, softmax_cross_entropy
-from fastopt.cli.plots import COLOURS, draw_losses
+from fastopt.cli.plots.losses import draw_losses
+from fastopt.cli.plots.style import COLOURS
 from fastopt.cli.resume import Keeper
 from fastopt.cli.trainer import train_network
 

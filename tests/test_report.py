@@ -219,7 +219,7 @@ def test_every_bar_is_of_a_case_that_is_measured():
 
 @pytest.mark.parametrize("chart", report.CHARTS, ids=lambda chart: chart.file)
 def test_charts_are_drawn(chart, tmp_path, monkeypatch):
-    from fastopt.cli import plots
+    from fastopt.cli.plots import speed
 
     path = tmp_path / chart.file
     chart.draw(path, STORED[chart.of], "sha256 abc")
@@ -228,7 +228,7 @@ def test_charts_are_drawn(chart, tmp_path, monkeypatch):
     chart.draw(path, STORED[chart.of], "sha256 abc")
     assert path.read_text(encoding="utf-8") == first, "the same results have to make the same file"
 
-    monkeypatch.setattr(plots, "save", lambda figure, path, digest: figure.savefig(path.with_suffix(".png")))
+    monkeypatch.setattr(speed, "save", lambda figure, path, digest: figure.savefig(path.with_suffix(".png")))
     chart.draw(path, STORED[chart.of], "")
     pixels = imread(path.with_suffix(".png"))[:, :, :3]
     assert min(pixels.shape[:2]) > 150

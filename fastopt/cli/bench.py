@@ -122,7 +122,8 @@ def bench(
     with blame("--plot"):
         if plot is not None:
             check_writable(plot)
-            from fastopt.cli.plots import check_format, draw_throughput  # matplotlib: 0.5 s, only for those who plot
+            from fastopt.cli.plots.speed import draw_throughput  # matplotlib: 0.5 s, only for those who plot
+            from fastopt.cli.plots.style import check_format
 
             check_format(plot)
     with blame("--json"):

@@ -176,13 +176,13 @@ def _losses_with_lr(results: Sequence[Result]) -> dict[str, list[float]]:
 
 
 def _draw_losses(path: Path, title: str, results: Sequence[Result]) -> None:
-    from fastopt.cli.plots import draw_losses
+    from fastopt.cli.plots.losses import draw_losses
 
     draw_losses(path, title, _losses_with_lr(results))
 
 
 def _draw_batch_sizes(path: Path, title: str, results: Sequence[Result]) -> None:
-    from fastopt.cli.plots import draw_batch_sizes
+    from fastopt.cli.plots.comparisons import draw_batch_sizes
 
     losses = _losses_with_lr(results)
     draw_batch_sizes(
@@ -191,7 +191,7 @@ def _draw_batch_sizes(path: Path, title: str, results: Sequence[Result]) -> None
 
 
 def _draw_optimizers(path: Path, title: str, results: Sequence[Result]) -> None:
-    from fastopt.cli.plots import draw_optimizers
+    from fastopt.cli.plots.comparisons import draw_optimizers
 
     losses = _losses_with_lr(results)
     accuracies = [(outcome.train_accuracy, outcome.test_accuracy) for _, outcome, _ in results]
@@ -199,7 +199,7 @@ def _draw_optimizers(path: Path, title: str, results: Sequence[Result]) -> None:
 
 
 def _draw_schedules(path: Path, title: str, results: Sequence[Result]) -> None:
-    from fastopt.cli.plots import draw_schedules
+    from fastopt.cli.plots.comparisons import draw_schedules
 
     losses = {run.plan.label: outcome.losses for run, outcome, _ in results}
     rates = {}
@@ -210,7 +210,7 @@ def _draw_schedules(path: Path, title: str, results: Sequence[Result]) -> None:
 
 
 def _draw_inits(path: Path, title: str, results: Sequence[Result]) -> None:
-    from fastopt.cli.plots import draw_activations
+    from fastopt.cli.plots.comparisons import draw_activations
 
     panels = {
         (run.plan.init, run.plan.activation): ([layer.values for layer in layers], outcome.losses[-1])
@@ -220,7 +220,7 @@ def _draw_inits(path: Path, title: str, results: Sequence[Result]) -> None:
 
 
 def _draw_batch_norm(path: Path, title: str, results: Sequence[Result]) -> None:
-    from fastopt.cli.plots import draw_batch_norm
+    from fastopt.cli.plots.comparisons import draw_batch_norm
 
     panels: dict[str, dict[str, list[float]]] = {"without batch normalisation": {}, "with batch normalisation": {}}
     for run, outcome, _ in results:

@@ -140,13 +140,13 @@ def contour(
     with blame("--plot"):
         if plot is not None:
             check_writable(plot)
-            from fastopt.cli.plots import check_format  # matplotlib: 0.5 s, only for those who plot
+            from fastopt.cli.plots.style import check_format  # matplotlib: 0.5 s, only for those who plot
 
             check_format(plot)
     with blame("--animate"):
         if animate is not None:
             check_writable(animate)
-            from fastopt.cli.plots import check_gif
+            from fastopt.cli.plots.style import check_gif
 
             check_gif(animate)
     with blame("--json"):
@@ -173,7 +173,7 @@ def contour(
     out = console(for_json=json)
     _print_results(out, surface, runs, count, near)
     if plot is not None or animate is not None:
-        from fastopt.cli.plots import Scene, animate_paths, draw_paths, frames_of
+        from fastopt.cli.plots.paths import Scene, animate_paths, draw_paths, frames_of
 
         x, y = surface.window.mesh(MESH)
         paths = {_legend(run, count): run.outcome.points for run in runs}

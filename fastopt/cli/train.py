@@ -214,7 +214,7 @@ def train(
     with blame("--plot"):
         if plot is not None:
             check_writable(plot)
-            from fastopt.cli.plots import check_format  # matplotlib: 0.5 s, only for those who plot
+            from fastopt.cli.plots.style import check_format  # matplotlib: 0.5 s, only for those who plot
 
             check_format(plot)
     with blame("--json"):
