@@ -120,7 +120,10 @@ def test_commands_exist(page, command):
         for extra in re.findall(r"\[([\w,]+)\]", command):
             assert set(extra.split(",")) <= set(re.findall(r"^(\w+) = ", known, flags=re.MULTILINE))
     else:
-        assert program in ("python3", "python", "pytest", "ruff", "mypy", "mkdocs", "source", "export", ".ci/run")
+        assert program in (
+            *("python3", "python", "pytest", "ruff", "mypy", "mkdocs", "source", "export", ".ci/run"),
+            "compute-sanitizer",
+        )
         for word in arguments:
             if "/" in word and not word.startswith(("$", ".venv")) and "=" not in word:
                 assert (ROOT / word).exists()
@@ -177,6 +180,9 @@ def test_the_house_names_what_is_there():
     named = {name for line in plan.splitlines() for name in re.findall(r"[\w]+(?:\.py|/)", line[:19])}
     there = {path.name + ("/" if path.is_dir() else "") for path in (ROOT / "fastopt").iterdir()}
     assert named == there - {"__pycache__/", "__main__.py", "py.typed"}
+    command = re.search(r"```text\nfastopt/cli/\n(.*?)```", text, flags=re.DOTALL).group(1)
+    files = {path.name for path in (ROOT / "fastopt" / "cli").rglob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"\w+\.py", command)) == files
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
