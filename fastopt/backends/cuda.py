@@ -116,11 +116,12 @@ def stretch(buffers, i, j, stop, stride, told, s, t):
 def walk(buffers, start, stop, j, told, s, t):
     """A thread's share of a chunk: VECTOR elements at a time, and what is left one by one; the sums s and t, too."""
     thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x  # and not THREADS: a loop of a constant stride is unrolled, and takes more registers
     whole = stop & -VECTOR  # start is a multiple of VECTOR
     ahead = VECTOR * thread
-    s, t = WIDE(buffers, start + ahead, j + ahead, whole, VECTOR * THREADS, told, s, t)
+    s, t = WIDE(buffers, start + ahead, j + ahead, whole, VECTOR * threads, told, s, t)
     if VECTOR > 1:
-        s, t = NARROW(buffers, whole + thread, whole - start + j + thread, stop, THREADS, told, s, t)
+        s, t = NARROW(buffers, whole + thread, whole - start + j + thread, stop, threads, told, s, t)
     return s, t
 
 
@@ -733,10 +734,9 @@ class CUDA:
         if key not in self._kernels:
             constants = {"DTYPE": dtype.type, **_unpackings(0, 0), **elements.conditioning(dtype, features, device)}
             constants |= walking(squared, constants, dtype)
-            kernel = self.compiled(squares, constants, f"squares_{dtype.name}", at_once(1, dtype))
-            self._kernels[key] = SquaresKernel(self, kernel)
-        found: SquaresKernel = self._kernels[key]
-        return found
+            self._kernels[key] = SquaresKernel(self, self.compiled(squares, constants, f"squares_{dtype.name}"))
+        kernel: SquaresKernel = self._kernels[key]
+        return kernel
 
     def judged(
         self,
@@ -813,7 +813,7 @@ class CUDA:
             }
             constants |= _unpackings(0, 0)
             constants |= walking(added, constants, dtype, wide=False)  # what is added may begin anywhere
-            self._kernels[key] = self.compiled(add, constants, f"add_{dtype.name}", at_once(2, dtype))
+            self._kernels[key] = self.compiled(add, constants, f"add_{dtype.name}")
         return self._kernels[key]
 
     def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> Any:
@@ -843,7 +843,7 @@ class CUDA:
         constants |= _unpackings(len(hyper._fields), 0 if first is None else len(first[1]._fields))
         constants |= {"DTYPE": dtype.type, "SCATTERED": features.scattered}
         constants["ROW"] = bind(row_of, constants, label="row_of", scalar=device)
-        many = at_once(2 + constants["N_STATES"], dtype)
+        buffers = 2 + constants["N_STATES"]
         if rule.layerwise is not None:
             proposing = {**constants, **walking(proposed, constants, dtype)}
             applying = {**constants, "APPLY": rule.layerwise.apply, "EMA": features.ema}
@@ -851,13 +851,14 @@ class CUDA:
             return LayerwiseKernel(
                 self,
                 len(rule.states),
-                self.compiled(propose, proposing, f"propose_{label}", many),
+                self.compiled(propose, proposing, f"propose_{label}", at_once(buffers + 1, dtype)),  # and sums
                 self.compiled(merge, {"RATIO": rule.layerwise.ratio}, f"merge_{label}"),
-                self.compiled(apply, applying, f"apply_{label}", many),
+                self.compiled(apply, applying, f"apply_{label}", at_once(buffers, dtype)),
             )
-        # Chunks of rows begin anywhere.
-        updating = {**constants, **walking(updated, constants, dtype, wide=not features.scattered)}
-        update = ElementwiseKernel(self, self.compiled(elementwise, updating, label, many), features.scattered)
+        wide = not features.scattered  # rows begin anywhere
+        updating = {**constants, **walking(updated, constants, dtype, wide=wide)}
+        blocks = at_once(buffers, dtype) if wide else None
+        update = ElementwiseKernel(self, self.compiled(elementwise, updating, label, blocks), features.scattered)
         if rule.scaling is None:
             return update
         numbered = rule.scaling.number is not None
