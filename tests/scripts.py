@@ -16,7 +16,9 @@ SETTINGS = ("NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "FASTOPT_CACHE_DIR")  
 
 def run(*arguments: str | Path, timeout: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python *arguments`` with this environment on top of ours; past `timeout` it and all its children are killed."""
-    inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    # The worker that pytest-xdist runs us in is not the child's: its pytest would think that it is in one, too.
+    kept = [name for name in os.environ if name not in SETTINGS and not name.startswith("PYTEST_")]
+    inherited = {name: os.environ[name] for name in kept}
     path = os.pathsep.join([str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])])
     command = [sys.executable, *map(str, arguments)]
     process = subprocess.Popen(
