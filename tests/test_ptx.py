@@ -47,7 +47,7 @@ NEW, OTHERS = (9, 0), ((7, 5), (8, 0), (10, 0))
 """Compute capabilities: every kernel is compiled for the first, those for float32 with all features for the others."""
 DTYPES = (np.float32, np.float64)
 MANY: dict[str, bool] = dict.fromkeys(
-    ("unscale", "zero_nonfinite", "clip_value", "clip_norm", "ema", "zero_grad"), True
+    ("unscale", "zero_nonfinite", "clip_value", "clip_norm", "ema", "gated", "zero_grad"), True
 )
 SIZE = 256
 
@@ -83,6 +83,9 @@ class Recorder(backend_module.CUDA):
 
     def host(self, array: np.ndarray) -> np.ndarray:
         return array
+
+    def capturing(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -252,8 +255,18 @@ def of_rows(dtype: Any, ema: bool, cc: tuple[int, int] = NEW) -> list[Code]:
 
 
 @cache
-def of_clip(dtype: Any, cc: tuple[int, int] = NEW) -> list[Code]:
-    return codes(cc, lambda backend: backend.clipped(rows_of(dtype=dtype), np.zeros((1, 2)), 0.5, 1.0))
+def of_judge(dtype: Any, everything: bool, cc: tuple[int, int] = NEW) -> list[Code]:
+    """What decides on the device: the coefficient of clipping; and whether the step is left out, and which it is."""
+    table, partials = rows_of(dtype=dtype), np.zeros((1, 2))
+    skipped = (np.zeros(1, np.int64), 0) if everything else None
+    candidates = np.stack([table, table]) if everything else None
+    return codes(cc, lambda backend: backend.judged(table, candidates, partials, 0.5, 1.0, skipped))
+
+
+@cache
+def of_sums_of_rows(dtype: Any, cc: tuple[int, int] = NEW) -> list[Code]:
+    order, starts = np.arange(8), np.array([0, 3])
+    return codes(cc, lambda backend: backend.sum_rows(np.zeros((8, 4), dtype), order, starts))
 
 
 LAYOUTS = ((8, 4, 16), (128, 4, 1))
@@ -310,6 +323,7 @@ DOUBLES: dict[str, set[str]] = {
     "apply": {"ld", "cvt"},  # the ratio
     **{loop: {"mov", "cvt", "mul", "fma", "add", "ld", "st"} for loop in ("propose", "squares", "add")},  # the sums
     "spread": set(),
+    "sum_runs": set(),
 }
 """What a kernel for float32 may do in float64; the others work on sums or on a channel's statistics, all in float64."""
 ROUNDED = ("div", "sqrt", "rcp", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh")
@@ -462,9 +476,18 @@ def test_so_are_the_kernels_of_batchnorm_in_any_layout(relu, residual, dtype):
 def test_clipping_by_norm_divides_and_takes_the_root_exactly():
     for dtype in DTYPES:
         for cc in (NEW, *OTHERS):
-            (code,) = of_clip(dtype, cc)
+            for everything in (False, True):
+                (code,) = of_judge(dtype, everything, cc)
+                assert faults(code, dtype) == []
+                assert code.operations["div.rn.f64"] == code.operations["sqrt.rn.f64"] == 1
+
+
+def test_sums_of_repeated_rows_are_taken_in_their_own_dtype():
+    for dtype in DTYPES:
+        for cc in (NEW, *OTHERS):
+            (code,) = of_sums_of_rows(dtype, cc)
             assert faults(code, dtype) == []
-            assert code.operations["div.rn.f64"] == code.operations["sqrt.rn.f64"] == 1
+            assert code.operations[f"add.f{8 * dtype().nbytes}"] + code.operations[f"add.rn.f{8 * dtype().nbytes}"] > 0
 
 
 # --- that nothing is left out -----------------------------------------------------------------------------------------
@@ -483,9 +506,10 @@ def test_no_rule_is_missing_here():
 def test_no_loop_of_the_backend_is_missing_here():
     modules = (backend_module, batchnorm_module)
     functions = [value for module in modules for value in vars(module).values() if isinstance(value, FunctionType)]
-    loops = {function.__name__ for function in functions if "blockIdx" in function.__code__.co_names} | {"clip"}
+    loops = {function.__name__ for function in functions if "blockIdx" in function.__code__.co_names} | {"judge"}
     found = [code for name in OF_EACH_KIND for code in of_rule(name, np.float32, True)]
-    found += of_norm(np.float32, True) + of_add(np.float32, Adder(True, True)) + of_clip(np.float32)
+    found += of_norm(np.float32, True) + of_add(np.float32, Adder(True, True)) + of_judge(np.float32, True)
+    found += of_sums_of_rows(np.float32)
     found += of_batchnorm(np.float32, True, True, True, True)
     assert {code.loop for code in found} == loops
 

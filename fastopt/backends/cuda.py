@@ -348,7 +348,7 @@ def judge(partials, blocks, factor, max_norm, known, candidates, rows, columns, 
             skipped[0] += 1
 
 
-def gather(grads, order, starts, runs, width, sums):
+def sum_runs(grads, order, starts, runs, width, sums):
     """Leave in each row of `sums` the sum of a run of rows of `grads`, in the order of the run."""
     run = cuda.blockIdx.x
     while run < runs:
@@ -790,9 +790,9 @@ class CUDA:
 
     def sum_rows(self, grads: Array, order: np.ndarray, starts: np.ndarray) -> Array:
         """As `fastopt.backends.Backend`."""
-        key = ("gather", grads.dtype)
+        key = ("sum_runs", grads.dtype)
         if key not in self._kernels:
-            self._kernels[key] = self.compiled(gather, {"ZERO": grads.dtype.type(0)}, f"gather_{grads.dtype.name}")
+            self._kernels[key] = self.compiled(sum_runs, {"ZERO": grads.dtype.type(0)}, f"sum_runs_{grads.dtype.name}")
         sums = self.empty((len(starts), grads.shape[1]), grads.dtype)
         ends = self.upload(np.append(starts, len(order)))
         numbers, runs, width = self.upload(order), len(starts), grads.shape[1]
