@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
 import sys
-import warnings
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 
 import numba
 import pytest
@@ -22,7 +21,7 @@ from fastopt.cli.app import app
 
 def invoke(*arguments, **environment):
     # Without the folder of kernels that the test run shares: another worker may be writing to it.
-    surroundings = {"COLUMNS": "300", "FASTOPT_CACHE_DIR": "", **environment}
+    surroundings = {"COLUMNS": "500", "FASTOPT_CACHE_DIR": "", **environment}
     return CliRunner().invoke(app, ["info", *map(str, arguments)], env=surroundings)
 
 
@@ -123,17 +122,16 @@ def test_a_cache_directory_that_others_may_write_to_is_not_usable(tmp_path):
 # --- CUDA, whatever is the matter with it -----------------------------------------------------------------------------
 
 
-class Cuda(ModuleType):
+class Cuda:
     """A stand-in for numba.cuda."""
 
-    def __init__(self, devices=(), error=None):
-        super().__init__("numba.cuda")
+    def __init__(self, devices=(), error=None, compilers=True):
         self.devices = devices
         self.error = error
+        self.compilers = compilers
 
     def is_available(self):
-        warnings.warn("this target is retired", DeprecationWarning, stacklevel=1)
-        return bool(self.devices)
+        return bool(self.devices) and self.compilers
 
     def list_devices(self):
         if self.error is not None:
@@ -149,45 +147,71 @@ class Device:
 @pytest.fixture
 def with_cuda(monkeypatch):
     def put(module):
-        monkeypatch.setitem(sys.modules, "numba.cuda", module)
-        monkeypatch.setattr(numba, "cuda", module, raising=False)
-        monkeypatch.setattr(numba.config, "ENABLE_CUDASIM", 0)
+        backend = importlib.import_module("fastopt.backends.cuda")
+        monkeypatch.setattr(backend, "cuda", module)
+        monkeypatch.setattr(backend, "SIMULATED", False)
+        # As if asked for the first time, and not kept for other tests: in the simulator there is such a backend.
+        monkeypatch.setattr(fastopt.backends, "get_backend", fastopt.backends.get_backend.__wrapped__)
 
     return put
+
+
+def refusal():
+    with pytest.raises(RuntimeError) as caught:
+        fastopt.backends.get_backend("cuda")
+    return str(caught.value)
 
 
 def test_cuda_without_a_driver_gives_the_reason(with_cuda):
     with_cuda(Cuda(error=RuntimeError("Error at driver init:\n\nCUDA driver library cannot be found.\n:")))
     cuda = report()["cuda"]
     assert (cuda["available"], cuda["devices"], cuda["backend"]) == (False, [], False)
-    assert cuda["reason"] == "Error at driver init: CUDA driver library cannot be found."
+    assert cuda["reason"] == refusal()
+    assert "no CUDA driver here (Error at driver init: CUDA driver library cannot be found); use" in cuda["reason"]
 
 
-def test_cuda_that_cannot_be_imported_gives_the_reason(with_cuda, monkeypatch):
-    with_cuda(None)
-    monkeypatch.delattr(numba, "cuda")
+def test_cuda_that_cannot_be_imported_gives_the_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastopt.backends.cuda", None)
+    monkeypatch.setattr(fastopt.backends, "get_backend", fastopt.backends.get_backend.__wrapped__)
     cuda = report()["cuda"]
-    assert cuda["available"] is False
-    assert cuda["reason"]
+    assert (cuda["available"], cuda["devices"], cuda["backend"]) == (False, [], False)
+    assert cuda["reason"] == refusal()
+    assert "pip install 'fastopt[cuda13]'" in cuda["reason"]
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "expected"),
+    [
+        (Cuda(), (), "numba finds no CUDA device here"),
+        (Cuda([Device()], compilers=False), (), "numba does not find NVIDIA's compilers; pip install"),
+        (Cuda([Device()]), ("numba_cuda",), "numba-cuda is not installed; pip install"),
+        (Cuda([Device()]), ("cupy",), "CuPy, which holds the buffers, cannot be imported"),
+    ],
+    ids=["device", "compilers", "numba-cuda", "cupy"],
+)
+def test_a_backend_that_cannot_work_gives_the_reason(with_cuda, monkeypatch, module, missing, expected):
+    with_cuda(module)
+    found = lambda name: None if name in missing else name  # noqa: E731
+    monkeypatch.setattr("fastopt.backends.cuda.find_spec", found)
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    cuda = report()["cuda"]
+    assert cuda["available"] == module.is_available()
+    assert len(cuda["devices"]) == len(module.devices)
+    assert cuda["backend"] is False
+    assert cuda["reason"] == refusal()
+    assert expected in cuda["reason"]
+    assert cuda["reason"].startswith("backend='cuda': ")
+    assert cuda["reason"].endswith("; use backend='cpu'")
 
 
 def test_cuda_devices_are_listed(with_cuda, monkeypatch):
     with_cuda(Cuda(devices=[Device()]))
-    monkeypatch.setattr(info, "get_backend", lambda name: object())
+    monkeypatch.setattr(fastopt.backends, "get_backend", lambda name: object())
     cuda = report()["cuda"]
     assert cuda["devices"] == [{"name": "NVIDIA Imaginary 1", "compute_capability": "9.0"}]
     assert (cuda["available"], cuda["backend"], cuda["reason"]) == (True, True, None)
     assert "name NVIDIA Imaginary 1, compute capability 9.0" in invoke().output
-
-
-def test_a_backend_that_cannot_work_gives_the_reason(with_cuda, monkeypatch):
-    def refuse(name):
-        raise RuntimeError(f"{name}: no compiler for it")
-
-    with_cuda(Cuda(devices=[Device()]))
-    monkeypatch.setattr(info, "get_backend", refuse)
-    cuda = report()["cuda"]
-    assert (cuda["available"], cuda["backend"], cuda["reason"]) == (True, False, "cuda: no compiler for it")
 
 
 def test_threads_that_cannot_start_give_the_reason(monkeypatch):

@@ -7,6 +7,7 @@ receives a rule, and binds the rule into its own loops.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -285,6 +286,23 @@ def get_backend(name: str) -> Backend:
 
         return CUDA().connect()
     raise ValueError(f"backend={name!r}: expected one of {', '.join(map(repr, NAMES))}")
+
+
+def find_cuda() -> dict[str, Any]:
+    """What there is of CUDA here: available, simulator, devices; whether the backend works, and the reason if not.
+
+    Never raises; the reason is the message with which ``backend="cuda"`` is refused.
+    """
+    found: dict[str, Any] = {"available": False, "simulator": False, "devices": [], "backend": True, "reason": None}
+    with suppress(ImportError):  # the reason below
+        from fastopt.backends.cuda import survey
+
+        found |= survey()
+    try:
+        get_backend("cuda")
+    except Exception as error:
+        found |= {"backend": False, "reason": str(error) or type(error).__name__}
+    return found
 
 
 def place_of(array: Any) -> str:

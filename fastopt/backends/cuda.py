@@ -12,6 +12,8 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -446,6 +448,8 @@ def memory(width: int) -> tuple[Any, Any]:
 
         def load(buffers, i, j):
             at = [i] * (len(buffers) - 1) + [j]
+            if any(first % width for first in at):
+                raise IndexError(f"elements {at}: a device would refuse to read {width} there at once")
             return tuple(tuple(b[first + k] for b, first in zip(buffers, at, strict=True)) for k in range(width))
 
         def store(buffers, i, j, lanes):
@@ -1031,22 +1035,46 @@ def _unpackings(n_hyper: int, n_first: int) -> dict[str, Any]:
     }
 
 
+def survey() -> dict[str, Any]:
+    """What numba finds of CUDA: whether it can work, or is simulated, its devices, and the reason why it cannot work.
+
+    Raises nothing: whatever goes wrong in there, and much can, is a reason.
+    """
+    found: dict[str, Any] = {"available": SIMULATED, "simulator": SIMULATED, "devices": [], "reason": None}
+    if SIMULATED:
+        return found
+    try:
+        found["devices"] = [_described(each) for each in cuda.list_devices()]
+        found["available"] = bool(cuda.is_available())
+    except Exception as error:
+        words = " ".join(str(error).split()).rstrip(" .:")
+        found["reason"] = f"numba finds no CUDA driver here ({words or type(error).__name__})"
+        return found
+    if not found["devices"]:
+        found["reason"] = "numba finds no CUDA device here"
+    elif not found["available"]:
+        found["reason"] = "numba does not find NVIDIA's compilers; pip install 'fastopt[cuda13]'"
+    elif find_spec("numba_cuda") is None:
+        found["reason"] = "numba-cuda is not installed; pip install 'fastopt[cuda13]'"
+    return found
+
+
+def _described(found: Any) -> dict[str, Any]:
+    name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
+    return {"name": name, "compute_capability": ".".join(map(str, found.compute_capability))}
+
+
 def _array_module() -> tuple[ModuleType, Callable[[int], np.ndarray]]:
-    """CuPy, and how it allocates pinned memory."""
+    """CuPy, and how it allocates pinned memory; RuntimeError with the reason where CUDA cannot work."""
     if SIMULATED:
         return simulated, np.empty
-    if not cuda.is_available():
-        raise RuntimeError(
-            "backend='cuda': numba finds no CUDA device and driver here; `fastopt info` tells more; use backend='cpu'"
-        )
-    try:
-        import cupy
-        import cupyx
-    except ImportError:
-        raise RuntimeError(
-            "backend='cuda': CuPy, which holds the buffers, is not installed; pip install 'fastopt[cuda13]'"
-        ) from None
-    return cupy, cupyx.empty_pinned
+    reason = survey()["reason"]
+    if reason is None:
+        try:
+            return import_module("cupy"), import_module("cupyx").empty_pinned
+        except ImportError as error:
+            reason = f"CuPy, which holds the buffers, cannot be imported ({error}); pip install 'fastopt[cuda13]'"
+    raise RuntimeError(f"backend='cuda': {reason}; use backend='cpu'")
 
 
 class ElementwiseKernel:

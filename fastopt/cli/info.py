@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fastopt
-from fastopt.backends import get_backend
+from fastopt.backends import find_cuda
 from fastopt.backends.bind import CACHE_VARIABLE, cache_directory
 from fastopt.cli.output import STDOUT, blame, check_writable, console, write_json
 from fastopt.measure.machine import cores, cpu_name, version_of
@@ -69,7 +68,7 @@ def gather() -> dict[str, dict[str, Any]]:
         "cpu": _cpu(),
         "threads": _threads(),
         "cache": _cache(),
-        "cuda": _cuda(),
+        "cuda": find_cuda(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
 
@@ -122,30 +121,6 @@ def _cache() -> dict[str, Any]:
             found["usable"] = False
             found["reason"] = _one_line(error)
     return found
-
-
-def _cuda() -> dict[str, Any]:
-    """What CUDA finds. Whatever goes wrong in there, and much can, is a reason and not a crash."""
-    found: dict[str, Any] = {"available": False, "simulator": False, "devices": [], "backend": False, "reason": None}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numba's CUDA target announces its retirement at import
-        try:
-            from numba import cuda
-
-            found["available"] = bool(cuda.is_available())
-            found["simulator"] = bool(numba.config.ENABLE_CUDASIM)
-            if not found["simulator"]:
-                found["devices"] = [_device(device) for device in cuda.list_devices()]
-            get_backend("cuda")
-            found["backend"] = True
-        except Exception as error:
-            found["reason"] = _one_line(error)
-    return found
-
-
-def _device(device: Any) -> dict[str, Any]:
-    name = device.name.decode() if isinstance(device.name, bytes) else str(device.name)
-    return {"name": name, "compute_capability": ".".join(map(str, device.compute_capability))}
 
 
 def _one_line(error: Exception) -> str:
