@@ -105,6 +105,27 @@ def test_norms_over_several_blocks(name):
         np.testing.assert_allclose(host(ours.params[path]), expected, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "LAMB", "NovoGrad"])
+def test_elements_left_over_and_more_chunks_than_blocks(name, dtype):
+    """From no whole 16 bytes to more than all threads of a block take at once, each with every remainder."""
+    sizes = {str(size): (size,) for size in (*range(1, 10), *range(126, 134))}
+    params = tree(9, dtype, sizes)
+    ours, cpu = (getattr(fastopt, name)(params, lr=0.1, backend=backend, max_norm=1.0) for backend in ("cuda", "cpu"))
+    for step in range(2):
+        grads = grads_of(params, step)
+        for opt, given in ((ours, uploaded(grads)), (cpu, grads)):
+            opt.accumulate(given)
+            opt.accumulate(given, weight=0.5)
+        told = ours.step(), cpu.step()
+        assert told[0].grad_norm == pytest.approx(told[1].grad_norm, rel=1e-12)
+    tolerance = {"rtol": 2e-6, "atol": 1e-7} if dtype == np.float32 else {"rtol": 1e-13, "atol": 1e-15}
+    for path, expected in cpu.params.items():
+        np.testing.assert_allclose(host(ours.params[path]), expected, **tolerance)
+    taken = np.concatenate([host(leaf) for leaf in ours.params.values()])
+    assert np.count_nonzero(host(ours.flat.data)) == np.count_nonzero(taken), "padding stays zero"
+
+
 def test_gradients_written_in_place_and_accumulated():
     params = tree(3)
     ours, cpu = (fastopt.Adam(params, backend=name, max_norm=0.1) for name in ("cuda", "cpu"))
