@@ -105,11 +105,14 @@ def test_norms_over_several_blocks(name):
         np.testing.assert_allclose(host(ours.params[path]), expected, rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("name", ["SGD", "Adam", "LAMB", "NovoGrad"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("Adam", np.float32), ("Adam", np.float64), ("LAMB", np.float32)],
+    ids=["Adam-float32", "Adam-float64", "LAMB"],
+)
 def test_elements_left_over_and_more_chunks_than_blocks(name, dtype):
     """From no whole 16 bytes to more than all threads of a block take at once, each with every remainder."""
-    sizes = {str(size): (size,) for size in (*range(1, 10), *range(126, 134))}
+    sizes = {str(size): (size,) for size in (*range(1, 6), *range(127, 132))}
     params = tree(9, dtype, sizes)
     ours, cpu = (getattr(fastopt, name)(params, lr=0.1, backend=backend, max_norm=1.0) for backend in ("cuda", "cpu"))
     for step in range(2):
