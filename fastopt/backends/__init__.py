@@ -300,6 +300,7 @@ def find_cuda() -> dict[str, Any]:
         found |= survey()
     try:
         get_backend("cuda")
+        found["reason"] = None
     except Exception as error:
         found |= {"backend": False, "reason": str(error) or type(error).__name__}
     return found
