@@ -395,7 +395,7 @@ def test_every_buffer_is_read_and_written_16_bytes_at_a_time(name, dtype):
         for cc in (NEW, *OTHERS) if dtype == np.float32 and everything else (NEW,):
             for code in of_rule(name, dtype, everything, cc):
                 found = code.wide("ld"), code.wide("st")
-                if name == "muon":  # of its loop the compiler makes two, one for each side of an `if`
+                if name == "muon" or "_gated" in code.name:  # two loops are made of it, one for each side of an `if`
                     found = min(found[0], expected[code.loop][0]), min(found[1], expected[code.loop][1])
                 assert found == expected.get(code.loop, (0, 0)), (code.name, cc)
 
@@ -404,7 +404,7 @@ def test_every_buffer_is_read_and_written_16_bytes_at_a_time(name, dtype):
 def test_so_it_is_as_a_launch_links_it(name):
     for code in of_rule(name, np.float32, True, lto=True):
         assert faults(code, np.float32) == []
-        assert code.wide("ld") == code.buffers
+        assert code.wide("ld") >= code.buffers  # a gated one is two loops
 
 
 @by_dtype
