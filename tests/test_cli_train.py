@@ -871,12 +871,12 @@ def test_a_backend_that_cannot_work_here_is_an_error_with_its_reason():
     refused = command("train", "--backend", "cuda", **without)
     automatic = command("train", "--backend", "auto", "--epochs", "1", "--json", "-", **without)
     output, error = refused.communicate(timeout=60)
+    written, trouble = automatic.communicate(timeout=60)
     assert (refused.returncode, output) == (2, "")
-    assert "Invalid value for --backend: backend='cuda': numba finds no CUDA device" in plain(error)
+    assert "Invalid value for --backend: backend='cuda': numba finds no CUDA d" in plain(error)  # device, or driver
     assert "Traceback" not in error
-    output, error = automatic.communicate(timeout=60)
-    assert automatic.returncode == 0, error
-    assert json.loads(output)["settings"]["backend"] == "cpu"
+    assert automatic.returncode == 0, trouble
+    assert json.loads(written)["settings"]["backend"] == "cpu"
 
 
 def test_a_library_that_cupy_misses_is_an_error_with_its_name(monkeypatch):
