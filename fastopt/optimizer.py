@@ -359,7 +359,11 @@ class Optimizer:
         late = self._late and (present is None or not self._tail.skips)
         if self._awaited and not late:
             self._settle()
-        candidates = None if capturing else self._write_tables(unscale)
+        candidates = None
+        if self._awaited:
+            candidates = self._write_tables(unscale)
+        elif not capturing:
+            self._write_table(unscale, self._step_count + 1)
         if grads is not None:
             self.flat.copy_grads(leaves)
         norm, coefficient, verdict = None, 1.0, None

@@ -81,7 +81,7 @@ def bench(
     seconds: Annotated[
         float,
         typer.Option(metavar="NUMBER", help="About how long the whole is to take, in seconds, from 1."),
-    ] = 45.0,
+    ] = 36.0,
     threads: Annotated[
         int | None,
         typer.Option(min=1, metavar="NUMBER", help="Threads of fastopt and torch, from 1.", show_default="all"),
@@ -114,7 +114,7 @@ def bench(
         one_of(dtype, ("float32", "float64"), "dtype")
     with blame("--seconds"):
         if not 1.0 <= seconds < math.inf:
-            raise ValueError(f"{seconds:g} is too short or no time; give a number of seconds from 1, such as 45")
+            raise ValueError(f"{seconds:g} is too short or no time; give a number of seconds from 1, such as 36")
     most = machine.threads()
     with blame("--threads"):
         if threads is not None and threads > numba.config.NUMBA_NUM_THREADS:

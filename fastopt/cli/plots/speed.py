@@ -104,7 +104,10 @@ def draw_dots(
         axes.plot([rows[name][kind] for name in there], [names.index(name) for name in there], **style, label=kind)
     axes.axvline(1.0, color=GREY, linewidth=1.0, linestyle="--")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    left, right = axes.get_xlim()
+    axes.xaxis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if right > 5.0 * left else (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0))
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(names)), names)
