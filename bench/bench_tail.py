@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from tail import DECAY, EMA, LR, MAX_NORM, SCALE, torch_sequence
 
 import fastopt
 from fastopt.measure import compare, machine
@@ -21,7 +22,6 @@ except ImportError:
 
 SIZES = {"1k": 1_000, "100k": 100_000, "1M": 1_000_000, "30M": 30_000_000}
 TENSORS = 20
-SCALE, MAX_NORM, EMA, LR, DECAY = 1024.0, 1.0, 0.999, 1e-3, 0.01
 MISSING = {} if torch else {"torch": "torch is not installed"}
 
 
@@ -51,27 +51,9 @@ def ours(gradient: np.ndarray, **options: Any) -> Tail:
 
 def torchs(gradient: np.ndarray) -> Tail:
     torch.set_num_threads(machine.threads())
-    pieces = torch.from_numpy(gradient).split(len(gradient) // TENSORS)
-    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones_like(piece)) for piece in pieces])
-    params = list(model.parameters())
-    for param in params:
-        param.grad = torch.zeros_like(param)
-    optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA))
-
-    def write() -> None:
-        for param, piece in zip(params, pieces, strict=True):
-            param.grad.copy_(piece)
-
-    def step() -> None:
-        torch._foreach_mul_([param.grad for param in params], 1.0 / SCALE)
-        torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
-        optimizer.step()
-        average.update_parameters(model)
-        optimizer.zero_grad(set_to_none=False)
-
+    step, write, params = torch_sequence(torch, torch.from_numpy(gradient).split(len(gradient) // TENSORS))
     write()
-    return Tail(step, write, lambda: [param.detach().numpy() for param in params])
+    return Tail(step, write, lambda: [param.numpy() for param in params])
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -37,32 +37,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tail import DECAY, EMA, LR, MAX_NORM, SCALE, torch_sequence
 
 import fastopt
 from fastopt import reference
 from fastopt.backends import get_backend
+from fastopt.measure import Spread
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("fastopt", "numba", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "numpy", "torch")
 SAMPLE = 2e-3  # seconds; a faster call is repeated until a sample takes this long
 MOST_REPEATS = 500
 ROUNDS = 9
-SCALE, MAX_NORM, EMA, LR, DECAY = 1024.0, 1.0, 0.999, 1e-3, 0.01
 Call = Callable[[], object]
-
-
-class Spread(NamedTuple):
-    """Seconds per call: the median of the samples, and what 8 of 10 of them lie between."""
-
-    median: float
-    low: float
-    high: float
-    samples: int
-
-    @classmethod
-    def of(cls, times: Sequence[float]) -> Spread:
-        low, median, high = (float(t) for t in np.percentile(times, (10, 50, 90)))
-        return cls(median, low, high, len(times))
 
 
 @dataclass
@@ -174,31 +161,9 @@ def tail(xp: Any, torch: Any, title: str, n: int, tensors: int = 20) -> Line:
         if options:
             line.outcomes[name] = left
     if torch is not None:
-        step, write, left = torch_tail(torch, pieces)
-        line.contestants["torch"], line.before["torch"], line.outcomes["torch"] = step, write, left
+        step, write, params = torch_sequence(torch, [torch.from_dlpack(piece) for piece in pieces])
+        line.contestants["torch"], line.before["torch"], line.outcomes["torch"] = step, write, params[-1]
     return line
-
-
-def torch_tail(torch: Any, pieces: Sequence[Any]) -> tuple[Call, Call, Any]:
-    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(g.shape, device="cuda")) for g in pieces])
-    params = list(model.parameters())
-    sources = [torch.from_dlpack(g) for g in pieces]
-    for param in params:
-        param.grad = torch.zeros_like(param)
-    optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA))
-
-    def write() -> None:
-        torch._foreach_copy_([param.grad for param in params], sources)
-
-    def step() -> None:
-        torch._foreach_mul_([param.grad for param in params], 1.0 / SCALE)
-        torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
-        optimizer.step()
-        average.update_parameters(model)
-        optimizer.zero_grad(set_to_none=False)
-
-    return step, write, params[-1].detach()
 
 
 def batchnorm(xp: Any, torch: Any, title: str, shape: tuple[int, ...], axis: int) -> list[Line]:

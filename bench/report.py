@@ -171,8 +171,9 @@ def performance(stored: Mapping[str, Stored]) -> str:
         "Times are medians in microseconds, all Python included; behind ours, between which times 8 of 10 samples lie, "
         "and the bytes that have to be moved over the time. In brackets stands how many times as long as fastopt a "
         "contestant takes. Each line was measured in one run, the contestants taking turns (A B C, C B A, ...) and "
-        "running warm; whoever can uses as many threads as fastopt. Tests hold every rival to the parameters that "
-        "fastopt computes.",
+        "running warm; whoever can uses as many threads as fastopt. Tests hold the rivals to the "
+        "parameters that fastopt computes, where they are installed; DeepSpeed's, which take too long to build, were "
+        "compared by hand.",
         "",
         "Measure your own machine with `fastopt bench`, or all of this with `pytest bench --benchmark-only`.",
     ]

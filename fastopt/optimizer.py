@@ -360,10 +360,10 @@ class Optimizer:
         if self._awaited and not late:
             self._settle()
         candidates = None
-        if self._awaited:
-            candidates = self._write_tables(unscale)
+        if self._awaited and self._tail.skips:
+            candidates = self._candidates(unscale)
         elif not capturing:
-            self._write_table(unscale, self._step_count + 1)
+            self._write_table(unscale)
         if grads is not None:
             self.flat.copy_grads(leaves)
         norm, coefficient, verdict = None, 1.0, None
@@ -442,7 +442,7 @@ class Optimizer:
             )
         if self._table.array.shape != recorded.table.shape or self._row_of != recorded.rows:
             raise RuntimeError("prepare_replay(): the groups are not those of the captured step: capture it again")
-        self._write_tables(unscale)
+        self._write_table(unscale)
         self._backend.copy(recorded.table, self._table.array)
         self._step_count += 1
         self._last = (self._row_of, unscale)
@@ -581,7 +581,7 @@ class Optimizer:
         present = [leaf is not None or k in touched for k, leaf in enumerate(leaves)]
         mapped = self._row_of if all(present) else self._rows_of(present)
         self._settle()
-        self._write_tables(unscale)
+        self._write_table(unscale)
         self.flat.copy_grads(leaves)
         chunks = self._dense_chunks(tuple(leaf is not None for leaf in leaves), mapped)
         norm, coefficient = None, 1.0
@@ -793,19 +793,17 @@ class Optimizer:
         self._dense_tables: dict[tuple[int, tuple[bool, ...]], tuple[list[int], np.ndarray]] = {}
         self._chunks: np.ndarray = self._chunks_of(self._row_of)
 
-    def _write_tables(self, unscale: float) -> np.ndarray | None:
-        """Fill the table for the next step; where steps before it may have been left out, the one for each case."""
-        unknown = len(self._awaited) if self._tail.skips else 0
-        if unknown == 0:
-            self._write_table(unscale, self._step_count + 1)
-            return None
-        tables = np.empty((unknown + 1, *self._table.array.shape), self._table.array.dtype)
+    def _candidates(self, unscale: float) -> np.ndarray:
+        """The table of the next step for each number of steps that a device may have left out, and as yet not told."""
+        tables = np.empty((len(self._awaited) + 1, *self._table.array.shape), self._table.array.dtype)
         for left_out, table in reversed(list(enumerate(tables))):  # the likeliest remains
-            self._write_table(unscale, self._step_count + 1 - left_out)
+            self._write_table(unscale, left_out)
             table[...] = self._table.array
         return tables
 
-    def _write_table(self, unscale: float, t: int) -> None:
+    def _write_table(self, unscale: float, left_out: int = 0) -> None:
+        """Fill the table for the next step, so many of those that are counted not having been made."""
+        t = self._step_count + 1 - left_out
         write = self._table.write
         for index, row in enumerate(self._rows):
             write(index, t - row.lag, row.fixed or row.at(t - 1), unscale)
@@ -890,7 +888,7 @@ class Optimizer:
         """
         self._refuse_while_held(context)
         self._settle()
-        self._write_tables(1.0)
+        self._write_table(1.0)
         kernel = self._backend.kernel(shift, self._hyper, self.flat.dtype, Features())
         with self._elsewhere(context):
             kernel.launch(self.flat.data, self.flat.grad, self._states, self._table.array, self._chunks)

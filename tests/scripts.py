@@ -14,6 +14,33 @@ ROOT = Path(fastopt.__file__).parents[1]
 SETTINGS = ("NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "FASTOPT_CACHE_DIR")  # decided by the test, never inherited
 
 
+def on_terminal(*arguments: str | Path) -> tuple[str, str]:
+    """What ``python -m fastopt *arguments`` writes to a terminal, its standard error, and to standard output."""
+    import pty  # of POSIX
+
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastopt", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # how Linux says that the other side has closed
+                break
+            if not piece:
+                break
+            shown += piece
+        out = process.communicate(timeout=60)[0]
+    os.close(ours)
+    return shown.decode(), out.decode()
+
+
 def run(*arguments: str | Path, timeout: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python *arguments`` with this environment on top of ours; past `timeout` it and all its children are killed."""
     # The worker that pytest-xdist runs us in is not the child's: its pytest would think that it is in one, too.

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 from PIL import Image
+from scripts import on_terminal
 from typer.testing import CliRunner
 
 import fastopt
@@ -500,32 +501,11 @@ def command(*arguments):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal of one's own is a thing of POSIX")
 def test_progress_on_a_terminal(tmp_path):
-    import pty
-
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-m", "fastopt", "contour", "--steps", "9", "--animate", str(tmp_path / "paths.gif")],
-        cwd=ROOT,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                piece = os.read(ours, 4096)
-            except OSError:  # how Linux says that the other side has closed
-                break
-            if not piece:
-                break
-            shown += piece
-        out = process.communicate(timeout=60)[0]
-    os.close(ours)
-    words = plain(shown.decode())
+    shown, out = on_terminal("contour", "--steps", "9", "--animate", tmp_path / "paths.gif")
+    words = plain(shown)
     assert "9/9 steps" in words
     assert "10/10 frames" in words
-    assert b"frames" not in out
+    assert "frames" not in out
 
 
 def test_help_teaches():

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from scripts import on_terminal
 from typer.testing import CliRunner
 
 import fastopt
@@ -555,34 +556,13 @@ def test_a_full_disk_is_an_error_of_the_option():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal of one's own is a thing of POSIX")
 def test_progress_is_for_terminals_only():
-    import pty
-
     process = command("train", "--data", "breast-cancer", "--epochs", "2")
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
 
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-m", "fastopt", "train", "--data", "breast-cancer", "--epochs", "2"],
-        cwd=ROOT,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                piece = os.read(ours, 4096)
-            except OSError:  # how Linux says that the other side has closed
-                break
-            if not piece:
-                break
-            shown += piece
-        out = process.communicate(timeout=60)[0]
-    os.close(ours)
-    assert "2/2 epochs loss 0." in plain(shown.decode())
-    assert b"epochs loss" not in out
+    shown, out = on_terminal("train", "--data", "breast-cancer", "--epochs", "2")
+    assert "2/2 epochs loss 0." in plain(shown)
+    assert "epochs loss" not in out
 
 
 def test_json_on_standard_output_is_alone_there():

@@ -400,7 +400,7 @@ def test_kernels_reach_elements_beyond_32_bits(name):
     rule.update_(*alone, t=1)
 
     opt = fastopt.Optimizer([np.ones(1, np.float32)], rule)  # for its kernel, and its table as of the first step
-    opt._write_table(1.0, 1)
+    opt._write_table(1.0)
     chunks = np.array([[far, far + near, 0, 0, 0]], np.int64)
     p, g, *states = buffers
     opt._kernel.launch(p, g, tuple(states), opt._table.array, chunks)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 import fastopt
 from fastopt.cli.choices import Choice, one_of, optimizers, parse_optimizers, parse_sizes
-from fastopt.cli.output import blame, check_writable, console, write_json
+from fastopt.cli.output import blame, check_files, console, write_json
 from fastopt.measure import Result, Work, compare_batchnorm, compare_step, machine
 
 EXAMPLES = "\n\n".join(
@@ -119,16 +119,7 @@ def bench(
     with blame("--threads"):
         if threads is not None and threads > numba.config.NUMBA_NUM_THREADS:
             raise ValueError(f"{threads} threads are more than the {numba.config.NUMBA_NUM_THREADS} that there are")
-    with blame("--plot"):
-        if plot is not None:
-            check_writable(plot)
-            from fastopt.cli.plots.speed import draw_throughput  # matplotlib: 0.5 s, only for those who plot
-            from fastopt.cli.plots.style import check_format
-
-            check_format(plot)
-    with blame("--json"):
-        if json is not None:
-            check_writable(json)
+    check_files(plot, json)
 
     out = console(for_json=json)
     if (load := _load()) is not None and load > BUSY:
@@ -144,6 +135,8 @@ def bench(
         facts = machine.describe()
         _print(out, step_results, norm_results, skipped, facts, dtype)
         if plot is not None and step_results:
+            from fastopt.cli.plots.speed import draw_throughput
+
             with blame("--plot"):
                 panels = {
                     choice.label: [r for r in step_results if r.title.startswith(f"{choice.label} ")]

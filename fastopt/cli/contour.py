@@ -17,7 +17,7 @@ import fastopt
 from fastopt.cli.choices import Choice, check_lr, parse_optimizers
 from fastopt.cli.descent import LEARNING_RATES, Outcome, descend, measure, suggest_lr
 from fastopt.cli.expression import CONSTANTS, FUNCTIONS
-from fastopt.cli.output import blame, check_writable, console, progress, write_json
+from fastopt.cli.output import blame, check_files, check_writable, console, progress, write_json
 from fastopt.cli.surfaces import SURFACES, Point, Surface, Window, placed, surface_of
 
 EXAMPLES = "\n\n".join(
@@ -137,21 +137,13 @@ def contour(
         surface = placed(surface, begin, seen)
     with blame("--tolerance"):
         near = TOLERANCE * surface.window.extent if tolerance is None else _check_tolerance(tolerance)
-    with blame("--plot"):
-        if plot is not None:
-            check_writable(plot)
-            from fastopt.cli.plots.style import check_format  # matplotlib: 0.5 s, only for those who plot
-
-            check_format(plot)
+    check_files(plot, json)
     with blame("--animate"):
         if animate is not None:
             check_writable(animate)
             from fastopt.cli.plots.style import check_gif
 
             check_gif(animate)
-    with blame("--json"):
-        if json is not None:
-            check_writable(json)
 
     count = surface.steps if steps is None else steps
     with blame("--optimizer"):  # all are made before any takes a step: a value out of range ends the command here

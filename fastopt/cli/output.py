@@ -61,6 +61,19 @@ def check_writable(path: Path) -> None:
         raise PermissionError(f"{path} may not be written; choose another place")
 
 
+def check_files(plot: Path | None, json: Path | None) -> None:
+    """Hold the files of ``--plot`` and ``--json`` against what can be written, and drawn."""
+    with blame("--plot"):
+        if plot is not None:
+            check_writable(plot)
+            from fastopt.cli.plots.style import check_format  # matplotlib: 0.5 s, only for those who plot
+
+            check_format(plot)
+    with blame("--json"):
+        if json is not None:
+            check_writable(json)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` to `path`, or to standard output where that is ``-``. Numbers that are not finite become null."""
     text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"

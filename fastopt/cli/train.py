@@ -23,7 +23,7 @@ from fastopt.cli.choices import (
 )
 from fastopt.cli.compare import COMPARISONS, PLAIN, own_defaults
 from fastopt.cli.network import ACTIVATIONS
-from fastopt.cli.output import STDOUT, blame, check_writable, console, write_json
+from fastopt.cli.output import STDOUT, blame, check_files, check_writable, console, write_json
 from fastopt.cli.report import Result, print_results, report, settings_of, title_of
 from fastopt.cli.runs import Plan, Setting, beside, make_run, train_all
 
@@ -211,15 +211,7 @@ def train(
     with blame("--compare"):
         if compare is not None:
             comparison.check(given, choices, widths)
-    with blame("--plot"):
-        if plot is not None:
-            check_writable(plot)
-            from fastopt.cli.plots.style import check_format  # matplotlib: 0.5 s, only for those who plot
-
-            check_format(plot)
-    with blame("--json"):
-        if json is not None:
-            check_writable(json)
+    check_files(plot, json)
     with blame("--resume"):
         if resume and checkpoint is None:
             raise ValueError("it continues from a file; name it with --checkpoint FILE")
