@@ -39,7 +39,12 @@ from fastopt.backends.cpu import SERIAL_BELOW, Driver, Loop, compile_loop, windo
 from fastopt.backends.elements import scalar
 
 LONG = 128
-"""Spatial size from which a tile is summed and mapped channel by channel; below it, many channels at a time."""
+"""Spatial size from which a tile is summed channel by channel; below it, many channels at a time."""
+
+RUN = 96
+"""Bytes of a channel, one and a half of the widest vectors, from which a tile is mapped channel by channel, with the
+coefficients in registers. Shorter ones are mapped with a coefficient read for every element: for 7x7 in float32 that
+took 1.2 times as long forward and 1.5 backward, in float64 1.7 and 1.9; for 3x4 it takes half as long."""
 
 PIECE = 4096
 """Most values of a channel that are summed in registers before they are added up in float64."""
@@ -53,6 +58,9 @@ NARROW = 64
 
 TILE = 32_768
 """Elements of a tile, about: small enough to share few channels out among many threads."""
+
+PANEL = 65_536
+"""Most elements of a group of channels for all of it to be worked on at once: with what is written it fits L2."""
 
 ROWS = (16, 256)
 """Least and most rows of a tile of small maps. The most bounds the number of float32 values that a column adds up."""
@@ -76,6 +84,7 @@ N_COEFFICIENTS: Any
 EXPAND: Any
 GUARDED: Any
 MAP: Any
+SHORTEST: Any
 OUTPUTS: Any
 OVER: Any
 SUMMED: Any
@@ -272,8 +281,11 @@ def sums(streams, tile, coefficients, channel, s_totals, q_totals):
     keep(q)
 
 
-def gather_statistics(entries, streams, tile, block, partials, coefficients, scalars):
-    """partials[:, block] = (mean, sum of squares about it) of the values of each channel of the tile."""
+def gather_statistics(entries, streams, tile, block, partials, coefficients):
+    """partials[:, block] = (mean, sum of squares about it) of the values of each channel of the tile.
+
+    Return whether it was done: not where the sums are called for in float64, and those are not compiled.
+    """
     count = (tile.rows * tile.width + tile.rest) // tile.channels
     x = streams[0]
     shifts = np.empty((1, tile.channels), DTYPE)
@@ -289,8 +301,7 @@ def gather_statistics(entries, streams, tile, block, partials, coefficients, sca
             precise += (q[c] <= GUARD * about_mean) & (q[c] <= LARGEST)
         if precise < tile.channels:
             if entries[WIDE_SUMS] == 0:
-                scalars[LACKING] = 1.0
-                return
+                return False
             invoke(entries[WIDE_SUMS], (streams, tile, shifts, np.int64(0), s, q))
     blocks, channels = partials.shape[1], partials.shape[2]
     means = window(partials, block * channels + tile.channel, tile.channels)
@@ -300,23 +311,28 @@ def gather_statistics(entries, streams, tile, block, partials, coefficients, sca
         about_mean = q[c] - s[c] * mean
         means[c] = mean + shifts[0, c]
         squares[c] = 0.0 if about_mean < 0.0 else about_mean
+    return True
 
 
-def gather_slopes(entries, streams, tile, block, partials, coefficients, scalars):
-    """partials[:, block] = (sum dy, sum dy xhat) over the values of each channel of the tile."""
+def gather_slopes(entries, streams, tile, block, partials, coefficients):
+    """partials[:, block] = (sum dy, sum dy xhat) over the values of each channel of the tile; always done."""
     blocks, channels = partials.shape[1], partials.shape[2]
     s = window(partials, block * channels + tile.channel, tile.channels)
     q = window(partials, (blocks + block) * channels + tile.channel, tile.channels)
     invoke(entries[SUMS], (streams, tile, coefficients, tile.channel, s, q))
+    return True
 
 
-def finish_statistics(counts, partials, coefficients, channelwise, stats, scalars):
-    """Merge the blocks in index order; leave every channel's statistics and coefficients."""
-    gamma, beta, running_mean, running_var = channelwise
+def finish_statistics(counts, partials, coefficients, channelwise, stats, scalars, first, channels):
+    """Merge the blocks in index order; leave the statistics and coefficients of `channels` channels from `first` on."""
+    gamma = window(channelwise[0], first, channels)
+    beta = window(channelwise[1], first, channels)
+    running_mean = window(channelwise[2], first, channels)
+    running_var = window(channelwise[3], first, channels)
     eps, weight = scalars[EPS], scalars[WEIGHT]
-    channels = gamma.size
-    means = window(stats, 0, channels)
-    inv_stds = window(stats, channels, channels)
+    pitch = stats.shape[1]
+    means = window(stats, first, channels)
+    inv_stds = window(stats, pitch + first, channels)
     # Loops over the channels inside, and few arrays in each, so that they are vectorised.
     if TRAINING:
         # Two passes over the blocks, about the first one's mean: no sum cancels, and blocks that agree merge to
@@ -324,20 +340,20 @@ def finish_statistics(counts, partials, coefficients, channelwise, stats, scalar
         total = 0.0
         for b in range(counts.size):
             total += counts[b]
-        origin = window(partials, 0, channels)
+        origin = window(partials, first, channels)
         squares = np.empty(channels)
         for c in range(channels):
             means[c] = 0.0
             squares[c] = 0.0
         for b in range(counts.size):
-            block_means = window(partials, b * channels, channels)
+            block_means = window(partials, b * pitch + first, channels)
             for c in range(channels):
                 means[c] += counts[b] * (block_means[c] - origin[c])
         for c in range(channels):
             means[c] = origin[c] + means[c] / total
         for b in range(counts.size):
-            block_means = window(partials, b * channels, channels)
-            block_squares = window(partials, (counts.size + b) * channels, channels)
+            block_means = window(partials, b * pitch + first, channels)
+            block_squares = window(partials, (counts.size + b) * pitch + first, channels)
             for c in range(channels):
                 d = block_means[c] - means[c]
                 squares[c] += block_squares[c] + counts[b] * d * d
@@ -351,10 +367,10 @@ def finish_statistics(counts, partials, coefficients, channelwise, stats, scalar
         for c in range(channels):
             means[c] = running_mean[c]
             inv_stds[c] = INVERSE_STD(np.float64(running_var[c]), eps)
-    centers = window(coefficients, 0, channels)
-    scales = window(coefficients, channels, channels)
-    offsets = window(coefficients, 2 * channels, channels)
-    kept = window(coefficients, 3 * channels, channels)
+    centers = window(coefficients, first, channels)
+    scales = window(coefficients, pitch + first, channels)
+    offsets = window(coefficients, 2 * pitch + first, channels)
+    kept = window(coefficients, 3 * pitch + first, channels)
     for c in range(channels):
         centers[c] = means[c]
         kept[c] = inv_stds[c]
@@ -363,10 +379,12 @@ def finish_statistics(counts, partials, coefficients, channelwise, stats, scalar
         offsets[c] = beta[c] - gamma[c] * ROUNDING(means[c], np.float64(centers[c]), inv_stds[c])
 
 
-def finish_slopes(counts, partials, coefficients, channelwise, stats, scalars):
-    """Merge the blocks in index order; leave dgamma, dbeta and the coefficients of dx of every channel."""
-    gamma, dgamma, dbeta, _ = channelwise
-    channels = gamma.size
+def finish_slopes(counts, partials, coefficients, channelwise, stats, scalars, first, channels):
+    """Merge the blocks in index order; leave dgamma, dbeta and the coefficients of dx of `channels` channels."""
+    gamma = window(channelwise[0], first, channels)
+    dgamma = window(channelwise[1], first, channels)
+    dbeta = window(channelwise[2], first, channels)
+    pitch = stats.shape[1]
     total = 0.0
     sums_g = np.empty(channels)
     sums_g_xhat = np.empty(channels)
@@ -375,17 +393,17 @@ def finish_slopes(counts, partials, coefficients, channelwise, stats, scalars):
         sums_g_xhat[c] = 0.0
     for b in range(counts.size):
         total += counts[b]
-        s = window(partials, b * channels, channels)
-        q = window(partials, (counts.size + b) * channels, channels)
+        s = window(partials, b * pitch + first, channels)
+        q = window(partials, (counts.size + b) * pitch + first, channels)
         for c in range(channels):
             sums_g[c] += s[c]
             sums_g_xhat[c] += q[c]
-    means = window(stats, 0, channels)
-    inv_stds = window(stats, channels, channels)
-    centers = window(coefficients, 0, channels)
-    slopes = window(coefficients, 4 * channels, channels)
-    leans = window(coefficients, 5 * channels, channels)
-    offsets = window(coefficients, 6 * channels, channels)
+    means = window(stats, first, channels)
+    inv_stds = window(stats, pitch + first, channels)
+    centers = window(coefficients, first, channels)
+    slopes = window(coefficients, 4 * pitch + first, channels)
+    leans = window(coefficients, 5 * pitch + first, channels)
+    offsets = window(coefficients, 6 * pitch + first, channels)
     for c in range(channels):
         lost = ROUNDING(means[c], np.float64(centers[c]), inv_stds[c])
         sums_g_xhat[c] -= lost * sums_g[c]
@@ -410,7 +428,7 @@ def spread(streams, outputs, tile, coefficients):
     # half where rows are a multiple of 4 KiB apart (a load that seems to depend on an earlier store has to wait).
     x, a, y = streams
     out, other = outputs
-    if tile.spatial >= LONG:
+    if tile.spatial >= SHORTEST:
         size = tile.spatial
         for row in range(tile.rows):
             for k in range(tile.channels):
@@ -485,11 +503,11 @@ def spread(streams, outputs, tile, coefficients):
 SUMS, WIDE_SUMS, SPREAD = range(3)
 """Where in `entries` the addresses of the loops over a tile are."""
 
-EPS, WEIGHT, LACKING = range(3)
-"""Where in `scalars` a number is; that of LACKING is 1 where the sums in float64 are called for and not compiled."""
+EPS, WEIGHT, LATE = range(3)
+"""Where in `scalars` a number is; that of LATE is 1 where any group of channels is late."""
 
-GATHERED, FINISHED, SPREADED, WHOLE = range(4)
-"""Phases: the sums of tiles; the merge of all channels; the map of tiles; all three on everything."""
+GATHERED, FINISHED, SPREADED, PANELS = range(4)
+"""Phases: the sums of tiles; the merge of all channels; the map of tiles; all three on one group of channels."""
 
 
 class Work(NamedTuple):
@@ -516,31 +534,51 @@ class Work(NamedTuple):
     """The running variance."""
     stats: Any
     scalars: Any
+    late: Any
+    """int64, a number per group of channels: 1 where it waits for the sums in float64 to be compiled."""
 
 
 def work(phase, w, first, last):
-    """Do one phase on tiles [first, last)."""
+    """Do one phase: PANELS on groups [first, last) of channels, any other on tiles [first, last)."""
     # One loop for all phases: each of its own would be compiled with its own copy of everything it calls.
     streams = (w.x, w.a, w.y)
     outputs = (w.out, w.other)
-    in_block = w.tiles.shape[0] // w.counts.size
-    if SUMMED and phase in (GATHERED, WHOLE):
+    groups = w.late.size
+    blocks = w.counts.size
+    channelwise = (w.gamma, w.first, w.second, w.third)
+    if SUMMED and phase == GATHERED:
         for t in range(first, last):
             tile = Tile(*to_fixed_tuple(w.tiles[t], N_TILE))
-            GATHER(w.entries, streams, tile, t // in_block, w.partials, w.coefficients, w.scalars)
-        if w.scalars[LACKING] != 0.0:
-            return
-    if phase in (FINISHED, WHOLE):
-        FINISH(w.counts, w.partials, w.coefficients, (w.gamma, w.first, w.second, w.third), w.stats, w.scalars)
-    if phase in (SPREADED, WHOLE):
+            if not GATHER(w.entries, streams, tile, t // groups, w.partials, w.coefficients):
+                w.late[t % groups] = 1
+                w.scalars[LATE] = 1.0
+    elif phase == FINISHED:
+        FINISH(w.counts, w.partials, w.coefficients, channelwise, w.stats, w.scalars, 0, w.gamma.size)
+    elif phase == SPREADED:
         for k in range(last - first):  # the last one first: it was read last, and is the likeliest to be in a cache
             tile = Tile(*to_fixed_tuple(w.tiles[last - 1 - k], N_TILE))
             invoke(w.entries[SPREAD], (streams, outputs, tile, w.coefficients))
+    else:
+        for group in range(first, last):
+            if SUMMED:
+                for b in range(blocks):
+                    tile = Tile(*to_fixed_tuple(w.tiles[b * groups + group], N_TILE))
+                    if not GATHER(w.entries, streams, tile, b, w.partials, w.coefficients):
+                        w.late[group] = 1
+                        w.scalars[LATE] = 1.0
+            if w.late[group] == 0:
+                tile = Tile(*to_fixed_tuple(w.tiles[group], N_TILE))
+                FINISH(
+                    w.counts, w.partials, w.coefficients, channelwise, w.stats, w.scalars, tile.channel, tile.channels
+                )
+                for b in range(blocks):
+                    tile = Tile(*to_fixed_tuple(w.tiles[(blocks - 1 - b) * groups + group], N_TILE))
+                    invoke(w.entries[SPREAD], (streams, outputs, tile, w.coefficients))
 
 
 def over_tiles(phase, w, threads):
-    """LOOP (work) on every tile."""
-    n = w.tiles.shape[0]
+    """LOOP (work) on every tile, or every group of channels."""
+    n = w.late.size if phase == PANELS else w.tiles.shape[0]
     for thread in prange(threads):
         LOOP(phase, w, n * thread // threads, n * (thread + 1) // threads)
 
@@ -798,6 +836,7 @@ def work_loop(formulas: Any, dtype: np.dtype[Any], driver: Driver, *, backward: 
             *[kinds.vector] * 4,
             kinds.stats,
             kinds.totals,
+            kinds.addresses,
         ),
         Work,
     )
@@ -830,6 +869,7 @@ class TileLoops:
         }
         mapping: dict[str, Any] = {
             "DTYPE": dtype.type,
+            "SHORTEST": RUN // dtype.itemsize,
             "N_COEFFICIENTS": 7 if backward else 3,
             "OUTPUTS": 2 if backward and flags["RELU"] and flags["RESIDUAL"] else 1,
             "HYPER": formulas.Slope if backward else formulas.Affine,
@@ -912,15 +952,22 @@ class _Passes:
                 *channelwise,
                 stats,
                 scalars,
+                np.zeros(cut.tiles.shape[0] // cut.counts.size, np.int64),
             )
         )
-        self._phases(everything, size, cut.tiles.shape[0])
-        if scalars[LACKING]:
-            # Rare, and seconds to compile; nothing but sums has been written yet.
+        self._run(everything, size)
+        if scalars[LATE]:
+            # Rare, and seconds to compile; of these channels nothing but sums has been written yet.
             with self._driver.lock:
                 entries[WIDE_SUMS] = self._loops.sums(wide=True)
-            scalars[LACKING] = 0.0
-            self._phases(everything, size, cut.tiles.shape[0])
+            late = np.flatnonzero(everything.late)
+            everything.late[:] = 0
+            scalars[LATE] = 0.0
+            if self._by_panels(everything, size):
+                for group in late:
+                    self._loop.serial(PANELS, everything, group, group + 1)
+            else:
+                self._run(everything, size)
 
     def _compile(self, over: int) -> Array:
         entries = np.zeros(3, np.int64)
@@ -929,15 +976,21 @@ class _Passes:
             entries[SUMS] = self._loops.sums(wide=False)
         return entries
 
-    def _phases(self, everything: Work, size: int, tiles: int) -> None:
+    def _run(self, everything: Work, size: int) -> None:
+        tiles = everything.tiles.shape[0]
         if size == 0:
             self._loop.serial(FINISHED, everything, 0, tiles)
-        elif size < SERIAL_BELOW or tiles < 2 or self._driver.threads() == 1:
-            self._loop.serial(WHOLE, everything, 0, tiles)
+        elif self._by_panels(everything, size):
+            self._loop.run(PANELS, everything, elements=size, chunks=everything.late.size)
         else:
             if self._sums:
                 self._loop.run(GATHERED, everything, elements=size, chunks=tiles)
-                if everything.scalars[LACKING]:
+                if everything.scalars[LATE]:
                     return
             self._loop.serial(FINISHED, everything, 0, tiles)
             self._loop.run(SPREADED, everything, elements=size, chunks=tiles)
+
+    def _by_panels(self, everything: Work, size: int) -> bool:
+        """Whether one group of channels after the other is summed, merged and mapped; else each phase on all tiles."""
+        groups = everything.late.size
+        return size < SERIAL_BELOW or (size <= PANEL * groups and groups >= 2 * self._driver.threads())
