@@ -254,7 +254,8 @@ def test_an_outlier_where_the_sums_start_costs_no_digits(shape, outlier):
     x[0] = outlier  # the first sample, whose values are what deviations are taken from
     axes = tuple(k for k in range(x.ndim) if k != 1)
     _, saved = batchnorm_forward(x)
-    np.testing.assert_allclose(saved.inv_std, 1 / np.sqrt(x.astype(np.float64).var(axes) + 1e-5), rtol=5e-6)
+    # GUARD allows the sums of a tile to cancel to a sixteenth: so many roundings of float32, and a few.
+    np.testing.assert_allclose(saved.inv_std, 1 / np.sqrt(x.astype(np.float64).var(axes) + 1e-5), rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(64, 3), (40, 30, 7, 7), (16, 2, 40, 40), (2, 1, 90, 90)])
@@ -302,11 +303,11 @@ def test_not_a_number_stays_in_its_channel_and_is_seen(activation):
 
 
 @settings(max_examples=200, deadline=None)
-@given(samples=st.integers(1, 300), channels=st.integers(1, 60), spatial=st.integers(1, 3000))
-def test_tiles_hold_every_element_once_under_its_channel(samples, channels, spatial):
+@given(samples=st.integers(1, 300), channels=st.integers(1, 60), spatial=st.integers(1, 5000), across=st.booleans())
+def test_tiles_hold_every_element_once_under_its_channel(samples, channels, spatial, across):
     if samples * channels * spatial > 2_000_000:
         samples = max(1, 2_000_000 // (channels * spatial))
-    plan = cpu_batchnorm.plan(samples, channels, spatial)
+    plan = cpu_batchnorm.plan(samples, channels, spatial, across=across)
     of = np.broadcast_to(np.arange(channels)[None, :, None], (samples, channels, spatial)).reshape(-1)
     seen = np.zeros(of.size, np.int8)
     in_block = len(plan.tiles) // len(plan.counts)
@@ -331,6 +332,7 @@ def test_tiles_hold_every_element_once_under_its_channel(samples, channels, spat
 
 DRIVERS = (("serial", 1), ("parallel", 2), ("parallel", 4), ("pool", 2), ("pool", 3))
 SHARED = [((40, 50, 7, 7), 1), ((16, 3, 56, 56), 1), ((2, 3, 128, 128), 1), ((300, 1000), 1), ((9000, 11), -1)]
+SHARED += [((37, 200, 7, 7), 1), ((21, 60, 18, 18), 1)]  # group by group of channels, all in one launch
 
 
 def digest(shape: tuple[int, ...], axis: int) -> str:
@@ -363,6 +365,31 @@ def test_every_driver_gives_the_same_bits():
     for key, digests in found.items():
         assert sum(map(len, digests.values())) == len(DRIVERS)
         assert len(digests) == 1, f"{key}: {digests}"
+
+
+@pytest.mark.parametrize("shape", [(37, 200, 7, 7), (21, 60, 18, 18)])
+def test_group_by_group_and_phase_by_phase_give_the_same_bits(shape, monkeypatch):
+    together = digest(shape, 1)
+    monkeypatch.setattr(cpu_batchnorm, "PANEL", 0)
+    assert digest(shape, 1) == together
+
+
+@pytest.mark.parametrize("panel", [0, cpu_batchnorm.PANEL])
+@pytest.mark.parametrize("shape", [(37, 200, 7, 7), (21, 60, 18, 18)])
+def test_groups_that_wait_for_the_sums_in_float64_are_made_up_for_once(shape, panel, monkeypatch):
+    """In a few channels deviations are taken from an outlier; what is done for the others is not done again."""
+    monkeypatch.setattr(cpu_batchnorm, "PANEL", panel)
+    backend = get_backend("cpu")
+    monkeypatch.setattr(backend, "_batchnorms", {})  # nothing in float64 has been called for yet
+    a = case(shape, 1, np.float32)
+    a["x"][0, [3, 4, 55]] = 1e6
+    y, _ = batchnorm_forward(a["x"], a["gamma"], a["beta"], a["running_mean"], a["running_var"])
+    b = {name: array.astype(np.float64) for name, array in case(shape, 1, np.float32).items()}
+    b["x"][0, [3, 4, 55]] = 1e6
+    expected, _ = reference.batchnorm_forward(b["x"], b["gamma"], b["beta"], b["running_mean"], b["running_var"])
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(a["running_mean"], b["running_mean"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(a["running_var"], b["running_var"], rtol=1e-5)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 x is (samples, channels, spatial) in memory; channels-last is spatial = 1. A tile is a matrix inside it, rows of equal
 length at one stride. Both passes, the sums and the map, go over the tiles in the order of memory.
 
-Large maps are summed along the rows, in registers: one Zen 4 core reads 64-71 GB/s from L3 that way, 39 from memory.
-Small maps are summed down the columns, four rows at a time, every column with an accumulator of its own, so that a row
-of 49 floats costs no loop of its own: 39-57 GB/s from L3, 18-30 from memory. Tried:
+Large maps are summed along the rows, in registers: one Zen 4 core reads 64-71 GB/s from L3 that way, 39 from memory;
+14x14 maps 40 row by row and 60 eight rows at a time. Small maps are summed down the columns, eight rows at a time,
+every column with an accumulator of its own, so that a row of 49 floats costs no loop of its own: 39-57 GB/s from L3,
+18-30 from memory. Tried:
 - columns for large maps, too: 52-55 and 18 GB/s;
-- both passes on a panel of channels that fits L2, before the next panel: it jumps from sample to sample, where two
-  sequential reads are faster (64x64x56x56 on two threads, 4.4 ms against 3.8);
+- for 7x7 maps, channel by channel in registers instead of columns: 1, 4, 8 and 16 rows at a time 21-30, 42, 35 and 47
+  GB/s, columns 45 (every column costs 0.8 ns for its coefficients and for the last sum, whatever the rows);
+- both passes on a panel of channels that fits L2, before the next panel, where x does not fit the cache: it jumps from
+  sample to sample, where two sequential reads are faster (64x64x56x56 on two threads, 4.4 ms against 3.8);
 - prefetching the next rows, to L1 or L2: slower by 10-30 %;
 - accumulating in float64: 20-23 GB/s (the conversions, and the widest type of a loop decides how many elements a
   vector holds).
@@ -60,12 +63,20 @@ TILE = 32_768
 """Elements of a tile, about: small enough to share few channels out among many threads."""
 
 PANEL = 65_536
-"""Most elements of a group of channels for all of it to be worked on at once: with what is written it fits L2."""
+"""Most elements of a group of channels for all of it to be summed, merged and mapped at once, by one launch: with what
+is written it fits L2. 32x512x7x7 on two threads: 125 -> 113 us forward, 165 -> 153 backward."""
+
+ACROSS = 2**23
+"""Bytes of x below which large maps, too, are cut into tiles that go over many samples, so that eight samples of a
+channel are summed at a time: 32x256x14x14 on two threads 203 -> 169 us, 32x64x28x28 176 -> 164. What does not fit the
+cache is better read in the order of memory (64x256x14x14 took 1.2 times as long, 128x256x14x14 1.5 times), and so is
+backward, whose two streams would be sixteen (1.4 times)."""
 
 ROWS = (16, 256)
 """Least and most rows of a tile of small maps. The most bounds the number of float32 values that a column adds up."""
 
-GROUP_ROWS = 4
+GROUP_ROWS = 8
+"""Rows that are summed at a time, by `eight_terms`."""
 
 VECTOR = 16
 """Elements of the widest vector, AVX-512's of float32."""
@@ -79,6 +90,8 @@ GUARD = 16.0
 ACC: Any
 DTYPE: Any
 TERMS: Any
+EIGHT_ROWS: Any
+EIGHT_TERMS: Any
 HYPER: Any
 N_COEFFICIENTS: Any
 EXPAND: Any
@@ -168,6 +181,33 @@ def expand(coefficients, channel, tile, expanded):
                 copy[i] = row[i]
 
 
+def eight_rows(stream, first, stride, size):
+    """Views of eight rows of a tile."""
+    return (
+        window(stream, first, size),
+        window(stream, first + stride, size),
+        window(stream, first + 2 * stride, size),
+        window(stream, first + 3 * stride, size),
+        window(stream, first + 4 * stride, size),
+        window(stream, first + 5 * stride, size),
+        window(stream, first + 6 * stride, size),
+        window(stream, first + 7 * stride, size),
+    )
+
+
+def eight_terms(x, a, y, j, h):
+    """The sums of the two TERMS over column j of eight rows."""
+    s0, q0 = TERMS(x[0][j], a[0][j], y[0][j], h)
+    s1, q1 = TERMS(x[1][j], a[1][j], y[1][j], h)
+    s2, q2 = TERMS(x[2][j], a[2][j], y[2][j], h)
+    s3, q3 = TERMS(x[3][j], a[3][j], y[3][j], h)
+    s4, q4 = TERMS(x[4][j], a[4][j], y[4][j], h)
+    s5, q5 = TERMS(x[5][j], a[5][j], y[5][j], h)
+    s6, q6 = TERMS(x[6][j], a[6][j], y[6][j], h)
+    s7, q7 = TERMS(x[7][j], a[7][j], y[7][j], h)
+    return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)), ((q0 + q1) + (q2 + q3)) + ((q4 + q5) + (q6 + q7))
+
+
 def sums(streams, tile, coefficients, channel, s_totals, q_totals):
     """Leave the sums of the two TERMS over the values of each channel of the tile."""
     # Compiled with leave to reorder its additions, and those alone: TERMS are compiled for themselves. One compiled
@@ -178,7 +218,32 @@ def sums(streams, tile, coefficients, channel, s_totals, q_totals):
         for c in range(tile.channels):
             s_totals[c] = 0.0
             q_totals[c] = 0.0
-        for row in range(tile.rows):
+        done = 0
+        if not WIDE and N_COEFFICIENTS == 1:
+            while done + GROUP_ROWS <= tile.rows:
+                for c in range(tile.channels):
+                    k = channel + c
+                    c0 = coefficients[0, k]
+                    if N_COEFFICIENTS == 1:
+                        h = HYPER(c0)
+                    else:
+                        h = HYPER(c0, coefficients[1, k], coefficients[2, k], coefficients[3, k])
+                    first = tile.start + done * tile.stride + c * spatial
+                    for begin in range(0, spatial, PIECE // GROUP_ROWS):
+                        size = min(PIECE // GROUP_ROWS, spatial - begin)
+                        xs = EIGHT_ROWS(x, first + begin, tile.stride, size)
+                        ds = EIGHT_ROWS(a, first + begin, tile.stride, size)
+                        ys = EIGHT_ROWS(y, first + begin, tile.stride, size)
+                        s_piece = ACC(0.0)
+                        q_piece = ACC(0.0)
+                        for j in range(size):
+                            s0, q0 = EIGHT_TERMS(xs, ds, ys, j, h)
+                            s_piece += s0
+                            q_piece += q0
+                        s_totals[c] += s_piece
+                        q_totals[c] += q_piece
+                done += GROUP_ROWS
+        for row in range(done, tile.rows):
             for c in range(tile.channels):
                 k = channel + c
                 c0 = ACC(coefficients[0, k])
@@ -220,26 +285,14 @@ def sums(streams, tile, coefficients, channel, s_totals, q_totals):
     row = 0
     if not WIDE:
         while row + GROUP_ROWS <= tile.rows:
-            x0 = window(x, first, width)
-            x1 = window(x, first + stride, width)
-            x2 = window(x, first + 2 * stride, width)
-            x3 = window(x, first + 3 * stride, width)
-            a0 = window(a, first, width)
-            a1 = window(a, first + stride, width)
-            a2 = window(a, first + 2 * stride, width)
-            a3 = window(a, first + 3 * stride, width)
-            y0 = window(y, first, width)
-            y1 = window(y, first + stride, width)
-            y2 = window(y, first + 2 * stride, width)
-            y3 = window(y, first + 3 * stride, width)
+            xs = EIGHT_ROWS(x, first, stride, width)
+            ds = EIGHT_ROWS(a, first, stride, width)
+            ys = EIGHT_ROWS(y, first, stride, width)
             for j in range(width):
                 h = HYPER(c0[j]) if N_COEFFICIENTS == 1 else HYPER(c0[j], c1[j], c2[j], c3[j])
-                s0, q0 = TERMS(x0[j], a0[j], y0[j], h)
-                s1, q1 = TERMS(x1[j], a1[j], y1[j], h)
-                s2, q2 = TERMS(x2[j], a2[j], y2[j], h)
-                s3, q3 = TERMS(x3[j], a3[j], y3[j], h)
-                s[j] += (s0 + s1) + (s2 + s3)
-                q[j] += (q0 + q1) + (q2 + q3)
+                s0, q0 = EIGHT_TERMS(xs, ds, ys, j, h)
+                s[j] += s0
+                q[j] += q0
             first += GROUP_ROWS * stride
             row += GROUP_ROWS
     while row <= tile.rows:
@@ -430,14 +483,15 @@ def spread(streams, outputs, tile, coefficients):
     out, other = outputs
     if tile.spatial >= SHORTEST:
         size = tile.spatial
-        for row in range(tile.rows):
-            for k in range(tile.channels):
+        for row in range(tile.rows + 1):
+            c = tile.channel - 1
+            for k in range((tile.width if row < tile.rows else tile.rest) // size):
+                c = c + 1 if c + 1 < tile.channel + tile.channels else tile.channel
                 first = tile.start + row * tile.stride + k * size
                 ov = window(out, first, size)
                 xv = ov if OVER == 0 else window(x, first, size)
                 av = ov if OVER == 1 else window(a, first, size)
                 yv = ov if OVER == 2 else window(y, first, size)
-                c = tile.channel + k
                 if N_COEFFICIENTS == 3:
                     h = HYPER(coefficients[0, c], coefficients[1, c], coefficients[2, c])
                     for j in range(size):
@@ -596,9 +650,9 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def plan(samples: int, channels: int, spatial: int) -> Plan:
-    """Cut an array of (samples, channels, spatial)."""
-    if spatial >= LONG:
+def plan(samples: int, channels: int, spatial: int, *, across: bool = False) -> Plan:
+    """Cut an array of (samples, channels, spatial); `across`: large maps into tiles that go over many samples, too."""
+    if spatial >= LONG and not (across and spatial <= PIECE):
         blocks = _tiles_in_a_row(samples, channels, spatial)
     elif channels * spatial <= WIDTH + WIDTH // 2:
         blocks = _tiles_of_whole_samples(samples, channels, spatial)
@@ -784,7 +838,8 @@ class BatchNormCPU:
             self._tile_loops[backward] = TileLoops(
                 self._formulas, self._dtype, self._flags, self._shared, backward=backward
             )
-        return _Passes(loop, self._tile_loops[backward], self._driver, sums=backward or training)
+        across = training and not backward
+        return _Passes(loop, self._tile_loops[backward], self._driver, across=across, sums=backward or training)
 
 
 class Types:
@@ -861,10 +916,13 @@ class TileLoops:
             shared["expand", dtype] = scalar(bind(expand, {}, label=f"expand_{dtype}", scalar=scalar))
         scalars: dict[str, Any] = {**flags, "ZERO": dtype.type(0)}
         scalars["masked"] = _piece(formulas.masked, scalars)
+        terms = _piece(formulas.slopes if backward else formulas.deviation, scalars)
         summing: dict[str, Any] = {
             "N_COEFFICIENTS": 4 if backward else 1,
             "HYPER": formulas.Moments if backward else formulas.Shift,
-            "TERMS": _piece(formulas.slopes if backward else formulas.deviation, scalars),
+            "TERMS": terms,
+            "EIGHT_ROWS": _piece(eight_rows, {}),
+            "EIGHT_TERMS": _piece(eight_terms, {"TERMS": terms}),
             "EXPAND": shared["expand", dtype],
         }
         mapping: dict[str, Any] = {
@@ -912,11 +970,12 @@ def _piece(function: Any, constants: dict[str, Any]) -> FunctionType:
 class _Passes:
     """One direction: its loops over a tile, what is around them, and how they are launched."""
 
-    def __init__(self, loop: Loop, loops: TileLoops, driver: Driver, *, sums: bool):
+    def __init__(self, loop: Loop, loops: TileLoops, driver: Driver, *, across: bool, sums: bool):
         self._loop = loop
         self._loops = loops
         self._entries: dict[int, Array] = {}
         self._driver = driver
+        self._across = across
         self._sums = sums
 
     def launch(
@@ -934,7 +993,8 @@ class _Passes:
         size = streams[0].size
         samples, channels, spatial = shape
         # What is empty has coefficients and gradients all the same: those of one block whose sums are 0.
-        cut = plan(max(1, samples), channels, max(1, spatial))
+        across = self._across and streams[0].nbytes < ACROSS
+        cut = plan(max(1, samples), channels, max(1, spatial), across=across)
         partials = np.zeros((2, cut.counts.size if self._sums else 0, channels))
         entries = self._entries.get(over)
         if entries is None:
