@@ -313,7 +313,7 @@ def test_tiles_hold_every_element_once_under_its_channel(samples, channels, spat
     in_block = len(plan.tiles) // len(plan.counts)
     for number, line in enumerate(plan.tiles):
         t = cpu_batchnorm.Tile(*line.tolist())
-        assert 0 < t.rows <= cpu_batchnorm.ROWS[1]
+        assert 0 < t.rows <= cpu_batchnorm.SOME_ROWS[1]
         assert 0 <= t.rest < t.width < 2 * cpu_batchnorm.TILE
         columns = t.channel + np.arange(t.width) // t.spatial % t.channels
         for row in range(t.rows + 1):

@@ -662,14 +662,18 @@ class CPU:
 
     def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> BatchNormCPU:
         """The compiled BatchNorm of `dtype` by `formulas`, the scalar functions of fastopt.batchnorm."""
-        from fastopt.backends.cpu_batchnorm import BatchNormCPU  # loaded by those who use it
+        key = (dtype, relu, residual)
+        found = self._batchnorms.get(key)
+        if found is None:
+            from fastopt.backends.cpu_batchnorm import BatchNormCPU  # loaded by those who use it
 
-        key = ("batchnorm", dtype, relu, residual)
-        with self.driver.lock:
-            if key not in self._batchnorms:
-                flags = {"RELU": relu, "RESIDUAL": residual}
-                self._batchnorms[key] = BatchNormCPU(formulas, dtype, flags, self.driver, self._batchnorm_loops)
-        return self._batchnorms[key]
+            with self.driver.lock:
+                found = self._batchnorms.get(key)
+                if found is None:
+                    flags = {"RELU": relu, "RESIDUAL": residual}
+                    found = BatchNormCPU(formulas, dtype, flags, self.driver, self._batchnorm_loops)
+                    self._batchnorms[key] = found
+        return found
 
     def _compile(
         self,

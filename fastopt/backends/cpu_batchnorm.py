@@ -70,13 +70,13 @@ ACROSS = 2**23
 """Bytes of x below which large maps, too, are cut into tiles that go over many samples, so that eight samples of a
 channel are summed at a time: 32x256x14x14 on two threads 203 -> 169 us, 32x64x28x28 176 -> 164. What does not fit the
 cache is better read in the order of memory (64x256x14x14 took 1.2 times as long, 128x256x14x14 1.5 times), and so is
-backward, whose two streams would be sixteen (1.4 times)."""
+backward, with four samples at a time (1.1-1.2 times) or eight (1.4)."""
 
-ROWS = (16, 256)
+SOME_ROWS = (16, 256)
 """Least and most rows of a tile of small maps. The most bounds the number of float32 values that a column adds up."""
 
 GROUP_ROWS = 8
-"""Rows that are summed at a time, by `eight_terms`."""
+"""Rows that are summed at a time; four where two streams are read: with sixteen, 256x1024 took 1.15 times as long."""
 
 VECTOR = 16
 """Elements of the widest vector, AVX-512's of float32."""
@@ -90,8 +90,11 @@ GUARD = 16.0
 ACC: Any
 DTYPE: Any
 TERMS: Any
-EIGHT_ROWS: Any
-EIGHT_TERMS: Any
+AT_ONCE: Any
+ROWS: Any
+TERMS_OF_ROWS: Any
+FOUR_ROWS: Any
+FOUR_TERMS: Any
 HYPER: Any
 N_COEFFICIENTS: Any
 EXPAND: Any
@@ -181,31 +184,42 @@ def expand(coefficients, channel, tile, expanded):
                 copy[i] = row[i]
 
 
-def eight_rows(stream, first, stride, size):
-    """Views of eight rows of a tile."""
+def four_rows(stream, first, stride, size):
+    """Views of four rows of a tile."""
     return (
         window(stream, first, size),
         window(stream, first + stride, size),
         window(stream, first + 2 * stride, size),
         window(stream, first + 3 * stride, size),
-        window(stream, first + 4 * stride, size),
-        window(stream, first + 5 * stride, size),
-        window(stream, first + 6 * stride, size),
-        window(stream, first + 7 * stride, size),
     )
 
 
-def eight_terms(x, a, y, j, h):
-    """The sums of the two TERMS over column j of eight rows."""
+def rows_of_x(streams, first, stride, size):
+    """Views of eight rows of x, in the place of all streams: statistics are of x alone."""
+    x = FOUR_ROWS(streams[0], first, stride, size), FOUR_ROWS(streams[0], first + 4 * stride, stride, size)
+    return x, x, x
+
+
+def rows_of_all(streams, first, stride, size):
+    """Views of four rows of every stream."""
+    x, a, y = streams
+    return FOUR_ROWS(x, first, stride, size), FOUR_ROWS(a, first, stride, size), FOUR_ROWS(y, first, stride, size)
+
+
+def four_terms(x, a, y, j, h):
+    """The sums of the two TERMS over column j of four rows."""
     s0, q0 = TERMS(x[0][j], a[0][j], y[0][j], h)
     s1, q1 = TERMS(x[1][j], a[1][j], y[1][j], h)
     s2, q2 = TERMS(x[2][j], a[2][j], y[2][j], h)
     s3, q3 = TERMS(x[3][j], a[3][j], y[3][j], h)
-    s4, q4 = TERMS(x[4][j], a[4][j], y[4][j], h)
-    s5, q5 = TERMS(x[5][j], a[5][j], y[5][j], h)
-    s6, q6 = TERMS(x[6][j], a[6][j], y[6][j], h)
-    s7, q7 = TERMS(x[7][j], a[7][j], y[7][j], h)
-    return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)), ((q0 + q1) + (q2 + q3)) + ((q4 + q5) + (q6 + q7))
+    return (s0 + s1) + (s2 + s3), (q0 + q1) + (q2 + q3)
+
+
+def eight_terms(x, a, y, j, h):
+    """The sums of the two TERMS over column j of eight rows."""
+    s0, q0 = FOUR_TERMS(x[0], a[0], y[0], j, h)
+    s1, q1 = FOUR_TERMS(x[1], a[1], y[1], j, h)
+    return s0 + s1, q0 + q1
 
 
 def sums(streams, tile, coefficients, channel, s_totals, q_totals):
@@ -220,7 +234,7 @@ def sums(streams, tile, coefficients, channel, s_totals, q_totals):
             q_totals[c] = 0.0
         done = 0
         if not WIDE and N_COEFFICIENTS == 1:
-            while done + GROUP_ROWS <= tile.rows:
+            while done + AT_ONCE <= tile.rows:
                 for c in range(tile.channels):
                     k = channel + c
                     c0 = coefficients[0, k]
@@ -229,20 +243,18 @@ def sums(streams, tile, coefficients, channel, s_totals, q_totals):
                     else:
                         h = HYPER(c0, coefficients[1, k], coefficients[2, k], coefficients[3, k])
                     first = tile.start + done * tile.stride + c * spatial
-                    for begin in range(0, spatial, PIECE // GROUP_ROWS):
-                        size = min(PIECE // GROUP_ROWS, spatial - begin)
-                        xs = EIGHT_ROWS(x, first + begin, tile.stride, size)
-                        ds = EIGHT_ROWS(a, first + begin, tile.stride, size)
-                        ys = EIGHT_ROWS(y, first + begin, tile.stride, size)
+                    for begin in range(0, spatial, PIECE // AT_ONCE):
+                        size = min(PIECE // AT_ONCE, spatial - begin)
+                        xs, ds, ys = ROWS(streams, first + begin, tile.stride, size)
                         s_piece = ACC(0.0)
                         q_piece = ACC(0.0)
                         for j in range(size):
-                            s0, q0 = EIGHT_TERMS(xs, ds, ys, j, h)
+                            s0, q0 = TERMS_OF_ROWS(xs, ds, ys, j, h)
                             s_piece += s0
                             q_piece += q0
                         s_totals[c] += s_piece
                         q_totals[c] += q_piece
-                done += GROUP_ROWS
+                done += AT_ONCE
         for row in range(done, tile.rows):
             for c in range(tile.channels):
                 k = channel + c
@@ -284,17 +296,15 @@ def sums(streams, tile, coefficients, channel, s_totals, q_totals):
     stride = tile.stride
     row = 0
     if not WIDE:
-        while row + GROUP_ROWS <= tile.rows:
-            xs = EIGHT_ROWS(x, first, stride, width)
-            ds = EIGHT_ROWS(a, first, stride, width)
-            ys = EIGHT_ROWS(y, first, stride, width)
+        while row + AT_ONCE <= tile.rows:
+            xs, ds, ys = ROWS(streams, first, stride, width)
             for j in range(width):
                 h = HYPER(c0[j]) if N_COEFFICIENTS == 1 else HYPER(c0[j], c1[j], c2[j], c3[j])
-                s0, q0 = EIGHT_TERMS(xs, ds, ys, j, h)
+                s0, q0 = TERMS_OF_ROWS(xs, ds, ys, j, h)
                 s[j] += s0
                 q[j] += q0
-            first += GROUP_ROWS * stride
-            row += GROUP_ROWS
+            first += AT_ONCE * stride
+            row += AT_ONCE
     while row <= tile.rows:
         size = width if row < tile.rows else tile.rest
         xv = window(x, first, size)
@@ -598,36 +608,31 @@ def work(phase, w, first, last):
     streams = (w.x, w.a, w.y)
     outputs = (w.out, w.other)
     groups = w.late.size
-    blocks = w.counts.size
-    channelwise = (w.gamma, w.first, w.second, w.third)
-    if SUMMED and phase == GATHERED:
-        for t in range(first, last):
-            tile = Tile(*to_fixed_tuple(w.tiles[t], N_TILE))
-            if not GATHER(w.entries, streams, tile, t // groups, w.partials, w.coefficients):
-                w.late[t % groups] = 1
-                w.scalars[LATE] = 1.0
-    elif phase == FINISHED:
-        FINISH(w.counts, w.partials, w.coefficients, channelwise, w.stats, w.scalars, 0, w.gamma.size)
-    elif phase == SPREADED:
-        for k in range(last - first):  # the last one first: it was read last, and is the likeliest to be in a cache
-            tile = Tile(*to_fixed_tuple(w.tiles[last - 1 - k], N_TILE))
-            invoke(w.entries[SPREAD], (streams, outputs, tile, w.coefficients))
-    else:
-        for group in range(first, last):
-            if SUMMED:
-                for b in range(blocks):
-                    tile = Tile(*to_fixed_tuple(w.tiles[b * groups + group], N_TILE))
-                    if not GATHER(w.entries, streams, tile, b, w.partials, w.coefficients):
-                        w.late[group] = 1
-                        w.scalars[LATE] = 1.0
-            if w.late[group] == 0:
-                tile = Tile(*to_fixed_tuple(w.tiles[group], N_TILE))
-                FINISH(
-                    w.counts, w.partials, w.coefficients, channelwise, w.stats, w.scalars, tile.channel, tile.channels
-                )
-                for b in range(blocks):
-                    tile = Tile(*to_fixed_tuple(w.tiles[(blocks - 1 - b) * groups + group], N_TILE))
-                    invoke(w.entries[SPREAD], (streams, outputs, tile, w.coefficients))
+    for unit in range(first, last) if phase == PANELS else range(1):
+        if phase == PANELS:
+            begin, step, tiles = unit, groups, w.counts.size
+        else:
+            begin, step, tiles = first, 1, last - first
+        late = False
+        if SUMMED and phase in (GATHERED, PANELS):
+            for k in range(tiles):
+                t = begin + k * step
+                tile = Tile(*to_fixed_tuple(w.tiles[t], N_TILE))
+                if not GATHER(w.entries, streams, tile, t // groups, w.partials, w.coefficients):
+                    late = True
+                    w.late[t % groups] = 1
+                    w.scalars[LATE] = 1.0
+        if phase in (FINISHED, PANELS) and not late:
+            channel, channels = 0, w.gamma.size
+            if phase == PANELS:
+                tile = Tile(*to_fixed_tuple(w.tiles[unit], N_TILE))
+                channel, channels = tile.channel, tile.channels
+            channelwise = (w.gamma, w.first, w.second, w.third)
+            FINISH(w.counts, w.partials, w.coefficients, channelwise, w.stats, w.scalars, channel, channels)
+        if phase in (SPREADED, PANELS) and not late:
+            for k in range(tiles - 1, -1, -1):  # the last one first: read last, it is the likeliest to be in a cache
+                tile = Tile(*to_fixed_tuple(w.tiles[begin + k * step], N_TILE))
+                invoke(w.entries[SPREAD], (streams, outputs, tile, w.coefficients))
 
 
 def over_tiles(phase, w, threads):
@@ -718,7 +723,7 @@ def _edges(size: int, parts: int) -> list[tuple[int, int]]:
 
 
 def _rows(width: int) -> int:
-    least, most = ROWS
+    least, most = SOME_ROWS
     return min(max(TILE // width // GROUP_ROWS * GROUP_ROWS, least), most)
 
 
@@ -767,12 +772,11 @@ class BatchNormCPU:
         gamma, beta, mean, var = channelwise
         coefficients = np.empty((7, channels), self._dtype)
         stats = np.empty((2, channels))
-        spare = np.zeros((2, channels), self._dtype)
         known = (
             self._ones(channels) if gamma is None else gamma,
-            np.zeros(channels, self._dtype) if beta is None else beta,
-            spare[0] if mean is None else mean,
-            spare[1] if var is None else var,
+            self._zeros(channels) if beta is None else beta,
+            self._zeros(channels) if mean is None else mean,
+            self._zeros(channels) if var is None else var,
         )
         streams = (x, x if residual is None else residual, x)
         scalars = np.array([eps, weight, 0.0])
@@ -817,6 +821,9 @@ class BatchNormCPU:
 
     def _ones(self, channels: int) -> Array:
         return np.ones(channels, self._dtype)
+
+    def _zeros(self, channels: int) -> Array:
+        return np.zeros(channels, self._dtype)
 
     def _passes_for(self, *, backward: bool, training: bool) -> _Passes:
         key = (backward, training)
@@ -917,12 +924,14 @@ class TileLoops:
         scalars: dict[str, Any] = {**flags, "ZERO": dtype.type(0)}
         scalars["masked"] = _piece(formulas.masked, scalars)
         terms = _piece(formulas.slopes if backward else formulas.deviation, scalars)
+        four = _piece(four_terms, {"TERMS": terms})
         summing: dict[str, Any] = {
             "N_COEFFICIENTS": 4 if backward else 1,
             "HYPER": formulas.Moments if backward else formulas.Shift,
             "TERMS": terms,
-            "EIGHT_ROWS": _piece(eight_rows, {}),
-            "EIGHT_TERMS": _piece(eight_terms, {"TERMS": terms}),
+            "AT_ONCE": GROUP_ROWS // 2 if backward else GROUP_ROWS,
+            "ROWS": _piece(rows_of_all if backward else rows_of_x, {"FOUR_ROWS": four_rows}),
+            "TERMS_OF_ROWS": four if backward else _piece(eight_terms, {"FOUR_TERMS": four}),
             "EXPAND": shared["expand", dtype],
         }
         mapping: dict[str, Any] = {
