@@ -315,6 +315,8 @@ def test_tiles_hold_every_element_once_under_its_channel(samples, channels, spat
         t = cpu_batchnorm.Tile(*line.tolist())
         assert 0 < t.rows <= cpu_batchnorm.SOME_ROWS[1]
         assert 0 <= t.rest < t.width < 2 * cpu_batchnorm.TILE
+        if t.spatial >= cpu_batchnorm.LONG:  # these are summed channel by channel, one sample a row
+            assert (t.width, t.rest) == (t.channels * t.spatial, 0)
         columns = t.channel + np.arange(t.width) // t.spatial % t.channels
         for row in range(t.rows + 1):
             size = t.width if row < t.rows else t.rest

@@ -659,7 +659,7 @@ def plan(samples: int, channels: int, spatial: int, *, across: bool = False) -> 
     """Cut an array of (samples, channels, spatial); `across`: large maps into tiles that go over many samples, too."""
     if spatial >= LONG and not (across and spatial <= PIECE):
         blocks = _tiles_in_a_row(samples, channels, spatial)
-    elif channels * spatial <= WIDTH + WIDTH // 2:
+    elif spatial < LONG and channels * spatial <= WIDTH + WIDTH // 2:
         blocks = _tiles_of_whole_samples(samples, channels, spatial)
     else:
         blocks = _tiles_of_some_channels(samples, channels, spatial)
