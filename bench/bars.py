@@ -1,6 +1,6 @@
 """The bars that the speed has to clear, in one table; `python bench/report.py --bars` tells which the results clear.
 
-All are ratios of medians of one interleaved run, but for the few that are times.
+All are medians of ratios within the rounds of one interleaved run, but for the few that are times.
 """
 
 from __future__ import annotations

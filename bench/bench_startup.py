@@ -78,7 +78,7 @@ def moment_of(title: str, moment: str, *, seconds: float, rounds: int) -> Result
     times = dict(SAMPLES[moment])
     if moment == "import":
         times["numba"] = SAMPLES["numba"]["fastopt"]
-    return Result(title, {name: Spread.of(taken) for name, taken in times.items()}, MISSING)
+    return Result(title, {name: Spread.of(taken, times["fastopt"]) for name, taken in times.items()}, MISSING)
 
 
 def test_import(measure: Any) -> None:

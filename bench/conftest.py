@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    machine.keep_freed_memory()
     config.stash[RESULTS] = {}
     config.stash[LOAD] = os.getloadavg()[0]
 

@@ -78,9 +78,7 @@ class Result(NamedTuple):
 
     def times(self, rival: str) -> float | None:
         """How many times as long as fastopt a rival takes."""
-        if rival not in self.seconds or "fastopt" not in self.seconds:
-            return None
-        return self.seconds[rival].median / self.seconds["fastopt"].median
+        return self.seconds[rival].ratio if rival in self.seconds else None
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -314,7 +312,8 @@ def timed(
             prepare(name)
             times[name].append(clock(call, repeat) / repeat)
         order.reverse()
-    return {name: Spread.of(found) for name, found in times.items()}
+    first = times[next(iter(line.contestants))]
+    return {name: Spread.of(found, first) for name, found in times.items()}
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------

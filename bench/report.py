@@ -168,10 +168,12 @@ def performance(stored: Mapping[str, Stored]) -> str:
         "",
         "# Performance",
         "",
-        "Times are medians in microseconds, all Python included; behind ours, between which times 8 of 10 samples lie, "
-        "and the bytes that have to be moved over the time. In brackets stands how many times as long as fastopt a "
-        "contestant takes. Each line was measured in one run, the contestants taking turns (A B C, C B A, ...) and "
-        "running warm; whoever can uses as many threads as fastopt. Tests hold the rivals to the "
+        "Each line was measured in one run, the contestants taking turns (A B C, C B A, ...): in a turn one runs warm, "
+        "and then the fastest of up to eight samples counts. Times are medians of the rounds in microseconds, all "
+        "Python included; behind ours, between which times 8 of 10 rounds lie, and the bytes that have to be moved "
+        "over the time. In brackets stands how many times as long as fastopt a contestant takes, the median of the "
+        "ratios within a round. Memory that is freed is kept for the next array (as far as glibc does so), and whoever "
+        "can uses as many threads as fastopt. Tests hold the rivals to the "
         "parameters that fastopt computes, where they are installed; DeepSpeed's, which take too long to build, were "
         "compared by hand.",
         "",
@@ -267,10 +269,10 @@ def draw_batchnorm(path: Path, stored: Stored, digest: str) -> None:
 
     rows: dict[str, dict[str, float]] = {}
     for result in stored.results.values():
-        limit = result.seconds["limit"].median
+        limit = result.seconds["limit"].ratio
         for name in ("fastopt", "torch", "numpy"):
             if name in result.seconds:
-                rows.setdefault(result.title, {})[name] = result.seconds[name].median / limit
+                rows.setdefault(result.title, {})[name] = result.seconds[name].ratio / limit
     draw_dots(
         path, heading(stored), "time over that of the limit (a copy; backward: two reads, a write)", rows, digest=digest
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 
 import numba
 import numpy as np
@@ -16,7 +17,7 @@ import fastopt
 from fastopt.cli import bench
 from fastopt.cli.app import app
 from fastopt.cli.choices import parse_sizes
-from fastopt.measure import Result, machine
+from fastopt.measure import Result, Spread, machine
 
 QUICK = ("--optimizer", "sgd", "--sizes", "100,1k", "--seconds", "1", "--no-batch-norm")
 
@@ -123,20 +124,40 @@ def test_a_busy_machine_is_told(monkeypatch):
     assert "is busy" not in invoke(*QUICK).output
 
 
-def test_every_case_is_given_its_share_of_the_seconds(monkeypatch):
+def test_every_visit_is_given_its_share_of_the_seconds_and_the_times_before(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(bench, "perf_counter", lambda: now[0])
-    given = []
+    given, calls = [], []
 
-    def run(seconds, after_round):
+    def run(name, seconds, after_round, times):
         given.append(seconds)
+        calls.append(name)
         now[0] += 3.0 if len(given) == 1 else seconds  # the first compiles, and takes too long
         after_round()
-        return Result("x", {}, {})
+        times.setdefault("fastopt", []).append(float(len(given)))
+        return Result(name, {"fastopt": Spread.of(times["fastopt"], times["fastopt"])}, {})
 
-    results, skipped = bench._measure([bench.Case(str(k), run) for k in range(4)], 8.0)
-    assert given == pytest.approx([2.0, 5 / 3, 5 / 3, 5 / 3])
-    assert (len(results), skipped) == (4, {})
+    cases = [bench.Case(name, partial(run, name)) for name in "ab"]
+    results, skipped = bench._measure(cases, 12.0)
+    assert "".join(calls) == "ab" * bench.VISITS
+    assert given == pytest.approx([12.0 / 6, *[9.0 / 5] * 5])
+    assert [(result.title, result.ours.rounds) for result in results] == [("a", 3), ("b", 3)]
+    assert (results[0].ours.median, skipped) == (3.0, {})
+
+
+def test_a_case_for_which_memory_is_free_once_is_not_called_left_out():
+    def run(seconds, after_round, times):
+        times.setdefault("calls", []).append(0.0)
+        if len(times["calls"]) != 2:
+            raise MemoryError("needs 9 GB")
+        return Result("a", {}, {})
+
+    def never(seconds, after_round, times):
+        raise MemoryError("needs 99 GB")
+
+    results, skipped = bench._measure([bench.Case("a", run), bench.Case("b", never)], 1.0)
+    assert [result.title for result in results] == ["a"]
+    assert skipped == {"b": "needs 99 GB"}
 
 
 def test_muon_is_given_a_matrix():

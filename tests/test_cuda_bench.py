@@ -46,13 +46,16 @@ def gpu() -> ModuleType:
 
 
 def made_up(gpu: ModuleType, *, copy: float, torch: float | None, tensors: float) -> list[Any]:
-    spread = {"fastopt": gpu.Spread(1e-3, 0.9e-3, 1.1e-3, 9), "copy": gpu.Spread(copy, copy, copy, 9)}
+    spread = {"fastopt": gpu.Spread(1e-3, 0.9e-3, 1.1e-3, 9, 1), "copy": gpu.Spread(copy, copy, copy, 9, copy / 1e-3)}
     missing = {}
     if torch is None:
         missing["torch fused"] = "torch is not installed"
     else:
-        spread["torch fused"] = gpu.Spread(torch, torch, torch, 9)
-    ours = {"fastopt": gpu.Spread(2e-5, 1e-5, 3e-5, 9), "torch fused": gpu.Spread(tensors, tensors, tensors, 9)}
+        spread["torch fused"] = gpu.Spread(torch, torch, torch, 9, torch / 1e-3)
+    ours = {
+        "fastopt": gpu.Spread(2e-5, 1e-5, 3e-5, 9, 1),
+        "torch fused": gpu.Spread(tensors, tensors, tensors, 9, tensors / 2e-5),
+    }
     return [
         gpu.Result("Adam 25M", 700_000_000, spread, missing),
         gpu.Result("Adam 1000 x 64", 1_792_000, ours, {}),
@@ -112,7 +115,7 @@ def test_contestants_take_turns_and_what_they_need_before_is_not_timed(gpu):
         "", {name: lambda name=name: calls.append(name) for name in "ab"}, before={"a": lambda: calls.append("-")}
     )
     found = gpu.timed(line, clock, seconds=0.0, rounds=3)
-    assert {name: (spread.median, spread.samples) for name, spread in found.items()} == {"a": (1e-3, 3), "b": (4e-3, 3)}
+    assert {name: (spread.median, spread.rounds) for name, spread in found.items()} == {"a": (1e-3, 3), "b": (4e-3, 3)}
     # Three times each; then rounds of a call that warms, what is needed before, and a sample of 2 ms.
     assert "".join(calls) == "-a-a-abbb" + "a-aabb" + "bba-aa" + "a-aabb"
 

@@ -35,7 +35,8 @@ RUN = {
 
 
 def result(title: str, microseconds: dict[str, float], **facts) -> Result:
-    spreads = {name: Spread(1e-6 * us, 0.9e-6 * us, 1.1e-6 * us, 7) for name, us in microseconds.items()}
+    ours = next(iter(microseconds.values()))
+    spreads = {name: Spread(1e-6 * us, 0.9e-6 * us, 1.1e-6 * us, 7, us / ours) for name, us in microseconds.items()}
     return Result(title, spreads, facts.pop("absent", {}), facts.pop("bytes", None), facts)
 
 

@@ -41,9 +41,15 @@ RIVALS = ("numpy", "torch fused", "torch")
 SHAPES = ((32, 256, 14, 14), (64, 64, 28, 28))
 """Of the images that BatchNorm is measured on: (N, C, H, W)."""
 
-ROUNDS = 3
+VISITS = 3
+"""Times that all cases are gone through, each with contestants made anew: a drift of the machine, or an unlucky place
+in memory, then hits a part of the rounds of many cases and not all rounds of one."""
+
+ROUNDS = 2
+"""Least of a visit."""
+
 LEAST = 0.05
-"""Seconds for a case, whatever time is left."""
+"""Seconds for a visit, whatever time is left."""
 
 BUSY = 0.5
 """Load per core from which the user is told that other programs are running."""
@@ -52,7 +58,7 @@ PACKAGES = ("numba", "numpy", "torch")
 
 
 class Case(NamedTuple):
-    """A line of a table: what to call with ``seconds`` and ``after_round``."""
+    """A line of a table: what to call with ``seconds``, ``after_round`` and the ``times`` of the visits before."""
 
     title: str
     run: Callable[..., Result]
@@ -81,7 +87,7 @@ def bench(
     seconds: Annotated[
         float,
         typer.Option(metavar="NUMBER", help="About how long the whole is to take, in seconds, from 1."),
-    ] = 36.0,
+    ] = 42.0,
     threads: Annotated[
         int | None,
         typer.Option(min=1, metavar="NUMBER", help="Threads of fastopt and torch, from 1.", show_default="all"),
@@ -101,8 +107,9 @@ def bench(
 ) -> None:
     """Measure the optimizers on this machine: time per step, and how near it is to what the memory allows.
 
-    All contestants of a line take turns in one run, so that whatever else the machine does hits all alike; what is
-    printed are medians. The limit is a kernel that reads and writes the same buffers and computes next to nothing.
+    All contestants of a line take turns, so that whatever else the machine does hits all alike, and every line is
+    visited three times; what is printed are medians. The limit is a kernel that reads and writes the same buffers and
+    computes next to nothing.
 
     Nothing has to be installed to compare with: torch takes part where it is there.
     """
@@ -125,6 +132,7 @@ def bench(
     if (load := _load()) is not None and load > BUSY:
         out.print(f"This machine is busy (load {load:.1f} per core): these are not the speeds it has when idle.")
     numba.set_num_threads(threads or most)
+    machine.keep_freed_memory()
     try:
         with blame("--optimizer"):
             steps, norms = _cases(choices, counts, dtype, batch_norm)
@@ -187,10 +195,12 @@ def _shape(choice: Choice, count: int) -> tuple[int, ...]:
 def _measure(cases: Sequence[Case], seconds: float) -> tuple[list[Result], dict[str, str]]:
     """The results, and the titles of what could not be measured with the reasons.
 
-    Every case is given its share of the seconds that are left, so that what one has spent on compiling is saved by the
-    others, and the bar, which shows seconds, tells the truth.
+    Every visit to a case is given its share of the seconds that are left, so that what one has spent on compiling is
+    saved by the others, and the bar, which shows seconds, tells the truth.
     """
-    results, skipped = [], {}
+    results: dict[str, Result] = {}
+    skipped: dict[str, str] = {}
+    times: dict[str, dict[str, list[float]]] = {case.title: {} for case in cases}
     start = perf_counter()
     with _progress() as bar:
         task = bar.add_task("", total=seconds)
@@ -198,16 +208,18 @@ def _measure(cases: Sequence[Case], seconds: float) -> tuple[list[Result], dict[
         def tick() -> None:
             bar.update(task, completed=min(perf_counter() - start, seconds))
 
-        for k, case in enumerate(cases):
-            bar.update(task, description=f"{case.title} ({k + 1} of {len(cases)})")
-            share = (seconds - (perf_counter() - start)) / (len(cases) - k)
+        for k, case in enumerate(case for _ in range(VISITS) for case in cases):
+            bar.update(task, description=f"{case.title} ({k + 1} of {VISITS * len(cases)})")
+            share = (seconds - (perf_counter() - start)) / (VISITS * len(cases) - k)
             try:
-                results.append(case.run(seconds=max(share, LEAST), after_round=tick))
+                results[case.title] = case.run(seconds=max(share, LEAST), after_round=tick, times=times[case.title])
+                skipped.pop(case.title, None)
             except MemoryError as error:
-                skipped[case.title] = str(error)
+                if case.title not in results:
+                    skipped[case.title] = str(error)
             tick()
         bar.update(task, completed=seconds)
-    return results, skipped
+    return list(results.values()), skipped
 
 
 def _progress() -> Progress:
@@ -253,10 +265,10 @@ def _print(
     for title, reason in skipped.items():
         out.print(f"{title} left out: {reason}", soft_wrap=True)
     out.print(
-        "us: microseconds per call, the median, and between which times 8 of 10 samples lie. GB/s: bytes that have to "
-        "be read and written, by the time; beyond the speed of the memory, the caches help. of limit: the time of a "
-        "kernel that moves the same bytes and computes next to nothing, by ours. Others: how many times as long "
-        "they take."
+        "us: microseconds per call, the median of the rounds, and between which times 8 of 10 rounds lie. GB/s: bytes "
+        "that have to be read and written, by the time; beyond the speed of the memory, the caches help. of limit: the "
+        "time of a kernel that moves the same bytes and computes next to nothing, by ours. Others: how many times as "
+        "long they take. Ratios are medians of those within a round."
     )
     reasons = dict.fromkeys(reason for result in (*steps, *norms) for reason in result.absent.values())
     for reason in reasons:
@@ -295,7 +307,7 @@ def _title(facts: dict[str, Any], dtype: str) -> str:
 def _report(
     results: Sequence[Result], skipped: dict[str, str], facts: dict[str, Any], dtype: str, seconds: float
 ) -> dict[str, Any]:
-    """What ``--json`` writes; times in seconds: the median, the 10th and 90th percentile, the number of samples."""
+    """What ``--json`` writes; times in seconds: the median, the 10th and 90th percentile, the rounds, the ratio."""
     return {
         "fastopt": fastopt.__version__,
         "command": "bench",

@@ -24,9 +24,10 @@ class Result(NamedTuple):
         bytes: the number of bytes that a call has to read and write; None where that is not told.
         facts: what was measured, for charts; of what JSON can hold.
 
-    >>> result = Result("SGD", {"fastopt": Spread(1e-6, 9e-7, 2e-6, 30), "numpy": Spread(3e-6, 3e-6, 4e-6, 30)}, {})
+    >>> spreads = {"fastopt": Spread(1e-6, 9e-7, 2e-6, 30, 1), "numpy": Spread(3e-6, 3e-6, 4e-6, 30, 3)}
+    >>> result = Result("SGD", spreads, {})
     >>> result.ours.median, round(result.times("numpy"), 3)
-    (1e-06, 3.0)
+    (1e-06, 3)
     """
 
     title: str
@@ -43,7 +44,7 @@ class Result(NamedTuple):
     def times(self, name: str) -> float | None:
         """How many times as long as ours a contestant takes.
 
-        Formula: ``median(name) / median(ours)``, no unit.
+        Formula: the median over the rounds of ``time(name) / time(ours)``, no unit.
 
         Args:
             name: of the contestant.
@@ -51,10 +52,10 @@ class Result(NamedTuple):
         Returns:
             A float > 0; None where it did not take part.
 
-        >>> Result("sum", {"a": Spread(2.0, 2.0, 2.0, 1), "b": Spread(3.0, 3.0, 3.0, 1)}, {}).times("b")
+        >>> Result("sum", {"a": Spread(2.0, 2.0, 2.0, 1, 1.0), "b": Spread(3.0, 3.0, 3.0, 1, 1.5)}, {}).times("b")
         1.5
         """
-        return self.seconds[name].median / self.ours.median if name in self.seconds else None
+        return self.seconds[name].ratio if name in self.seconds else None
 
     def bandwidth(self, name: str = OURS) -> float | None:
         """How fast a contestant moves the bytes that have to be moved; above what the memory can do, caches help.
@@ -67,7 +68,7 @@ class Result(NamedTuple):
         Returns:
             A float > 0; None where it did not take part, or `bytes` is None.
 
-        >>> Result("copy", {"fastopt": Spread(0.5, 0.5, 0.5, 1)}, {}, bytes=10**9).bandwidth()
+        >>> Result("copy", {"fastopt": Spread(0.5, 0.5, 0.5, 1, 1.0)}, {}, bytes=10**9).bandwidth()
         2.0
         """
         if self.bytes is None or name not in self.seconds:
@@ -78,12 +79,15 @@ class Result(NamedTuple):
         """For JSON, times in four digits.
 
         Returns:
-            A dict of the fields by name; a `Spread` is the list ``[median, low, high, samples]``.
+            A dict of the fields by name; a `Spread` is the list ``[median, low, high, rounds, ratio]``.
 
-        >>> Result("copy", {"fastopt": Spread(1 / 3, 0.25, 0.5, 9)}, {}).record()["seconds"]
-        {'fastopt': [0.3333, 0.25, 0.5, 9]}
+        >>> Result("copy", {"fastopt": Spread(1 / 3, 0.25, 0.5, 9, 1.0)}, {}).record()["seconds"]
+        {'fastopt': [0.3333, 0.25, 0.5, 9, 1.0]}
         """
-        spreads = {name: [*(float(f"{x:.4g}") for x in spread[:3]), spread[3]] for name, spread in self.seconds.items()}
+        spreads = {
+            name: [spread.rounds if field == "rounds" else float(f"{x:.4g}") for field, x in spread._asdict().items()]
+            for name, spread in self.seconds.items()
+        }
         return {
             "title": self.title,
             "seconds": spreads,
@@ -102,7 +106,7 @@ class Result(NamedTuple):
         Returns:
             A `Result`.
 
-        >>> result = Result("copy", {"fastopt": Spread(0.3, 0.25, 0.5, 9)}, {"torch": "not installed"}, bytes=80)
+        >>> result = Result("copy", {"fastopt": Spread(0.3, 0.25, 0.5, 9, 1.0)}, {"torch": "not installed"}, bytes=80)
         >>> Result.of(result.record()) == result
         True
         """
@@ -118,6 +122,7 @@ def compare(
     rounds: int = 5,
     before: Mapping[str, Callable[[], object]] | None = None,
     after_round: Callable[[], object] | None = None,
+    times: dict[str, list[float]] | None = None,
     absent: Mapping[str, str] | None = None,
     moved: int | None = None,
     **facts: Any,
@@ -131,6 +136,7 @@ def compare(
         rounds: as for `interleave`: from 1.
         before: as for `interleave`.
         after_round: as for `interleave`.
+        times: as for `interleave`.
         absent: who does not take part, and why.
         moved: the number of bytes that a call has to read and write; None where that is not told.
         **facts: what was measured, of what JSON can hold.
@@ -142,7 +148,7 @@ def compare(
     >>> result.times("b") > 1
     True
     """
-    spreads = interleave(contestants, seconds, rounds, before, after_round)
+    spreads = interleave(contestants, seconds, rounds, before, after_round, times)
     return Result(title, spreads, dict(absent or {}), moved, facts)
 
 
@@ -156,6 +162,7 @@ def compare_step(
     limit: bool = True,
     left_out: Mapping[str, str] | None = None,
     after_round: Callable[[], object] | None = None,
+    times: dict[str, list[float]] | None = None,
 ) -> Result:
     """One step of fastopt against that of the limit and of these rivals.
 
@@ -168,6 +175,7 @@ def compare_step(
         limit: whether the memory limit takes part; not where the time of a step is not that of its memory (Muon).
         left_out: of rivals that do not take part in this, and why.
         after_round: called after each round.
+        times: as for `interleave`: those of earlier visits, which were made of the same arguments.
 
     Returns:
         A `Result`, whose contestants are ``"fastopt"``, ``"limit"`` and the names of the rivals that take part.
@@ -206,6 +214,7 @@ def compare_step(
         rounds=rounds,
         before={name: each.before for name, each in contestants.items() if each.before is not None},
         after_round=after_round,
+        times=times,
         absent={**(left_out or {}), **absent},
         moved=bytes_of(ours.optimizer),
         **facts,
@@ -230,6 +239,7 @@ def compare_batchnorm(
     rounds: int = 5,
     left_out: Mapping[str, str] | None = None,
     after_round: Callable[[], object] | None = None,
+    times: dict[str, list[float]] | None = None,
 ) -> Result:
     """A pass of BatchNorm in float32 against that of the limit (a copy, or a sum of two arrays) and of these rivals.
 
@@ -243,6 +253,7 @@ def compare_batchnorm(
         rounds: so many at least, from 1, whatever time they take.
         left_out: of rivals that do not take part in this, and why.
         after_round: called after each round.
+        times: as for `interleave`: those of earlier visits, which were made of the same arguments.
 
     Returns:
         A `Result`, whose contestants are ``"fastopt"``, ``"limit"`` and the names of the rivals that take part.
@@ -265,6 +276,7 @@ def compare_batchnorm(
         seconds=seconds,
         rounds=rounds,
         after_round=after_round,
+        times=times,
         absent={**(left_out or {}), **absent},
         moved=(3 if way == "backward" else 2) * size,
         shape=list(shape),
