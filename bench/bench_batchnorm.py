@@ -33,6 +33,6 @@ def test_batchnorm(measure, way, name):
         way=way,
         rivals=("torch", "numpy") if small else ("torch",),
         left_out={} if small else {"numpy": "left out at this size: it would take seconds a call"},
-        seconds=1.5,
+        seconds=1.2,
         size=math.prod(shape),
     )

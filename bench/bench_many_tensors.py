@@ -23,4 +23,4 @@ def test_adam(measure, name):
     work = Work("Adam", (shape,) * tensors, groups=groups)
     rivals = FEW if tensors > MOST else tuple(RIVALS)
     left_out = {rival: f"left out with {tensors} tensors" for rival in RIVALS if rival not in rivals}
-    measure(compare_step, f"Adam {name}", work, rivals, seconds=2.0, size=work.size, left_out=left_out)
+    measure(compare_step, f"Adam {name}", work, rivals, seconds=1.4, size=work.size, left_out=left_out)

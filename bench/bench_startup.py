@@ -74,7 +74,7 @@ def gather(seconds: float, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 def moment_of(title: str, moment: str, *, seconds: float, rounds: int) -> Result:
     if not SAMPLES:
-        SAMPLES.update(gather(seconds, rounds))
+        SAMPLES.update(gather(seconds, min(rounds, 3)))  # torch's processes take seconds each
     times = dict(SAMPLES[moment])
     if moment == "import":
         times["numba"] = SAMPLES["numba"]["fastopt"]

@@ -10,7 +10,7 @@ import fastopt
 from fastopt.measure import RIVALS, Work, compare_step
 
 SIZES = {"1k": 1_000, "10k": 10_000, "100k": 100_000, "1M": 1_000_000, "4M": 4_000_000, "30M": 30_000_000}
-SECONDS = {"1k": 0.2, "10k": 0.2, "100k": 0.2, "1M": 0.5, "4M": 0.4, "30M": 0.9}
+SECONDS = {"1k": 0.2, "10k": 0.2, "100k": 0.2, "1M": 0.4, "4M": 0.3, "30M": 0.7}
 DTYPES = ("float32", "float64")
 FEW = ("torch fused",)
 LEFT_OUT = dict.fromkeys(RIVALS.keys() - set(FEW), "left out at this size: Adam stands for all")

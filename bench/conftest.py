@@ -23,7 +23,7 @@ from fastopt.measure import RIVALS, Result, machine
 FOLDER = Path(__file__).resolve().parent
 RESULTS = pytest.StashKey[dict[str, list[Result]]]()
 LOAD = pytest.StashKey[float]()
-ROUNDS = 5
+ROUNDS = 4
 PACKAGES = ("numba", "numpy", "jax", *sorted({rival.package for rival in RIVALS.values()} - {"numpy"}))
 
 
