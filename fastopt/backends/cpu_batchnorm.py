@@ -1,7 +1,8 @@
 """BatchNorm on the CPU: how an array is cut into tiles, the loops over a tile, and the launches.
 
 x is (samples, channels, spatial) in memory; channels-last is spatial = 1. A tile is a matrix inside it, rows of equal
-length at one stride. Both passes, the sums and the map, go over the tiles in the order of memory.
+length at one stride. Both passes, the sums and the map, go over the tiles in the order of memory; or, where the tiles
+of the same channels fit into L2 together, over those first, and then over the next.
 
 Large maps are summed along the rows, in registers: one Zen 4 core reads 64-71 GB/s from L3 that way, 39 from memory;
 14x14 maps 40 row by row and 60 eight rows at a time. Small maps are summed down the columns, eight rows at a time,
@@ -57,7 +58,7 @@ WIDTH = 1024
 in L1."""
 
 NARROW = 64
-"""Columns, about, where the rows are whole vectors: four rows at once are then one stream to the prefetcher."""
+"""Columns, about, where the rows are whole vectors: rows at once are then one stream to the prefetcher."""
 
 TILE = 32_768
 """Elements of a tile, about: small enough to share few channels out among many threads."""
@@ -236,12 +237,7 @@ def sums(streams, tile, coefficients, channel, s_totals, q_totals):
         if not WIDE and N_COEFFICIENTS == 1:
             while done + AT_ONCE <= tile.rows:
                 for c in range(tile.channels):
-                    k = channel + c
-                    c0 = coefficients[0, k]
-                    if N_COEFFICIENTS == 1:
-                        h = HYPER(c0)
-                    else:
-                        h = HYPER(c0, coefficients[1, k], coefficients[2, k], coefficients[3, k])
+                    h = HYPER(coefficients[0, channel + c])
                     first = tile.start + done * tile.stride + c * spatial
                     for begin in range(0, spatial, PIECE // AT_ONCE):
                         size = min(PIECE // AT_ONCE, spatial - begin)
@@ -1024,7 +1020,8 @@ class _Passes:
                 np.zeros(cut.tiles.shape[0] // cut.counts.size, np.int64),
             )
         )
-        self._run(everything, size)
+        by_panels = self._by_panels(everything, size)  # asked once: the number of threads may change meanwhile
+        self._run(everything, size, by_panels)
         if scalars[LATE]:
             # Rare, and seconds to compile; of these channels nothing but sums has been written yet.
             with self._driver.lock:
@@ -1032,11 +1029,11 @@ class _Passes:
             late = np.flatnonzero(everything.late)
             everything.late[:] = 0
             scalars[LATE] = 0.0
-            if self._by_panels(everything, size):
+            if by_panels:
                 for group in late:
                     self._loop.serial(PANELS, everything, group, group + 1)
             else:
-                self._run(everything, size)
+                self._run(everything, size, by_panels)
 
     def _compile(self, over: int) -> Array:
         entries = np.zeros(3, np.int64)
@@ -1045,11 +1042,11 @@ class _Passes:
             entries[SUMS] = self._loops.sums(wide=False)
         return entries
 
-    def _run(self, everything: Work, size: int) -> None:
+    def _run(self, everything: Work, size: int, by_panels: bool) -> None:
         tiles = everything.tiles.shape[0]
         if size == 0:
             self._loop.serial(FINISHED, everything, 0, tiles)
-        elif self._by_panels(everything, size):
+        elif by_panels:
             self._loop.run(PANELS, everything, elements=size, chunks=everything.late.size)
         else:
             if self._sums:
