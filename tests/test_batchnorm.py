@@ -254,8 +254,7 @@ def test_an_outlier_where_the_sums_start_costs_no_digits(shape, outlier):
     x[0] = outlier  # the first sample, whose values are what deviations are taken from
     axes = tuple(k for k in range(x.ndim) if k != 1)
     _, saved = batchnorm_forward(x)
-    # GUARD allows the sums of a tile to cancel to a sixteenth: so many roundings of float32, and a few.
-    np.testing.assert_allclose(saved.inv_std, 1 / np.sqrt(x.astype(np.float64).var(axes) + 1e-5), rtol=1e-5)
+    np.testing.assert_allclose(saved.inv_std, 1 / np.sqrt(x.astype(np.float64).var(axes) + 1e-5), rtol=5e-6)
 
 
 @pytest.mark.parametrize("shape", [(64, 3), (40, 30, 7, 7), (16, 2, 40, 40), (2, 1, 90, 90)])
@@ -382,7 +381,7 @@ def test_groups_that_wait_for_the_sums_in_float64_are_made_up_for_once(shape, pa
     """In a few channels deviations are taken from an outlier; what is done for the others is not done again."""
     monkeypatch.setattr(cpu_batchnorm, "PANEL", panel)
     backend = get_backend("cpu")
-    monkeypatch.setattr(backend, "_batchnorms", {})  # nothing in float64 has been called for yet
+    monkeypatch.setattr(backend, "_kernels", {})  # nothing in float64 has been called for yet
     a = case(shape, 1, np.float32)
     a["x"][0, [3, 4, 55]] = 1e6
     y, _ = batchnorm_forward(a["x"], a["gamma"], a["beta"], a["running_mean"], a["running_var"])

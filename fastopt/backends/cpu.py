@@ -66,11 +66,11 @@ LOOP: Any
 def elementwise(p, g, states, table, chunks, backwards, first, last):
     """Update chunks[first:last] by a rule whose every element stands alone."""
     # In the cache a rule with a root and a division is bound by the divider. Adam on Zen 4, AVX-512 by hand, in L1: 4.4
-    # ns for 16 elements; without the division 2.9, without the root 2.5, only moving the bytes 2.0. Tried there, to the
-    # same bits: dividing by rcp14, Newton steps and a correction, 5.0; the root by rsqrt14 that way, 5.0; both, 6.8;
-    # dividing only every second vector that way, 4.2. Out of the cache it is bound by memory. Tried at 30M: prefetching
-    # 1-8 KiB ahead, 15-30 % slower; threads that take chunks of 64 KiB by turns, 15 % slower, of 1 MiB, no difference;
-    # buffers staggered by 1 KiB to 1 MiB, no difference.
+    # ns for 16 elements; without the division 2.9, without the root 2.5, only moving the bytes 2.0. Tried there, the
+    # same bits for 20M random normal numbers: dividing by rcp14, Newton steps and a correction, 5.0; the root by
+    # rsqrt14 that way, 5.0; both, 6.8; dividing only every second vector that way, 4.2. Out of the cache it is bound by
+    # memory. Tried at 30M: prefetching 0.5-8 KiB ahead, 15-30 % slower; threads that take chunks of 64 KiB by turns,
+    # 15 % slower, of 1 MiB, no difference; buffers staggered by 1 KiB to 1 MiB, no difference.
     # One branch per number of states, all but one pruned. Tried: slicing, loading and storing the tuple of states by
     # functions folded over its length, which has no such branches: the same machine code, but 8x the compile time.
     for k in range(last - first):
@@ -573,7 +573,6 @@ class CPU:
     def __init__(self) -> None:
         self.driver = Driver()
         self._kernels: dict[tuple[Any, ...], Any] = {}
-        self._batchnorms: dict[tuple[Any, ...], BatchNormCPU] = {}
         self._batchnorm_loops: dict[Any, Any] = {}  # what BatchNorms of different flags have in common
 
     def zeros(self, size: int, dtype: np.dtype[Any]) -> Array:
@@ -668,18 +667,15 @@ class CPU:
 
     def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> BatchNormCPU:
         """The compiled BatchNorm of `dtype` by `formulas`, the scalar functions of fastopt.batchnorm."""
-        key = (dtype, relu, residual)
-        found = self._batchnorms.get(key)
-        if found is None:
+
+        def make() -> BatchNormCPU:
             from fastopt.backends.cpu_batchnorm import BatchNormCPU  # loaded by those who use it
 
-            with self.driver.lock:
-                found = self._batchnorms.get(key)
-                if found is None:
-                    flags = {"RELU": relu, "RESIDUAL": residual}
-                    found = BatchNormCPU(formulas, dtype, flags, self.driver, self._batchnorm_loops)
-                    self._batchnorms[key] = found
-        return found
+            flags = {"RELU": relu, "RESIDUAL": residual}
+            return BatchNormCPU(formulas, dtype, flags, self.driver, self._batchnorm_loops)
+
+        batchnorm: BatchNormCPU = self._once(("batchnorm", dtype, relu, residual), make)
+        return batchnorm
 
     def _compile(
         self,

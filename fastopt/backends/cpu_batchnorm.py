@@ -50,7 +50,7 @@ RUN = 96
 coefficients in registers. Shorter ones are mapped with a coefficient read for every element: for 7x7 in float32 that
 took 1.2 times as long forward and 1.5 backward, in float64 1.7 and 1.9; for 3x4 it takes half as long."""
 
-PIECE = 4096
+PIECE = 2048
 """Most values of a channel that are summed in registers before they are added up in float64."""
 
 WIDTH = 1024
@@ -564,7 +564,8 @@ SUMS, WIDE_SUMS, SPREAD = range(3)
 """Where in `entries` the addresses of the loops over a tile are."""
 
 EPS, WEIGHT, LATE = range(3)
-"""Where in `scalars` a number is; that of LATE is 1 where any group of channels is late."""
+"""Where in `scalars` a number is; that of LATE is 1 where any group of channels is late: to ask all
+of them takes 2-4 us."""
 
 GATHERED, FINISHED, SPREADED, PANELS = range(4)
 """Phases: the sums of tiles; the merge of all channels; the map of tiles; all three on one group of channels."""

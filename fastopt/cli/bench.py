@@ -41,6 +41,9 @@ RIVALS = ("numpy", "torch fused", "torch")
 SHAPES = ((32, 256, 14, 14), (64, 64, 28, 28))
 """Of the images that BatchNorm is measured on: (N, C, H, W)."""
 
+SECONDS = 42.0
+"""What the command measures for, unless it is told."""
+
 VISITS = 3
 """Times that all cases are gone through, each with contestants made anew: a drift of the machine, or an unlucky place
 in memory, then hits a part of the rounds of many cases and not all rounds of one."""
@@ -87,7 +90,7 @@ def bench(
     seconds: Annotated[
         float,
         typer.Option(metavar="NUMBER", help="About how long the whole is to take, in seconds, from 1."),
-    ] = 42.0,
+    ] = SECONDS,
     threads: Annotated[
         int | None,
         typer.Option(min=1, metavar="NUMBER", help="Threads of fastopt and torch, from 1.", show_default="all"),
@@ -121,7 +124,9 @@ def bench(
         one_of(dtype, ("float32", "float64"), "dtype")
     with blame("--seconds"):
         if not 1.0 <= seconds < math.inf:
-            raise ValueError(f"{seconds:g} is too short or no time; give a number of seconds from 1, such as 36")
+            raise ValueError(
+                f"{seconds:g} is too short or no time; give a number of seconds from 1, such as {SECONDS:g}"
+            )
     most = machine.threads()
     with blame("--threads"):
         if threads is not None and threads > numba.config.NUMBA_NUM_THREADS:

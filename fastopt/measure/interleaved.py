@@ -5,8 +5,9 @@ machine hits all contestants alike. A turn's time is that of its fastest sample,
 away for a moment is no property of a contestant.
 
 Measured, the ratio of the same two contestants in windows of 1.5 s (standard deviation of its logarithm): the ratio of
-the medians of single samples 3-10 %, the median of the ratios 2-8 %, that of the fastest of eight 1.5-5 %. What is left
-are drifts of seconds and where in memory the arrays come to lie: visit a case several times, and make it anew.
+the medians of single samples 3-10 %, the median of the ratios 2-8 %, that of the fastest of eight 1.5-5 %; 11-13 %
+whichever way for torch with two threads below a million parameters. What is left are drifts of seconds and where in
+memory the arrays come to lie: visit a case several times, and make it anew.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep what arrays of up to 32 MB leave behind, for the arrays to come; whether it does so.
 
     Left to itself glibc gives such memory back, or does not, by what happened to be freed before: NumPy's Adam on a
-    million parameters took 18 ms or 3, and torch's BatchNorm 5 ms or 2.3, by whether every temporary array is made of
-    new pages. For the rest of the process, and only where the library is glibc.
+    million parameters took 18 ms or 4, by whether every temporary array is made of new pages. For the rest of the
+    process, and only where the library is glibc.
     """
     trim_threshold, mmap_threshold, most = -1, -3, 2**25  # names and the largest number that mallopt(3) takes
     try:
