@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import pytest
 
-from fastopt.backends import cpu
-from fastopt.measure import Result, Work, compare, limit_of, machine
+from fastopt import get_num_threads, set_num_threads
+from fastopt.backends import driver
+from fastopt.backends.driver import DRIVER
+from fastopt.backends.threads import using
+from fastopt.measure import Result, Work, compare, limit_of
 from fastopt.measure.comparison import check_memory
 from fastopt.measure.limit import bytes_of
 from fastopt.measure.rivals import of_fastopt
@@ -23,7 +25,8 @@ SIZES = [
     *(round(10 ** (k + 0.5)) for k in range(2, 8)),
     *(16_384, 20_000, 24_576, 49_152, 65_536, 131_072),  # around the switch
 ]
-SWITCH = cpu.SERIAL_BELOW
+SWITCH = driver.SERIAL_BELOW
+MODE = DRIVER.choose()
 
 
 def thread_counts(most: int) -> list[int]:
@@ -33,16 +36,17 @@ def thread_counts(most: int) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def restored():
-    threads = machine.threads()
-    yield
-    numba.set_num_threads(threads)
-    cpu.SERIAL_BELOW = SWITCH
+    with using(get_num_threads()):
+        yield
+    driver.SERIAL_BELOW = SWITCH
+    DRIVER.choose()
 
 
-def on_threads(count: int, serial_below: int) -> Callable[[], None]:
+def on_threads(count: int, serial_below: int, mode: str | None) -> Callable[[], None]:
     def switch() -> None:
-        numba.set_num_threads(count)
-        cpu.SERIAL_BELOW = serial_below
+        set_num_threads(count)
+        driver.SERIAL_BELOW = serial_below
+        DRIVER.choose(mode)
 
     return switch
 
@@ -52,12 +56,12 @@ def scale(title: str, size: int, **options: Any) -> Result:
     work = Work("Adam", ((size,),))
     check_memory(work, 2)
     optimizer = of_fastopt(work).optimizer
-    most = machine.threads()
+    most = get_num_threads()
     contestants = {"fastopt": optimizer.step, "limit": limit_of(optimizer).step}
-    before = dict.fromkeys(contestants, on_threads(most, SWITCH))
+    before = dict.fromkeys(contestants, on_threads(most, SWITCH, None))
     for count in thread_counts(most):
         name = f"{count} thread{'s' if count > 1 else ''}"
-        contestants[name], before[name] = optimizer.step, on_threads(count, 0)
+        contestants[name], before[name] = optimizer.step, on_threads(count, 0, MODE)
     return compare(
         title,
         contestants,

@@ -13,7 +13,7 @@ import pytest
 from tail import DECAY, EMA, LR, MAX_NORM, SCALE, torch_sequence
 
 import fastopt
-from fastopt.measure import compare, machine
+from fastopt.measure import compare
 
 try:
     import torch
@@ -50,7 +50,7 @@ def ours(gradient: np.ndarray, **options: Any) -> Tail:
 
 
 def torchs(gradient: np.ndarray) -> Tail:
-    torch.set_num_threads(machine.threads())
+    torch.set_num_threads(fastopt.get_num_threads())
     step, write, params = torch_sequence(torch, torch.from_numpy(gradient).split(len(gradient) // TENSORS))
     write()
     return Tail(step, write, lambda: [param.numpy() for param in params])

@@ -94,7 +94,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     output_json["fastopt"] = {
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(),
-        "threads": machine.threads(),
+        "threads": fastopt.get_num_threads(),
         "load": round(config.stash[LOAD], 2),
         "scale": config.getoption("--scale"),
         "versions": {name: version for name, version in versions.items() if version is not None},

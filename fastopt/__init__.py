@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastopt import curvature, init, reference, rules, schedules
+from fastopt.backends.threads import get_num_threads, set_num_threads
 from fastopt.batches import minibatches
 from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
 from fastopt.flat import FlatParams, pack
@@ -61,6 +62,7 @@ __all__ = [
     "batchnorm_forward",
     "curvature",
     "fold_batchnorm",
+    "get_num_threads",
     "init",
     "interop",
     "minibatches",
@@ -69,6 +71,7 @@ __all__ = [
     "rule",
     "rules",
     "schedules",
+    "set_num_threads",
 ]
 __all__.extend(Optimizer.classes)
 

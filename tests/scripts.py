@@ -11,7 +11,12 @@ from pathlib import Path
 import fastopt
 
 ROOT = Path(fastopt.__file__).parents[1]
-SETTINGS = ("NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "FASTOPT_CACHE_DIR")  # decided by the test, never inherited
+SETTINGS = (
+    "FASTOPT_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "NUMBA_THREADING_LAYER",
+    "FASTOPT_CACHE_DIR",
+)  # decided by the test, never inherited
 
 
 def on_terminal(*arguments: str | Path) -> tuple[str, str]:

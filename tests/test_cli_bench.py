@@ -7,7 +7,6 @@ import os
 import sys
 from functools import partial
 
-import numba
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -57,7 +56,7 @@ def test_the_json_holds_every_result_and_the_machine(outcome):
     _, content, _ = outcome
     assert content["fastopt"] == fastopt.__version__
     assert content["command"] == "bench"
-    assert content["settings"]["threads"] == machine.threads()
+    assert content["settings"]["threads"] == fastopt.get_num_threads()
     assert content["machine"] == machine.describe()
     results = [Result.of(record) for record in content["results"]]
     assert [(result.facts["optimizer"], result.facts["parameters"]) for result in results[:4]] == [
@@ -110,11 +109,11 @@ def test_a_size_that_does_not_fit_is_left_out_with_the_reason(monkeypatch):
 
 
 def test_the_number_of_threads_is_used_and_given_back():
-    before = numba.get_num_threads()
+    before = fastopt.get_num_threads()
     content = json.loads(invoke(*QUICK, "--threads", "1", "--json", "-").stdout)
     assert content["settings"]["threads"] == 1
     assert content["results"][0]["facts"]["threads"] == 1
-    assert numba.get_num_threads() == before
+    assert fastopt.get_num_threads() == before
 
 
 def test_a_busy_machine_is_told(monkeypatch):

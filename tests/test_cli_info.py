@@ -15,7 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 import fastopt
-from fastopt.cli import info
+from fastopt.backends import driver, threads
+from fastopt.backends.driver import DRIVER
 from fastopt.cli.app import app
 
 
@@ -41,12 +42,13 @@ def test_versions_are_those_installed():
 
 def test_cpu_and_threads():
     found = report()
-    cpu, threads = found["cpu"], found["threads"]
+    cpu, how = found["cpu"], found["threads"]
     assert cpu["name"]
     assert cpu["cores"] == os.cpu_count()
     assert 1 <= cpu["usable_cores"] <= cpu["cores"]
-    assert threads["numba"] == numba.config.NUMBA_NUM_THREADS
-    assert threads["layer"] in ("omp", "tbb", "workqueue")
+    assert how["count"] == fastopt.get_num_threads()
+    assert how["decided_by"] in ("the processors of this process", "numba", "torch", "FASTOPT_NUM_THREADS")
+    assert (how["kind"] == "fastopt's own") == (how["reason"] is None)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="compares with what Linux says in /proc/cpuinfo")
@@ -214,14 +216,27 @@ def test_cuda_devices_are_listed(with_cuda, monkeypatch):
     assert "name NVIDIA Imaginary 1, compute capability 9.0" in invoke().output
 
 
-def test_threads_that_cannot_start_give_the_reason(monkeypatch):
-    def refuse():
-        raise ValueError("No threading layer could be loaded.")
+@pytest.mark.parametrize(("layer", "kind"), [("omp", "numba's (omp)"), (None, "Python's")])
+def test_other_threads_than_our_own_are_named_with_the_reason(monkeypatch, layer, kind):
+    def start():
+        if layer is None:
+            raise ValueError("No threading layer could be loaded.")
 
-    monkeypatch.setattr(info.numba_parallel, "_launch_threads", refuse)
-    threads = report()["threads"]
-    assert threads["layer"] is None
-    assert threads["reason"] == "No threading layer could be loaded."
+    monkeypatch.setattr(driver, "why_not", lambda: "the C library lacks sem_post")
+    monkeypatch.setattr(driver.numba_parallel, "_launch_threads", start)
+    monkeypatch.setattr(numba, "threading_layer", lambda: layer)
+    for name in ("mode", "reason", "adaptive"):
+        monkeypatch.setattr(DRIVER, name, getattr(DRIVER, name))  # put back afterwards
+    DRIVER.mode = None
+    found = report()["threads"]
+    assert (found["kind"], found["reason"]) == (kind, "the C library lacks sem_post")
+
+
+def test_a_number_of_threads_that_is_none_is_said(monkeypatch):
+    monkeypatch.setattr(threads, "_asked", False)
+    found = report(FASTOPT_NUM_THREADS="all")["threads"]
+    assert found["count"] is None
+    assert found["reason"] == "FASTOPT_NUM_THREADS: must be a whole number from 1 to 256, got 'all'"
 
 
 def test_the_cuda_of_this_machine_does_not_stop_the_command():

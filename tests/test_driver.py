@@ -1,11 +1,12 @@
 """Threads and forks: the same bits whoever computes them, and no process that dies or hangs.
 
 The file is also the script that its tests run in processes of their own: ``python test_driver.py drivers`` and
-``python test_driver.py scenarios`` print one JSON object a line.
+``python test_driver.py scenarios pool|omp|workqueue`` print one JSON object a line.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import multiprocessing
@@ -14,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
@@ -24,13 +25,17 @@ from scripts import run
 
 import fastopt
 from fastopt import flat
-from fastopt.backends import cpu, get_backend
+from fastopt.backends import driver, pool
+from fastopt.backends.driver import DRIVER
+from fastopt.backends.threads import using
 from fastopt.flat import Layout
 
-BELOW = (100, 33)  # what is worth one thread, and more
-ABOVE = (cpu.SERIAL_BELOW // 2 + 4001, cpu.SERIAL_BELOW // 2 + 13_627)
+BELOW = (100, 33)  # what is worth one thread, and more, whatever the threads
+ABOVE = (driver.SERIAL_BELOW_ELSEWHERE // 2 + 4001, driver.SERIAL_BELOW_ELSEWHERE // 2 + 13_627)
 LARGE = (1, 7, 4097, 65_537, 100_003, 33, 50_001)  # 219,679 elements, none a multiple of a vector or a block
-assert sum(LARGE) > cpu.SERIAL_BELOW
+assert sum(LARGE) > driver.SERIAL_BELOW_ELSEWHERE
+
+needs_pool = pytest.mark.skipif(pool.why_not() is not None, reason=str(pool.why_not()))
 
 
 def train(name: str, sizes: tuple[int, ...], dtype: Any = np.float32, steps: int = 3, seed: int = 0) -> str:
@@ -53,37 +58,43 @@ def train(name: str, sizes: tuple[int, ...], dtype: Any = np.float32, steps: int
 
 # --- the same bits from every driver and any number of threads --------------------------------------------------------
 
-DRIVERS = (("serial", 1), ("parallel", 2), ("parallel", 3), ("parallel", 4), ("pool", 2), ("pool", 3), ("pool", 4))
+POOLS = [("pool", threads) for threads in (2, 3, 4, 7) if pool.why_not() is None]
+DRIVERS = (("serial", 1), ("numba", 2), ("numba", 3), ("executor", 2), ("executor", 3), *POOLS)
 TRAINED = [(name, dtype) for name in ("Adam", "LAMB") for dtype in ("float32", "float64")]
+
+
+def jobs_of_the_pool() -> int:
+    """How many jobs the pool of this process has run."""
+    return 0 if DRIVER._pool is None else ctypes.c_int64.from_address(DRIVER._pool.control + pool.EPOCH).value
 
 
 def report_drivers() -> None:
     """Train under every driver; say which of them really ran."""
-    driver = get_backend("cpu").driver
-    calls = dict.fromkeys(("serial", "parallel", "pool"), 0)
+    calls = dict.fromkeys(("numba", "executor"), 0)
 
-    def counted(kind: str, function: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: Any, **keywords: Any) -> None:
+    def counted(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
             calls[kind] += 1
-            function(*arguments, **keywords)
+            return function(*arguments, **keywords)
 
         return call
 
-    cpu.Loop.parallel = counted("parallel", cpu.Loop.parallel)
-    driver._run_in_pool = counted("pool", driver._run_in_pool)
+    DRIVER._numba = counted("numba", DRIVER._numba)
+    DRIVER._run_in_executor = counted("executor", DRIVER._run_in_executor)
     for name, dtype in TRAINED:
         for mode, threads in DRIVERS:
-            driver.mode = "parallel" if mode == "serial" else mode
-            numba.set_num_threads(threads)
-            before = dict(calls)
+            DRIVER.choose("executor" if mode == "serial" else mode)
+            fastopt.set_num_threads(threads)
+            before = {**calls, "pool": jobs_of_the_pool()}
             digest = train(name, LARGE, dtype)
-            ran = {kind: calls[kind] - before[kind] for kind in calls if calls[kind] != before[kind]}
+            after = {**calls, "pool": jobs_of_the_pool()}
+            ran = {kind: after[kind] - before[kind] for kind in after if after[kind] != before[kind]}
             print(json.dumps({"key": [name, dtype, mode, threads], "digest": digest, "ran": ran}), flush=True)
 
 
 @pytest.fixture(scope="module")
 def driven() -> dict[tuple[Any, ...], dict[str, Any]]:
-    finished = run(__file__, "drivers", NUMBA_NUM_THREADS="4")
+    finished = run(__file__, "drivers", NUMBA_NUM_THREADS="4", timeout=120.0)
     assert finished.returncode == 0, finished.stderr
     lines = [json.loads(line) for line in finished.stdout.splitlines()]
     return {tuple(line["key"]): line for line in lines}
@@ -112,16 +123,20 @@ def test_optimizers_dtypes_and_seeds_are_told_apart_by_the_digest():
 # --- the same bits for any chunks -------------------------------------------------------------------------------------
 
 
-def in_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have everything run in the thread pool, however small: the parallel kernels would take seconds to compile."""
-    monkeypatch.setattr(get_backend("cpu").driver, "mode", "pool")
-    monkeypatch.setattr(cpu, "SERIAL_BELOW", 0)
+@pytest.fixture
+def shared_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every loop runs on three threads, however small it is."""
+    monkeypatch.setattr(driver, "SERIAL_BELOW", 0)
+    before = DRIVER.mode, DRIVER.adaptive
+    DRIVER.choose("executor" if pool.why_not() else "pool")
+    with using(3):
+        yield
+    DRIVER.mode, DRIVER.adaptive = before
 
 
 @pytest.mark.parametrize("name", ["Adam", "LAMB"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_any_chunk_length_gives_the_same_bits(monkeypatch, name, dtype):
-    in_pool(monkeypatch)
+def test_any_chunk_length_gives_the_same_bits(shared_out, monkeypatch, name, dtype):
     digests = {}
     for longest in (10**9, 1, 16, 17, 100, 4096, 5000, 8192):
         monkeypatch.setattr(flat, "MIN_CHUNK", longest)
@@ -140,9 +155,8 @@ def test_the_chunk_length_is_what_the_test_above_sets(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["adam", "lamb"])
-def test_packing_changes_no_bit(monkeypatch, name):
+def test_packing_changes_no_bit(shared_out, name):
     """A parameter gets from the packed step what it gets alone: sums start with it, wherever it lies in the buffer."""
-    in_pool(monkeypatch)
     rng = np.random.default_rng(6)
     rule = getattr(fastopt.rules, name)
     params = {f"p{k}": rng.normal(size=size) for k, size in enumerate((5, 30_011, 17, 9000))}
@@ -166,19 +180,51 @@ def test_a_small_buffer_never_reaches_the_driver(monkeypatch):
     def refuse(*_: Any) -> None:
         raise AssertionError("the driver was asked to run a loop that is not worth it")
 
-    monkeypatch.setattr(get_backend("cpu").driver, "run", refuse)
-    opt = fastopt.SGD({"w": np.ones(cpu.SERIAL_BELOW - 16), "b": np.ones(3)}, lr=0.5)
-    opt.step({"w": np.ones(cpu.SERIAL_BELOW - 16), "b": np.ones(3)})
+    monkeypatch.setattr(DRIVER, "run", refuse)
+    opt = fastopt.SGD({"w": np.ones(driver.SERIAL_BELOW - 16), "b": np.ones(3)}, lr=0.5)
+    opt.step({"w": np.ones(driver.SERIAL_BELOW - 16), "b": np.ones(3)})
     assert (opt.params["w"] == 0.5).all()
-    larger = fastopt.SGD({"w": np.ones(cpu.SERIAL_BELOW)}, lr=0.5)
+    larger = fastopt.SGD({"w": np.ones(driver.SERIAL_BELOW)}, lr=0.5)
     with pytest.raises(AssertionError, match="the driver was asked"):
-        larger.step({"w": np.ones(cpu.SERIAL_BELOW)})
+        larger.step({"w": np.ones(driver.SERIAL_BELOW)})
 
 
-def test_numbas_thread_count_is_read_and_never_set():
-    before = numba.get_num_threads()
-    train("Adam", ABOVE)
-    assert numba.get_num_threads() == before
+STARTS = """
+import os, threading
+import numpy as np, fastopt
+from numba.np.ufunc import parallel
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+small, large = (fastopt.SGD([np.ones(n), np.ones(7)], lr=0.5) for n in (1000, 100_000))
+before = threads()
+for _ in range(5):
+    small.step()
+print("after small steps", threads() - before)
+fastopt.set_num_threads(1)
+for _ in range(5):
+    large.step()
+print("on one thread", threads() - before)
+fastopt.set_num_threads(3)
+large.step()
+large.step()
+print("on three", threads() - before)
+print("numba's layer", parallel._is_initialized, "threads of Python", threading.active_count())
+"""
+
+
+@needs_pool
+def test_nothing_is_started_before_a_job_is_worth_a_second_thread(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(STARTS)
+    finished = run(script)
+    assert finished.stdout.splitlines() == [
+        "after small steps 0",
+        "on one thread 0",
+        "on three 2",
+        "numba's layer False threads of Python 1",
+    ], finished.stderr
 
 
 def test_a_threading_layer_that_is_not_installed_costs_threads_and_nothing_else(tmp_path):
@@ -186,13 +232,15 @@ def test_a_threading_layer_that_is_not_installed_costs_threads_and_nothing_else(
     script = tmp_path / "script.py"
     script.write_text(
         "import numpy as np, fastopt\n"
-        "from fastopt.backends.cpu import SERIAL_BELOW\n"
-        "opt = fastopt.SGD([np.ones(SERIAL_BELOW), np.ones(7)], lr=0.5)\n"
-        "opt.step([np.ones(SERIAL_BELOW), np.ones(7)])\n"
-        "print(all((p == 0.5).all() for p in opt.params))\n"
+        "from fastopt.backends import driver\n"
+        "driver.why_not = lambda: 'not here'\n"
+        "opt = fastopt.SGD([np.ones(100_000), np.ones(7)], lr=0.25)\n"
+        "for _ in range(2):\n"
+        "    opt.step([np.ones(100_000), np.ones(7)])\n"
+        "print(all((p == 0.5).all() for p in opt.params), driver.DRIVER.mode, driver.DRIVER.reason)\n"
     )
     finished = run(script, NUMBA_THREADING_LAYER="tbb", NUMBA_NUM_THREADS="4")
-    assert (finished.returncode, finished.stdout.strip()) == (0, "True"), finished.stderr
+    assert (finished.returncode, finished.stdout.strip()) == (0, "True executor not here"), finished.stderr
 
 
 # --- threads at once, and forks ---------------------------------------------------------------------------------------
@@ -206,12 +254,8 @@ def train_all(steps: int = 3) -> list[str]:
 
 def serially(function: Callable[..., Any], *arguments: Any) -> Any:
     """`function` on this thread alone."""
-    count = numba.get_num_threads()
-    numba.set_num_threads(1)
-    try:
+    with using(1):
         return function(*arguments)
-    finally:
-        numba.set_num_threads(count)
 
 
 def in_threads(*jobs: Callable[[], Any]) -> list[Any]:
@@ -254,7 +298,11 @@ def in_child(job: Callable[[], Any]) -> Any:
 
 
 def mode() -> str | None:
-    return get_backend("cpu").driver.mode
+    return DRIVER.mode
+
+
+def mode_of_a_child() -> str:
+    return "pool" if ASKED == "pool" else "executor"
 
 
 def send_trained(pipe: Any) -> None:
@@ -276,6 +324,9 @@ def by_multiprocessing(method: str) -> list[Any]:
     return [result, process.exitcode]
 
 
+ASKED = sys.argv[2] if __name__ == "__main__" and len(sys.argv) > 2 else "pool"
+"""Whose threads the scenarios run on: ours, or those of one of numba's layers, as where there is no pool."""
+
 # Each returns (found, expected). They run in this order in one process, which is still fresh in `compile_at_once`.
 
 forked_early: list[Any] = []
@@ -291,7 +342,7 @@ def fork_before_the_first_step() -> tuple[Any, Any]:
 
 
 def driver_chosen() -> tuple[Any, Any]:
-    return mode(), "parallel" if numba.threading_layer() in ("omp", "tbb") else "pool"
+    return mode(), {"pool": "pool", "omp": "numba", "workqueue": "executor"}[ASKED]
 
 
 def step_at_once() -> tuple[Any, Any]:
@@ -301,7 +352,7 @@ def step_at_once() -> tuple[Any, Any]:
 
 
 def fork_after_a_step() -> tuple[Any, Any]:
-    return in_child(lambda: [train_all(), mode()]), [serially(train_all), "pool"]
+    return in_child(lambda: [train_all(), mode()]), [serially(train_all), mode_of_a_child()]
 
 
 def fork_and_parent_both_go_on() -> tuple[Any, Any]:
@@ -311,7 +362,7 @@ def fork_and_parent_both_go_on() -> tuple[Any, Any]:
 def fork_in_a_fork() -> tuple[Any, Any]:
     found = in_child(lambda: [train_all(), in_child(lambda: [train_all(), mode()]), train_all()])
     expected = serially(train_all)
-    return found, [expected, [expected, "pool"], expected]
+    return found, [expected, [expected, mode_of_a_child()], expected]
 
 
 def threads_in_a_fork() -> tuple[Any, Any]:
@@ -344,15 +395,38 @@ def fork_while_a_thread_steps() -> tuple[Any, Any]:
 
 
 def fork_while_a_thread_compiles() -> tuple[Any, Any]:
-    # The thread holds the backend's lock. The child must not inherit it; it runs what is already compiled.
-    thread = threading.Thread(target=train, args=("RMSprop", ABOVE))
+    # The thread holds our lock and numba's. The child must inherit neither, and must be able to compile.
+    thread = threading.Thread(target=lambda: [train(name, ABOVE) for name in ("RMSprop", "Adagrad", "Yogi")])
     thread.start()
     forked = []
     while len(forked) < 3 and thread.is_alive():
         time.sleep(0.02)
-        forked.append(in_child(train_all))
+        forked.append(in_child(lambda: [train_all(), train("Adadelta", ABOVE)]))
     thread.join()
-    return forked, [serially(train_all)] * max(1, len(forked))
+    return forked, [[serially(train_all), serially(train, "Adadelta", ABOVE)]] * max(1, len(forked))
+
+
+def fork_while_a_user_compiles() -> tuple[Any, Any]:
+    # numba's lock alone, which a child needs for the loops that it has not compiled yet.
+    def compile_functions() -> None:
+        for number in range(12):
+            numba.njit(lambda x: np.sort(x)[number:] + x.mean())(np.ones(20))  # noqa: B023 - called here
+
+    thread = threading.Thread(target=compile_functions)
+    thread.start()
+    time.sleep(0.05)
+    forked = in_child(lambda: train("Adamax", ABOVE))
+    compiled_meanwhile = thread.is_alive()
+    thread.join()
+    return [forked, compiled_meanwhile], [serially(train, "Adamax", ABOVE), True]
+
+
+def threads_counted_in_a_fork() -> tuple[Any, Any]:
+    numba.set_num_threads(1)  # starts numba's threads, which a child does not have
+    found = in_child(lambda: [fastopt.set_num_threads(None), fastopt.get_num_threads()])
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    with using(5):
+        return [found, in_child(fastopt.get_num_threads)], [[None, 1], 5]
 
 
 def multiprocessing_fork() -> tuple[Any, Any]:
@@ -375,12 +449,18 @@ SCENARIOS = (
     compile_in_a_fork,
     fork_while_a_thread_steps,
     fork_while_a_thread_compiles,
+    fork_while_a_user_compiles,
+    threads_counted_in_a_fork,
     multiprocessing_fork,
     multiprocessing_spawn,
 )
 
 
 def report_scenarios() -> None:
+    if ASKED != "pool":
+        driver.why_not = lambda: "for a test"
+    fastopt.set_num_threads(4)
+    DRIVER.choose("pool" if ASKED == "pool" else None)
     if hasattr(os, "fork"):
         forked_early.append(in_child(lambda: train("SGD", ABOVE)))
     for scenario in SCENARIOS:
@@ -390,9 +470,10 @@ def report_scenarios() -> None:
         print(json.dumps({"scenario": scenario.__name__, "found": str(found), "expected": str(expected)}), flush=True)
 
 
-@pytest.fixture(scope="module", params=["omp", "workqueue"])
+@pytest.fixture(scope="module", params=[pytest.param("pool", marks=needs_pool), "omp", "workqueue"])
 def process(request) -> Any:
-    return run(__file__, "scenarios", NUMBA_THREADING_LAYER=request.param, NUMBA_NUM_THREADS="4", timeout=120.0)
+    layer = "default" if request.param == "pool" else request.param
+    return run(__file__, "scenarios", request.param, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="4", timeout=180.0)
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])

@@ -95,7 +95,7 @@ def test_adams_closed_form(options, ema, monkeypatch):
     launches = []
     run_loop = cpu.Loop.run
     with monkeypatch.context() as patch:
-        patch.setattr(cpu.Loop, "run", lambda self, *a, **k: (launches.append(self._label), run_loop(self, *a, **k)))
+        patch.setattr(cpu.Loop, "run", lambda self, *a, **k: (launches.append(self.label), run_loop(self, *a, **k)))
         for _ in range(300):
             indices, grads, whole = touch(rng)
             others = rng.normal(size=5)

@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from cases import BY_NAME, CASES, DTYPES, EVERYTHING, Case, gradients
@@ -21,7 +20,8 @@ from hypothesis import strategies as st
 from scripts import run
 
 import fastopt
-from fastopt.backends import BLOCK, Features, cpu, elements, get_backend
+from fastopt.backends import BLOCK, Features, cpu, elements
+from fastopt.backends.driver import DRIVER
 
 FLAGS: dict[str, dict[str, Any]] = {
     "max_norm": {"max_norm": 0.5},
@@ -162,7 +162,7 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     run_loop = cpu.Loop.run
 
     def counted(self: Any, *arguments: Any, **keywords: Any) -> None:
-        launched.append(self._label)
+        launched.append(self.label)
         run_loop(self, *arguments, **keywords)
 
     monkeypatch.setattr(cpu.Loop, "run", counted)
@@ -204,7 +204,7 @@ def test_flags_that_are_off_are_not_in_the_machine_code(dtype, monkeypatch, comp
     for element in (elements.element, bare_element):
         monkeypatch.setattr(elements, "element", element)
         kernel = cpu.CPU().kernel(rule, hyper, np.dtype(dtype), Features())
-        (assembly,) = kernel._loop._dispatcher.inspect_asm().values()
+        (assembly,) = kernel._loop.dispatcher.inspect_asm().values()
         counts.append(Counter(re.findall(r"^\t([a-z]\w*)", assembly, flags=re.MULTILINE)))
     assert counts[0] == counts[1]
     assert sum(counts[0].values()) > 50
@@ -215,20 +215,22 @@ def test_the_update_is_vectorised_with_every_flag_on(compiled_anew):
     hyper = type(rule.prepare(1, 1e-3, (0.9, 0.999), 1e-8, False, True))
     features = Features(**dict.fromkeys(vars(Features()), True) | {"l2": False})
     kernel = cpu.CPU().kernel(rule, hyper, np.dtype(np.float32), features)
-    (assembly,) = kernel._loop._dispatcher.inspect_asm().values()
+    (assembly,) = kernel._loop.dispatcher.inspect_asm().values()
     assert re.search(r"sqrtps|fsqrt\s+v\d+\.4s", assembly)
 
 
 # --- the same bits whatever the threads -------------------------------------------------------------------------------
 
 
+DRIVERS = (("pool", 1), ("pool", 2), ("pool", 3), ("pool", 4), ("pool", 7), ("numba", 2), ("executor", 3))
+
+
 def report_drivers() -> None:
-    driver = get_backend("cpu").driver
     params = start(np.float32, (100_003, 17, 200_000))
     for name in ("AdamW", "LAMB", "NovoGrad"):
-        for mode, threads in (("parallel", 1), ("parallel", 2), ("parallel", 4), ("pool", 2), ("pool", 3)):
-            driver.mode = mode
-            numba.set_num_threads(threads)
+        for mode, threads in DRIVERS:
+            DRIVER.choose(mode)
+            fastopt.set_num_threads(threads)
             opt = getattr(fastopt, name)(params, max_norm=0.5, ema=0.9, zero_grad=True, nonfinite="skip")
             rng = np.random.default_rng(0)
             opt.step(grads_like(rng, params))
@@ -242,10 +244,10 @@ def report_drivers() -> None:
 
 
 def test_every_driver_gives_the_same_bits():
-    finished = run(__file__, "drivers", timeout=240, NUMBA_NUM_THREADS="4")
+    finished = run(__file__, "drivers", timeout=240)
     assert finished.returncode == 0, finished.stderr
     lines = [json.loads(line) for line in finished.stdout.splitlines()]
-    assert len(lines) == 15
+    assert len(lines) == 3 * len(DRIVERS)
     for name in ("AdamW", "LAMB", "NovoGrad"):
         assert len({digest for rule, _, digest in lines if rule == name}) == 1, lines
 

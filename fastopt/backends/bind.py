@@ -149,11 +149,43 @@ def _describe(value: Any, function: FunctionType, seen: frozenset[Any]) -> str:
     plain = scalar_of(value)
     if plain is not None:
         return _describe_function(plain, seen=seen)
+    definition = getattr(value, "_defn", None)
+    if isinstance(definition, FunctionType):  # an intrinsic of numba's: its code is part of the kernel
+        return _describe_function(definition, seen=seen)
     inside = getattr(value, "py_func", None)
     if isinstance(inside, FunctionType):  # a numba dispatcher: ours, or a function that the user compiled
         return f"{sorted(getattr(value, 'targetoptions', {}).items())!r}:{_describe_function(inside, seen=seen)}"
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return f"{name}{getattr(value, '_fields', '')}"
+
+
+# --- from a function to machine code ----------------------------------------------------------------------------------
+
+
+def compile_loop(function: FunctionType, signature: tuple[Any, ...], **options: Any) -> Any:
+    """Compile for exactly one signature; keep it on disk where FASTOPT_CACHE_DIR says so."""
+    dispatcher = numba.njit(error_model="numpy", nogil=True, **options)(function)
+    directory = cache_directory()
+    if directory is not None:
+        keep_on_disk(dispatcher, directory)
+    dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    return dispatcher
+
+
+def entry_of(dispatcher: Any) -> Callable[..., Any]:
+    """What Python calls of a function with one signature, without numba's dispatch on types."""
+    (compiled,) = dispatcher.overloads.values()
+    entry: Callable[..., Any] = compiled.entry_point
+    return entry
+
+
+def address_of(dispatcher: Any, *, of_c: bool = False) -> int:
+    """Where a function with one signature begins, for numba's own calls; `of_c`: for those of a C library."""
+    (compiled,) = dispatcher.overloads.values()
+    name = compiled.fndesc.llvm_cfunc_wrapper_name if of_c else compiled.fndesc.llvm_func_name
+    address: int = compiled.library.get_pointer_to_function(name)
+    return address
 
 
 # --- the opt-in cache -------------------------------------------------------------------------------------------------

@@ -1,37 +1,26 @@
-"""The CPU backend: every loop, once; how a loop becomes a kernel; and the driver that decides on which threads."""
+"""The CPU backend: every loop, once; the kernels made of them; and the backend itself."""
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
-from numba.np.ufunc import parallel as numba_parallel
+from numba import types
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from fastopt.backends import ALIGNMENT, BLOCK, Adder, Array, Features, Kernel, StepHyper
-from fastopt.backends.bind import bind, cache_directory, keep_on_disk
+from fastopt.backends.bind import bind, compile_loop, entry_of
+from fastopt.backends.driver import DRIVER, Loop
 from fastopt.backends.elements import check_rule, conditioning, scalar, scaled_by, surrounded
+from fastopt.backends.intrinsics import at_address, fetch, window
+from fastopt.backends.threads import get_num_threads
 
 if TYPE_CHECKING:
     from fastopt.backends.cpu_batchnorm import BatchNormCPU
     from fastopt.rule import Rule
-
-SERIAL_BELOW = 65_536
-"""Elements. Below this a second thread is not worth waking. On an idle machine it would be from about 20k elements on
-(a parallel launch costs 3-6 us), at a gain of at most 8 us. But where another process keeps a core busy, a launch waits
-for the worker's turn: 7-8 ms on two cores instead of 9-20 us on one thread. Small networks are spared that."""
 
 # --- the loops --------------------------------------------------------------------------------------------------------
 # Upper-case names are constants that `bind` supplies. Loops run over chunks and, inside, over views: indexing the whole
@@ -60,11 +49,10 @@ AVERAGED: Any
 MEASURE: Any
 APART: Any
 STEP: Any
-LOOP: Any
 
 
-def elementwise(p, g, states, table, chunks, backwards, first, last):
-    """Update chunks[first:last] by a rule whose every element stands alone."""
+def elementwise(p, g, states, table, chunks, first, last):
+    """Update chunks by a rule whose every element stands alone."""
     # In the cache a rule with a root and a division is bound by the divider. Adam on Zen 4, AVX-512 by hand, in L1: 4.4
     # ns for 16 elements; without the division 2.9, without the root 2.5, only moving the bytes 2.0. Tried there, the
     # same bits for 20M random normal numbers: dividing by rcp14, Newton steps and a correction, 5.0; the root by
@@ -73,9 +61,11 @@ def elementwise(p, g, states, table, chunks, backwards, first, last):
     # 15 % slower, of 1 MiB, no difference; buffers staggered by 1 KiB to 1 MiB, no difference.
     # One branch per number of states, all but one pruned. Tried: slicing, loading and storing the tuple of states by
     # functions folded over its length, which has no such branches: the same machine code, but 8x the compile time.
-    for k in range(last - first):
-        c = last - 1 - k if backwards else first + k
-        if SCATTERED and k + AHEAD < last - first:
+    backwards = last < first
+    count = first - last if backwards else last - first
+    for k in range(count):
+        c = first - 1 - k if backwards else first + k
+        if SCATTERED and k + AHEAD < count:
             to_come = c - AHEAD if backwards else c + AHEAD
             fetch(p, chunks[to_come, 0], chunks[to_come, 1])
             if N_STATES > 0:  # an empty tuple has no type to go over
@@ -230,10 +220,12 @@ def settle(chunks, table, pp, gg, numbers, rows, lines):
             rows[param, width - 1] = SCALED(step, norm_p, norm_g, h)
 
 
-def apply(p, ratios, states, table, chunks, backwards, first, last):
+def apply(p, ratios, states, table, chunks, first, last):
     """Second pass of a layerwise rule: move p by the proposed update, scaled by its parameter's ratio."""
-    for k in range(last - first):
-        c = last - 1 - k if backwards else first + k
+    backwards = last < first
+    count = first - last if backwards else last - first
+    for k in range(count):
+        c = first - 1 - k if backwards else first + k
         start = chunks[c, 0]
         stop = chunks[c, 1]
         row = chunks[c, 2] * table.shape[1]
@@ -307,105 +299,7 @@ def add(addresses, offsets, fresh, weight, g, chunks, partials, first, last):
                 block += 1
 
 
-# Chunks stand alone, so the bits do not depend on how they are shared out. Every thread has one run of chunks, always
-# the same, and goes through it forwards and backwards by turns: what it touched last is still in the cache when the
-# next pass begins there. In one direction only, a buffer a little larger than the cache finds nothing there, ever.
-# Measured: Adam on 4M float32 (64 MB of buffers, 32 MB of cache) 1.97 -> 1.51 ms; no difference at 1M and at 30M.
-
-
-def over_chunks(a, b, states, table, chunks, backwards, threads):
-    """LOOP (elementwise or apply) on every chunk."""
-    n = chunks.shape[0]
-    for thread in prange(threads):
-        LOOP(a, b, states, table, chunks, backwards, n * thread // threads, n * (thread + 1) // threads)
-
-
-def over_chunks_with_partials(p, g, states, table, chunks, partials, threads):
-    """LOOP (propose) on every chunk."""
-    n = chunks.shape[0]
-    for thread in prange(threads):
-        LOOP(p, g, states, table, chunks, partials, n * thread // threads, n * (thread + 1) // threads)
-
-
-def over_chunks_of_gradients(g, table, chunks, partials, threads):
-    """LOOP (squares) on every chunk."""
-    n = chunks.shape[0]
-    for thread in prange(threads):
-        LOOP(g, table, chunks, partials, n * thread // threads, n * (thread + 1) // threads)
-
-
-def over_chunks_to_add(addresses, offsets, fresh, weight, g, chunks, partials, threads):
-    """LOOP (add) on every chunk."""
-    n = chunks.shape[0]
-    for thread in prange(threads):
-        LOOP(addresses, offsets, fresh, weight, g, chunks, partials, n * thread // threads, n * (thread + 1) // threads)
-
-
-# --- from a loop to a kernel ------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def window(typing_context, array, start, size):
-    """array.reshape(-1)[start : start + size] of a C-contiguous array, without bounds or a reference count.
-
-    It does not keep the array alive: its owner has to. The reference count of a slice is an atomic one, for which
-    threads queue: 100 ns for a chunk of 64 elements. And a kernel of many slices compiles in seconds, one of these in a
-    fraction.
-    """
-
-    def build(context, builder, signature, arguments):
-        kind = signature.args[0]
-        source = context.make_array(kind)(context, builder, arguments[0])
-        view = context.make_array(signature.return_type)(context, builder)
-        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
-        populate_array(
-            view,
-            data=builder.gep(source.data, [arguments[1]]),
-            shape=[arguments[2]],
-            strides=[itemsize],
-            itemsize=itemsize,
-            meminfo=None,
-        )
-        return view._getvalue()
-
-    return types.Array(array.dtype, 1, "C")(array, types.intp, types.intp), build
-
-
-@intrinsic
-def at_address(typing_context, like, address, start, size):
-    """A 1-D array, of the dtype of `like`, on the memory that begins `start` elements after `address`."""
-
-    def build(context, builder, signature, arguments):
-        kind = signature.args[0]
-        view = context.make_array(kind)(context, builder)
-        number = context.get_data_type(kind.dtype)
-        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(number))
-        base = builder.inttoptr(arguments[1], number.as_pointer())
-        data = builder.gep(base, [arguments[2]])
-        populate_array(view, data=data, shape=[arguments[3]], strides=[itemsize], itemsize=itemsize, meminfo=None)
-        return view._getvalue()
-
-    return like(like, types.int64, types.int64, types.int64), build
-
-
-@intrinsic
-def fetch(typing_context, array, start, stop):
-    """Ask for array[start:stop] to be brought into the cache."""
-
-    def build(context, builder, signature, arguments):
-        source = context.make_array(signature.args[0])(context, builder, arguments[0])
-        byte = ir.IntType(8).as_pointer()
-        flag = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        start, stop = arguments[1:]
-        line = ALIGNMENT // context.get_abi_sizeof(context.get_data_type(signature.args[0].dtype))
-        with cgutils.for_range_slice(builder, start, stop, start.type(line)) as (index, _):
-            address = builder.bitcast(builder.gep(source.data, [index]), byte)
-            builder.call(prefetch, [address, flag(1), flag(3), flag(1)])  # to be written, kept, data
-        return context.get_dummy_value()
-
-    return types.none(array, types.int64, types.int64), build
+# --- from loops to kernels --------------------------------------------------------------------------------------------
 
 
 class Kinds:
@@ -427,79 +321,17 @@ def blocks_of(chunks: Array) -> int:
     return int(block) - (start - stop) // BLOCK
 
 
-class Loop:
-    """One loop bound to one rule: its serial kernel, and its parallel kernel from the first time it is worth having."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        constants: dict[str, Any],
-        signature: tuple[Any, ...],
-        *,
-        label: str,
-        over: Callable[..., None],
-        driver: Driver,
-        fastmath: Any = False,
-    ):
-        self._label = label
-        self._over = over
-        self._signature = signature
-        self._driver = driver
-        self._dispatcher = compile_loop(
-            bind(function, constants, label=label, scalar=scalar),
-            (*signature, types.int64, types.int64),
-            fastmath=fastmath,
-        )
-        # The compiled entry itself: our arguments have one type for life, and numba's dispatch on types costs 0.3 us
-        # of the 1 us that a call on 1,000 elements takes.
-        self.serial = _entry(self._dispatcher)
-        self._parallel: Callable[..., None] | None = None
-
-    def parallel(self, *arguments: Any, threads: int) -> None:
-        """Run on every chunk with numba's threads."""
-        if self._parallel is None:
-            with self._driver.lock:
-                if self._parallel is None:
-                    bound = bind(self._over, {"LOOP": self._dispatcher}, label=f"parallel_{self._label}", scalar=scalar)
-                    self._parallel = _entry(compile_loop(bound, (*self._signature, types.int64), parallel=True))
-        self._parallel(*arguments, threads)  # asking for their number inside would keep the kernel off the disk
-
-    def run(self, *arguments: Any, elements: int, chunks: int) -> None:
-        """Run on every chunk, with as many threads as are worth it."""
-        if elements < SERIAL_BELOW or chunks < 2:
-            self.serial(*arguments, 0, chunks)
-        else:
-            self._driver.run(self, arguments, chunks)
-
-
-def compile_loop(function: FunctionType, signature: tuple[Any, ...], **options: Any) -> Any:
-    """Compile for exactly one signature; keep it on disk where FASTOPT_CACHE_DIR says so."""
-    dispatcher = njit(error_model="numpy", nogil=True, **options)(function)
-    directory = cache_directory()
-    if directory is not None:
-        keep_on_disk(dispatcher, directory)
-    dispatcher.compile(signature)
-    dispatcher.disable_compile()
-    return dispatcher
-
-
-def _entry(dispatcher: Any) -> Callable[..., None]:
-    (compiled,) = dispatcher.overloads.values()
-    entry: Callable[..., None] = compiled.entry_point
-    return entry
-
-
 class ElementwiseKernel:
     """The update of one rule in one pass."""
 
     def __init__(self, loop: Loop):
         self._loop = loop
-        self._backwards = 1
+        self._backwards = True
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
         """As `fastopt.backends.Kernel`."""
-        self._backwards = 1 - self._backwards  # two threads that race here lose a cache hit and nothing else
-        self._loop.run(p, g, states, table, chunks, self._backwards, elements=p.size, chunks=chunks.shape[0])
+        self._backwards = not self._backwards  # two threads that race here lose a cache hit and nothing else
+        self._loop.run(p, g, states, table, chunks, elements=p.size, units=chunks.shape[0], backwards=self._backwards)
 
 
 class LayerwiseKernel:
@@ -517,9 +349,9 @@ class LayerwiseKernel:
             return
         partials = np.empty((blocks_of(chunks), 2))
         ratios = np.empty(int(chunks[-1, 3]) + 1)
-        self._propose.run(p, g, states, table, chunks, partials, elements=p.size, chunks=n)
+        self._propose.run(p, g, states, table, chunks, partials, elements=p.size, units=n)
         self._merge(chunks, partials, ratios)
-        self._apply.run(p, ratios, states, table, chunks, 1, elements=p.size, chunks=n)  # backwards: see over_chunks
+        self._apply.run(p, ratios, states, table, chunks, elements=p.size, units=n, backwards=True)
 
 
 class ScaledKernel:
@@ -560,7 +392,7 @@ class SquaresKernel:
     def launch(self, g: Array, table: Array, chunks: Array) -> Array:
         """As `fastopt.backends.NormKernel`."""
         partials = np.empty((blocks_of(chunks), 2))
-        self._loop.run(g, table, chunks, partials, elements=g.size, chunks=chunks.shape[0])
+        self._loop.run(g, table, chunks, partials, elements=g.size, units=chunks.shape[0])
         return partials
 
 
@@ -571,7 +403,7 @@ class CPU:
     asynchronous = False
 
     def __init__(self) -> None:
-        self.driver = Driver()
+        get_num_threads()  # an environment variable that is wrong is refused here, and not in the middle of a step
         self._kernels: dict[tuple[Any, ...], Any] = {}
         self._batchnorm_loops: dict[Any, Any] = {}  # what BatchNorms of different flags have in common
 
@@ -650,12 +482,12 @@ class CPU:
         addresses = np.array([0 if array is None else self.address(array) for array in ready], np.int64)
         loop: Loop = self._once(("add", g.dtype, adder), lambda: self._compile_add(g.dtype, adder))
         weights = np.array([weight], g.dtype)
-        loop.run(addresses, offsets, fresh, weights, g, chunks, partials, elements=g.size, chunks=chunks.shape[0])
+        loop.run(addresses, offsets, fresh, weights, g, chunks, partials, elements=g.size, units=chunks.shape[0])
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         kernel = self._kernels.get(key)
         if kernel is None:
-            with self.driver.lock:
+            with DRIVER.lock:
                 kernel = self._kernels.get(key)
                 if kernel is None:
                     kernel = self._kernels[key] = make()
@@ -672,7 +504,7 @@ class CPU:
             from fastopt.backends.cpu_batchnorm import BatchNormCPU  # loaded by those who use it
 
             flags = {"RELU": relu, "RESIDUAL": residual}
-            return BatchNormCPU(formulas, dtype, flags, self.driver, self._batchnorm_loops)
+            return BatchNormCPU(formulas, dtype, flags, self._batchnorm_loops)
 
         batchnorm: BatchNormCPU = self._once(("batchnorm", dtype, relu, residual), make)
         return batchnorm
@@ -712,17 +544,15 @@ class CPU:
         constants |= {"DTYPE": dtype.type, "SCATTERED": features.scattered}
 
         if rule.layerwise is None:
-            arguments = (vector, vector, states, table, integers, types.int64)
-            kernel = ElementwiseKernel(
-                Loop(elementwise, constants, arguments, label=label, over=over_chunks, driver=self.driver)
-            )
+            arguments = (vector, vector, states, table, integers)
+            kernel = ElementwiseKernel(Loop(elementwise, constants, arguments, label=label))
             if rule.scaling is None:
                 return kernel
             numbered = rule.scaling.number is not None
             settling = {**constants, "SCALED": scaled_by(rule.scaling, features, scalar), "NUMBERED": numbered}
             return ScaledKernel(
                 (self.norm(dtype, Features()), self.norm(dtype, features.of_norm())),
-                _entry(
+                entry_of(
                     compile_loop(
                         bind(settle, settling, label=f"settle_{label}", scalar=scalar),
                         (integers, table, partials, partials, ratios, table, integers),
@@ -737,11 +567,9 @@ class CPU:
                 constants,
                 (vector, vector, states, table, integers, partials),
                 label=f"propose_{label}",
-                over=over_chunks_with_partials,
-                driver=self.driver,
                 fastmath={"reassoc"},  # for the two sums alone: the rule keeps its own flags; 16x faster than in order
             ),
-            _entry(
+            entry_of(
                 compile_loop(
                     bind(merge, {"RATIO": rule.layerwise.ratio}, label=f"merge_{label}", scalar=scalar),
                     (integers, partials, ratios),
@@ -750,10 +578,8 @@ class CPU:
             Loop(
                 apply,
                 {**constants, "APPLY": rule.layerwise.apply, "EMA": features.ema},
-                (vector, ratios, states, table, integers, types.int64),
+                (vector, ratios, states, table, integers),
                 label=f"apply_{label}",
-                over=over_chunks,
-                driver=self.driver,
             ),
         )
 
@@ -767,8 +593,6 @@ class CPU:
                 {"N_STEP": len(StepHyper._fields), "APART": apart, **conditioning(dtype, features, scalar)},
                 (kinds.vector, kinds.table, kinds.integers, kinds.partials),
                 label=f"squares_{dtype.name}",
-                over=over_chunks_of_gradients,
-                driver=self.driver,
                 fastmath={"reassoc", "contract"},  # for the two sums alone
             )
         )
@@ -786,84 +610,5 @@ class CPU:
             },
             (addresses, addresses, fresh, kinds.vector, kinds.vector, kinds.integers, kinds.partials),
             label=f"add_{dtype.name}",
-            over=over_chunks_to_add,
-            driver=self.driver,
             fastmath={"reassoc"},  # for the two sums alone: g + weight * more can be read in one way only
         )
-
-
-# --- the driver -------------------------------------------------------------------------------------------------------
-
-
-class Driver:
-    """Decides which threads run a loop.
-
-    ``parallel``: numba's own threads, where its layer is omp or tbb and this process is not a forked child.
-    ``pool``: the serial kernel on slices of the chunk table in a thread pool. With the workqueue layer two threads that
-    launch at once abort the process; with GNU OpenMP a forked child that launches is killed.
-
-    numba's thread count is only read, never set: setting it would change torch's where both share one OpenMP.
-    """
-
-    def __init__(self) -> None:
-        self.mode: str | None = None  # found out at the first loop that is worth more than one thread
-        self.lock = threading.RLock()
-        self._pool: ThreadPoolExecutor | None = None
-        self._threads = 1
-        self._ask_numba = True
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._after_fork)
-
-    def _after_fork(self) -> None:
-        """Nothing of the parent's threads survives in a child: neither a pool, nor the holder of a lock."""
-        self.mode = "pool"
-        self.lock = threading.RLock()
-        self._pool = None
-        self._ask_numba = False  # to ask would start the threading layer
-
-    def threads(self) -> int:
-        """How many threads a loop may use: numba's own count, which NUMBA_NUM_THREADS and set_num_threads govern."""
-        if self._ask_numba:
-            self._threads = numba.get_num_threads()
-        elif self._threads == 1:
-            self._threads = numba.config.NUMBA_NUM_THREADS
-        return self._threads
-
-    def _choose(self) -> str:
-        try:
-            numba_parallel._launch_threads()
-            layer = numba.threading_layer()
-        except ValueError:  # no layer could be loaded, or the one asked for is not there
-            layer = "none"
-            self._ask_numba = False
-        self.mode = "parallel" if layer in ("omp", "tbb") else "pool"
-        return self.mode
-
-    def run(self, loop: Loop, arguments: tuple[Any, ...], chunks: int) -> None:
-        """Run `loop` on chunks 0 to `chunks`."""
-        mode = self.mode or self._choose()
-        threads = min(self.threads(), chunks)
-        if threads == 1:
-            loop.serial(*arguments, 0, chunks)
-        elif mode == "parallel":
-            loop.parallel(*arguments, threads=threads)
-        else:
-            self._run_in_pool(loop, arguments, chunks, threads)
-
-    def _run_in_pool(self, loop: Loop, arguments: tuple[Any, ...], chunks: int, threads: int) -> None:
-        edges = [chunks * k // threads for k in range(threads + 1)]
-        futures: list[Future[None]] = []
-        for first, last in pairwise(edges[1:]):
-            futures.append(self._workers().submit(loop.serial, *arguments, first, last))
-        loop.serial(*arguments, edges[0], edges[1])
-        for future in futures:
-            future.result()
-
-    def _workers(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            with self.lock:
-                if self._pool is None:
-                    self._pool = ThreadPoolExecutor(
-                        max(1, numba.config.NUMBA_NUM_THREADS - 1), thread_name_prefix="fastopt"
-                    )
-        return self._pool

@@ -33,14 +33,15 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba import prange, types
-from numba.extending import intrinsic
+from numba import types
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from fastopt.backends import Array
-from fastopt.backends.bind import bind
-from fastopt.backends.cpu import SERIAL_BELOW, Driver, Loop, compile_loop, window
+from fastopt.backends.bind import address_of, bind, compile_loop
+from fastopt.backends.driver import DRIVER, SERIAL_BELOW, Loop
 from fastopt.backends.elements import scalar
+from fastopt.backends.intrinsics import invoke, keep, window
+from fastopt.backends.threads import get_num_threads
 
 LONG = 128
 """Spatial size from which a tile is summed channel by channel; below it, many channels at a time."""
@@ -109,7 +110,6 @@ GATHER: Any
 FINISH: Any
 TRAINING: Any
 LARGEST: Any
-LOOP: Any
 WIDE: Any
 N_TILE: Any
 INVERSE_STD: Any
@@ -132,36 +132,6 @@ class Tile(NamedTuple):
     channels: int
     spatial: int
     """Elements of a channel that follow each other."""
-
-
-@intrinsic
-def keep(typing_context, array):
-    """Do nothing with an array, but not before here: up to here it lives, and with it its windows."""
-
-    def build(context, builder, signature, arguments):
-        return context.get_dummy_value()
-
-    return types.none(array), build
-
-
-@intrinsic
-def invoke(typing_context, address, arguments):
-    """Call the compiled function at `address`, which returns nothing, with a tuple of arguments of its exact types.
-
-    A function that calls another one by name gets a copy of its code, and optimises it once more: the loops over a tile
-    would be compiled five times over, in the parallel kernel for the last time. By address they are compiled once, and
-    what is around them once for all flags. The address is an argument, so that nothing in a cache file depends on it.
-    """
-
-    def build(context, builder, signature, values):
-        kinds = tuple(signature.args[1])
-        function = context.call_conv.get_function_type(types.none, kinds)
-        pointer = builder.inttoptr(values[0], function.as_pointer())
-        unpacked = [builder.extract_value(values[1], k) for k in range(len(kinds))]
-        context.call_conv.call_function(builder, pointer, types.none, kinds, unpacked)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, arguments), build
 
 
 def expand(coefficients, channel, tile, expanded):
@@ -572,7 +542,7 @@ GATHERED, FINISHED, SPREADED, PANELS = range(4)
 
 
 class Work(NamedTuple):
-    """All that the loop over tasks works on. A flat tuple: numba's parallel loops take none within another."""
+    """All that the loop over tiles works on."""
 
     entries: Any
     """Addresses, in the order of SUMS, WIDE_SUMS, SPREAD."""
@@ -609,7 +579,7 @@ def work(phase, w, first, last):
         if phase == PANELS:
             begin, step, tiles = unit, groups, w.counts.size
         else:
-            begin, step, tiles = first, 1, last - first
+            begin, step, tiles = min(first, last), 1, abs(last - first)
         late = False
         if SUMMED and phase in (GATHERED, PANELS):
             for k in range(tiles):
@@ -630,13 +600,6 @@ def work(phase, w, first, last):
             for k in range(tiles - 1, -1, -1):  # the last one first: read last, it is the likeliest to be in a cache
                 tile = Tile(*to_fixed_tuple(w.tiles[begin + k * step], N_TILE))
                 invoke(w.entries[SPREAD], (streams, outputs, tile, w.coefficients))
-
-
-def over_tiles(phase, w, threads):
-    """LOOP (work) on every tile, or every group of channels."""
-    n = w.late.size if phase == PANELS else w.tiles.shape[0]
-    for thread in prange(threads):
-        LOOP(phase, w, n * thread // threads, n * (thread + 1) // threads)
 
 
 # --- how an array is cut ----------------------------------------------------------------------------------------------
@@ -735,13 +698,11 @@ class BatchNormCPU:
         formulas: ModuleType,
         dtype: np.dtype[Any],
         flags: dict[str, bool],
-        driver: Driver,
         shared: dict[Any, Any],
     ):
         self._formulas = formulas
         self._dtype = dtype
         self._flags = flags
-        self._driver = driver
         self._shared = shared
         self._passes: dict[tuple[bool, bool], _Passes] = {}
         self._tile_loops: dict[bool, TileLoops] = {}
@@ -826,7 +787,7 @@ class BatchNormCPU:
         key = (backward, training)
         passes = self._passes.get(key)
         if passes is None:
-            with self._driver.lock:
+            with DRIVER.lock:
                 passes = self._passes.get(key)
                 if passes is None:
                     passes = self._passes[key] = self._compile(backward, training)
@@ -836,14 +797,14 @@ class BatchNormCPU:
         key = (self._dtype, backward, training)
         loop = self._shared.get(key)
         if loop is None:
-            loop = work_loop(self._formulas, self._dtype, self._driver, backward=backward, training=training)
+            loop = work_loop(self._formulas, self._dtype, backward=backward, training=training)
             self._shared[key] = loop
         if backward not in self._tile_loops:
             self._tile_loops[backward] = TileLoops(
                 self._formulas, self._dtype, self._flags, self._shared, backward=backward
             )
         across = training and not backward
-        return _Passes(loop, self._tile_loops[backward], self._driver, across=across, sums=backward or training)
+        return _Passes(loop, self._tile_loops[backward], across=across, sums=backward or training)
 
 
 class Types:
@@ -863,7 +824,7 @@ class Types:
         self.partials = types.Array(types.float64, 3, "C")
 
 
-def work_loop(formulas: Any, dtype: np.dtype[Any], driver: Driver, *, backward: bool, training: bool) -> Loop:
+def work_loop(formulas: Any, dtype: np.dtype[Any], *, backward: bool, training: bool) -> Loop:
     """What is around the loops over a tile, for every set of flags."""
     constants = {
         "DTYPE": dtype.type,
@@ -900,7 +861,7 @@ def work_loop(formulas: Any, dtype: np.dtype[Any], driver: Driver, *, backward: 
         Work,
     )
     signature = (types.int64, everything)
-    return Loop(work, pieces, signature, label=f"batchnorm_{name}", over=over_tiles, driver=driver)
+    return Loop(work, pieces, signature, label=f"batchnorm_{name}")
 
 
 class TileLoops:
@@ -964,9 +925,7 @@ class TileLoops:
         dispatcher = self._shared.get(bound.__name__)  # the sums of the statistics are the same for all flags
         if dispatcher is None:
             dispatcher = self._shared[bound.__name__] = compile_loop(bound, signature, **options)
-        (compiled,) = dispatcher.overloads.values()
-        address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
-        return address
+        return address_of(dispatcher)
 
 
 def _piece(function: Any, constants: dict[str, Any]) -> FunctionType:
@@ -976,11 +935,10 @@ def _piece(function: Any, constants: dict[str, Any]) -> FunctionType:
 class _Passes:
     """One direction: its loops over a tile, what is around them, and how they are launched."""
 
-    def __init__(self, loop: Loop, loops: TileLoops, driver: Driver, *, across: bool, sums: bool):
+    def __init__(self, loop: Loop, loops: TileLoops, *, across: bool, sums: bool):
         self._loop = loop
         self._loops = loops
         self._entries: dict[int, Array] = {}
-        self._driver = driver
         self._across = across
         self._sums = sums
 
@@ -1004,7 +962,7 @@ class _Passes:
         partials = np.zeros((2, cut.counts.size if self._sums else 0, channels))
         entries = self._entries.get(over)
         if entries is None:
-            with self._driver.lock:
+            with DRIVER.lock:
                 entries = self._entries[over] = self._compile(over)
         everything = Work._make(
             (
@@ -1025,7 +983,7 @@ class _Passes:
         self._run(everything, size, by_panels)
         if scalars[LATE]:
             # Rare, and seconds to compile; of these channels nothing but sums has been written yet.
-            with self._driver.lock:
+            with DRIVER.lock:
                 entries[WIDE_SUMS] = self._loops.sums(wide=True)
             late = np.flatnonzero(everything.late)
             everything.late[:] = 0
@@ -1048,16 +1006,16 @@ class _Passes:
         if size == 0:
             self._loop.serial(FINISHED, everything, 0, tiles)
         elif by_panels:
-            self._loop.run(PANELS, everything, elements=size, chunks=everything.late.size)
+            self._loop.run(PANELS, everything, elements=size, units=everything.late.size)
         else:
             if self._sums:
-                self._loop.run(GATHERED, everything, elements=size, chunks=tiles)
+                self._loop.run(GATHERED, everything, elements=size, units=tiles)
                 if everything.scalars[LATE]:
                     return
             self._loop.serial(FINISHED, everything, 0, tiles)
-            self._loop.run(SPREADED, everything, elements=size, chunks=tiles)
+            self._loop.run(SPREADED, everything, elements=size, units=tiles, backwards=True)
 
     def _by_panels(self, everything: Work, size: int) -> bool:
         """Whether one group of channels after the other is summed, merged and mapped; else each phase on all tiles."""
         groups = everything.late.size
-        return size < SERIAL_BELOW or (size <= PANEL * groups and groups >= 2 * self._driver.threads())
+        return size < SERIAL_BELOW or (size <= PANEL * groups and groups >= 2 * get_num_threads())

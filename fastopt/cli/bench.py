@@ -11,7 +11,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, NamedTuple
 
-import numba
 import numpy as np
 import typer
 from rich.box import SIMPLE_HEAD
@@ -20,9 +19,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 import fastopt
+from fastopt import get_num_threads
+from fastopt.backends.threads import processors, using
 from fastopt.cli.choices import Choice, one_of, optimizers, parse_optimizers, parse_sizes
 from fastopt.cli.output import blame, check_files, console, write_json
 from fastopt.measure import Result, Work, compare_batchnorm, compare_step, machine
+from fastopt.measure.rivals import torch_as_before
 
 EXAMPLES = "\n\n".join(
     [
@@ -127,18 +129,16 @@ def bench(
             raise ValueError(
                 f"{seconds:g} is too short or no time; give a number of seconds from 1, such as {SECONDS:g}"
             )
-    most = machine.threads()
     with blame("--threads"):
-        if threads is not None and threads > numba.config.NUMBA_NUM_THREADS:
-            raise ValueError(f"{threads} threads are more than the {numba.config.NUMBA_NUM_THREADS} that there are")
+        if threads is not None and threads > processors():
+            raise ValueError(f"{threads} threads are more than the {processors()} processors that there are")
     check_files(plot, json)
 
     out = console(for_json=json)
     if (load := _load()) is not None and load > BUSY:
         out.print(f"This machine is busy (load {load:.1f} per core): these are not the speeds it has when idle.")
-    numba.set_num_threads(threads or most)
     machine.keep_freed_memory()
-    try:
+    with using(threads or get_num_threads()), torch_as_before():
         with blame("--optimizer"):
             steps, norms = _cases(choices, counts, dtype, batch_norm)
             results, skipped = _measure([*steps, *norms], seconds)
@@ -161,12 +161,10 @@ def bench(
         if json is not None:
             with blame("--json"):
                 write_json(json, _report(results, skipped, facts, dtype, seconds))
-    finally:
-        numba.set_num_threads(most)
 
 
 def _load() -> float | None:
-    return os.getloadavg()[0] / machine.cores() if hasattr(os, "getloadavg") else None
+    return os.getloadavg()[0] / processors() if hasattr(os, "getloadavg") else None
 
 
 def _cases(
@@ -305,7 +303,7 @@ def _figures(number: float) -> str:
 
 def _title(facts: dict[str, Any], dtype: str) -> str:
     versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := machine.version_of(name)))
-    count = machine.threads()
+    count = get_num_threads()
     return f"{facts['cpu']}, {count} thread{'s' if count > 1 else ''}, {dtype}; {versions}"
 
 
@@ -316,7 +314,7 @@ def _report(
     return {
         "fastopt": fastopt.__version__,
         "command": "bench",
-        "settings": {"dtype": dtype, "seconds": seconds, "threads": machine.threads()},
+        "settings": {"dtype": dtype, "seconds": seconds, "threads": get_num_threads()},
         "machine": facts,
         "load_per_core": _load(),
         "versions": {name: machine.version_of(name) for name in PACKAGES},

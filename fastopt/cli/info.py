@@ -10,15 +10,16 @@ from typing import Annotated, Any
 import numba
 import typer
 from llvmlite import binding as llvm
-from numba.np.ufunc import parallel as numba_parallel
 from rich.table import Table
 from rich.text import Text
 
 import fastopt
 from fastopt.backends import find_cuda
 from fastopt.backends.bind import CACHE_VARIABLE, cache_directory
+from fastopt.backends.driver import DRIVER
+from fastopt.backends.threads import get_num_threads, processors, source
 from fastopt.cli.output import STDOUT, blame, check_writable, console, write_json
-from fastopt.measure.machine import cores, cpu_name, version_of
+from fastopt.measure.machine import cpu_name, version_of
 
 EXAMPLES = "\n\n".join(["[bold]Examples[/bold]", "fastopt info", "fastopt info --json -"])
 
@@ -90,18 +91,21 @@ def _cpu() -> dict[str, Any]:
         "llvm": llvm.get_host_cpu_name(),
         "features": [name for name in FEATURES if features.get(name, False)],
         "cores": os.cpu_count(),
-        "usable_cores": cores(),
+        "usable_cores": processors(),
     }
 
 
 def _threads() -> dict[str, Any]:
-    found: dict[str, Any] = {"numba": numba.config.NUMBA_NUM_THREADS, "layer": None, "reason": None}
+    """How many threads a step may use, what decided that, and which threads they are. None is started on Linux."""
+    found: dict[str, Any] = {"count": None, "decided_by": None, "kind": None, "reason": None}
     try:
-        numba_parallel._launch_threads()  # numba names its layer only once it runs
-        found["layer"] = numba.threading_layer()
-    except Exception as error:
-        found["reason"] = _one_line(error)
-    return found
+        found |= {"count": get_num_threads(), "decided_by": source()}
+    except ValueError as error:  # FASTOPT_NUM_THREADS
+        return {**found, "reason": _one_line(error)}
+    mode = DRIVER.mode or DRIVER.choose()
+    kinds = {"pool": "fastopt's own", "executor": "Python's"}
+    found["kind"] = f"numba's ({numba.threading_layer()})" if mode == "numba" else kinds[mode]
+    return {**found, "reason": DRIVER.reason}
 
 
 def _cache() -> dict[str, Any]:

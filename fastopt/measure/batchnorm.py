@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,8 +10,7 @@ import numpy as np
 
 from fastopt import batchnorm_backward, batchnorm_forward, reference
 from fastopt.measure import limit
-from fastopt.measure.machine import threads
-from fastopt.measure.rivals import Array, Contestant
+from fastopt.measure.rivals import Array, Contestant, torch_on_our_threads
 
 WAYS = ("forward", "backward", "inference")
 EPS = 1e-5
@@ -85,8 +83,7 @@ def _limit(task: Pass) -> Contestant:
 
 
 def _torch(task: Pass) -> Contestant:
-    torch = import_module("torch")
-    torch.set_num_threads(threads())
+    torch = torch_on_our_threads()
     norm = torch.nn.functional.batch_norm
 
     def of(array: Array) -> Any:

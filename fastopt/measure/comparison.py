@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fastopt import get_num_threads
 from fastopt.measure import batchnorm, machine
 from fastopt.measure.interleaved import Spread, interleave
 from fastopt.measure.limit import bytes_of, limit_of
@@ -205,7 +206,7 @@ def compare_step(
         "groups": work.groups,
         "dtype": work.dtype,
         "states": len(ours.optimizer.rule.states),
-        "threads": machine.threads(),
+        "threads": get_num_threads(),
     }
     return compare(
         title,
@@ -260,6 +261,7 @@ def compare_batchnorm(
 
     Raises:
         ValueError: `way` is none of these.
+        PermissionError: others may write to the folder of ``FASTOPT_CACHE_DIR``.
         TypeError, ValueError, RuntimeError: as for `fastopt.batchnorm_forward`, of the shape and the axis.
 
     >>> result = compare_batchnorm("small", (8, 4), seconds=0.02, rivals=["numpy"], rounds=3)
@@ -282,5 +284,5 @@ def compare_batchnorm(
         shape=list(shape),
         axis=axis,
         way=way,
-        threads=machine.threads(),
+        threads=get_num_threads(),
     )

@@ -7,12 +7,16 @@ do without: forward it reads an array and writes one, backward it reads two and 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numba import types
 
 from fastopt import Layerwise, Optimizer, Scaling, rule
+from fastopt.backends.driver import Loop
+from fastopt.backends.intrinsics import window
 
 CHUNK = 32_768
 
@@ -147,22 +151,34 @@ def bytes_of(optimizer: Optimizer) -> int:
     return passes * sum(leaf.nbytes for leaf in optimizer.flat.views(optimizer.flat.data))
 
 
-@numba.njit(parallel=True, error_model="numpy")
-def copy(x: Any, out: Any) -> None:
-    """Read one array and write one: ``out = x``, both 1-D and of one size."""
-    for c in numba.prange((x.size + CHUNK - 1) // CHUNK):
-        a = x[c * CHUNK : (c + 1) * CHUNK]
-        o = out[c * CHUNK : (c + 1) * CHUNK]
+def copy_chunks(x, out, first, last):
+    for c in range(first, last):
+        o = window(out, c * CHUNK, min(CHUNK, out.size - c * CHUNK))
+        a = window(x, c * CHUNK, o.size)
         for i in range(o.size):
             o[i] = a[i]
 
 
-@numba.njit(parallel=True, error_model="numpy")
-def add(x: Any, y: Any, out: Any) -> None:
-    """Read two arrays and write one: ``out = x + y``, all 1-D and of one size."""
-    for c in numba.prange((x.size + CHUNK - 1) // CHUNK):
-        a = x[c * CHUNK : (c + 1) * CHUNK]
-        b = y[c * CHUNK : (c + 1) * CHUNK]
-        o = out[c * CHUNK : (c + 1) * CHUNK]
+def add_chunks(x, y, out, first, last):
+    for c in range(first, last):
+        o = window(out, c * CHUNK, min(CHUNK, out.size - c * CHUNK))
+        a = window(x, c * CHUNK, o.size)
+        b = window(y, c * CHUNK, o.size)
         for i in range(o.size):
             o[i] = a[i] + b[i]
+
+
+@cache
+def _loop(function: Any, dtype: str, arrays: int) -> Loop:
+    vector = types.Array(numba.from_dtype(np.dtype(dtype)), 1, "C")
+    return Loop(function, {"CHUNK": CHUNK}, (vector,) * arrays, label=f"{function.__name__}_{dtype}")
+
+
+def copy(x: np.ndarray, out: np.ndarray) -> None:
+    """Read one array and write one: ``out = x``, both 1-D, contiguous and of one size and dtype."""
+    _loop(copy_chunks, x.dtype.name, 2).run(x, out, elements=x.size, units=-(-x.size // CHUNK))
+
+
+def add(x: np.ndarray, y: np.ndarray, out: np.ndarray) -> None:
+    """Read two arrays and write one: ``out = x + y``, all 1-D, contiguous and of one size and dtype."""
+    _loop(add_chunks, x.dtype.name, 3).run(x, y, out, elements=x.size, units=-(-x.size // CHUNK))

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
+from fastopt.backends.threads import processors
 
 CPUS = Path("/sys/devices/system/cpu")
 MEMORY = Path("/proc/meminfo")
@@ -32,7 +32,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_name(),
         "architecture": platform.machine(),
         "system": platform.system(),
-        "cores": cores(),
+        "cores": processors(),
         "memory_bytes": memory(),
         "caches": [cache._asdict() for cache in caches()],
     }
@@ -51,16 +51,6 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(mmap_threshold, most) and mallopt(trim_threshold, 2**31 - 1))
-
-
-def threads() -> int:
-    """How many threads a step may use: numba's number, NUMBA_NUM_THREADS or what numba.set_num_threads said."""
-    return int(numba.get_num_threads())
-
-
-def cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def version_of(package: str) -> str | None:

@@ -12,7 +12,8 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -21,8 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastopt import Optimizer, reference
-from fastopt.measure.machine import threads
+from fastopt import Optimizer, get_num_threads, reference
 
 Array = NDArray[Any]
 PATTERN = 2**16
@@ -256,10 +256,33 @@ FUSED = ("SGD", "Adagrad", "Adam", "AdamW")
 """Those with a fused kernel for the CPU."""
 
 
+_torchs_own: list[int] = []
+"""How many threads torch used before it was measured, where that is known."""
+
+
+def torch_on_our_threads() -> Any:
+    """torch, on as many threads as fastopt uses."""
+    torch = import_module("torch")
+    if not _torchs_own:
+        _torchs_own.append(torch.get_num_threads())
+    torch.set_num_threads(get_num_threads())
+    return torch
+
+
+@contextmanager
+def torch_as_before() -> Iterator[None]:
+    """Give torch back its number of threads after a ``with`` block in which it was measured."""
+    _torchs_own.clear()
+    try:
+        yield
+    finally:
+        if _torchs_own:
+            import_module("torch").set_num_threads(_torchs_own.pop())
+
+
 def _torch_params(work: Work) -> tuple[Any, list[Any], list[dict[str, Any]]]:
     """torch, its parameters with their gradients, and the groups that they are in."""
-    torch = import_module("torch")
-    torch.set_num_threads(threads())
+    torch = torch_on_our_threads()
     params = [torch.nn.Parameter(torch.from_numpy(p)) for p in work.start()]
     for param, grad in zip(params, work.grads, strict=True):
         param.grad = torch.from_numpy(grad)
@@ -309,7 +332,7 @@ OPTAX: dict[str, Callable[[Any, Values], Any]] = {
 
 def _optax(work: Work) -> Contestant:
     # XLA reads this once, at its start.
-    os.environ.setdefault("NPROC", str(threads()))
+    os.environ.setdefault("NPROC", str(get_num_threads()))
     optax, jax = import_module("optax"), import_module("jax")
     if work.optimizer not in OPTAX:
         raise Absent(f"optax has no {work.optimizer} that computes the same")

@@ -1,0 +1,299 @@
+"""What numba has no words for: views without a reference count, calls by address, atomics, a clock, machine modes."""
+
+# Intrinsics are typed by numba.
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+from fastopt.backends import ALIGNMENT
+
+WORD = ir.IntType(64)
+BYTE = ir.IntType(8)
+INT32 = ir.IntType(32)
+MACHINE = platform.machine()
+"""Instructions are chosen by it; other machines than x86_64 and aarch64 have none of those below."""
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def window(typing_context, array, start, size):
+    """array.reshape(-1)[start : start + size] of a C-contiguous array, without bounds or a reference count.
+
+    The view does not keep the array alive: its owner has to. The reference count of a slice is an atomic one, for which
+    threads queue: 100 ns for a chunk of 64 elements. And a kernel of many slices compiles in seconds, one of these in a
+    fraction.
+    """
+
+    def build(context, builder, signature, arguments):
+        kind = signature.args[0]
+        source = context.make_array(kind)(context, builder, arguments[0])
+        view = context.make_array(signature.return_type)(context, builder)
+        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+        populate_array(
+            view,
+            data=builder.gep(source.data, [arguments[1]]),
+            shape=[arguments[2]],
+            strides=[itemsize],
+            itemsize=itemsize,
+            meminfo=None,
+        )
+        return view._getvalue()
+
+    return types.Array(array.dtype, 1, "C")(array, types.intp, types.intp), build
+
+
+@intrinsic
+def at_address(typing_context, like, address, start, size):
+    """A 1-D array, of the dtype of `like`, on the memory that begins `start` elements after `address`."""
+
+    def build(context, builder, signature, arguments):
+        kind = signature.args[0]
+        view = context.make_array(kind)(context, builder)
+        number = context.get_data_type(kind.dtype)
+        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(number))
+        base = builder.inttoptr(arguments[1], number.as_pointer())
+        data = builder.gep(base, [arguments[2]])
+        populate_array(view, data=data, shape=[arguments[3]], strides=[itemsize], itemsize=itemsize, meminfo=None)
+        return view._getvalue()
+
+    return like(like, types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def fetch(typing_context, array, start, stop):
+    """Ask for array[start:stop] to be brought into the cache."""
+
+    def build(context, builder, signature, arguments):
+        source = context.make_array(signature.args[0])(context, builder, arguments[0])
+        byte = BYTE.as_pointer()
+        flag = INT32
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        start, stop = arguments[1:]
+        line = ALIGNMENT // context.get_abi_sizeof(context.get_data_type(signature.args[0].dtype))
+        with cgutils.for_range_slice(builder, start, stop, start.type(line)) as (index, _):
+            address = builder.bitcast(builder.gep(source.data, [index]), byte)
+            builder.call(prefetch, [address, flag(1), flag(3), flag(1)])  # to be written, kept, data
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, types.int64), build
+
+
+@intrinsic
+def keep(typing_context, array):
+    """Keep the array alive until this point, and with it its windows."""
+
+    def build(context, builder, signature, arguments):
+        return context.get_dummy_value()
+
+    return types.none(array), build
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def invoke(typing_context, address, arguments):
+    """Call the compiled function at `address`, which returns nothing, with a tuple of arguments of its exact types.
+
+    A function that calls another one by name gets a copy of its code, and optimises it once more: the loops over a tile
+    would be compiled five times over, in the parallel kernel for the last time. By address they are compiled once, and
+    what is around them once for all flags. The address is an argument, so that nothing in a cache file depends on it.
+    """
+
+    def build(context, builder, signature, values):
+        kinds = tuple(signature.args[1])
+        unpacked = [builder.extract_value(values[1], k) for k in range(len(kinds))]
+        _call(context, builder, values[0], kinds, unpacked)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, arguments), build
+
+
+def _call(context: Any, builder: Any, address: Any, kinds: tuple[Any, ...], values: list[Any]) -> None:
+    function = context.call_conv.get_function_type(types.none, kinds)
+    pointer = builder.inttoptr(address, function.as_pointer())
+    context.call_conv.call_function(builder, pointer, types.none, kinds, values)
+
+
+@intrinsic
+def spill(typing_context, value):
+    """Store a value in this function's frame and return its address, which is valid until the function returns."""
+
+    def build(context, builder, signature, values):
+        slot = cgutils.alloca_once(builder, values[0].type)
+        builder.store(values[0], slot)
+        return builder.ptrtoint(slot, WORD)
+
+    return types.int64(value), build
+
+
+def caller_of(signature: tuple[Any, ...]) -> Any:
+    """An intrinsic ``call(address, first, last)`` of functions that take `signature`, first, last; they return nothing.
+
+    `address` is where `spill` stored the pair of the function's own address and the tuple of its other arguments.
+    """
+    stored = types.Tuple((types.int64, types.Tuple(signature)))
+    kinds = (*signature, types.int64, types.int64)
+
+    @intrinsic
+    def call(typing_context, address, first, last):
+        def build(context, builder, _, values):
+            slot = builder.inttoptr(values[0], context.get_value_type(stored).as_pointer())
+            pair = builder.load(slot)
+            arguments = builder.extract_value(pair, 1)
+            unpacked = [builder.extract_value(arguments, k) for k in range(len(signature))]
+            _call(context, builder, builder.extract_value(pair, 0), kinds, [*unpacked, *values[1:]])
+            return context.get_dummy_value()
+
+        return types.none(types.int64, types.int64, types.int64), build
+
+    return call
+
+
+# --- words that threads share -----------------------------------------------------------------------------------------
+# All of them sequentially consistent: every thread sees all these operations in one order.
+
+
+def _word(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, WORD.as_pointer())
+
+
+@intrinsic
+def load(typing_context, address):
+    """The 64-bit word at an address."""
+
+    def build(context, builder, signature, values):
+        return builder.load_atomic(_word(builder, values[0]), "seq_cst", 8)
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def store(typing_context, address, value):
+    """Write the 64-bit word at an address."""
+
+    def build(context, builder, signature, values):
+        builder.store_atomic(values[1], _word(builder, values[0]), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), build
+
+
+@intrinsic
+def add(typing_context, address, amount):
+    """Add to the 64-bit word at an address, and return what it was before."""
+
+    def build(context, builder, signature, values):
+        return builder.atomic_rmw("add", _word(builder, values[0]), values[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), build
+
+
+@intrinsic
+def replace(typing_context, address, expected, value):
+    """Write `value` to the 64-bit word at an address if the word is `expected`; return whether it was."""
+
+    def build(context, builder, signature, values):
+        found = builder.cmpxchg(_word(builder, values[0]), values[1], values[2], "seq_cst", "seq_cst")
+        return builder.extract_value(found, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def pause(typing_context):
+    """Tell the processor that this thread is waiting in a loop."""
+
+    def build(context, builder, signature, values):
+        emit_pause(builder, MACHINE)
+        return context.get_dummy_value()
+
+    return types.none(), build
+
+
+def emit_pause(builder: Any, machine: str) -> None:
+    """Emit the instruction by which a thread says that it is waiting in a loop."""
+    if machine == "x86_64":
+        _instruction(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+    elif machine == "aarch64":
+        _instruction(builder, "llvm.aarch64.hint", ir.VoidType(), [INT32(1)])  # yield
+
+
+def _instruction(builder: Any, name: str, result: Any, operands: list[Any]) -> Any:
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
+
+
+# --- the modes of floating-point arithmetic ---------------------------------------------------------------------------
+# How a thread rounds and whether it flushes denormal numbers to zero (`torch.set_flush_denormal`). x86-64: MXCSR, whose
+# lowest six bits are no mode but say what has happened; arm64: FPCR.
+
+HAPPENED = 0x3F
+
+
+@intrinsic
+def arithmetic_modes(typing_context):
+    """The modes of this thread; 0 where the architecture is unknown."""
+
+    def build(context, builder, signature, values):
+        return emit_modes(builder, MACHINE)
+
+    return types.int64(), build
+
+
+def emit_modes(builder: Any, machine: str) -> Any:
+    """Emit the reading of a thread's modes; return their value."""
+    if machine == "x86_64":
+        slot = cgutils.alloca_once(builder, INT32)
+        _instruction(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), [builder.bitcast(slot, BYTE.as_pointer())])
+        return builder.zext(builder.and_(builder.load(slot), INT32(~HAPPENED)), WORD)
+    if machine == "aarch64":
+        return _instruction(builder, "llvm.aarch64.get.fpcr", WORD, [])
+    return WORD(0)
+
+
+@intrinsic
+def set_arithmetic_modes(typing_context, modes):
+    """Have this thread compute in modes that `arithmetic_modes` returned."""
+
+    def build(context, builder, signature, values):
+        emit_set_modes(builder, MACHINE, values[0])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), build
+
+
+def emit_set_modes(builder: Any, machine: str, modes: Any) -> None:
+    """Emit the setting of a thread's modes."""
+    if machine == "x86_64":
+        slot = cgutils.alloca_once(builder, INT32)
+        builder.store(builder.trunc(modes, INT32), slot)
+        _instruction(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), [builder.bitcast(slot, BYTE.as_pointer())])
+    elif machine == "aarch64":
+        _instruction(builder, "llvm.aarch64.set.fpcr", ir.VoidType(), [modes])
+
+
+# --- the C library ----------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def clock(typing_context):
+    """Nanoseconds of the monotonic clock of POSIX."""
+
+    def build(context, builder, signature, values):
+        time = cgutils.alloca_once(builder, WORD, 2)
+        _instruction(builder, "clock_gettime", INT32, [INT32(1), time])  # 1: CLOCK_MONOTONIC of Linux
+        seconds, nanoseconds = (builder.load(builder.gep(time, [INT32(k)])) for k in range(2))
+        return builder.add(builder.mul(seconds, WORD(10**9)), nanoseconds)
+
+    return types.int64(), build

@@ -1,0 +1,385 @@
+"""Native threads that run compiled loops: they never touch Python or its lock, and never wait for a sleeping one.
+
+A job is a number of units (chunks of a buffer, tiles of an array), cut into one range per thread and each range into
+shares. A thread does the shares of its own range first, which were in its cache the last time, and then those of
+others. The launching thread is thread 0. The others, the workers, spin for `SPIN` after a job, and then sleep.
+
+The protocol
+------------
+All words are 64 bits, read and written by sequentially consistent atomics, and lie in one block of memory that is never
+freed. Every word that different threads write has a cache line of its own.
+
+LOCK       0, or 1 while a job runs. Taken by compare-and-swap by the thread that launches, and given back by it. A
+           thread that finds it taken does its job alone.
+EPOCH      The number of the newest job. Written by the holder of LOCK, after everything below.
+TASK ... BACKWARDS  The job: written by the holder of LOCK, before EPOCH.
+PENDING    The shares that are not finished. Set by the holder of LOCK before EPOCH; lowered by whoever finished one.
+CLAIM[t]   The shares of the range of thread t that nobody has claimed, with the number of the job in the upper bits.
+           Set by the holder of LOCK before EPOCH; lowered by compare-and-swap by whoever claims the next share.
+ASLEEP[t]  1 from when worker t is about to sleep until somebody has decided to wake it. Set by worker t; cleared by
+           compare-and-swap, by the holder of LOCK (which then posts SEMAPHORE[t]) or by worker t itself.
+
+No share is done twice or by nobody: a share is done by the thread whose compare-and-swap lowered CLAIM, and the job
+ends when PENDING is 0. The launching thread claims shares itself until none is left, so a job needs no worker.
+
+No worker acts on an old job: a compare-and-swap of CLAIM succeeds only while the word has the number of the job that
+the worker has seen, and a share to claim. That job cannot have ended, since its PENDING counts this share; it will not
+end before the worker has lowered PENDING; until then nobody writes TASK ... BACKWARDS or frees what they point to. So
+a worker reads these only between its claim and its lowering of PENDING, and a worker that stops anywhere else holds up
+nobody. (It reads THREADS before, to know where to look for shares: an old value makes it look at words whose claims
+fail.) Numbers of jobs have 48 bits: they come round after nine years at a million jobs a second.
+
+No worker sleeps through a job while it is asleep to the launching thread: the worker sets ASLEEP and then reads EPOCH,
+the launching thread writes EPOCH and then reads ASLEEP. One of them sees the other's word. If both do, the
+compare-and-swap decides whether the worker takes back its ASLEEP or waits for the post that is certain to come. A wake
+that is late costs nothing but the help.
+
+Signals are blocked in workers, so that Python's handlers run where they would without them. A forked child has none of
+the threads: it makes another pool. At the end of the process workers sleep, or spin in memory that is never freed.
+"""
+
+# Compiled functions are typed by numba.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from __future__ import annotations
+
+import ctypes
+import platform
+import struct
+import sys
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from fastopt.backends.bind import address_of, bind, compile_loop, entry_of
+from fastopt.backends.elements import scalar
+from fastopt.backends.intrinsics import (
+    add,
+    arithmetic_modes,
+    clock,
+    invoke,
+    load,
+    pause,
+    replace,
+    set_arithmetic_modes,
+    store,
+)
+from fastopt.backends.threads import MOST
+
+SPIN = 10_000
+"""Nanoseconds for which a worker looks for another job before it sleeps."""
+
+SHARE = 8_192
+"""Elements of a share, about: 1-3 us of work, and a claim costs 20-50 ns."""
+
+MOST_SHARES = 64
+"""Of one range."""
+
+# --- the block of words -----------------------------------------------------------------------------------------------
+
+LINE = 128
+"""Bytes between words that different threads write: two cache lines, which some processors fetch together."""
+
+LOCK = 0
+EPOCH = LINE
+PENDING = 2 * LINE
+TASK, ARGUMENTS, UNITS, SHARES, THREADS, BACKWARDS, MODES, CPU = range(3 * LINE, 3 * LINE + 64, 8)
+SIGNALS = 4 * LINE
+RANGES = 6 * LINE
+"""Where the words of thread 0 begin."""
+
+CLAIM = 0
+ASLEEP = LINE
+SEMAPHORE = 2 * LINE
+CONTROL, INDEX, IDENTIFIER = range(3 * LINE, 3 * LINE + 24, 8)
+GIVEN, CHOSEN, PRESENT = range(4 * LINE, 7 * LINE, LINE)
+"""Sets of processors: where the worker may run, where it has chosen to, and where the system says it does."""
+PER_THREAD = 7 * LINE
+
+LEFT_BITS = 16
+LEFT = (1 << LEFT_BITS) - 1
+
+sem_init = types.ExternalFunction("sem_init", types.int32(types.int64, types.int32, types.uint32))
+sem_wait = types.ExternalFunction("sem_wait", types.int32(types.int64))
+sem_post = types.ExternalFunction("sem_post", types.int32(types.int64))
+sched_getcpu = types.ExternalFunction("sched_getcpu", types.int32())
+sched_getaffinity = types.ExternalFunction("sched_getaffinity", types.int32(types.int32, types.int64, types.int64))
+sched_setaffinity = types.ExternalFunction("sched_setaffinity", types.int32(types.int32, types.int64, types.int64))
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
+sigfillset = types.ExternalFunction("sigfillset", types.int32(types.int64))
+pthread_sigmask = types.ExternalFunction("pthread_sigmask", types.int32(types.int32, types.int64, types.int64))
+pthread_create = types.ExternalFunction(
+    "pthread_create", types.int32(types.int64, types.int64, types.int64, types.int64)
+)
+NEEDED = (
+    "sem_init",
+    "sem_wait",
+    "sem_post",
+    "sched_getcpu",
+    "sched_getaffinity",
+    "sched_setaffinity",
+    "sched_yield",
+    "sigfillset",
+    "pthread_sigmask",
+    "pthread_create",
+    "clock_gettime",
+)
+SIG_BLOCK, SIG_SETMASK = 0, 2  # of Linux
+SIGNAL_SET = 128  # bytes of sigset_t
+
+# --- what a place in the program remembers ----------------------------------------------------------------------------
+
+COUNT, ALONE, CREDIT, WAIT, FAILURES = range(0, 40, 8)
+MEASURE_EVERY = 128
+
+
+def words_of(control, thread):
+    """Where the words of a thread are."""
+    return control + RANGES + thread * PER_THREAD
+
+
+def do_share(control, of, share):
+    """Do a share of the range of thread `of`, in the launching thread's modes of arithmetic."""
+    modes = load(control + MODES)
+    if arithmetic_modes() != modes:
+        set_arithmetic_modes(modes)
+    units, threads, shares = load(control + UNITS), load(control + THREADS), load(control + SHARES)
+    first, last = units * of // threads, units * (of + 1) // threads
+    begin, end = (last - first) * share // shares, (last - first) * (share + 1) // shares
+    if load(control + BACKWARDS):
+        begin, end = last - begin, last - end
+    else:
+        begin, end = first + begin, first + end
+    invoke(load(control + TASK), (load(control + ARGUMENTS), begin, end))
+
+
+def work(control, thread, epoch):
+    """Do shares of a job until nobody has any left to claim; return how many."""
+    done = 0
+    threads = load(control + THREADS)
+    if thread < threads:
+        for k in range(threads):
+            of = thread + k if thread + k < threads else thread + k - threads
+            claim = words_of(control, of) + CLAIM
+            while True:
+                word = load(claim)
+                left = word & LEFT
+                if word >> LEFT_BITS != epoch or left == 0:
+                    break
+                if replace(claim, word, word - 1):
+                    do_share(control, of, load(control + SHARES) - left)
+                    add(control + PENDING, -1)
+                    done += 1
+    return done
+
+
+def move_away(words, cpu):
+    """Keep a worker off the processor `cpu`, where it may run on others.
+
+    A waiting thread of BLAS or OpenMP makes the other processors look busy, and the system then wakes a worker on that
+    of the launching thread, whose place it takes.
+    """
+    if sched_getaffinity(0, LINE, words + PRESENT) < 0:
+        return
+    elsewhere = False  # whether somebody else has decided where this worker may run, since it did so itself
+    for at in range(0, LINE, 8):
+        elsewhere |= load(words + PRESENT + at) != load(words + CHOSEN + at)
+    left = 0
+    for at in range(0, LINE, 8):
+        if elsewhere:
+            store(words + GIVEN + at, load(words + PRESENT + at))
+        chosen = load(words + GIVEN + at)
+        if at == cpu // 64 * 8:
+            chosen &= ~(1 << (cpu & 63))
+        store(words + CHOSEN + at, chosen)
+        left |= chosen
+    if left != 0:
+        sched_setaffinity(0, LINE, words + CHOSEN)
+
+
+def worker(words):
+    """What a worker does, for ever. `words`: its own."""
+    control, thread = load(words + CONTROL), load(words + INDEX)
+    seen = 0
+    since = clock()
+    while True:
+        epoch = load(control + EPOCH)
+        if epoch != seen:
+            seen = epoch
+            cpu = load(control + CPU)
+            if sched_getcpu() == cpu:
+                move_away(words, cpu)
+            work(control, thread, epoch)
+            since = clock()
+        elif clock() - since < SPIN:
+            pause()
+        else:
+            store(words + ASLEEP, 1)
+            if load(control + EPOCH) == seen or not replace(words + ASLEEP, 1, 0):
+                while sem_wait(words + SEMAPHORE) != 0:
+                    pass
+            since = clock()
+
+
+def run_job(control, task, arguments, units, shares, threads, backwards):
+    """Run a job with LOCK taken; return when the launching thread found no more shares to claim."""
+    epoch = load(control + EPOCH) + 1
+    store(control + TASK, task)
+    store(control + ARGUMENTS, arguments)
+    store(control + UNITS, units)
+    store(control + SHARES, shares)
+    store(control + THREADS, threads)
+    store(control + BACKWARDS, backwards)
+    store(control + MODES, arithmetic_modes())
+    store(control + CPU, sched_getcpu())
+    store(control + PENDING, shares * threads)
+    for thread in range(threads):
+        store(words_of(control, thread) + CLAIM, (epoch << LEFT_BITS) + shares)
+    store(control + EPOCH, epoch)
+    for thread in range(1, threads):
+        words = words_of(control, thread)
+        if load(words + ASLEEP) == 1 and replace(words + ASLEEP, 1, 0):
+            sem_post(words + SEMAPHORE)
+    work(control, 0, epoch)
+    claimed = clock()
+    while load(control + PENDING) != 0:
+        if clock() - claimed < SPIN:
+            pause()
+        else:
+            sched_yield()
+    return claimed
+
+
+def launch(control, site, task, arguments, elements, units, threads, backwards):
+    """Run a job: with the pool where that pays at this site, else on this thread alone. Site 0: it always pays."""
+    shares = max(1, min(min(elements // threads // SHARE, units // threads), MOST_SHARES))
+    begun = clock()
+    if (site == 0 or pays(site)) and replace(control + LOCK, 0, 1):
+        claimed = run_job(control, task, arguments, units, shares, threads, backwards)
+        ended = clock()
+        store(control + LOCK, 0)
+        if site != 0:
+            judge(site, claimed - begun, ended - claimed)
+    else:
+        if backwards:
+            invoke(task, (arguments, units, 0))
+        else:
+            invoke(task, (arguments, 0, units))
+        if site != 0:
+            measure(site, clock() - begun)
+
+
+def pays(site):
+    """Count a job; whether it is worth the pool. Some are done alone to know how long that takes."""
+    count = load(site + COUNT) + 1
+    store(site + COUNT, count)
+    return load(site + WAIT) == 0 and count > 3 and count & (count - 1) != 0 and count % MEASURE_EVERY != 0
+
+
+def judge(site, own, waited):
+    """Decide from a job with the pool whether the next ones are worth it."""
+    alone = load(site + ALONE)
+    gain = alone - min(own, alone + alone // 2) - waited
+    credit = min(load(site + CREDIT) + gain, 32 * alone)
+    if gain > 0:
+        store(site + FAILURES, 0)
+    if credit < 0:
+        failures = min(load(site + FAILURES) + 1, 6)
+        store(site + FAILURES, failures)
+        store(site + WAIT, min((1 << failures) - 20 * credit // alone, 4096))
+        credit = alone
+    store(site + CREDIT, credit)
+
+
+def measure(site, took):
+    """Take the time of a job without the pool, and wait one job less for the next one with it."""
+    alone = load(site + ALONE)
+    if alone == 0:
+        alone = took
+        store(site + CREDIT, 4 * took)
+    elif took < alone:
+        alone += (took - alone) // 2
+    else:
+        alone += (min(took, 2 * alone) - alone) // 16
+    store(site + ALONE, max(alone, 1))
+    wait = load(site + WAIT)
+    if wait > 0:
+        store(site + WAIT, wait - 1)
+
+
+def start(control, function, already, threads):
+    """Start workers until there are `threads` threads, or no more can be had; return how many there are."""
+    signals = control + SIGNALS
+    sigfillset(signals)
+    pthread_sigmask(SIG_BLOCK, signals, signals + SIGNAL_SET)
+    thread = already
+    while thread < threads:
+        words = words_of(control, thread)
+        store(words + CONTROL, control)
+        store(words + INDEX, thread)
+        sem_init(words + SEMAPHORE, 0, 0)
+        if pthread_create(words + IDENTIFIER, 0, function, words) != 0:
+            break
+        thread += 1
+    pthread_sigmask(SIG_SETMASK, signals + SIGNAL_SET, 0)
+    return thread
+
+
+# --- from Python ------------------------------------------------------------------------------------------------------
+
+JOB = (types.int64,) * 8
+"""The types of the arguments of `launch`."""
+
+
+class Site:
+    """What a loop's jobs of about one size have shown: whether the pool pays there."""
+
+    def __init__(self) -> None:
+        self.words = np.zeros(5, np.int64)
+        self.address: int = self.words.ctypes.data
+
+
+@cache
+def why_not() -> str | None:
+    """Why there can be no pool on this system; None where there can."""
+    if sys.platform != "linux":
+        return f"the pool of native threads is for Linux, and this is {sys.platform}"
+    if platform.machine() not in ("x86_64", "aarch64") or struct.calcsize("P") != 8:
+        return f"the pool of native threads is for 64-bit x86-64 and arm64, and this is {platform.machine()}"
+    library = ctypes.CDLL(None)
+    missing = [name for name in NEEDED if not hasattr(library, name)]
+    return f"the C library lacks {', '.join(missing)}" if missing else None
+
+
+@cache
+def _compiled() -> dict[str, Any]:
+    """The functions of this file that are called by address, or from Python. They live as long as the process."""
+    functions: list[tuple[Any, tuple[Any, ...]]] = [(launch, JOB), (worker, JOB[:1]), (start, JOB[:4])]
+    return {
+        function.__name__: compile_loop(bind(function, {}, label=f"pool_{function.__name__}", scalar=scalar), kinds)
+        for function, kinds in functions
+    }
+
+
+class Pool:
+    """Native threads and their block of words. Neither is ever given back."""
+
+    def __init__(self) -> None:
+        compiled = _compiled()
+        self.launch = address_of(compiled["launch"])
+        self._start = entry_of(compiled["start"])
+        self._worker = address_of(compiled["worker"], of_c=True)
+        allocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)(("calloc", ctypes.CDLL(None)))
+        found = allocate(1, RANGES + MOST * PER_THREAD + LINE)
+        if found is None:
+            raise MemoryError("no memory for the words that threads share")
+        self.control = found + -found % LINE
+        self.asked = 1
+        """How many threads there are, with the launching one, where the system has not refused some."""
+        self._started = 1
+
+    def grow(self, threads: int) -> None:
+        """Start workers until there are so many threads; fewer where the system refuses."""
+        self._started = self._start(self.control, self._worker, self._started, threads)
+        self.asked = threads

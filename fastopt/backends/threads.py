@@ -1,0 +1,164 @@
+"""How many threads a step may use."""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "FASTOPT_NUM_THREADS"
+
+MOST = 256
+"""Threads."""
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+
+REFRESH = 1.0
+"""Seconds after which the processors of this process are counted again: schedulers move processes while they run."""
+
+_chosen: int | None = None
+_asked = False  # whether the environment has been
+_counted: tuple[float, int] = (-1.0, 1)  # until when it counts, and the processors
+
+
+def set_num_threads(count: int | None) -> None:
+    """Set how many threads a step may use, in this process and in those forked from it later.
+
+    A step on fewer than 20,000 elements always runs on the thread that calls it, and larger ones use more threads only
+    where that has been faster. The results have the same bits for any number.
+
+    Args:
+        count: from 1 to 256, also more than there are processors. None: the number that fastopt finds for itself, see
+            `get_num_threads`.
+
+    Raises:
+        TypeError: `count` is not a whole number.
+        ValueError: `count` is out of range.
+
+    >>> import fastopt
+    >>> fastopt.set_num_threads(1)
+    >>> fastopt.get_num_threads()
+    1
+    >>> fastopt.set_num_threads(None)
+    """
+    global _chosen, _asked
+    if count is not None:
+        try:
+            count = operator.index(count)
+        except TypeError:
+            raise TypeError(f"count: must be a whole number from 1 to {MOST}, or None, got {count!r}") from None
+        if not 1 <= count <= MOST:
+            raise ValueError(f"count: must be from 1 to {MOST}, got {count}")
+    _chosen, _asked = count, True
+
+
+@contextmanager
+def using(count: int | None) -> Iterator[None]:
+    """Set the number of threads inside a ``with`` block; None leaves it."""
+    global _chosen
+    get_num_threads()  # the environment is asked
+    before = _chosen
+    try:
+        if count is not None:
+            set_num_threads(count)
+        yield
+    finally:
+        _chosen = before
+
+
+def get_num_threads() -> int:
+    """Return how many threads a step may use.
+
+    That is the number given to `set_num_threads`, or else in the environment variable ``FASTOPT_NUM_THREADS``. Without
+    either it is the smallest of: numba's number (``NUMBA_NUM_THREADS``, `numba.set_num_threads`), torch's number where
+    torch is loaded (`torch.set_num_threads`), and the processors that this process may use, by its affinity and by the
+    quota of its control group, rounded up.
+
+    Returns:
+        A number from 1 to 256.
+
+    Raises:
+        ValueError: ``FASTOPT_NUM_THREADS`` is not a whole number from 1 to 256.
+
+    >>> import fastopt
+    >>> fastopt.get_num_threads() >= 1
+    True
+    """
+    global _chosen, _asked
+    if not _asked:
+        _chosen, _asked = _of_environment(), True
+    return _chosen or min(_limits())
+
+
+def source() -> str:
+    """What decided the number: for `fastopt info`."""
+    count = get_num_threads()
+    if _chosen is not None:
+        return VARIABLE if os.environ.get(VARIABLE) == str(count) else "fastopt.set_num_threads"
+    return ("the processors of this process", "numba", "torch")[_limits().index(count)]
+
+
+def _limits() -> list[int]:
+    """What bounds the number of threads that nobody has chosen: processors, numba and, where it is loaded, torch."""
+    global _counted
+    now = time.monotonic()
+    if now >= _counted[0]:
+        _counted = (now + REFRESH, min(processors(), MOST))
+    # numba starts its threads when it is asked for their number. Before that, nobody can have changed it.
+    modules: dict[str, Any] = sys.modules
+    parallel = modules.get("numba.np.ufunc.parallel")
+    if parallel is not None and parallel._is_initialized:
+        numbas = parallel._get_num_threads()
+    else:
+        numbas = (modules.get("numba") or import_module("numba")).config.NUMBA_NUM_THREADS
+    torch = modules.get("torch")
+    if hasattr(torch, "get_num_threads"):  # not while it is being imported
+        return [_counted[1], numbas, torch.get_num_threads()]
+    return [_counted[1], numbas]
+
+
+def _of_environment() -> int | None:
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return None
+    if not text.strip().isdecimal() or not 1 <= int(text) <= MOST:
+        raise ValueError(f"{VARIABLE}: must be a whole number from 1 to {MOST}, got {text!r}")
+    return int(text)
+
+
+def processors() -> int:
+    """How many processors this process may use at a time: by its affinity, and by its quota, rounded up."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota in _quotas():
+        count = min(count, max(1, -(-quota[0] // quota[1])))
+    return count
+
+
+def _quotas() -> list[tuple[int, int]]:
+    """(time, of every) in microseconds: the quotas of this process' control groups and of those around them."""
+    found = []
+    try:
+        groups = [line.split(":", 2) for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return []
+    for _, controllers, path in (group for group in groups if len(group) == 3):
+        if controllers == "":
+            root, names = CONTROL_GROUP, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            root, names = CONTROL_GROUP / controllers, ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        inside = Path(path.lstrip("/"))
+        for folder in (root / inside, *(root / parent for parent in inside.parents)):
+            with suppress(OSError, ValueError):  # no such folder in this container, or not a number: "max"
+                quota, period = map(int, " ".join((folder / name).read_text("utf-8") for name in names).split())
+                if quota > 0:  # -1: none
+                    found.append((quota, period))
+    return found
