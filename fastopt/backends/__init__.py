@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from fastopt.backends.threads import COMPILING
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule
@@ -265,13 +266,25 @@ class Asynchronous(Backend, Protocol):
         """Whether what is launched now is not run but recorded, in a graph of launches that is run later."""
 
 
-@cache
+_made: dict[str, Backend] = {}
+
+
 def get_backend(name: str) -> Backend:
     """The backend called `name`, made once per process.
 
     Raises ValueError for a name that is not ``"cpu"`` or ``"cuda"``, and RuntimeError, with the reason, for a backend
     that cannot work here.
     """
+    backend = _made.get(name)
+    if backend is None:
+        with COMPILING:
+            backend = _made.get(name)
+            if backend is None:
+                backend = _made[name] = _make(name)
+    return backend
+
+
+def _make(name: str) -> Backend:
     if name == "cpu":
         from fastopt.backends.cpu import CPU
 

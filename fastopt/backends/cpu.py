@@ -13,10 +13,10 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from fastopt.backends import ALIGNMENT, BLOCK, Adder, Array, Features, Kernel, StepHyper
 from fastopt.backends.bind import bind, compile_loop, entry_of
-from fastopt.backends.driver import DRIVER, Loop
+from fastopt.backends.driver import Loop
 from fastopt.backends.elements import check_rule, conditioning, scalar, scaled_by, surrounded
 from fastopt.backends.intrinsics import at_address, fetch, window
-from fastopt.backends.threads import get_num_threads
+from fastopt.backends.threads import COMPILING, get_num_threads
 
 if TYPE_CHECKING:
     from fastopt.backends.cpu_batchnorm import BatchNormCPU
@@ -487,7 +487,7 @@ class CPU:
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         kernel = self._kernels.get(key)
         if kernel is None:
-            with DRIVER.lock:
+            with COMPILING:
                 kernel = self._kernels.get(key)
                 if kernel is None:
                     kernel = self._kernels[key] = make()

@@ -38,10 +38,10 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from fastopt.backends import Array
 from fastopt.backends.bind import address_of, bind, compile_loop
-from fastopt.backends.driver import DRIVER, SERIAL_BELOW, Loop
+from fastopt.backends.driver import SERIAL_BELOW, Loop
 from fastopt.backends.elements import scalar
 from fastopt.backends.intrinsics import invoke, keep, window
-from fastopt.backends.threads import get_num_threads
+from fastopt.backends.threads import COMPILING, get_num_threads
 
 LONG = 128
 """Spatial size from which a tile is summed channel by channel; below it, many channels at a time."""
@@ -787,7 +787,7 @@ class BatchNormCPU:
         key = (backward, training)
         passes = self._passes.get(key)
         if passes is None:
-            with DRIVER.lock:
+            with COMPILING:
                 passes = self._passes.get(key)
                 if passes is None:
                     passes = self._passes[key] = self._compile(backward, training)
@@ -962,7 +962,7 @@ class _Passes:
         partials = np.zeros((2, cut.counts.size if self._sums else 0, channels))
         entries = self._entries.get(over)
         if entries is None:
-            with DRIVER.lock:
+            with COMPILING:
                 entries = self._entries[over] = self._compile(over)
         everything = Work._make(
             (
@@ -983,7 +983,7 @@ class _Passes:
         self._run(everything, size, by_panels)
         if scalars[LATE]:
             # Rare, and seconds to compile; of these channels nothing but sums has been written yet.
-            with DRIVER.lock:
+            with COMPILING:
                 entries[WIDE_SUMS] = self._loops.sums(wide=True)
             late = np.flatnonzero(everything.late)
             everything.late[:] = 0

@@ -1,10 +1,11 @@
-"""How many threads a step may use."""
+"""How many threads a step may use; and the lock that threads hold while they compile, in which no process is forked."""
 
 from __future__ import annotations
 
 import operator
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,9 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 REFRESH = 1.0
 """Seconds after which the processors of this process are counted again: schedulers move processes while they run."""
 
+COMPILING = threading.RLock()
+"""Held by the thread that imports a backend or compiles for it."""
+
 _chosen: int | None = None
 _asked = False  # whether the environment has been
 _counted: tuple[float, int] = (-1.0, 1)  # until when it counts, and the processors
@@ -31,7 +35,7 @@ _counted: tuple[float, int] = (-1.0, 1)  # until when it counts, and the process
 def set_num_threads(count: int | None) -> None:
     """Set how many threads a step may use, in this process and in those forked from it later.
 
-    A step on fewer than 20,000 elements always runs on the thread that calls it, and larger ones use more threads only
+    A step on fewer than 24,576 elements always runs on the thread that calls it, and larger ones use more threads only
     where that has been faster. The results have the same bits for any number.
 
     Args:
@@ -119,7 +123,7 @@ def _limits() -> list[int]:
     else:
         numbas = (modules.get("numba") or import_module("numba")).config.NUMBA_NUM_THREADS
     torch = modules.get("torch")
-    if hasattr(torch, "get_num_threads"):  # not while it is being imported
+    if torch is not None and hasattr(torch, "get_num_threads"):  # not while it is being imported
         return [_counted[1], numbas, torch.get_num_threads()]
     return [_counted[1], numbas]
 
@@ -162,3 +166,29 @@ def _quotas() -> list[tuple[int, int]]:
                 if quota > 0:  # -1: none
                     found.append((quota, period))
     return found
+
+
+# --- forks ------------------------------------------------------------------------------------------------------------
+# A child has one thread, and would wait for ever for a lock that another thread of its parent held: ours, numba's, or
+# that of a module which was being imported.
+
+_numbas_locks: list[Any] = []
+
+
+def _before_fork() -> None:
+    COMPILING.acquire()
+    numbas = getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", None)
+    if numbas is not None:
+        numbas.acquire()
+    _numbas_locks.append(numbas)
+
+
+def _after_fork() -> None:
+    numbas = _numbas_locks.pop()
+    if numbas is not None:
+        numbas.release()
+    COMPILING.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
