@@ -1,6 +1,6 @@
 """What the benchmarks share: how a case is measured and kept, and the tables at the end.
 
-    pytest bench --benchmark-only                       everything, in less than ten minutes on two cores
+    pytest bench --benchmark-only                       everything, in ten minutes on two cores
     pytest bench --benchmark-only --scale 0.1 --most 1e6   a trial
 
 The columns of pytest-benchmark itself tell how long each case took to measure. What was measured, by turns and with

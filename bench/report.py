@@ -75,6 +75,14 @@ SECTIONS = {
         "Every optimizer, by size and dtype. `limit` reads and writes the same buffers with one multiply-add a value; "
         "that of a rule with norms has its passes. Muon, whose time is that of products of matrices, has none.",
     ),
+    "company": (
+        "In company",
+        "A step where it lives: after two products of NumPy's, 256 x 512 by 512 x 512 in float32, alone, and beside "
+        "other processes that compute all the time. `one thread` is our serial kernel, `OpenMP` our kernel on numba's "
+        "OpenMP threads, `no step` the products alone. Medians of five turns; below each iteration its parts, and the "
+        "mean and the 99th percentile of the steps. OpenMP's threads spin on after a step, beside the threads of the "
+        "products: all of the iteration takes longer, not the step alone.",
+    ),
     "many_tensors": (
         "Many tensors",
         "Adam on many small tensors, and with a learning rate of its own for 500 of them.",
@@ -205,7 +213,27 @@ def table(results: Sequence[Result]) -> list[str]:
         rate = [figures(bandwidth) if bandwidth is not None else ""] if moved else []
         cells = [result.title, cell(result, "fastopt"), f"{low}-{high}", *rate, *(cell(result, name) for name in names)]
         lines.append("| " + " | ".join(cells) + " |")
+        for label, values in parts_of(result).items():
+            cells = [label, values["fastopt"], "", *([""] if moved else []), *(values.get(name, "") for name in names)]
+            lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def parts_of(result: Result) -> dict[str, dict[str, str]]:
+    """By label the cells of the parts of an iteration; none for what has no parts."""
+    parts = result.facts.get("parts")
+    if parts is None:
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    for label, part in (("- products", "work"), ("- step", "step")):
+        found[label] = {
+            name: figures(1e6 * median) + ("" if name == "fastopt" else f" ({figures(ratio)}x)")
+            for name, (median, ratio, _, _) in parts[part].items()
+            if not (part == "step" and name == "no step")
+        }
+    for label, k in (("- step, mean", 2), ("- step, p99", 3)):
+        found[label] = {name: figures(1e6 * numbers[k]) for name, numbers in parts["step"].items() if name != "no step"}
+    return found
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------

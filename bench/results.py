@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fastopt.measure import Result
 
 FOLDER = Path(__file__).resolve().parent / "results"
-FILES = ("step", "many_tensors", "tail", "batchnorm", "minibatches", "scaling", "startup")
+FILES = ("step", "company", "many_tensors", "tail", "batchnorm", "minibatches", "scaling", "startup")
 BUSY = 0.5
 """Load per core before the run from which the machine counts as busy."""
 

@@ -153,7 +153,7 @@ def with_cuda(monkeypatch):
         monkeypatch.setattr(backend, "cuda", module)
         monkeypatch.setattr(backend, "SIMULATED", False)
         # As if asked for the first time, and not kept for other tests: in the simulator there is such a backend.
-        monkeypatch.setattr(fastopt.backends, "get_backend", fastopt.backends.get_backend.__wrapped__)
+        monkeypatch.setattr(fastopt.backends, "get_backend", fastopt.backends._make)
 
     return put
 
@@ -174,7 +174,7 @@ def test_cuda_without_a_driver_gives_the_reason(with_cuda):
 
 def test_cuda_that_cannot_be_imported_gives_the_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastopt.backends.cuda", None)
-    monkeypatch.setattr(fastopt.backends, "get_backend", fastopt.backends.get_backend.__wrapped__)
+    monkeypatch.setattr(fastopt.backends, "get_backend", fastopt.backends._make)
     cuda = report()["cuda"]
     assert (cuda["available"], cuda["devices"], cuda["backend"]) == (False, [], False)
     assert cuda["reason"] == refusal()

@@ -38,7 +38,7 @@ from fastopt.backends.bind import bind, compile_loop, entry_of
 from fastopt.backends.driver import DRIVER
 from fastopt.backends.elements import scalar
 from fastopt.backends.pool import ALONE, COUNT, CREDIT, EPOCH, FAILURES, LOCK, WAIT
-from fastopt.backends.threads import using
+from fastopt.backends.threads import processors, using
 
 pytestmark = pytest.mark.skipif(pool.why_not() is not None, reason=str(pool.why_not()))
 
@@ -294,6 +294,78 @@ def test_a_job_that_its_thread_was_kept_from_is_not_held_against_the_pool():
     assert place[WAIT] == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "delay"),
+    [(b"123456 789 12\n", 789), (b"5 98765432101234 1", 98_765_432_101_234), (b"0 0 0\n", 0), (b"", 0), (None, 0)],
+)
+def test_the_delay_of_a_thread_is_the_second_number_that_linux_tells(tmp_path, text, delay):
+    path = tmp_path / "schedstat"
+    if text is not None:
+        path.write_bytes(text)
+    name = ctypes.create_string_buffer(bytes(path))
+    read = entry_of(compile_loop(bind(pool.delay_of_this_thread, {}, label="delay", scalar=scalar), (types.int64,)))
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    assert read(ctypes.addressof(name)) == delay
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
+
+
+def test_a_thread_that_waits_for_its_processor_is_crowded(tmp_path, monkeypatch):
+    """The share of the time that has passed, of the same thread, asked every 20 ms."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "schedstat"
+    block = ctypes.create_string_buffer(pool.RANGES)
+    control = ctypes.addressof(block)
+    ctypes.memmove(control + pool.PATH, bytes(path.relative_to(Path.cwd())) + b"\0", len("schedstat") + 1)
+    crowded = entry_of(compile_loop(bind(pool.crowded, {}, label="crowded", scalar=scalar), (types.int64,) * 2))
+
+    def asked(now: float, delay: float) -> bool:
+        path.write_text(f"1 {int(1e9 * delay)} 1\n")
+        return crowded(control, int(1e9 * now))
+
+    assert not asked(10.0, 5.0)  # nothing to compare with
+    assert not asked(11.0, 5.05)
+    assert asked(12.0, 5.55)
+    assert asked(12.01, 5.55)  # too soon to look again
+    assert not asked(12.5, 5.56)
+    assert asked(13.5, 6.0)
+    with_thread = threading.Thread(target=lambda: asked(14.5, 1.0))  # another thread's time says nothing of this one's
+    with_thread.start()
+    with_thread.join()
+    assert asked(15.5, 1.0)
+    assert not asked(16.5, 1.01)
+
+
+BUSY_STEPS = """
+import ctypes, time
+import numpy as np, fastopt
+from fastopt.backends import pool
+from fastopt.backends.driver import DRIVER
+from fastopt.backends.threads import processors
+from fastopt.measure.company import busy_processes
+
+opt = fastopt.Adam({"w": np.ones(1_000_000, np.float32)})
+jobs, steps = [], 0
+with busy_processes(3 * processors()):
+    for _ in range(3):
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            opt.step()
+            steps += 1
+        jobs.append(ctypes.c_int64.from_address(DRIVER._pool.control + pool.EPOCH).value if DRIVER._pool else 0)
+print(jobs[1] - jobs[0], jobs[2] - jobs[1], steps)
+"""
+
+
+def test_beside_busy_processes_workers_are_left_asleep(tmp_path):
+    if len(Path("/proc/thread-self/schedstat").read_text().split()) != 3 or processors() > 16:
+        pytest.skip("Linux does not tell here how long threads wait, or there are too many processors to keep busy")
+    script = tmp_path / "script.py"
+    script.write_text(BUSY_STEPS)
+    finished = run(script, FASTOPT_NUM_THREADS="2")
+    first, second, steps = map(int, finished.stdout.split())
+    assert first + second < 0.1 * steps, finished.stdout + finished.stderr
+
+
 def test_the_first_job_of_a_loop_is_done_alone_and_later_ones_as_it_pays(monkeypatch):
     monkeypatch.setattr(DRIVER, "adaptive", True)
     monkeypatch.setattr(DRIVER, "mode", "pool")
@@ -451,6 +523,12 @@ def threads_that_the_system_refuses() -> None:
     print("ok" if native_threads() == count else "it tries again and again", flush=True)
 
 
+def step_until_interrupted(opt: fastopt.Optimizer, seconds: float) -> None:
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    while True:
+        opt.step()
+
+
 def interrupts() -> None:
     """A handler that raises, at any moment of a step: when the step has raised, nobody writes any more."""
     opt = fastopt.AdamW({"w": np.zeros(300_000, np.float32)}, max_norm=1.0)
@@ -461,18 +539,13 @@ def interrupts() -> None:
         raise InterruptedError
 
     signal.signal(signal.SIGALRM, handler)
-    raised = 0
     for _ in range(300):
-        try:
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 2e-3))
-            while True:
-                opt.step()
-        except InterruptedError:
-            raised += 1
-            there = opt.flat.data.copy()
-            time.sleep(1e-4)
-            assert (opt.flat.data == there).all()
-    print("ok" if raised == 300 and np.isfinite(opt.flat.data).all() else "wrong", flush=True)
+        with pytest.raises(InterruptedError):
+            step_until_interrupted(opt, random.uniform(1e-5, 2e-3))
+        there = opt.flat.data.copy()
+        time.sleep(1e-4)
+        assert (opt.flat.data == there).all()
+    print("ok" if np.isfinite(opt.flat.data).all() else "wrong", flush=True)
 
 
 def torch_before() -> None:

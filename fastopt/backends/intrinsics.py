@@ -283,6 +283,32 @@ def emit_set_modes(builder: Any, machine: str, modes: Any) -> None:
         _instruction(builder, "llvm.aarch64.set.fpcr", ir.VoidType(), [modes])
 
 
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def room_for(size: int) -> Any:
+    """An intrinsic ``room()``: the address of so many bytes in this function's frame, valid until it returns."""
+
+    @intrinsic
+    def room(typing_context):
+        def build(context, builder, signature, values):
+            return builder.ptrtoint(cgutils.alloca_once(builder, BYTE, size), WORD)
+
+        return types.int64(), build
+
+    return room
+
+
+@intrinsic
+def byte_at(typing_context, address):
+    """The byte at an address, from 0 to 255."""
+
+    def build(context, builder, signature, values):
+        return builder.zext(builder.load(builder.inttoptr(values[0], BYTE.as_pointer())), WORD)
+
+    return types.int64(types.int64), build
+
+
 # --- the C library ----------------------------------------------------------------------------------------------------
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastopt import get_num_threads
 from fastopt.measure import batchnorm, machine
+from fastopt.measure.company import accompany, products
 from fastopt.measure.interleaved import Spread, interleave
 from fastopt.measure.limit import bytes_of, limit_of
 from fastopt.measure.rivals import RIVALS, Contestant, Work, enter, of_fastopt
@@ -220,6 +223,55 @@ def compare_step(
         moved=bytes_of(ours.optimizer),
         **facts,
     )
+
+
+def compare_company(
+    title: str,
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float,
+    rounds: int = 5,
+    work: Callable[[], object] | None = None,
+    before: Mapping[str, Callable[[], object]] | None = None,
+    after_round: Callable[[], object] | None = None,
+    times: dict[str, list[np.ndarray]] | None = None,
+    absent: Mapping[str, str] | None = None,
+    **facts: Any,
+) -> Result:
+    """Time whole iterations, of two matrix products and a step, by contestants that take turns.
+
+    Args:
+        title: of the line.
+        steps: by name; the first is ours.
+        seconds: to be spent on it, a number > 0.
+        rounds: the number of turns of each contestant; from 1.
+        work: what comes before each step; None: `fastopt.measure.company.products`.
+        before: by name, what is done before a contestant's turn.
+        after_round: called after each round.
+        times: as for `fastopt.measure.company.accompany`: those of earlier visits.
+        absent: who does not take part, and why.
+        **facts: what was measured, of what JSON can hold.
+
+    Returns:
+        A `Result` of the whole iterations. Its facts have, as ``parts``, for the ``"iteration"``, the ``"work"`` and
+        the ``"step"`` of each contestant the median, the ratio to ours, the mean and the 99th percentile, in seconds.
+
+    >>> result = compare_company("nothing", {"a": lambda: None}, seconds=0.05, rounds=2)
+    >>> sorted(result.facts["parts"])
+    ['iteration', 'step', 'work']
+    """
+    parts = accompany(
+        work or products(), steps, seconds=seconds, rounds=rounds, before=before, after_round=after_round, times=times
+    )
+    figures = {
+        part: {
+            name: [float(f"{x:.4g}") for x in (each.spread.median, each.spread.ratio, each.mean, each.p99)]
+            for name, each in of.items()
+        }
+        for part, of in parts.items()
+    }
+    seconds_of = {name: each.spread for name, each in parts["iteration"].items()}
+    return Result(title, seconds_of, dict(absent or {}), None, {**facts, "parts": figures})
 
 
 def check_memory(work: Work, contestants: int) -> None:

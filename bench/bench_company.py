@@ -1,0 +1,91 @@
+"""A step in company: between NumPy's matrix products, beside busy processes, and alone.
+
+The same step by fastopt as it is, on one thread, on OpenMP's threads (as numba launches them), and by torch; and,
+between the products, no step at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import fastopt
+from fastopt.backends.driver import DRIVER
+from fastopt.backends.threads import using
+from fastopt.measure import Result, Work, compare, compare_company
+from fastopt.measure import batchnorm as norms
+from fastopt.measure.company import busy_processes
+from fastopt.measure.rivals import enter, of_fastopt
+
+SIZES = {"100k": 100_000, "300k": 300_000, "1M": 1_000_000}
+SHAPE = (32, 256, 14, 14)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    with using(fastopt.get_num_threads()):
+        yield
+    DRIVER.choose()
+
+
+def on(threads: int | None, mode: str | None) -> Callable[[], None]:
+    """What makes the driver run loops in this way."""
+
+    def switch() -> None:
+        fastopt.set_num_threads(threads)
+        DRIVER.choose(mode)
+
+    return switch
+
+
+def ways(step: Callable[[], Any]) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], None]]]:
+    """The ways to run a step of ours, and what has to be done before each."""
+    count = fastopt.get_num_threads()
+    before = {"fastopt": on(count, None), "one thread": on(1, None), "OpenMP": on(count, "numba")}
+    return dict.fromkeys(before, step), before
+
+
+def adam(size: int) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], None]]]:
+    work = Work("Adam", ((size,),))
+    steps, before = ways(of_fastopt(work).step)
+    entered, _ = enter(work, ["torch fused"])
+    return {**steps, **{name: each.step for name, each in entered.items()}}, before
+
+
+def batch_norm() -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], None]]]:
+    contestants, _ = norms.contestants(SHAPE, 1, "forward", ["torch"])
+    steps, before = ways(contestants.pop("fastopt").step)
+    del contestants["limit"]
+    return {**steps, **{name: each.step for name, each in contestants.items()}}, before
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    **{f"Adam {name}": lambda size=size: adam(size) for name, size in SIZES.items()},
+    "BatchNorm 32x256x14x14": batch_norm,
+}
+
+
+@pytest.mark.parametrize("busy", [0, 1, 2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_company(measure, name, busy):
+    def case(title: str, **options: Any) -> Result:
+        steps, before = CASES[name]()
+        if not busy:
+            steps["no step"] = lambda: None
+        with busy_processes(busy):
+            return compare_company(title, steps, before=before, busy=busy, case=name, **options)
+
+    beside = f", beside {busy} busy" if busy else ""
+    measure(case, f"X@W; X@W; {name}{beside}", seconds=5.0 if busy else 3.0)
+
+
+@pytest.mark.parametrize("name", [*CASES, "Adam 4M", "Adam 30M"])
+def test_alone(measure, name):
+    def case(title: str, **options: Any) -> Result:
+        sizes = {"Adam 4M": 4_000_000, "Adam 30M": 30_000_000}
+        steps, before = adam(sizes[name]) if name in sizes else CASES[name]()
+        return compare(title, steps, before=before, case=name, **options)
+
+    measure(case, f"{name}, alone", seconds=1.5)
