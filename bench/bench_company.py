@@ -16,7 +16,7 @@ from fastopt.backends.driver import DRIVER
 from fastopt.backends.threads import using
 from fastopt.measure import Result, Work, compare, compare_company
 from fastopt.measure import batchnorm as norms
-from fastopt.measure.company import busy_processes
+from fastopt.measure.company import busy_processes, ways
 from fastopt.measure.rivals import enter, of_fastopt
 
 SIZES = {"100k": 100_000, "300k": 300_000, "1M": 1_000_000}
@@ -30,33 +30,16 @@ def restored():
     DRIVER.choose()
 
 
-def on(threads: int | None, mode: str | None) -> Callable[[], None]:
-    """What makes the driver run loops in this way."""
-
-    def switch() -> None:
-        fastopt.set_num_threads(threads)
-        DRIVER.choose(mode)
-
-    return switch
-
-
-def ways(step: Callable[[], Any]) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], None]]]:
-    """The ways to run a step of ours, and what has to be done before each."""
-    count = fastopt.get_num_threads()
-    before = {"fastopt": on(count, None), "one thread": on(1, None), "OpenMP": on(count, "numba")}
-    return dict.fromkeys(before, step), before
-
-
 def adam(size: int) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], None]]]:
     work = Work("Adam", ((size,),))
-    steps, before = ways(of_fastopt(work).step)
+    steps, before = ways(of_fastopt(work).step, openmp=True)
     entered, _ = enter(work, ["torch fused"])
     return {**steps, **{name: each.step for name, each in entered.items()}}, before
 
 
 def batch_norm() -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], None]]]:
     contestants, _ = norms.contestants(SHAPE, 1, "forward", ["torch"])
-    steps, before = ways(contestants.pop("fastopt").step)
+    steps, before = ways(contestants.pop("fastopt").step, openmp=True)
     del contestants["limit"]
     return {**steps, **{name: each.step for name, each in contestants.items()}}, before
 

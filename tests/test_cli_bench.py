@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import sys
 from functools import partial
 
@@ -18,7 +18,7 @@ from fastopt.cli.app import app
 from fastopt.cli.choices import parse_sizes
 from fastopt.measure import Result, Spread, machine
 
-QUICK = ("--optimizer", "sgd", "--sizes", "100,1k", "--seconds", "1", "--no-batch-norm")
+QUICK = ("--optimizer", "sgd", "--sizes", "100,1k", "--seconds", "1", "--no-batch-norm", "--no-company")
 
 
 def invoke(*arguments, columns="80"):
@@ -66,8 +66,9 @@ def test_the_json_holds_every_result_and_the_machine(outcome):
         ("Adam", 1000),
     ]
     assert results[2].facts["options"] == {"amsgrad": True}
-    assert [result.facts["way"] for result in results[4:]] == ["forward", "backward"] * 2
-    for result in results:
+    assert [result.facts["way"] for result in results[4:-1]] == ["forward", "backward"] * 2
+    assert set(results[-1].facts["parts"]) == {"iteration", "work", "step"}
+    for result in results[:-1]:
         assert {"fastopt", "limit", "numpy"} <= result.seconds.keys()
         assert all(spread.low <= spread.median <= spread.high for spread in result.seconds.values())
         assert result.seconds.keys() | result.absent.keys() >= {"torch"}
@@ -116,11 +117,32 @@ def test_the_number_of_threads_is_used_and_given_back():
     assert fastopt.get_num_threads() == before
 
 
-def test_a_busy_machine_is_told(monkeypatch):
-    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
-    assert "is busy" in invoke(*QUICK).output
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
-    assert "is busy" not in invoke(*QUICK).output
+def test_a_busy_machine_is_told_with_what_that_did(monkeypatch):
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: 0.62)
+    output = " ".join(invoke(*QUICK).output.split())
+    assert re.search(
+        r"This machine is busy: other programs had 62% of its processors' time, and the median round of fastopt took "
+        r"\d+\.\d times as long as its fastest",
+        output,
+    )
+    for share in (0.05, None):
+        monkeypatch.setattr(machine.OtherPrograms, "share", lambda self, share=share: share)
+        assert "is busy" not in invoke(*QUICK).output
+
+
+def test_a_step_in_company_has_a_line_for_each_part():
+    result = invoke("--optimizer", "sgd", "--sizes", "100", "--seconds", "1", "--no-batch-norm", "--json", "-")
+    (company,) = [found for found in json.loads(result.stdout)["results"] if "products" in found["title"]]
+    assert {"fastopt", "one thread"} <= set(company["seconds"])
+    for name in company["seconds"]:
+        whole, work, step = (
+            company["facts"]["parts"][part][name][2] for part in ("iteration", "work", "step")
+        )  # means
+        assert whole == pytest.approx(work + step, rel=0.02)
+    lines = invoke("--optimizer", "sgd", "--sizes", "100", "--seconds", "1", "--no-batch-norm").output.splitlines()
+    (first,) = [number for number, line in enumerate(lines) if "two products and Adam 100k" in line]
+    assert lines[first + 1].strip().startswith("- the products")
+    assert lines[first + 2].strip().startswith("- the step")
 
 
 def test_every_visit_is_given_its_share_of_the_seconds_and_the_times_before(monkeypatch):
@@ -160,9 +182,7 @@ def test_a_case_for_which_memory_is_free_once_is_not_called_left_out():
 
 
 def test_muon_is_given_a_matrix():
-    content = json.loads(
-        invoke("--optimizer", "muon", "--sizes", "64", "--seconds", "1", "--no-batch-norm", "--json", "-").stdout
-    )
+    content = json.loads(invoke("--optimizer", "muon", "--sizes", "64", *QUICK[4:], "--json", "-").stdout)
     (record,) = content["results"]
     assert "limit" not in record["seconds"]
     assert record["facts"]["parameters"] == 64

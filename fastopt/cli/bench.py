@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -23,8 +22,9 @@ from fastopt import get_num_threads
 from fastopt.backends.threads import processors, using
 from fastopt.cli.choices import Choice, one_of, optimizers, parse_optimizers, parse_sizes
 from fastopt.cli.output import blame, check_files, console, write_json
-from fastopt.measure import Result, Work, compare_batchnorm, compare_step, machine
-from fastopt.measure.rivals import torch_as_before
+from fastopt.measure import Result, Work, compare_batchnorm, compare_company, compare_step, machine
+from fastopt.measure.company import ways
+from fastopt.measure.rivals import enter, of_fastopt, torch_as_before
 
 EXAMPLES = "\n\n".join(
     [
@@ -56,8 +56,11 @@ ROUNDS = 2
 LEAST = 0.05
 """Seconds for a visit, whatever time is left."""
 
-BUSY = 0.5
-"""Load per core from which the user is told that other programs are running."""
+BUSY = 0.1
+"""The share of the processors' time from which the user is told that other programs are running."""
+
+COMPANY = "two products and Adam 100k"
+"""What an iteration is called whose parts are measured together."""
 
 PACKAGES = ("numba", "numpy", "torch")
 
@@ -100,6 +103,10 @@ def bench(
     batch_norm: Annotated[
         bool, typer.Option("--batch-norm/--no-batch-norm", help="Measure BatchNorm too, in float32.")
     ] = True,
+    company: Annotated[
+        bool,
+        typer.Option("--company/--no-company", help="Measure a step of Adam after two matrix products of NumPy's too."),
+    ] = True,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -135,18 +142,23 @@ def bench(
     check_files(plot, json)
 
     out = console(for_json=json)
-    if (load := _load()) is not None and load > BUSY:
-        out.print(f"This machine is busy (load {load:.1f} per core): these are not the speeds it has when idle.")
     machine.keep_freed_memory()
+    others = machine.OtherPrograms()
     with using(threads or get_num_threads()), torch_as_before():
         with blame("--optimizer"):
             steps, norms = _cases(choices, counts, dtype, batch_norm)
-            results, skipped = _measure([*steps, *norms], seconds)
+            together = [Case(COMPANY, _company)] if company else []
+            results, skipped = _measure([*steps, *norms, *together], seconds)
         by_title = {result.title: result for result in results}
         step_results = [by_title[case.title] for case in steps if case.title in by_title]
         norm_results = [by_title[case.title] for case in norms if case.title in by_title]
         facts = machine.describe()
         _print(out, step_results, norm_results, skipped, facts, dtype)
+        if COMPANY in by_title:
+            out.print(_company_table(by_title[COMPANY]))
+        share = others.share()
+        if share is not None and share > BUSY:
+            out.print(_busy(share, results))
         if plot is not None and step_results:
             from fastopt.cli.plots.speed import draw_throughput
 
@@ -160,11 +172,27 @@ def bench(
             out.print(f"throughput: {plot}", soft_wrap=True)
         if json is not None:
             with blame("--json"):
-                write_json(json, _report(results, skipped, facts, dtype, seconds))
+                write_json(json, {**_report(results, skipped, facts, dtype, seconds), "others_share": share})
 
 
-def _load() -> float | None:
-    return os.getloadavg()[0] / processors() if hasattr(os, "getloadavg") else None
+def _company(*, seconds: float, after_round: Callable[[], object], times: dict[str, list[np.ndarray]]) -> Result:
+    work = Work("Adam", ((100_000,),))
+    entered, absent = enter(work, ["torch fused"])
+    steps, before = ways(of_fastopt(work).step)
+    steps |= {name: each.step for name, each in entered.items()}
+    try:
+        return compare_company(
+            COMPANY,
+            steps,
+            seconds=seconds,
+            rounds=ROUNDS,
+            before=before,
+            after_round=after_round,
+            times=times,
+            absent=absent,
+        )
+    finally:
+        before["fastopt"]()
 
 
 def _cases(
@@ -296,6 +324,27 @@ def _table(heading: str, results: Sequence[Result]) -> Table:
     return table
 
 
+def _company_table(result: Result) -> Table:
+    """An iteration and its parts: ours in microseconds, the others by how many times as long they take."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("in company", overflow="fold")
+    for column in ("us", *(name.replace(" ", "\n") for name in list(result.seconds)[1:])):
+        table.add_column(column, justify="right", no_wrap=True)
+    for label, part in ((result.title, "iteration"), ("- the products", "work"), ("- the step", "step")):
+        (median, *_), *others = result.facts["parts"][part].values()
+        table.add_row(label, _figures(1e6 * median), *(f"{_figures(ratio)}x" for _, ratio, *_ in others))
+    return table
+
+
+def _busy(share: float, results: Sequence[Result]) -> str:
+    """One sentence: that the machine is busy, and what that did to the numbers."""
+    slower = [result.ours.median / result.ours.low for result in results if result.ours.low > 0.0]
+    return (
+        f"This machine is busy: other programs had {share:.0%} of its processors' time, and the median round of "
+        f"fastopt took {np.median(slower):.1f} times as long as its fastest; trust the ratios, not the microseconds."
+    )
+
+
 def _figures(number: float) -> str:
     """Three figures or more."""
     return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:.0f}"
@@ -316,7 +365,6 @@ def _report(
         "command": "bench",
         "settings": {"dtype": dtype, "seconds": seconds, "threads": get_num_threads()},
         "machine": facts,
-        "load_per_core": _load(),
         "versions": {name: machine.version_of(name) for name in PACKAGES},
         "results": [result.record() for result in results],
         "skipped": skipped,

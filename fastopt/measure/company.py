@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastopt import get_num_threads, set_num_threads
+from fastopt.backends.driver import DRIVER
 from fastopt.measure.interleaved import Spread
 
 PAUSE = 0.03  # seconds before each turn, in which the threads of the last contestant go to sleep
@@ -61,6 +63,38 @@ def products(rows: int = 256, width: int = 512) -> Callable[[], object]:
     return work
 
 
+Step = Callable[[], object]
+
+
+def ways(step: Step, *, openmp: bool = False) -> tuple[dict[str, Step], dict[str, Callable[[], None]]]:
+    """A step of ours as contestants: as it is, on one thread and, on request, on OpenMP's threads.
+
+    Args:
+        step: a function without arguments.
+        openmp: whether numba's OpenMP threads take part, as where fastopt has no threads of its own.
+
+    Returns:
+        Two dicts by name: of the steps, and of what has to be called before a contestant's turn. It changes the number
+        of threads for the whole process: use it inside ``with using(...)`` of `fastopt.backends.threads`.
+
+    >>> list(ways(lambda: None)[0])
+    ['fastopt', 'one thread']
+    """
+    count = get_num_threads()
+
+    def on(threads: int, mode: str | None) -> Callable[[], None]:
+        def switch() -> None:
+            set_num_threads(threads)
+            DRIVER.choose(mode)
+
+        return switch
+
+    before = {"fastopt": on(count, None), "one thread": on(1, None)}
+    if openmp:
+        before["OpenMP"] = on(count, "numba")
+    return dict.fromkeys(before, step), before
+
+
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
     """Have other processes compute all the time, inside a ``with`` block.
@@ -102,7 +136,8 @@ def accompany(
         rounds: the number of turns of each contestant; from 1.
         before: by name, what is done before a contestant's turn.
         after_round: called after each round.
-        times: those of earlier visits, by name, to which the new ones are added; {} at first.
+        times: those of earlier visits, by name, to which the new ones are added, an array of shape (3, n) a turn: of n
+            iterations, their work and their steps; {} at first.
         clock: returns seconds.
 
     Returns:

@@ -248,7 +248,7 @@ def compare_company(
         work: what comes before each step; None: `fastopt.measure.company.products`.
         before: by name, what is done before a contestant's turn.
         after_round: called after each round.
-        times: as for `fastopt.measure.company.accompany`: those of earlier visits.
+        times: as for `fastopt.measure.company.accompany`: by name those of earlier visits, arrays of shape (3, n).
         absent: who does not take part, and why.
         **facts: what was measured, of what JSON can hold.
 

@@ -14,6 +14,7 @@ from fastopt.backends.threads import processors
 
 CPUS = Path("/sys/devices/system/cpu")
 MEMORY = Path("/proc/meminfo")
+STATISTICS = Path("/proc/stat")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
@@ -36,6 +37,45 @@ def describe() -> dict[str, Any]:
         "memory_bytes": memory(),
         "caches": [cache._asdict() for cache in caches()],
     }
+
+
+class OtherPrograms:
+    """How much of the processors other programs use, from here on. Known on Linux alone.
+
+    >>> others = OtherPrograms()
+    >>> others.share() is None or 0.0 <= others.share() <= 1.0
+    True
+    """
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def share(self) -> float | None:
+        """The part of all processors' time that others have had; None where the system does not tell, or too soon.
+
+        Returns:
+            A float from 0 to 1, or None.
+
+        >>> OtherPrograms().share()
+        """
+        now = self._read()
+        if now is None or self._start is None:
+            return None
+        everything, used, own = (after - before for after, before in zip(now, self._start, strict=True))
+        if everything < 0.1:  # the system counts in hundredths of a second
+            return None
+        return min(1.0, max(0.0, (used - own) / everything))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds that all processors had, that all programs used, and that this one used with its children."""
+        try:
+            fields = [int(text) for text in STATISTICS.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        ticks = os.sysconf("SC_CLK_TCK")
+        idle = sum(fields[3:5])  # and waiting for disks
+        return sum(fields) / ticks, (sum(fields) - idle) / ticks, sum(os.times()[:4])
 
 
 def keep_freed_memory() -> bool:
