@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+MODES = ("pool", "numba", "executor")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests of the CUDA backend on a GPU")
+    parser.addoption("--driver", choices=MODES, help="run every loop that is worth more than one thread in this way")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,6 +23,14 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="fastopt-kernels-")
         os.environ["FASTOPT_CACHE_DIR"] = folder
         config.add_cleanup(lambda: shutil.rmtree(Path(folder), ignore_errors=True))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _driver(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--driver"):
+        from fastopt.backends.driver import DRIVER
+
+        DRIVER.choose(request.config.getoption("--driver"))
 
 
 @pytest.fixture

@@ -178,7 +178,7 @@ def policy() -> tuple[Callable[..., Any], ...]:
     """`pays`, `judge` and `measure`, compiled for themselves."""
     arguments = {pool.pays: 1, pool.judge: 3, pool.measure: 2}
     return tuple(
-        entry_of(compile_loop(bind(f, {}, label=f"test_{f.__name__}", scalar=scalar), (types.int64,) * count))
+        entry_of(compile_loop(bind(f.py_func, {}, label=f"test_{f.__name__}", scalar=scalar), (types.int64,) * count))
         for f, count in arguments.items()
     )
 
@@ -303,7 +303,9 @@ def test_the_delay_of_a_thread_is_the_second_number_that_linux_tells(tmp_path, t
     if text is not None:
         path.write_bytes(text)
     name = ctypes.create_string_buffer(bytes(path))
-    read = entry_of(compile_loop(bind(pool.delay_of_this_thread, {}, label="delay", scalar=scalar), (types.int64,)))
+    read = entry_of(
+        compile_loop(bind(pool.delay_of_this_thread.py_func, {}, label="delay", scalar=scalar), (types.int64,))
+    )
     files = len(list(Path("/proc/self/fd").iterdir()))
     assert read(ctypes.addressof(name)) == delay
     assert len(list(Path("/proc/self/fd").iterdir())) == files
@@ -316,7 +318,7 @@ def test_a_thread_that_waits_for_its_processor_is_crowded(tmp_path, monkeypatch)
     block = ctypes.create_string_buffer(pool.RANGES)
     control = ctypes.addressof(block)
     ctypes.memmove(control + pool.PATH, bytes(path.relative_to(Path.cwd())) + b"\0", len("schedstat") + 1)
-    crowded = entry_of(compile_loop(bind(pool.crowded, {}, label="crowded", scalar=scalar), (types.int64,) * 2))
+    crowded = entry_of(compile_loop(bind(pool.crowded.py_func, {}, label="crowded", scalar=scalar), (types.int64,) * 2))
 
     def asked(now: float, delay: float) -> bool:
         path.write_text(f"1 {int(1e9 * delay)} 1\n")

@@ -118,7 +118,7 @@ def conditioning(dtype: np.dtype[Any], features: Features, scalar: Callable[[Fun
     return constants
 
 
-def scalar(function: FunctionType) -> Any:
+def scalar(function: Callable[..., Any]) -> Any:
     """Compile a scalar function: never fastmath, so that the result is bit-identical to NumPy doing the same.
 
     error_model="numpy" on the rule itself, not only on the loop: the default model puts a branch on every division

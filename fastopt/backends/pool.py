@@ -148,7 +148,7 @@ NEEDED = (
 SIG_BLOCK, SIG_SETMASK, O_CLOEXEC = 0, 2, 0x80000  # of Linux
 SIGNAL_SET = 128  # bytes of sigset_t
 
-# --- what a place in the program remembers ----------------------------------------------------------------------------
+# --- what decides whether the pool is used ----------------------------------------------------------------------------
 
 LOOK_EVERY = 20_000_000
 """Nanoseconds after which the launching thread looks again how long it has waited for a processor."""
@@ -158,22 +158,26 @@ CROWDED_ABOVE = 0.1
 two cores: 0-0.04 on a quiet machine, 0.13-0.5 beside one busy process, 0.5 beside two, 0.67 beside four."""
 
 COUNT, ALONE, CREDIT, WAIT, FAILURES = range(0, 40, 8)
+"""The words of a site: its jobs; nanoseconds of a job alone, and those that the pool has won; jobs to be done alone
+before the pool is tried again; trials that failed one after the other."""
+
 MEASURE_EVERY = 128
 """Jobs, of which one is done alone to know how long that takes now; 0.8 % of the gain."""
 
 MOST_CREDIT = 12
-"""Jobs alone that the pool may lose before it is not used for a while: enough for a stall now and then, and little enough
-to notice within some twenty jobs that it no longer pays."""
-
+"""Jobs alone that the pool may lose before it is not used for a while: enough for a stall now and then, and little
+enough to notice within some twenty jobs that it no longer pays."""
 
 room = room_for(64)
 
 
+@scalar
 def words_of(control, thread):
     """Where the words of a thread are."""
     return control + RANGES + thread * PER_THREAD
 
 
+@scalar
 def do_share(control, of, share):
     """Do a share of the range of thread `of`, in the launching thread's modes of arithmetic."""
     modes = load(control + MODES)
@@ -189,6 +193,7 @@ def do_share(control, of, share):
     invoke(load(control + TASK), (load(control + ARGUMENTS), begin, end))
 
 
+@scalar
 def work(control, thread, epoch):
     """Do shares of a job until nobody has any left to claim; return how many."""
     done = 0
@@ -209,6 +214,7 @@ def work(control, thread, epoch):
     return done
 
 
+@scalar
 def move_away(words, cpu):
     """Keep a worker off the processor `cpu`, where it may run on others.
 
@@ -257,6 +263,7 @@ def worker(words):
             since = clock()
 
 
+@scalar
 def run_job(control, task, arguments, units, shares, threads, backwards):
     """Run a job with LOCK taken; return when the launching thread found no more shares to claim."""
     epoch = load(control + EPOCH) + 1
@@ -305,6 +312,7 @@ def launch(control, site, task, arguments, elements, units, threads, backwards):
             measure(site, clock() - begun)
 
 
+@scalar
 def crowded(control, now):
     """Whether other programs keep the processors from this thread; asked anew after a while.
 
@@ -324,6 +332,7 @@ def crowded(control, now):
     return load(control + CROWDED) == 1
 
 
+@scalar
 def delay_of_this_thread(path):
     """The nanoseconds for which this thread was ready to run and did not; 0 where the system does not tell."""
     file = open_file(path, O_CLOEXEC)
@@ -342,6 +351,7 @@ def delay_of_this_thread(path):
     return number
 
 
+@scalar
 def pays(site):
     """Count a job; whether it is worth the pool. Some are done alone to know how long that takes."""
     count = load(site + COUNT) + 1
@@ -349,6 +359,7 @@ def pays(site):
     return load(site + WAIT) == 0 and count > 3 and count & (count - 1) != 0 and count % MEASURE_EVERY != 0
 
 
+@scalar
 def judge(site, own, waited):
     """Decide from a job with the pool whether the next ones are worth it.
 
@@ -369,6 +380,7 @@ def judge(site, own, waited):
     store(site + CREDIT, credit)
 
 
+@scalar
 def measure(site, took):
     """Take the time of a job without the pool, and wait one job less for the next one with it."""
     alone = load(site + ALONE)
@@ -432,10 +444,17 @@ def why_not() -> str | None:
 @cache
 def _compiled() -> dict[str, Any]:
     """The functions of this file that are called by address, or from Python. They live as long as the process."""
-    functions: list[tuple[Any, tuple[Any, ...]]] = [(launch, JOB), (worker, JOB[:1]), (start, JOB[:4])]
+    # What is called by address needs no wrapper for Python, and what is not called by C none for C.
+    functions: list[tuple[Any, tuple[Any, ...], dict[str, bool]]] = [
+        (launch, JOB, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}),
+        (worker, JOB[:1], {"no_cpython_wrapper": True}),
+        (start, JOB[:4], {"no_cfunc_wrapper": True}),
+    ]
     return {
-        function.__name__: compile_loop(bind(function, {}, label=f"pool_{function.__name__}", scalar=scalar), kinds)
-        for function, kinds in functions
+        function.__name__: compile_loop(
+            bind(function, {}, label=f"pool_{function.__name__}", scalar=scalar), kinds, **options
+        )
+        for function, kinds, options in functions
     }
 
 
