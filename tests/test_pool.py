@@ -312,7 +312,7 @@ def test_the_delay_of_a_thread_is_the_second_number_that_linux_tells(tmp_path, t
 
 
 def test_a_thread_that_waits_for_its_processor_is_crowded(tmp_path, monkeypatch):
-    """The share of the time that has passed, of the same thread, asked every 20 ms."""
+    """The share of the time that has passed, of the same thread, asked every 20 ms, or 100 while it is crowded."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "schedstat"
     block = ctypes.create_string_buffer(pool.RANGES)
@@ -327,8 +327,11 @@ def test_a_thread_that_waits_for_its_processor_is_crowded(tmp_path, monkeypatch)
     assert not asked(10.0, 5.0)  # nothing to compare with
     assert not asked(11.0, 5.05)
     assert asked(12.0, 5.55)
-    assert asked(12.01, 5.55)  # too soon to look again
+    assert asked(12.09, 5.55)  # too soon to look again
     assert not asked(12.5, 5.56)
+    assert not asked(12.519, 5.58)  # too soon, too
+    assert asked(12.521, 5.58)
+    assert not asked(12.8, 5.58)
     assert asked(13.5, 6.0)
     with_thread = threading.Thread(target=lambda: asked(14.5, 1.0))  # another thread's time says nothing of this one's
     with_thread.start()

@@ -2,7 +2,7 @@
 
 A job is a number of units (chunks of a buffer, tiles of an array), cut into one range per thread and each range into
 shares. A thread does the shares of its own range first, which were in its cache the last time, and then those of
-others. The launching thread is thread 0. The others, the workers, spin for `SPIN` after a job, and then sleep.
+others. The launching thread is thread 0. The others, the workers, spin for a while after a job, and then sleep.
 
 The protocol
 ------------
@@ -10,6 +10,7 @@ All words are 64 bits, read and written by sequentially consistent atomics, and 
 freed. Every word that different threads write has a cache line of its own.
 
 SEEN_AT ... CROWDED  What `crowded` knows. Threads that launch at once may mix it up, which costs speed alone.
+ENDED, SPIN  When the last job ended, and for how long workers spin. Written by the holder of LOCK.
 LOCK       0, or 1 while a job runs. Taken by compare-and-swap by the thread that launches, and given back by it. A
            thread that finds it taken does its job alone.
 EPOCH      The number of the newest job. Written by the holder of LOCK, after everything below.
@@ -77,14 +78,17 @@ from fastopt.backends.intrinsics import (
 )
 from fastopt.backends.threads import MOST
 
-SPIN = 10_000
-"""Nanoseconds for which a worker looks for another job before it sleeps."""
+SHORTEST_SPIN, LONGEST_SPIN = 5_000, 60_000
+"""Nanoseconds for which a worker looks for another job before it sleeps: half again as long as it has been till the
+next job lately, where that was soon, and else no longer than it takes to see that there is none. Waking a worker takes
+15-30 us, and one that spins between matrix products slows them down."""
 
 SHARE = 8_192
-"""Elements of a share, about: 1-3 us of work, and a claim costs 20-50 ns."""
+"""Elements of a share, at least and on average: 1-3 us of work. A claim costs 20-50 ns, and a call of BatchNorm's loop,
+with its many arguments, 300 ns."""
 
-MOST_SHARES = 64
-"""Of one range."""
+MOST_SHARES = 8
+"""Of one range. The first is the largest, nearly a quarter of the range, and the last the smallest, a sixty-fourth."""
 
 # --- the block of words -----------------------------------------------------------------------------------------------
 
@@ -94,6 +98,7 @@ LINE = 128
 LOCK = 0
 EPOCH = LINE
 PENDING = 2 * LINE
+ENDED, SPIN = PENDING + 32, PENDING + 40
 SEEN_AT, SEEN_DELAY, SEEN_BY, CROWDED = range(2 * LINE + 64, 2 * LINE + 96, 8)
 TASK, ARGUMENTS, UNITS, SHARES, THREADS, BACKWARDS, MODES, CPU = range(3 * LINE, 3 * LINE + 64, 8)
 SIGNALS = 4 * LINE
@@ -150,8 +155,8 @@ SIGNAL_SET = 128  # bytes of sigset_t
 
 # --- what decides whether the pool is used ----------------------------------------------------------------------------
 
-LOOK_EVERY = 20_000_000
-"""Nanoseconds after which the launching thread looks again how long it has waited for a processor."""
+LOOK_EVERY, LOOK_EVERY_CROWDED = 20_000_000, 100_000_000
+"""Nanoseconds after which the launching thread looks again how long it has waited for a processor, which takes 5 us."""
 
 CROWDED_ABOVE = 0.1
 """The share of that time from which it leaves the other processors alone. Measured in loops of products and steps on
@@ -185,12 +190,14 @@ def do_share(control, of, share):
         set_arithmetic_modes(modes)
     units, threads, shares = load(control + UNITS), load(control + THREADS), load(control + SHARES)
     first, last = units * of // threads, units * (of + 1) // threads
-    begin, end = (last - first) * share // shares, (last - first) * (share + 1) // shares
+    before, after = (shares - share) ** 2, (shares - share - 1) ** 2  # large shares first, small ones to end together
+    left, left_then = (last - first) * before // shares**2, (last - first) * after // shares**2
     if load(control + BACKWARDS):
-        begin, end = last - begin, last - end
+        begin, end = first + left, first + left_then
     else:
-        begin, end = first + begin, first + end
-    invoke(load(control + TASK), (load(control + ARGUMENTS), begin, end))
+        begin, end = last - left, last - left_then
+    if begin != end:
+        invoke(load(control + TASK), (load(control + ARGUMENTS), begin, end))
 
 
 @scalar
@@ -253,7 +260,7 @@ def worker(words):
                 move_away(words, cpu)
             work(control, thread, epoch)
             since = clock()
-        elif clock() - since < SPIN:
+        elif clock() - since < load(control + SPIN):
             pause()
         else:
             store(words + ASLEEP, 1)
@@ -286,7 +293,7 @@ def run_job(control, task, arguments, units, shares, threads, backwards):
     work(control, 0, epoch)
     claimed = clock()
     while load(control + PENDING) != 0:
-        if clock() - claimed < SPIN:
+        if clock() - claimed < SHORTEST_SPIN:
             pause()
         else:
             sched_yield()
@@ -298,8 +305,12 @@ def launch(control, site, task, arguments, elements, units, threads, backwards):
     shares = max(1, min(min(elements // threads // SHARE, units // threads), MOST_SHARES))
     begun = clock()
     if (site == 0 or (not crowded(control, begun) and pays(site))) and replace(control + LOCK, 0, 1):
+        gap = begun - load(control + ENDED)
+        spin = gap + gap // 2 if gap < LONGEST_SPIN else 0
+        store(control + SPIN, min(max(max(spin, load(control + SPIN) * 3 // 4), SHORTEST_SPIN), LONGEST_SPIN))
         claimed = run_job(control, task, arguments, units, shares, threads, backwards)
         ended = clock()
+        store(control + ENDED, ended)
         store(control + LOCK, 0)
         if site != 0:
             judge(site, claimed - begun, ended - claimed)
@@ -321,7 +332,7 @@ def crowded(control, now):
     though the steps themselves were faster.
     """
     elapsed = now - load(control + SEEN_AT)
-    if elapsed > LOOK_EVERY:
+    if elapsed > (LOOK_EVERY_CROWDED if load(control + CROWDED) else LOOK_EVERY):
         delay, thread = delay_of_this_thread(control + PATH), pthread_self()
         if thread == load(control + SEEN_BY):
             share = (delay - load(control + SEEN_DELAY)) / elapsed
