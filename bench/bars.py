@@ -56,6 +56,12 @@ def best_rival(file: str, title: str) -> Callable[[Results], float]:
     return measured
 
 
+def over(title: str, name: str) -> Callable[[Results], float]:
+    """How many times as long as a contestant fastopt takes, in company."""
+    against = times("company", title, name)
+    return lambda stored: 1.0 / against(stored)
+
+
 def worst_of_the_others(stored: Results) -> float:
     """The least share of its limit of an optimizer other than Adam, at 30M in float32."""
 
@@ -129,6 +135,24 @@ BARS = (
             times("batchnorm", f"backward {shape}", "limit"),
         )
         for shape in MAPS
+    ),
+    *(
+        Bar(f"X@W; X@W; {work}", "the iteration's time over that on one thread", False, bar, over(title, "one thread"))
+        for work, bar, title in (
+            *(
+                (f"Adam {size}", bar, f"X@W; X@W; Adam {size}")
+                for size, bar in (("100k", 1.02), ("300k", 1.02), ("1M", 0.92))
+            ),
+            *(
+                (f"{work}, beside {busy} busy", 1.1, f"X@W; X@W; {work}, beside {busy} busy")
+                for work in ("Adam 100k", "Adam 300k", "Adam 1M", "BatchNorm 32x256x14x14")
+                for busy in (1, 2, 4)
+            ),
+        )
+    ),
+    *(
+        Bar(f"{work}, alone", "our time over that on OpenMP's threads", False, 1.05, over(f"{work}, alone", "OpenMP"))
+        for work in ("Adam 100k", "Adam 1M", "Adam 4M", "Adam 30M", "BatchNorm 32x256x14x14")
     ),
     Bar(
         "import fastopt", "seconds over importing numba", False, 0.15, seconds("startup", "import fastopt, over numba")

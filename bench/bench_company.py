@@ -50,7 +50,18 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("busy", [0, 1, 2, 4])
+BUSY = (0, 1, 2, 4)
+"""Processes beside."""
+
+ALONE = {"Adam 4M": 4_000_000, "Adam 30M": 30_000_000}
+"""Those that are measured alone and not in company."""
+
+
+def title_of(name: str, busy: int) -> str:
+    return f"X@W; X@W; {name}" + (f", beside {busy} busy" if busy else "")
+
+
+@pytest.mark.parametrize("busy", BUSY)
 @pytest.mark.parametrize("name", CASES)
 def test_company(measure, name, busy):
     def case(title: str, **options: Any) -> Result:
@@ -60,15 +71,13 @@ def test_company(measure, name, busy):
         with busy_processes(busy):
             return compare_company(title, steps, before=before, busy=busy, case=name, **options)
 
-    beside = f", beside {busy} busy" if busy else ""
-    measure(case, f"X@W; X@W; {name}{beside}", seconds=5.0 if busy else 3.0)
+    measure(case, title_of(name, busy), seconds=5.0 if busy else 3.0)
 
 
-@pytest.mark.parametrize("name", [*CASES, "Adam 4M", "Adam 30M"])
+@pytest.mark.parametrize("name", [*CASES, *ALONE])
 def test_alone(measure, name):
     def case(title: str, **options: Any) -> Result:
-        sizes = {"Adam 4M": 4_000_000, "Adam 30M": 30_000_000}
-        steps, before = adam(sizes[name]) if name in sizes else CASES[name]()
+        steps, before = adam(ALONE[name]) if name in ALONE else CASES[name]()
         return compare(title, steps, before=before, case=name, **options)
 
     measure(case, f"{name}, alone", seconds=1.5)

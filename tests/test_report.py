@@ -200,6 +200,7 @@ def test_bars_are_held_against_the_results():
 def test_every_bar_is_of_a_case_that_is_measured():
     """Each names a title that its file of benchmarks makes: with all titles there, only rivals may be missing."""
     import bench_batchnorm
+    import bench_company
     import bench_many_tensors
 
     titles = {
@@ -207,9 +208,13 @@ def test_every_bar_is_of_a_case_that_is_measured():
         "many_tensors": [f"Adam {name}" for name in bench_many_tensors.CASES],
         "tail": ["tail 1M", "tail 30M"],
         "batchnorm": [f"{way} {name}" for way, name in bench_batchnorm.CASES],
+        "company": [
+            *(bench_company.title_of(name, busy) for name in bench_company.CASES for busy in bench_company.BUSY),
+            *(f"{name}, alone" for name in (*bench_company.CASES, *bench_company.ALONE)),
+        ],
         "startup": ["import fastopt, over numba", "first step of a process"],
     }
-    us = dict.fromkeys(("fastopt", "limit", "torch", "torch fused", "deepspeed", "numpy"), 1.0)
+    us = dict.fromkeys(("fastopt", "limit", "torch", "torch fused", "deepspeed", "numpy", "one thread", "OpenMP"), 1.0)
     facts = {"parameters": 30_000_000, "dtype": "float32"}
     everything = {file: stored_of(*(result(each, us, **facts) for each in of)) for file, of in titles.items()}
     assert "not measured" not in bars.table(everything)
