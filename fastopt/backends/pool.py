@@ -1,50 +1,54 @@
-"""Native threads that run compiled loops: they never touch Python or its lock, and never wait for a sleeping one.
+"""Native threads that run compiled loops. They never touch Python or its lock, and no job waits for a sleeping thread.
 
-A job is a number of units (chunks of a buffer, tiles of an array), cut into one range per thread and each range into
-shares. A thread does the shares of its own range first, which were in its cache the last time, and then those of
-others. The launching thread is thread 0. The others, the workers, spin for a while after a job, and then sleep.
+A job is a number of units (chunks of a buffer, tiles of an array). The units are cut into one range per thread, and
+each range into shares. A thread does the shares of its own range first, because its cache held them the last time, and
+then shares of other ranges. The launching thread is thread 0. The other threads, the workers, spin for a while after a
+job, and then sleep.
 
 The protocol
 ------------
-All words are 64 bits, read and written by sequentially consistent atomics, and lie in one block of memory that is never
-freed. Every word that different threads write has a cache line of its own.
+All words are 64 bits and lie in one block of memory that is never freed. All threads read and write them by
+sequentially consistent atomics. Words that different threads write lie on different cache lines.
 
-SEEN_AT ... CROWDED  What `crowded` knows. Threads that launch at once may mix it up, which costs speed alone.
-ENDED, SPIN  When the last job ended, and for how long workers spin. Written by the holder of LOCK.
-LOCK       0, or 1 while a job runs. Taken by compare-and-swap by the thread that launches, and given back by it. A
-           thread that finds it taken does its job alone.
-EPOCH      The number of the newest job. Written by the holder of LOCK, after everything below.
-TASK ... BACKWARDS  The job: written by the holder of LOCK, before EPOCH.
-PENDING    The shares that are not finished. Set by the holder of LOCK before EPOCH; lowered by whoever finished one.
-CLAIM[t]   The shares of the range of thread t that nobody has claimed, with the number of the job in the upper bits.
-           Set by the holder of LOCK before EPOCH; lowered by compare-and-swap by whoever claims the next share.
-ASLEEP[t]  1 from when worker t is about to sleep until somebody has decided to wake it. Set by worker t; cleared by
-           compare-and-swap, by the holder of LOCK (which then posts SEMAPHORE[t]) or by worker t itself.
+LOCK       1 while a job runs, else 0. The launching thread takes it by compare-and-swap, and gives it back. A thread
+           that finds LOCK taken does its job alone.
+EPOCH      The number of the newest job. The holder of LOCK writes it, after all words of the job.
+TASK ... CPU  The job. The holder of LOCK writes them, before EPOCH.
+PENDING    How many shares are not finished. The holder of LOCK sets it before EPOCH; a thread that has finished a share
+           lowers it.
+CLAIM[t]   How many shares of the range of thread t are not claimed, with the number of the job in the upper bits. The
+           holder of LOCK sets it before EPOCH; a thread that claims the next share lowers it by compare-and-swap.
+ASLEEP[t]  1 from when worker t is about to sleep until its wake is decided. Worker t sets it. Either the holder of LOCK
+           clears it by compare-and-swap, and then posts SEMAPHORE[t]; or worker t itself clears it, and does not sleep.
+ENDED, SPIN  When the last job ended, and how long workers spin. The holder of LOCK writes them.
+SEEN_AT ... CROWDED  What `crowded` knows. Threads that launch at the same time may mix it up, which costs only speed.
 
-No share is done twice or by nobody: a share is done by the thread whose compare-and-swap lowered CLAIM, and the job
-ends when PENDING is 0. The launching thread claims shares itself until none is left, so a job needs no worker.
+Every share is done exactly once: by the thread whose compare-and-swap lowered CLAIM. The job ends when PENDING is 0.
+The launching thread claims shares until none is left, so a job needs no worker.
 
-No worker acts on an old job: a compare-and-swap of CLAIM succeeds only while the word has the number of the job that
-the worker has seen, and a share to claim. That job cannot have ended, since its PENDING counts this share; it will not
-end before the worker has lowered PENDING; until then nobody writes TASK ... BACKWARDS or frees what they point to. So
-a worker reads these only between its claim and its lowering of PENDING, and a worker that stops anywhere else holds up
-nobody. (It reads THREADS before, to know where to look for shares: an old value makes it look at words whose claims
-fail.) Numbers of jobs have 48 bits: they come round after nine years at a million jobs a second.
+A worker cannot act on an old job. Its compare-and-swap of CLAIM succeeds only while the word holds the number of the
+job that the worker has seen, and a share to claim. PENDING counts that share, so the job has not ended and cannot end
+before the worker lowers PENDING. Until then nobody writes TASK ... CPU, and nobody frees what they point to. A worker
+trusts these words only between its claim and its lowering of PENDING. A worker that the system stops anywhere else
+holds up nobody. (It reads THREADS and CPU earlier. An old THREADS makes it look at words where its claims fail, an old
+CPU makes it move to another processor.) The number of a job has 48 bits: it repeats after nine years at a million jobs
+a second.
 
-No worker sleeps through a job while it is asleep to the launching thread: the worker sets ASLEEP and then reads EPOCH,
-the launching thread writes EPOCH and then reads ASLEEP. One of them sees the other's word. If both do, the
-compare-and-swap decides whether the worker takes back its ASLEEP or waits for the post that is certain to come. A wake
-that is late costs nothing but the help.
+A worker cannot miss the wake of a job that counts on it. The worker sets ASLEEP and then reads EPOCH; the launching
+thread writes EPOCH and then reads ASLEEP. So at least one of them sees what the other wrote. If both do, one
+compare-and-swap of ASLEEP succeeds: the worker's, and it goes on; or the launching thread's, and the worker waits for
+the post that follows. A late wake costs only the help.
 
 When the pool is used
 ---------------------
-At each site (a loop, and about one size) the launching thread compares what a job takes with the pool and alone
-(`pays`, `judge`, `measure`): gains are credited, losses are paid for by jobs that are done alone, twenty times as long
-as what was lost. That sees what workers do to the step, and not what they do to its neighbours: where other programs
-keep the launching thread from its processor, it wakes nobody (`crowded`).
+At each site (a loop, and about one size) the launching thread compares the time of a job with the pool and alone
+(`pays`, `judge`, `measure`). Gains are credited. Losses are paid for by jobs that are done alone, for twenty times as
+long as was lost. This sees what the workers do to the step, and not what they do to its neighbours. So where other
+programs keep the launching thread from its processor, it wakes nobody (`crowded`).
 
-Signals are blocked in workers, so that Python's handlers run where they would without them. A forked child has none of
-the threads: it makes another pool. At the end of the process workers sleep, or spin in memory that is never freed.
+Signals are blocked in workers, so that Python's handlers interrupt the same calls as without workers. A forked child
+has no workers: it makes another pool. At the end of the process the workers sleep, or spin in memory that is never
+freed.
 """
 
 # Compiled functions are typed by numba.
@@ -202,8 +206,7 @@ def do_share(control, of, share):
 
 @scalar
 def work(control, thread, epoch):
-    """Do shares of a job until nobody has any left to claim; return how many."""
-    done = 0
+    """Do shares of a job until none is left to claim."""
     threads = load(control + THREADS)
     if thread < threads:
         for k in range(threads):
@@ -217,8 +220,6 @@ def work(control, thread, epoch):
                 if replace(claim, word, word - 1):
                     do_share(control, of, load(control + SHARES) - left)
                     add(control + PENDING, -1)
-                    done += 1
-    return done
 
 
 @scalar
@@ -247,7 +248,7 @@ def move_away(words, cpu):
 
 
 def worker(words):
-    """What a worker does, for ever. `words`: its own."""
+    """The body of a worker, which never returns. `words` : the address of its words."""
     control, thread = load(words + CONTROL), load(words + INDEX)
     seen = 0
     since = clock()
@@ -325,11 +326,11 @@ def launch(control, site, task, arguments, elements, units, threads, backwards):
 
 @scalar
 def crowded(control, now):
-    """Whether other programs keep the processors from this thread; asked anew after a while.
+    """Return whether other programs keep this thread from a processor.
 
-    A worker that is woken then takes the turn of another thread, such as one of BLAS that the next products wait for:
-    beside four busy processes on two cores a loop of products and steps took 2 to 3.5 times as long with the pool,
-    though the steps themselves were faster.
+    A worker that is woken then takes the turn of another thread, such as one of BLAS that the next products wait for.
+    Beside two or four busy processes on two cores, a loop of products and steps took 2 to 4 times as long with the
+    pool, although the steps themselves were faster.
     """
     elapsed = now - load(control + SEEN_AT)
     if elapsed > (LOOK_EVERY_CROWDED if load(control + CROWDED) else LOOK_EVERY):
@@ -345,7 +346,7 @@ def crowded(control, now):
 
 @scalar
 def delay_of_this_thread(path):
-    """The nanoseconds for which this thread was ready to run and did not; 0 where the system does not tell."""
+    """Return for how many nanoseconds this thread was ready to run and did not; 0 where the system does not say."""
     file = open_file(path, O_CLOEXEC)
     if file < 0:
         return 0
@@ -364,7 +365,7 @@ def delay_of_this_thread(path):
 
 @scalar
 def pays(site):
-    """Count a job; whether it is worth the pool. Some are done alone to know how long that takes."""
+    """Count a job, and return whether it is worth the pool. Some jobs are done alone, to know how long that takes."""
     count = load(site + COUNT) + 1
     store(site + COUNT, count)
     return load(site + WAIT) == 0 and count > 3 and count & (count - 1) != 0 and count % MEASURE_EVERY != 0
@@ -433,7 +434,7 @@ JOB = (types.int64,) * 8
 
 
 class Site:
-    """What a loop's jobs of about one size have shown: whether the pool pays there."""
+    """The jobs of one loop and about one size, and whether the pool pays for them."""
 
     def __init__(self) -> None:
         self.words = np.zeros(5, np.int64)
@@ -442,7 +443,7 @@ class Site:
 
 @cache
 def why_not() -> str | None:
-    """Why there can be no pool on this system; None where there can."""
+    """Return why this system cannot have a pool; None if it can."""
     if sys.platform != "linux":
         return f"the pool of native threads is for Linux, and this is {sys.platform}"
     if platform.machine() not in ("x86_64", "aarch64") or struct.calcsize("P") != 8:
@@ -454,7 +455,7 @@ def why_not() -> str | None:
 
 @cache
 def _compiled() -> dict[str, Any]:
-    """The functions of this file that are called by address, or from Python. They live as long as the process."""
+    """Compile what is called by address, or from Python. Its code lives as long as the process."""
     # What is called by address needs no wrapper for Python, and what is not called by C none for C.
     functions: list[tuple[Any, tuple[Any, ...], dict[str, bool]]] = [
         (launch, JOB, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}),
@@ -470,7 +471,7 @@ def _compiled() -> dict[str, Any]:
 
 
 class Pool:
-    """Native threads and their block of words. Neither is ever given back."""
+    """Native threads and their block of words. Neither is ever released."""
 
     def __init__(self) -> None:
         compiled = _compiled()
@@ -484,10 +485,10 @@ class Pool:
         self.control = found + -found % LINE
         ctypes.memmove(self.control + PATH, b"/proc/thread-self/schedstat\0", 28)
         self.asked = 1
-        """How many threads there are, with the launching one, where the system has not refused some."""
+        """The largest number of threads that was asked for, the launching thread included."""
         self._started = 1
 
     def grow(self, threads: int) -> None:
-        """Start workers until there are so many threads; fewer where the system refuses."""
+        """Start workers until there are `threads` threads, or the system refuses more."""
         self._started = self._start(self.control, self._worker, self._started, threads)
         self.asked = threads
