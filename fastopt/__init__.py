@@ -9,8 +9,8 @@ from fastopt import curvature, init, reference, rules, schedules
 from fastopt.backends.threads import get_num_threads, set_num_threads
 from fastopt.batches import minibatches
 from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
+from fastopt.closed_forms.linear import Linear
 from fastopt.flat import FlatParams, pack
-from fastopt.idle import Linear
 from fastopt.optimizer import Optimizer
 from fastopt.rule import Choice, Flag, Interval, Layerwise, Matrixwise, Rule, Scaling, rule
 from fastopt.tail import StepInfo

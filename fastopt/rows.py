@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fastopt.backends import Backend, Features, Kernel, StepHyper, get_backend
+from fastopt.closed_forms import MOST, History
 from fastopt.flat import FlatParams, Layout, named
-from fastopt.idle import MOST, History
 from fastopt.rule import Rule
 from fastopt.table import WEIGHT_DECAY, Point
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from fastopt.backends import Features
+from fastopt.closed_forms import Idle
 from fastopt.flat import Layout, check_vectors
-from fastopt.idle import Idle
 from fastopt.table import EMA, WEIGHT_DECAY, Point, Table, hyper_of
 
 MISSING = inspect.Parameter.empty

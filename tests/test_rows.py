@@ -13,7 +13,7 @@ from cases import CASES, Case
 import fastopt
 from fastopt import rows as row_module
 from fastopt.backends import cpu, get_backend
-from fastopt.idle import MOST
+from fastopt.closed_forms import MOST
 
 ROWS, COLUMNS = 40, 7
 WITH_FORM = [case for case in CASES if case.rule.idle is not None]

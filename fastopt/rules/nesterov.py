@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastopt.idle import Linear
+from fastopt.closed_forms.linear import Linear
 from fastopt.optimizer import Optimizer
 from fastopt.rule import rule
 from fastopt.rules.momentum import Hyper

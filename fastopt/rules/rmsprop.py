@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from fastopt.idle import Linear
+from fastopt.closed_forms.linear import Linear
 from fastopt.optimizer import Optimizer
 from fastopt.rule import Flag, rule
 

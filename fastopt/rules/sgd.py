@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastopt.idle import Linear
+from fastopt.closed_forms.linear import Linear
 from fastopt.optimizer import Optimizer
 from fastopt.rule import Flag, rule
 from fastopt.rules.momentum import Hyper as MomentumHyper
