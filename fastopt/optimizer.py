@@ -13,7 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastopt.backends import BLOCK, Adder, Asynchronous, Features, Kernel, NormKernel, Verdict, get_backend
+from fastopt.backends import get_backend
+from fastopt.backends.contract import BLOCK, Adder, Asynchronous, Features, Kernel, NormKernel, Verdict
 from fastopt.flat import FlatParams, match_overrides, pack
 from fastopt.rows import RowSteps, check_indices, one_run
 from fastopt.rule import Flag, Matrixwise, Rule

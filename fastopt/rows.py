@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends import Backend, Features, Kernel, StepHyper, get_backend
+from fastopt.backends import get_backend
+from fastopt.backends.contract import Backend, Features, Kernel, StepHyper
 from fastopt.closed_forms import MOST, History
 from fastopt.flat import FlatParams, Layout, named
 from fastopt.rule import Rule

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends import Features
+from fastopt.backends.contract import Features
 from fastopt.closed_forms import Idle
 from fastopt.flat import Layout, check_vectors
 from fastopt.table import EMA, WEIGHT_DECAY, Point, Table, hyper_of
@@ -475,10 +475,10 @@ class Rule:
 
         Args:
             decays: whether some parameter decays its weights.
-            **flags: of `fastopt.backends.Features`, other than those of weight decay.
+            **flags: of `fastopt.backends.contract.Features`, other than those of weight decay.
 
         Returns:
-            A `fastopt.backends.Features`.
+            A `fastopt.backends.contract.Features`.
 
         >>> import fastopt
         >>> found = fastopt.rules.sgd.features(decays=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastopt.backends import StepHyper
+from fastopt.backends.contract import StepHyper
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule

@@ -14,7 +14,8 @@ import pytest
 from cases import BY_NAME, CASES, EVERYTHING, Case, gradients
 
 import fastopt
-from fastopt.backends import BLOCK, get_backend
+from fastopt.backends import get_backend
+from fastopt.backends.contract import BLOCK
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
 SIZES = {"a": (150,), "b": (3, 4), "empty": (0, 2), "number": ()}

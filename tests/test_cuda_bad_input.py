@@ -18,7 +18,8 @@ from cases import BY_NAME
 
 import fastopt
 from fastopt import rules
-from fastopt.backends import BLOCK, get_backend
+from fastopt.backends import get_backend
+from fastopt.backends.contract import BLOCK
 from fastopt.flat import Layout
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import fastopt
 from fastopt import rules
-from fastopt.backends import ALIGNMENT, BLOCK
+from fastopt.backends.contract import ALIGNMENT, BLOCK
 from fastopt.flat import NAMESPACE, Layout, match_overrides
 
 # --- trees ------------------------------------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt.backends import Adder, Features, StepHyper, elements
+from fastopt.backends import elements
 from fastopt.backends.bind import bind
+from fastopt.backends.contract import Adder, Features, StepHyper
 from fastopt.batchnorm import formulas
 from fastopt.rows import form_of
 from fastopt.rule import Rule

@@ -11,7 +11,8 @@ import pytest
 import report
 
 import fastopt
-from fastopt.backends import Features, cpu
+from fastopt.backends import cpu
+from fastopt.backends.contract import Features
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from scripts import run
 
 import fastopt
-from fastopt.backends import BLOCK, Features, cpu, elements
+from fastopt.backends import cpu, elements
+from fastopt.backends.contract import BLOCK, Features
 from fastopt.backends.driver import DRIVER
 
 FLAGS: dict[str, dict[str, Any]] = {

@@ -11,8 +11,8 @@ import numpy as np
 from numba import types
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from fastopt.backends import ALIGNMENT, BLOCK, Adder, Array, Features, Kernel, StepHyper
 from fastopt.backends.bind import bind, compile_loop, entry_of
+from fastopt.backends.contract import ALIGNMENT, BLOCK, Adder, Array, Features, Kernel, StepHyper
 from fastopt.backends.driver import Loop
 from fastopt.backends.elements import check_rule, conditioning, scalar, scaled_by, surrounded
 from fastopt.backends.intrinsics import at_address, fetch, window
@@ -329,7 +329,7 @@ class ElementwiseKernel:
         self._backwards = True
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
-        """As `fastopt.backends.Kernel`."""
+        """As `fastopt.backends.contract.Kernel`."""
         self._backwards = not self._backwards  # two threads that race here lose a cache hit and nothing else
         self._loop.run(p, g, states, table, chunks, elements=p.size, units=chunks.shape[0], backwards=self._backwards)
 
@@ -343,7 +343,7 @@ class LayerwiseKernel:
         self._apply = apply
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
-        """As `fastopt.backends.Kernel`."""
+        """As `fastopt.backends.contract.Kernel`."""
         n = chunks.shape[0]
         if n == 0:
             return
@@ -371,7 +371,7 @@ class ScaledKernel:
         self._numbered = numbered
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
-        """As `fastopt.backends.Kernel`."""
+        """As `fastopt.backends.contract.Kernel`."""
         if chunks.shape[0] == 0:
             return
         states, numbers = (states[:-1], states[-1]) if self._numbered else (states, np.empty(0))
@@ -390,7 +390,7 @@ class SquaresKernel:
         self._loop = loop
 
     def launch(self, g: Array, table: Array, chunks: Array) -> Array:
-        """As `fastopt.backends.NormKernel`."""
+        """As `fastopt.backends.contract.NormKernel`."""
         partials = np.empty((blocks_of(chunks), 2))
         self._loop.run(g, table, chunks, partials, elements=g.size, units=chunks.shape[0])
         return partials
@@ -416,19 +416,19 @@ class CPU:
     array_type: Any = np.ndarray
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """As `fastopt.backends.Backend`."""
+        """As `fastopt.backends.contract.Backend`."""
         return np.empty(shape, dtype)
 
     def adopt(self, leaf: Any) -> Array | None:
-        """As `fastopt.backends.Backend`: NumPy arrays as they are."""
+        """As `fastopt.backends.contract.Backend`: NumPy arrays as they are."""
         return leaf if isinstance(leaf, np.ndarray) else None
 
     def copy(self, to: Array, source: Array) -> None:
-        """As `fastopt.backends.Backend`."""
+        """As `fastopt.backends.contract.Backend`."""
         np.copyto(to, source, casting="same_kind")
 
     def host(self, array: Array) -> np.ndarray:
-        """As `fastopt.backends.Backend`: the array itself."""
+        """As `fastopt.backends.contract.Backend`: the array itself."""
         found: np.ndarray = array
         return found
 
@@ -438,10 +438,10 @@ class CPU:
     wide = 1  # unaligned loads of vectors cost next to nothing
 
     def device_of(self, array: Array) -> None:
-        """As `fastopt.backends.Backend`."""
+        """As `fastopt.backends.contract.Backend`."""
 
     def address(self, array: Array) -> int:
-        """As `fastopt.backends.Backend`."""
+        """As `fastopt.backends.contract.Backend`."""
         address: int = array.__array_interface__["data"][0]
         return address
 
@@ -477,7 +477,7 @@ class CPU:
         partials: Array,
         adder: Adder,
     ) -> None:
-        """As `fastopt.backends.Backend.add`."""
+        """As `fastopt.backends.contract.Backend.add`."""
         ready = [None if array is None else np.require(array, requirements=["C", "A"]) for array in arrays]
         addresses = np.array([0 if array is None else self.address(array) for array in ready], np.int64)
         loop: Loop = self._once(("add", g.dtype, adder), lambda: self._compile_add(g.dtype, adder))
@@ -494,7 +494,7 @@ class CPU:
         return kernel
 
     def sum_rows(self, grads: Array, order: Array, starts: Array) -> Array:
-        """As `fastopt.backends.Backend`."""
+        """As `fastopt.backends.contract.Backend`."""
         return np.add.reduceat(grads[order], starts, axis=0)
 
     def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> BatchNormCPU:

@@ -36,8 +36,8 @@ import numpy as np
 from numba import types
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from fastopt.backends import Array
 from fastopt.backends.bind import address_of, bind, compile_loop
+from fastopt.backends.contract import Array
 from fastopt.backends.driver import SERIAL_BELOW, Loop
 from fastopt.backends.elements import scalar
 from fastopt.backends.intrinsics import invoke, keep, window

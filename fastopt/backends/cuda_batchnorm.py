@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import float64, uint64
 
-from fastopt.backends import Array
 from fastopt.backends.bind import bind
+from fastopt.backends.contract import Array
 from fastopt.backends.cuda import (  # type: ignore[attr-defined] # `cuda` comes from the one file that imports it
     CUDA,
     SIMULATED,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastopt.backends import Backend, get_backend, place_of
+from fastopt.backends import get_backend, place_of
+from fastopt.backends.contract import Backend
 from fastopt.batchnorm import formulas
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends import Backend, get_backend
+from fastopt.backends import get_backend
+from fastopt.backends.contract import Backend
 from fastopt.batchnorm.functional import (
     DTYPES,
     Saved,
