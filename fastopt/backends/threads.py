@@ -28,6 +28,7 @@ COMPILING = threading.RLock()
 """Held by the thread that imports a backend or compiles for it."""
 
 _chosen: int | None = None
+_chosen_by = ""
 _asked = False  # whether the environment has been
 _counted: tuple[float, int] = (-1.0, 1)  # until when it counts, and the processors
 
@@ -52,7 +53,7 @@ def set_num_threads(count: int | None) -> None:
     1
     >>> fastopt.set_num_threads(None)
     """
-    global _chosen, _asked
+    global _chosen, _chosen_by, _asked
     if count is not None:
         try:
             count = operator.index(count)
@@ -60,21 +61,21 @@ def set_num_threads(count: int | None) -> None:
             raise TypeError(f"count: must be a whole number from 1 to {MOST}, or None, got {count!r}") from None
         if not 1 <= count <= MOST:
             raise ValueError(f"count: must be from 1 to {MOST}, got {count}")
-    _chosen, _asked = count, True
+    _chosen, _chosen_by, _asked = count, "fastopt.set_num_threads", True
 
 
 @contextmanager
 def using(count: int | None) -> Iterator[None]:
     """Set the number of threads inside a ``with`` block; None leaves it."""
-    global _chosen
+    global _chosen, _chosen_by
     get_num_threads()  # the environment is asked
-    before = _chosen
+    before = _chosen, _chosen_by
     try:
         if count is not None:
             set_num_threads(count)
         yield
     finally:
-        _chosen = before
+        _chosen, _chosen_by = before
 
 
 def get_num_threads() -> int:
@@ -95,9 +96,9 @@ def get_num_threads() -> int:
     >>> fastopt.get_num_threads() >= 1
     True
     """
-    global _chosen, _asked
+    global _chosen, _chosen_by, _asked
     if not _asked:
-        _chosen, _asked = _of_environment(), True
+        _chosen, _chosen_by, _asked = _of_environment(), VARIABLE, True
     return _chosen or min(_limits())
 
 
@@ -105,7 +106,7 @@ def source() -> str:
     """What decided the number: for `fastopt info`."""
     count = get_num_threads()
     if _chosen is not None:
-        return VARIABLE if os.environ.get(VARIABLE) == str(count) else "fastopt.set_num_threads"
+        return _chosen_by
     return ("the processors of this process", "numba", "torch")[_limits().index(count)]
 
 
