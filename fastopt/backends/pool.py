@@ -194,8 +194,8 @@ def do_share(control, of, share):
         set_arithmetic_modes(modes)
     units, threads, shares = load(control + UNITS), load(control + THREADS), load(control + SHARES)
     first, last = units * of // threads, units * (of + 1) // threads
-    before, after = (shares - share) ** 2, (shares - share - 1) ** 2  # large shares first, small ones to end together
-    left, left_then = (last - first) * before // shares**2, (last - first) * after // shares**2
+    size, k, all_of_it = last - first, shares - share, shares * shares
+    left, left_then = size * k * k // all_of_it, size * (k - 1) * (k - 1) // all_of_it  # large shares first
     if load(control + BACKWARDS):
         begin, end = first + left, first + left_then
     else:
@@ -291,7 +291,7 @@ def run_job(control, task, arguments, units, shares, threads, backwards):
         words = words_of(control, thread)
         if load(words + ASLEEP) == 1 and replace(words + ASLEEP, 1, 0):
             sem_post(words + SEMAPHORE)
-    work(control, 0, epoch)
+    work(control, np.int64(0), epoch)  # of the type that a worker gives: `work` is compiled once
     claimed = clock()
     while load(control + PENDING) != 0:
         if clock() - claimed < SHORTEST_SPIN:
@@ -303,12 +303,19 @@ def run_job(control, task, arguments, units, shares, threads, backwards):
 
 def launch(control, site, task, arguments, elements, units, threads, backwards):
     """Run a job: with the pool where that pays at this site, else on this thread alone. Site 0: it always pays."""
-    shares = max(1, min(min(elements // threads // SHARE, units // threads), MOST_SHARES))
+    # Conditions in place of min and max, here and below: numba compiles each of these for 60 ms.
+    shares = elements // threads // SHARE
+    shares = shares if shares < MOST_SHARES else MOST_SHARES
+    shares = shares if shares < units // threads else units // threads
+    shares = shares if shares > 1 else 1
     begun = clock()
     if (site == 0 or (not crowded(control, begun) and pays(site))) and replace(control + LOCK, 0, 1):
         gap = begun - load(control + ENDED)
-        spin = gap + gap // 2 if gap < LONGEST_SPIN else 0
-        store(control + SPIN, min(max(max(spin, load(control + SPIN) * 3 // 4), SHORTEST_SPIN), LONGEST_SPIN))
+        spin = gap + gap // 2 if gap < LONGEST_SPIN else SHORTEST_SPIN
+        less = load(control + SPIN) * 3 // 4  # it falls slowly
+        spin = spin if spin > less else less
+        spin = spin if spin > SHORTEST_SPIN else SHORTEST_SPIN
+        store(control + SPIN, spin if spin < LONGEST_SPIN else LONGEST_SPIN)
         claimed = run_job(control, task, arguments, units, shares, threads, backwards)
         ended = clock()
         store(control + ENDED, ended)
@@ -380,14 +387,17 @@ def judge(site, own, waited):
     # Of `own`, half again as much as the job takes alone is counted at most: beyond that the thread itself was not
     # scheduled, as may happen without a pool. After a failure a trial is of two or three jobs: the first wakes workers.
     alone = load(site + ALONE)
-    gain = alone - min(own, alone + alone // 2) - waited
-    credit = min(load(site + CREDIT) + gain, MOST_CREDIT * alone)
+    gain = alone - (own if own < alone + alone // 2 else alone + alone // 2) - waited
+    credit = load(site + CREDIT) + gain
+    credit = credit if credit < MOST_CREDIT * alone else MOST_CREDIT * alone
     if gain > 0:
         store(site + FAILURES, 0)
     if credit < 0:
-        failures = min(load(site + FAILURES) + 1, 6)
+        failures = load(site + FAILURES) + 1
+        failures = failures if failures < 6 else 6
         store(site + FAILURES, failures)
-        store(site + WAIT, min((1 << failures) - 20 * credit // alone, 4096))
+        wait = (1 << failures) - 20 * credit // alone
+        store(site + WAIT, wait if wait < 4096 else 4096)
         credit = alone
     store(site + CREDIT, credit)
 
@@ -402,8 +412,8 @@ def measure(site, took):
     elif took < alone:
         alone += (took - alone) // 2
     else:
-        alone += (min(took, 2 * alone) - alone) // 16
-    store(site + ALONE, max(alone, 1))
+        alone += ((took if took < 2 * alone else 2 * alone) - alone) // 16
+    store(site + ALONE, alone if alone > 0 else 1)
     wait = load(site + WAIT)
     if wait > 0:
         store(site + WAIT, wait - 1)
