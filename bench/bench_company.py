@@ -50,6 +50,9 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
+TURNS = 5
+"""Of each contestant, whatever the scale: iterations beside busy processes have two speeds, and a turn mostly one."""
+
 BUSY = (0, 1, 2, 4)
 """Processes beside."""
 
@@ -69,7 +72,7 @@ def test_company(measure, name, busy):
         if not busy:
             steps["no step"] = lambda: None
         with busy_processes(busy):
-            return compare_company(title, steps, before=before, busy=busy, case=name, **options)
+            return compare_company(title, steps, before=before, busy=busy, case=name, **{**options, "rounds": TURNS})
 
     measure(case, title_of(name, busy), seconds=5.0 if busy else 3.0)
 

@@ -194,7 +194,8 @@ class Driver:
     def _numba(self) -> int:
         if self._launch == 0:
             with COMPILING:
-                self._launch = self._compile(launch_with_numba, {}, JOB, parallel=True)
+                if self._launch == 0:
+                    self._launch = self._compile(launch_with_numba, {}, JOB, parallel=True)
         return self._launch
 
     def _hand_over(self, loop: Loop) -> tuple[Callable[..., None], int]:
