@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import fastopt
-from fastopt.backends.driver import DRIVER
-from fastopt.backends.threads import using
+from fastopt.kernels.driver import DRIVER
+from fastopt.kernels.threads import using
 from fastopt.measure import Result, Work, compare, compare_company
 from fastopt.measure import batchnorm as norms
 from fastopt.measure.company import busy_processes, ways

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fastopt import get_num_threads, set_num_threads
-from fastopt.backends import driver
-from fastopt.backends.driver import DRIVER
-from fastopt.backends.threads import using
+from fastopt.kernels import driver
+from fastopt.kernels.driver import DRIVER
+from fastopt.kernels.threads import using
 from fastopt.measure import Result, Work, compare, limit_of
 from fastopt.measure.comparison import check_memory
 from fastopt.measure.limit import bytes_of

@@ -41,7 +41,7 @@ from tail import DECAY, EMA, LR, MAX_NORM, SCALE, torch_sequence
 
 import fastopt
 from fastopt import reference
-from fastopt.backends import get_backend
+from fastopt.kernels import get_backend
 from fastopt.measure import Spread
 
 RESULTS = Path(__file__).resolve().parent / "results"

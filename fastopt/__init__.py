@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastopt import curvature, init, reference, rules, schedules
-from fastopt.backends.threads import get_num_threads, set_num_threads
 from fastopt.batches import minibatches
 from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
 from fastopt.closed_forms.linear import Linear
-from fastopt.flat import FlatParams, pack
+from fastopt.kernels.threads import get_num_threads, set_num_threads
 from fastopt.optimizer import Optimizer
 from fastopt.rule import Choice, Flag, Interval, Layerwise, Matrixwise, Rule, Scaling, rule
-from fastopt.tail import StepInfo
+from fastopt.step.options import StepInfo
+from fastopt.storage.flat import FlatParams, pack
 
 if TYPE_CHECKING:
     from fastopt import interop as interop

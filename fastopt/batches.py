@@ -8,8 +8,8 @@ from typing import Any, Generic, Literal, TypeVar, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastopt.backends import get_backend, place_of
 from fastopt.init import generator
+from fastopt.kernels import get_backend, place_of
 
 __all__ = ["Minibatches", "minibatches"]
 

@@ -23,10 +23,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fastopt.backends import get_backend
+from fastopt.kernels import get_backend
 from fastopt.optimizer import Optimizer, Row
 from fastopt.state import STATE_FORMAT, Snapshot
-from fastopt.table import EMA, Table, hyper_of
+from fastopt.step.table import EMA, Table, hyper_of
 
 __all__ = ["describe"]
 

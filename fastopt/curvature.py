@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastopt.backends import get_backend
-from fastopt.flat import FlatParams, pack
 from fastopt.init import generator
+from fastopt.kernels import get_backend
+from fastopt.storage.flat import FlatParams, pack
 
 __all__ = ["dominant_eigenvalue"]
 

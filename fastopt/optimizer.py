@@ -13,14 +13,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastopt.backends import get_backend
-from fastopt.backends.contract import BLOCK, Adder, Asynchronous, Features, Kernel, NormKernel, Verdict
-from fastopt.flat import FlatParams, match_overrides, pack
-from fastopt.rows import RowSteps, check_indices, one_run
+from fastopt.kernels import get_backend
+from fastopt.kernels.contract import BLOCK, Adder, Asynchronous, Features, Kernel, NormKernel, Verdict
 from fastopt.rule import Flag, Matrixwise, Rule
 from fastopt.state import STATE_FORMAT, Snapshot, plain
-from fastopt.table import EMA, WEIGHT_DECAY, Point, Table, hyper_of, is_normal
-from fastopt.tail import REDUCTION, Pending, StepInfo, Tail, norm_of, positive
+from fastopt.step.options import REDUCTION, Pending, StepInfo, Tail, norm_of, positive
+from fastopt.step.rows import RowSteps, check_indices, one_run
+from fastopt.step.table import EMA, WEIGHT_DECAY, Point, Table, hyper_of, is_normal
+from fastopt.storage.flat import FlatParams, match_overrides, pack
 
 MOST_AWAITED = 8
 """Steps whose outcome is not known here while a device still works on them; then the first of them is waited for."""

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends.contract import Features
 from fastopt.closed_forms import Idle
-from fastopt.flat import Layout, check_vectors
-from fastopt.table import EMA, WEIGHT_DECAY, Point, Table, hyper_of
+from fastopt.kernels.contract import Features
+from fastopt.step.table import EMA, WEIGHT_DECAY, Point, Table, hyper_of
+from fastopt.storage.flat import Layout, check_vectors
 
 MISSING = inspect.Parameter.empty
 
@@ -475,10 +475,10 @@ class Rule:
 
         Args:
             decays: whether some parameter decays its weights.
-            **flags: of `fastopt.backends.contract.Features`, other than those of weight decay.
+            **flags: of `fastopt.kernels.contract.Features`, other than those of weight decay.
 
         Returns:
-            A `fastopt.backends.contract.Features`.
+            A `fastopt.kernels.contract.Features`.
 
         >>> import fastopt
         >>> found = fastopt.rules.sgd.features(decays=True)

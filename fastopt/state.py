@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt.rule import Rule
-from fastopt.table import EMA
+from fastopt.step.table import EMA
 
 STATE_FORMAT = 1
 """Of `Optimizer.state_dict`, whose docstring tells what it holds."""

@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _driver(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--driver"):
-        from fastopt.backends.driver import DRIVER
+        from fastopt.kernels.driver import DRIVER
 
         DRIVER.choose(request.config.getoption("--driver"))
 

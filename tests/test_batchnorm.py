@@ -19,9 +19,10 @@ from scripts import run
 
 import fastopt
 from fastopt import reference
-from fastopt.backends import cpu_batchnorm, get_backend
-from fastopt.backends.driver import DRIVER
 from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
+from fastopt.kernels import get_backend
+from fastopt.kernels.cpu import batchnorm as cpu_batchnorm
+from fastopt.kernels.driver import DRIVER
 
 # Every way to cut an array: rows of whole samples and pieces of them, several channels side by side, one channel per
 # tile over the samples and inside them; primes, one channel, one position, and the sizes beside a SIMD register.

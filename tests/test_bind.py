@@ -15,7 +15,7 @@ import pytest
 from scripts import ROOT, run
 
 import fastopt
-from fastopt.backends.bind import bind, cache_directory
+from fastopt.kernels.bind import bind, cache_directory
 
 # --- the digest -------------------------------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ def scaled(x):
 """
 TRAIN = """
 import numpy as np, fastopt
-from fastopt.backends.driver import DRIVER, SERIAL_BELOW
+from fastopt.kernels.driver import DRIVER, SERIAL_BELOW
 from users_rule import descent
 
 DRIVER.choose("pool")

@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 import fastopt
-from fastopt.backends import driver, threads
-from fastopt.backends.driver import DRIVER
 from fastopt.cli.app import app
+from fastopt.kernels import driver, threads
+from fastopt.kernels.driver import DRIVER
 
 
 def invoke(*arguments, **environment):
@@ -149,18 +149,18 @@ class Device:
 @pytest.fixture
 def with_cuda(monkeypatch):
     def put(module):
-        backend = importlib.import_module("fastopt.backends.cuda")
+        backend = importlib.import_module("fastopt.kernels.cuda.backend")
         monkeypatch.setattr(backend, "cuda", module)
         monkeypatch.setattr(backend, "SIMULATED", False)
         # As if asked for the first time, and not kept for other tests: in the simulator there is such a backend.
-        monkeypatch.setattr(fastopt.backends, "get_backend", fastopt.backends._make)
+        monkeypatch.setattr(fastopt.kernels, "get_backend", fastopt.kernels._make)
 
     return put
 
 
 def refusal():
     with pytest.raises(RuntimeError) as caught:
-        fastopt.backends.get_backend("cuda")
+        fastopt.kernels.get_backend("cuda")
     return str(caught.value)
 
 
@@ -173,8 +173,8 @@ def test_cuda_without_a_driver_gives_the_reason(with_cuda):
 
 
 def test_cuda_that_cannot_be_imported_gives_the_reason(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastopt.backends.cuda", None)
-    monkeypatch.setattr(fastopt.backends, "get_backend", fastopt.backends._make)
+    monkeypatch.setitem(sys.modules, "fastopt.kernels.cuda.backend", None)
+    monkeypatch.setattr(fastopt.kernels, "get_backend", fastopt.kernels._make)
     cuda = report()["cuda"]
     assert (cuda["available"], cuda["devices"], cuda["backend"]) == (False, [], False)
     assert cuda["reason"] == refusal()
@@ -194,7 +194,7 @@ def test_cuda_that_cannot_be_imported_gives_the_reason(monkeypatch):
 def test_a_backend_that_cannot_work_gives_the_reason(with_cuda, monkeypatch, module, missing, expected):
     with_cuda(module)
     found = lambda name: None if name in missing else name  # noqa: E731
-    monkeypatch.setattr("fastopt.backends.cuda.find_spec", found)
+    monkeypatch.setattr("fastopt.kernels.cuda.backend.find_spec", found)
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
     cuda = report()["cuda"]
@@ -209,7 +209,7 @@ def test_a_backend_that_cannot_work_gives_the_reason(with_cuda, monkeypatch, mod
 
 def test_cuda_devices_are_listed(with_cuda, monkeypatch):
     with_cuda(Cuda(devices=[Device()]))
-    monkeypatch.setattr(fastopt.backends, "get_backend", lambda name: object())
+    monkeypatch.setattr(fastopt.kernels, "get_backend", lambda name: object())
     cuda = report()["cuda"]
     assert cuda["devices"] == [{"name": "NVIDIA Imaginary 1", "compute_capability": "9.0"}]
     assert (cuda["available"], cuda["backend"], cuda["reason"]) == (True, True, None)

@@ -14,8 +14,8 @@ import pytest
 from cases import BY_NAME, CASES, EVERYTHING, Case, gradients
 
 import fastopt
-from fastopt.backends import get_backend
-from fastopt.backends.contract import BLOCK
+from fastopt.kernels import get_backend
+from fastopt.kernels.contract import BLOCK
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
 SIZES = {"a": (150,), "b": (3, 4), "empty": (0, 2), "number": ()}
@@ -233,7 +233,7 @@ def test_the_device_decides_about_gradients_that_are_not_finite_and_nobody_waits
         batches[bad]["a"][7] = [np.nan, np.inf, -np.inf][bad % 3]
     there, reading = [uploaded(grads) for grads in batches], backend.host
     monkeypatch.setattr(backend, "host", lambda array: pytest.fail("waited for the device"))
-    monkeypatch.setattr("fastopt.backends.cuda.Told.read", lambda told: pytest.fail("waited for the device"))
+    monkeypatch.setattr("fastopt.kernels.cuda.backend.Told.read", lambda told: pytest.fail("waited for the device"))
     infos = [ours.step(grads, grad_scale=2.0) for grads in there]
     monkeypatch.undo()
     assert backend.host == reading

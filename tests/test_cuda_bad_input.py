@@ -18,9 +18,9 @@ from cases import BY_NAME
 
 import fastopt
 from fastopt import rules
-from fastopt.backends import get_backend
-from fastopt.backends.contract import BLOCK
-from fastopt.flat import Layout
+from fastopt.kernels import get_backend
+from fastopt.kernels.contract import BLOCK
+from fastopt.storage.flat import Layout
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
 N = 40
@@ -301,7 +301,7 @@ def test_a_tensor_that_requires_grad_is_told_what_to_do(kind):
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_sizes_beyond_32_bits_are_cut_without_gaps(layerwise):
     """Nothing is allocated but the table of chunks: about 30 MB for 3,000,000,000 elements."""
-    from fastopt.backends.cuda import cut, spans_of
+    from fastopt.kernels.cuda.backend import cut, spans_of
 
     sizes = (3_000_000_000, 5, 2**31 + 1)
     layout = Layout.of([(size,) for size in sizes])

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import fastopt
 from fastopt import reference
-from fastopt.backends import get_backend
 from fastopt.batchnorm import formulas
+from fastopt.kernels import get_backend
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
 
@@ -80,7 +80,7 @@ def kernel_of(dtype: Any, relu: bool, residual: bool, backend: str = "cuda") -> 
 
 def fresh(relu: bool = False, residual: bool = False, dtype: Any = np.float32) -> Any:
     """One whose kernels are bound anew."""
-    from fastopt.backends.cuda_batchnorm import BatchNormCUDA
+    from fastopt.kernels.cuda.batchnorm import BatchNormCUDA
 
     flags = {"RELU": relu, "RESIDUAL": residual}
     return BatchNormCUDA(get_backend("cuda"), formulas, np.dtype(dtype), flags, {})
@@ -288,9 +288,7 @@ def with_outliers(outlier: float) -> np.ndarray:
 
 @pytest.mark.parametrize("outlier", [1e3, 1e6, -1e12])
 def test_an_outlier_where_the_sums_start_costs_no_digits(outlier, monkeypatch):
-    monkeypatch.setattr(
-        "fastopt.backends.cuda_batchnorm.TASKS", 1
-    )  # the more values in a slice, the more it would cost
+    monkeypatch.setattr("fastopt.kernels.cuda.batchnorm.TASKS", 1)  # the more values in a slice, the more it would cost
     assert variance_error(with_outliers(outlier), fresh()) < 1e-6
 
 
@@ -345,7 +343,7 @@ def test_the_mask_of_the_gradients_is_that_of_y(name):
 
 def visits(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """How often every element is visited, and by which channel: what the loops of `spread` and `sums` do."""
-    from fastopt.backends.cuda_batchnorm import after, place, plan
+    from fastopt.kernels.cuda.batchnorm import after, place, plan
 
     cut = plan(*shape)
     seen, channels = np.zeros((2, np.prod(shape)), np.int64)
@@ -378,7 +376,7 @@ def test_every_element_is_visited_once_under_its_channel(samples, channels, spat
         samples = max(1, 20_000 // (channels * spatial))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(("THREADS", "LINE", "TASKS", "LEAST"), constants, strict=True):
-            patch.setattr(f"fastopt.backends.cuda_batchnorm.{name}", value)
+            patch.setattr(f"fastopt.kernels.cuda.batchnorm.{name}", value)
         seen, found = visits((samples, channels, spatial))
     assert (seen == 1).all()
     expected = np.broadcast_to(np.arange(channels)[None, :, None], (samples, channels, spatial)).reshape(-1)
@@ -386,7 +384,7 @@ def test_every_element_is_visited_once_under_its_channel(samples, channels, spat
 
 
 def test_layouts_have_several_slices_and_tiles_that_are_not_full():
-    from fastopt.backends.cuda_batchnorm import plan
+    from fastopt.kernels.cuda.batchnorm import plan
 
     cuts = [plan(*view(shape, axis)) for shape, axis in LAYOUTS.values()]
     assert any(cut.slices > 1 and cut.lanes > 1 for cut in cuts)
@@ -437,12 +435,12 @@ def without_the_distance_of_the_means(n, mean, squares, more, more_mean, more_sq
 def test_faults_are_found(monkeypatch):
     assert variance_error(far_from_zero(), fresh()) < 1e-6
     with monkeypatch.context() as patch:
-        patch.setattr("fastopt.backends.cuda_batchnorm.TASKS", 1)
-        patch.setattr("fastopt.backends.cuda_batchnorm.GUARD", np.inf)
+        patch.setattr("fastopt.kernels.cuda.batchnorm.TASKS", 1)
+        patch.setattr("fastopt.kernels.cuda.batchnorm.GUARD", np.inf)
         assert variance_error(with_outliers(1e6), fresh()) > 1e-4
     with monkeypatch.context() as patch:
-        patch.setattr("fastopt.backends.cuda_batchnorm.LEAST", 1)  # so that there are several slices on a GPU, too
-        patch.setattr("fastopt.backends.cuda_batchnorm.merged", without_the_distance_of_the_means)
+        patch.setattr("fastopt.kernels.cuda.batchnorm.LEAST", 1)  # so that there are several slices on a GPU, too
+        patch.setattr("fastopt.kernels.cuda.batchnorm.merged", without_the_distance_of_the_means)
         assert variance_error(far_from_zero(), fresh()) > 1e-5
 
 

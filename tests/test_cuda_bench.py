@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from scripts import run
 
-from fastopt.backends import get_backend
+from fastopt.kernels import get_backend
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"

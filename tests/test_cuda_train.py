@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 import fastopt
-from fastopt.backends import get_backend
 from fastopt.cli.app import app
 from fastopt.cli.network import backward, evaluate, forward, module_of, new_layers, new_norms
 from fastopt.cli.trainer import Stopwatch
+from fastopt.kernels import get_backend
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
 SMALL = ("--data", "breast-cancer", "--hidden", "4", "--batch-size", "152")  # 3 steps an epoch
@@ -85,7 +85,7 @@ def test_a_run_is_continued_to_the_bit_and_only_where_it_was(tmp_path):
 
 @pytest.mark.skipif(not SIMULATED, reason="counts what the simulator is asked for")
 def test_the_device_is_asked_once_an_epoch_and_not_at_every_step(tmp_path, monkeypatch):
-    from fastopt.backends import simulated
+    from fastopt.kernels.cuda import simulated
 
     asked: list[str] = []
     for name in ("__float__", "__bool__", "__int__", "item", "tolist"):

@@ -93,7 +93,7 @@ def modules() -> Iterator[ModuleType]:
     """Those of the package that can be imported anywhere, without the command line."""
     yield fastopt
     for found in pkgutil.walk_packages(fastopt.__path__, "fastopt."):
-        if not found.name.startswith(("fastopt.cli", "fastopt.backends.cuda", "fastopt.__main__")):
+        if not found.name.startswith(("fastopt.cli", "fastopt.kernels.cuda.backend", "fastopt.__main__")):
             importlib.import_module(found.name)
             yield sys.modules[found.name]  # not an attribute: fastopt.rules.adam is the rule
 

@@ -24,11 +24,11 @@ import pytest
 from scripts import run
 
 import fastopt
-from fastopt import flat
-from fastopt.backends import driver, pool
-from fastopt.backends.driver import DRIVER
-from fastopt.backends.threads import using
-from fastopt.flat import Layout
+from fastopt.kernels import driver, pool
+from fastopt.kernels.driver import DRIVER
+from fastopt.kernels.threads import using
+from fastopt.storage import flat
+from fastopt.storage.flat import Layout
 
 BELOW = (100, 33)  # what is worth one thread, and more, whatever the threads
 ABOVE = (driver.SERIAL_BELOW_ELSEWHERE // 2 + 4001, driver.SERIAL_BELOW_ELSEWHERE // 2 + 13_627)
@@ -232,7 +232,7 @@ def test_a_threading_layer_that_is_not_installed_costs_threads_and_nothing_else(
     script = tmp_path / "script.py"
     script.write_text(
         "import numpy as np, fastopt\n"
-        "from fastopt.backends import driver\n"
+        "from fastopt.kernels import driver\n"
         "driver.why_not = lambda: 'not here'\n"
         "opt = fastopt.SGD([np.ones(100_000), np.ones(7)], lr=0.25)\n"
         "for _ in range(2):\n"

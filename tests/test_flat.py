@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import fastopt
 from fastopt import rules
-from fastopt.backends.contract import ALIGNMENT, BLOCK
-from fastopt.flat import NAMESPACE, Layout, match_overrides
+from fastopt.kernels.contract import ALIGNMENT, BLOCK
+from fastopt.storage.flat import NAMESPACE, Layout, match_overrides
 
 # --- trees ------------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from fastopt import rules
 HEAVY = ("numba.cuda", "cupy", "torch", "matplotlib", "typer", "rich", "sklearn", "pandas", "scipy", "safetensors")
 MODULES = (
     "fastopt.rule",
-    "fastopt.flat",
+    "fastopt.storage.flat",
     "fastopt.optimizer",
     "fastopt.schedules",
     "fastopt.init",
@@ -53,7 +53,7 @@ def test_import_loads_what_it_needs(imported):
 
 
 def test_import_starts_no_backend_and_no_thread(imported):
-    assert not {"fastopt.backends.cpu", "fastopt.interop", "fastopt.checkpoint"} & set(imported["modules"])
+    assert not {"fastopt.kernels.cpu.backend", "fastopt.interop", "fastopt.checkpoint"} & set(imported["modules"])
     assert imported["threads"] == 1
 
 

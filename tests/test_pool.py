@@ -33,12 +33,12 @@ from numba import types
 from scripts import run
 
 import fastopt
-from fastopt.backends import driver, intrinsics, pool
-from fastopt.backends.bind import bind, compile_loop, entry_of
-from fastopt.backends.driver import DRIVER
-from fastopt.backends.elements import scalar
-from fastopt.backends.pool import ALONE, COUNT, CREDIT, EPOCH, FAILURES, LOCK, WAIT
-from fastopt.backends.threads import processors, using
+from fastopt.kernels import driver, intrinsics, pool
+from fastopt.kernels.bind import bind, compile_loop, entry_of
+from fastopt.kernels.driver import DRIVER
+from fastopt.kernels.elements import scalar
+from fastopt.kernels.pool import ALONE, COUNT, CREDIT, EPOCH, FAILURES, LOCK, WAIT
+from fastopt.kernels.threads import processors, using
 
 pytestmark = pytest.mark.skipif(pool.why_not() is not None, reason=str(pool.why_not()))
 
@@ -343,9 +343,9 @@ def test_a_thread_that_waits_for_its_processor_is_crowded(tmp_path, monkeypatch)
 BUSY_STEPS = """
 import ctypes, time
 import numpy as np, fastopt
-from fastopt.backends import pool
-from fastopt.backends.driver import DRIVER
-from fastopt.backends.threads import processors
+from fastopt.kernels import pool
+from fastopt.kernels.driver import DRIVER
+from fastopt.kernels.threads import processors
 from fastopt.measure.company import busy_processes
 
 opt = fastopt.Adam({"w": np.ones(1_000_000, np.float32)})

@@ -26,12 +26,12 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt.backends import elements
-from fastopt.backends.bind import bind
-from fastopt.backends.contract import Adder, Features, StepHyper
 from fastopt.batchnorm import formulas
-from fastopt.rows import form_of
+from fastopt.kernels import elements
+from fastopt.kernels.bind import bind
+from fastopt.kernels.contract import Adder, Features, StepHyper
 from fastopt.rule import Rule
+from fastopt.step.rows import form_of
 
 WHY = "needs a CUDA compiler, and no GPU: pip install 'numba-cuda[cu13]==0.30.4'"
 if os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0":
@@ -41,8 +41,8 @@ nvjitlink = pytest.importorskip("cuda.bindings.nvjitlink", reason=WHY)
 
 from numba import cuda  # noqa: E402 not before it is known to be there
 
-from fastopt.backends import cuda as backend_module  # noqa: E402
-from fastopt.backends import cuda_batchnorm as batchnorm_module  # noqa: E402
+from fastopt.kernels.cuda import backend as backend_module  # noqa: E402
+from fastopt.kernels.cuda import batchnorm as batchnorm_module  # noqa: E402
 
 NEW, OTHERS = (9, 0), ((7, 5), (8, 0), (10, 0))
 """Compute capabilities: every kernel is compiled for the first, those for float32 with all features for the others."""

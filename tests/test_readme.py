@@ -11,8 +11,8 @@ import pytest
 import report
 
 import fastopt
-from fastopt.backends import cpu
-from fastopt.backends.contract import Features
+from fastopt.kernels.contract import Features
+from fastopt.kernels.cpu import backend as cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

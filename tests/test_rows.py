@@ -11,9 +11,10 @@ import pytest
 from cases import CASES, Case
 
 import fastopt
-from fastopt import rows as row_module
-from fastopt.backends import cpu, get_backend
 from fastopt.closed_forms import MOST
+from fastopt.kernels import get_backend
+from fastopt.kernels.cpu import backend as cpu
+from fastopt.step import rows as row_module
 
 ROWS, COLUMNS = 40, 7
 WITH_FORM = [case for case in CASES if case.rule.idle is not None]

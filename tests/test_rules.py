@@ -14,8 +14,8 @@ from cases import BY_NAME, CASES, DTYPES, SIZES, Case, gradients
 
 import fastopt
 from fastopt import rules
-from fastopt.backends import elements
-from fastopt.backends.bind import bind
+from fastopt.kernels import elements
+from fastopt.kernels.bind import bind
 from fastopt.rules import adam as adam_rule
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

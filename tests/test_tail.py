@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from scripts import run
 
 import fastopt
-from fastopt.backends import cpu, elements
-from fastopt.backends.contract import BLOCK, Features
-from fastopt.backends.driver import DRIVER
+from fastopt.kernels import elements
+from fastopt.kernels.contract import BLOCK, Features
+from fastopt.kernels.cpu import backend as cpu
+from fastopt.kernels.driver import DRIVER
 
 FLAGS: dict[str, dict[str, Any]] = {
     "max_norm": {"max_norm": 0.5},

@@ -13,8 +13,8 @@ import pytest
 from scripts import run
 
 import fastopt
-from fastopt.backends import threads
-from fastopt.backends.threads import MOST, processors, source, using
+from fastopt.kernels import threads
+from fastopt.kernels.threads import MOST, processors, source, using
 
 linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity of processes")
 
@@ -62,7 +62,7 @@ def test_a_block_gives_back_what_was_there_before():
 
 # --- the environment --------------------------------------------------------------------------------------------------
 
-SAY = "import fastopt; from fastopt.backends.threads import source; print(fastopt.get_num_threads(), source())"
+SAY = "import fastopt; from fastopt.kernels.threads import source; print(fastopt.get_num_threads(), source())"
 
 
 def said(tmp_path: Path, text: str = SAY, **environment: str) -> str:
@@ -132,7 +132,7 @@ def test_torch_on_one_thread_is_respected():
 ONE_PROCESSOR = """
 import os
 import numpy as np, fastopt
-threads = fastopt.backends.threads
+threads = fastopt.kernels.threads
 threads.REFRESH = 0.0
 opt = fastopt.Adam([np.ones(300_000, np.float32)])
 before = len(os.listdir("/proc/self/task"))

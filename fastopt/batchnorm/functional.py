@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastopt.backends import get_backend, place_of
-from fastopt.backends.contract import Backend
 from fastopt.batchnorm import formulas
+from fastopt.kernels import get_backend, place_of
+from fastopt.kernels.contract import Backend
 
 if TYPE_CHECKING:
     from fastopt.batchnorm.layer import BatchNorm

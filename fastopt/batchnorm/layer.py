@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends import get_backend
-from fastopt.backends.contract import Backend
 from fastopt.batchnorm.functional import (
     DTYPES,
     Saved,
@@ -20,6 +18,8 @@ from fastopt.batchnorm.functional import (
     check_momentum,
     check_options,
 )
+from fastopt.kernels import get_backend
+from fastopt.kernels.contract import Backend
 
 STATE_FORMAT = 1
 

@@ -19,9 +19,9 @@ from rich.table import Table
 
 import fastopt
 from fastopt import get_num_threads
-from fastopt.backends.threads import processors, using
 from fastopt.cli.choices import Choice, one_of, optimizers, parse_optimizers, parse_sizes
 from fastopt.cli.output import blame, check_files, console, write_json
+from fastopt.kernels.threads import processors, using
 from fastopt.measure import Result, Work, compare_batchnorm, compare_company, compare_step, machine
 from fastopt.measure.company import ways
 from fastopt.measure.rivals import enter, of_fastopt, torch_as_before

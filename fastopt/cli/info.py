@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 import fastopt
-from fastopt.backends import find_cuda
-from fastopt.backends.bind import CACHE_VARIABLE, cache_directory
-from fastopt.backends.driver import DRIVER
-from fastopt.backends.threads import get_num_threads, processors, source
 from fastopt.cli.output import STDOUT, blame, check_writable, console, write_json
+from fastopt.kernels import find_cuda
+from fastopt.kernels.bind import CACHE_VARIABLE, cache_directory
+from fastopt.kernels.driver import DRIVER
+from fastopt.kernels.threads import get_num_threads, processors, source
 from fastopt.measure.machine import cpu_name, version_of
 
 EXAMPLES = "\n\n".join(["[bold]Examples[/bold]", "fastopt info", "fastopt info --json -"])

@@ -14,7 +14,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule
-    from fastopt.table import Point
+    from fastopt.step.table import Point
 
 MOST = 1024
 """The most steps that an element may miss before all are brought up to date."""

@@ -11,7 +11,7 @@ from fastopt.closed_forms import MOST
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule
-    from fastopt.table import Point
+    from fastopt.step.table import Point
 
 
 def linear1(p, g, h):  # type: ignore[no-untyped-def]

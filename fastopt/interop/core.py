@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt.optimizer import Optimizer
-from fastopt.table import WEIGHT_DECAY
+from fastopt.step.table import WEIGHT_DECAY
 
 # --- what is read -----------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from fastopt.interop.core import (
     walk,
 )
 from fastopt.optimizer import Optimizer
-from fastopt.table import WEIGHT_DECAY
+from fastopt.step.table import WEIGHT_DECAY
 
 # --- optax's forms ----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastopt import get_num_threads, set_num_threads
-from fastopt.backends.driver import DRIVER
+from fastopt.kernels.driver import DRIVER
 from fastopt.measure.interleaved import Spread
 
 PAUSE = 0.03  # seconds before each turn, in which the threads of the last contestant go to sleep
@@ -75,7 +75,7 @@ def ways(step: Step, *, openmp: bool = False) -> tuple[dict[str, Step], dict[str
 
     Returns:
         Two dicts by name: of the steps, and of what has to be called before a contestant's turn. It changes the number
-        of threads for the whole process: use it inside ``with using(...)`` of `fastopt.backends.threads`.
+        of threads for the whole process: use it inside ``with using(...)`` of `fastopt.kernels.threads`.
 
     >>> list(ways(lambda: None)[0])
     ['fastopt', 'one thread']

@@ -15,8 +15,8 @@ import numpy as np
 from numba import types
 
 from fastopt import Layerwise, Optimizer, Scaling, rule
-from fastopt.backends.driver import Loop
-from fastopt.backends.intrinsics import window
+from fastopt.kernels.driver import Loop
+from fastopt.kernels.intrinsics import window
 
 CHUNK = 32_768
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastopt.backends.threads import processors
+from fastopt.kernels.threads import processors
 
 CPUS = Path("/sys/devices/system/cpu")
 MEMORY = Path("/proc/meminfo")

@@ -26,9 +26,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the deprecation of numba's own target, and NumPy's of what it imports
     from numba import config, cuda, float64
 
-from fastopt.backends import elements, simulated
-from fastopt.backends.bind import bind
-from fastopt.backends.contract import BLOCK, Adder, Array, Features, Kernel, StepHyper, clip_coefficient
+from fastopt.kernels import elements
+from fastopt.kernels.bind import bind
+from fastopt.kernels.contract import BLOCK, Adder, Array, Features, Kernel, StepHyper, clip_coefficient
+from fastopt.kernels.cuda import simulated
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule
@@ -580,7 +581,7 @@ class Lately(Generic[T]):
 
 
 class Told:
-    """As `fastopt.backends.contract.Verdict`."""
+    """As `fastopt.kernels.contract.Verdict`."""
 
     def __init__(self, backend: CUDA, told: Array):
         self._backend = backend
@@ -589,7 +590,7 @@ class Told:
         self._sent: Any = None
 
     def send(self) -> None:
-        """As `fastopt.backends.contract.Verdict`: a copy to pinned memory, and an event after it."""
+        """As `fastopt.kernels.contract.Verdict`: a copy to pinned memory, and an event after it."""
         xp = self._backend.xp
         self._sent = self._backend.pinned(3)
         self._told.get(out=self._sent, blocking=False)
@@ -598,11 +599,11 @@ class Told:
 
     @property
     def arrived(self) -> bool:
-        """As `fastopt.backends.contract.Verdict`."""
+        """As `fastopt.kernels.contract.Verdict`."""
         return self._event is not None and bool(self._event.done)
 
     def read(self) -> tuple[float, float, bool]:
-        """As `fastopt.backends.contract.Verdict`."""
+        """As `fastopt.kernels.contract.Verdict`."""
         if self._event is None:
             found = self._backend.host(self._told)
         else:
@@ -648,7 +649,7 @@ class CUDA:
         return self.xp.zeros(size, dtype)
 
     def empty(self, shape: Any, dtype: Any = np.float64) -> Array:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         return self.keep(self.xp.empty(shape, dtype))
 
     def unused(self, dtype: Any) -> Array:
@@ -681,7 +682,7 @@ class CUDA:
         return array
 
     def capturing(self) -> bool:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         return bool(self.xp.cuda.get_current_stream().is_capturing())
 
     def chunks(self, chunks: np.ndarray) -> Chunks:
@@ -716,7 +717,7 @@ class CUDA:
         features: Features,
         first: tuple[Callable[..., Any], type] | None = None,
     ) -> Kernel:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         key = (rule, hyper, dtype, features, first)
         if key not in self._kernels:
             self._kernels[key] = self._bind(rule, hyper, dtype, features, first)
@@ -724,7 +725,7 @@ class CUDA:
         return kernel
 
     def norm(self, dtype: np.dtype[Any], features: Features) -> SquaresKernel:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         key = ("norm", dtype, features)
         if key not in self._kernels:
             constants = {"DTYPE": dtype.type, **_unpackings(0, 0), **elements.conditioning(dtype, features, device)}
@@ -742,7 +743,7 @@ class CUDA:
         max_norm: float | None,
         skipped: tuple[Array, int] | None,
     ) -> Told:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         flags = {"CLIPS": max_norm is not None, "SKIPS": skipped is not None, "CHOOSES": candidates is not None}
         key = ("judge", table.dtype, *flags.values())
         if key not in self._kernels:
@@ -770,7 +771,7 @@ class CUDA:
         partials: Array,
         adder: Adder,
     ) -> None:
-        """As `fastopt.backends.contract.Backend`; a launch for each array."""
+        """As `fastopt.kernels.contract.Backend`; a launch for each array."""
         weights = self.upload(np.array([weight], g.dtype))
         for param, array in enumerate(arrays):
             own = chunks[chunks[:, 3] == param]
@@ -784,7 +785,7 @@ class CUDA:
             self.launch(kernel, n, (g, more), int(offsets[param]), weights, on_device, n, partials.reshape(-1))
 
     def sum_rows(self, grads: Array, order: np.ndarray, starts: np.ndarray) -> Array:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         key = ("sum_runs", grads.dtype)
         if key not in self._kernels:
             self._kernels[key] = self.compiled(sum_runs, {"ZERO": grads.dtype.type(0)}, f"sum_runs_{grads.dtype.name}")
@@ -812,8 +813,8 @@ class CUDA:
         return self._kernels[key]
 
     def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> Any:
-        """As `fastopt.backends.contract.Backend`."""
-        from fastopt.backends.cuda_batchnorm import BatchNormCUDA  # loaded by those who use it
+        """As `fastopt.kernels.contract.Backend`."""
+        from fastopt.kernels.cuda.batchnorm import BatchNormCUDA  # loaded by those who use it
 
         key = ("batchnorm", dtype, relu, residual)
         if key not in self._kernels:
@@ -939,7 +940,7 @@ class CUDA:
         return found
 
     def adopt(self, leaf: Any) -> Array | None:
-        """As `fastopt.backends.contract.Backend`: arrays of the device as they are, NumPy's uploaded.
+        """As `fastopt.kernels.contract.Backend`: arrays of the device as they are, NumPy's uploaded.
 
         CuPy keeps a reference to the owner of the memory, and waits for the stream that an owner names.
         """
@@ -962,33 +963,33 @@ class CUDA:
 
     @property
     def device(self) -> int:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         number: int = self.xp.cuda.Device().id
         return number
 
     def device_of(self, array: Array) -> int:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         number: int = array.device.id
         return number
 
     def copy(self, to: Array, source: Array) -> None:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         to[...] = self.xp.asarray(source, to.dtype)
 
     def address(self, array: Array) -> int:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         address: int = array.__cuda_array_interface__["data"][0]
         return address
 
     @property
     def overlap(self) -> Callable[[Array, Array], bool]:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         share: Callable[[Array, Array], bool] = self.xp.may_share_memory
         return share
 
     @property
     def array_type(self) -> Any:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         return self.xp.ndarray
 
 
@@ -1077,7 +1078,7 @@ class ElementwiseKernel:
         self._scattered = scattered
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: np.ndarray, chunks: np.ndarray) -> None:
-        """As `fastopt.backends.contract.Kernel`."""
+        """As `fastopt.kernels.contract.Kernel`."""
         backend = self._backend
         if self._scattered:  # made for this one launch
             on_device, lines, count = backend.upload(table), backend.upload(chunks.reshape(-1)), len(chunks)
@@ -1102,7 +1103,7 @@ class LayerwiseKernel:
         self._apply = apply
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: np.ndarray, chunks: np.ndarray) -> None:
-        """As `fastopt.backends.contract.Kernel`."""
+        """As `fastopt.kernels.contract.Kernel`."""
         backend = self._backend
         found = backend.chunks(chunks)
         if found.blocks == 0:
@@ -1135,7 +1136,7 @@ class ScaledKernel:
         self._numbered = numbered
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: np.ndarray, chunks: np.ndarray) -> None:
-        """As `fastopt.backends.contract.Kernel`."""
+        """As `fastopt.kernels.contract.Kernel`."""
         backend = self._backend
         found = backend.chunks(chunks)
         if found.blocks == 0:
@@ -1160,7 +1161,7 @@ class SquaresKernel:
         self._kernel = kernel
 
     def launch(self, g: Array, table: np.ndarray, chunks: np.ndarray) -> Array:
-        """As `fastopt.backends.contract.NormKernel`."""
+        """As `fastopt.kernels.contract.NormKernel`."""
         backend = self._backend
         return self.launch_on(g, backend.table(table), backend.chunks(chunks)).reshape(-1, 2)
 

@@ -13,7 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from fastopt.backends.contract import ALIGNMENT
+from fastopt.kernels.contract import ALIGNMENT
 
 WORD = ir.IntType(64)
 BYTE = ir.IntType(8)

@@ -16,7 +16,6 @@ touches it, so that it may write over what it reads.
 
 # Kernels are typed by numba, for every dtype; `bind` supplies the upper-case constants.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# ruff: noqa: F821
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -26,9 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import float64, uint64
 
-from fastopt.backends.bind import bind
-from fastopt.backends.contract import Array
-from fastopt.backends.cuda import (  # type: ignore[attr-defined] # `cuda` comes from the one file that imports it
+from fastopt.kernels.bind import bind
+from fastopt.kernels.contract import Array
+from fastopt.kernels.cuda.backend import (  # type: ignore[attr-defined] # `cuda` comes from the one file that imports it
     CUDA,
     SIMULATED,
     THREADS,

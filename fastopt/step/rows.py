@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends import get_backend
-from fastopt.backends.contract import Backend, Features, Kernel, StepHyper
 from fastopt.closed_forms import MOST, History
-from fastopt.flat import FlatParams, Layout, named
+from fastopt.kernels import get_backend
+from fastopt.kernels.contract import Backend, Features, Kernel, StepHyper
 from fastopt.rule import Rule
-from fastopt.table import WEIGHT_DECAY, Point
+from fastopt.step.table import WEIGHT_DECAY, Point
+from fastopt.storage.flat import FlatParams, Layout, named
 
 ROWS_AT_ONCE = 65_536
 """How many rows are brought up to date in one launch: a table of as many chunks is 2.6 MB."""

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import optree
 
-from fastopt.backends import get_backend, place_of
-from fastopt.backends.contract import ALIGNMENT, BLOCK, Backend
+from fastopt.kernels import get_backend, place_of
+from fastopt.kernels.contract import ALIGNMENT, BLOCK, Backend
 
 NAMESPACE = "fastopt"
 """The optree namespace in which fastopt registers plain dataclasses; optree's global registrations are seen too."""

@@ -11,15 +11,15 @@ import numpy as np
 from numba import types
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from fastopt.backends.bind import bind, compile_loop, entry_of
-from fastopt.backends.contract import ALIGNMENT, BLOCK, Adder, Array, Features, Kernel, StepHyper
-from fastopt.backends.driver import Loop
-from fastopt.backends.elements import check_rule, conditioning, scalar, scaled_by, surrounded
-from fastopt.backends.intrinsics import at_address, fetch, window
-from fastopt.backends.threads import COMPILING, get_num_threads
+from fastopt.kernels.bind import bind, compile_loop, entry_of
+from fastopt.kernels.contract import ALIGNMENT, BLOCK, Adder, Array, Features, Kernel, StepHyper
+from fastopt.kernels.driver import Loop
+from fastopt.kernels.elements import check_rule, conditioning, scalar, scaled_by, surrounded
+from fastopt.kernels.intrinsics import at_address, fetch, window
+from fastopt.kernels.threads import COMPILING, get_num_threads
 
 if TYPE_CHECKING:
-    from fastopt.backends.cpu_batchnorm import BatchNormCPU
+    from fastopt.kernels.cpu.batchnorm import BatchNormCPU
     from fastopt.rule import Rule
 
 # --- the loops --------------------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ class ElementwiseKernel:
         self._backwards = True
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
-        """As `fastopt.backends.contract.Kernel`."""
+        """As `fastopt.kernels.contract.Kernel`."""
         self._backwards = not self._backwards  # two threads that race here lose a cache hit and nothing else
         self._loop.run(p, g, states, table, chunks, elements=p.size, units=chunks.shape[0], backwards=self._backwards)
 
@@ -343,7 +343,7 @@ class LayerwiseKernel:
         self._apply = apply
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
-        """As `fastopt.backends.contract.Kernel`."""
+        """As `fastopt.kernels.contract.Kernel`."""
         n = chunks.shape[0]
         if n == 0:
             return
@@ -371,7 +371,7 @@ class ScaledKernel:
         self._numbered = numbered
 
     def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
-        """As `fastopt.backends.contract.Kernel`."""
+        """As `fastopt.kernels.contract.Kernel`."""
         if chunks.shape[0] == 0:
             return
         states, numbers = (states[:-1], states[-1]) if self._numbered else (states, np.empty(0))
@@ -390,7 +390,7 @@ class SquaresKernel:
         self._loop = loop
 
     def launch(self, g: Array, table: Array, chunks: Array) -> Array:
-        """As `fastopt.backends.contract.NormKernel`."""
+        """As `fastopt.kernels.contract.NormKernel`."""
         partials = np.empty((blocks_of(chunks), 2))
         self._loop.run(g, table, chunks, partials, elements=g.size, units=chunks.shape[0])
         return partials
@@ -416,19 +416,19 @@ class CPU:
     array_type: Any = np.ndarray
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         return np.empty(shape, dtype)
 
     def adopt(self, leaf: Any) -> Array | None:
-        """As `fastopt.backends.contract.Backend`: NumPy arrays as they are."""
+        """As `fastopt.kernels.contract.Backend`: NumPy arrays as they are."""
         return leaf if isinstance(leaf, np.ndarray) else None
 
     def copy(self, to: Array, source: Array) -> None:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         np.copyto(to, source, casting="same_kind")
 
     def host(self, array: Array) -> np.ndarray:
-        """As `fastopt.backends.contract.Backend`: the array itself."""
+        """As `fastopt.kernels.contract.Backend`: the array itself."""
         found: np.ndarray = array
         return found
 
@@ -438,10 +438,10 @@ class CPU:
     wide = 1  # unaligned loads of vectors cost next to nothing
 
     def device_of(self, array: Array) -> None:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
 
     def address(self, array: Array) -> int:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         address: int = array.__array_interface__["data"][0]
         return address
 
@@ -477,7 +477,7 @@ class CPU:
         partials: Array,
         adder: Adder,
     ) -> None:
-        """As `fastopt.backends.contract.Backend.add`."""
+        """As `fastopt.kernels.contract.Backend.add`."""
         ready = [None if array is None else np.require(array, requirements=["C", "A"]) for array in arrays]
         addresses = np.array([0 if array is None else self.address(array) for array in ready], np.int64)
         loop: Loop = self._once(("add", g.dtype, adder), lambda: self._compile_add(g.dtype, adder))
@@ -494,14 +494,14 @@ class CPU:
         return kernel
 
     def sum_rows(self, grads: Array, order: Array, starts: Array) -> Array:
-        """As `fastopt.backends.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`."""
         return np.add.reduceat(grads[order], starts, axis=0)
 
     def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> BatchNormCPU:
         """The compiled BatchNorm of `dtype` by `formulas`, the scalar functions of fastopt.batchnorm."""
 
         def make() -> BatchNormCPU:
-            from fastopt.backends.cpu_batchnorm import BatchNormCPU  # loaded by those who use it
+            from fastopt.kernels.cpu.batchnorm import BatchNormCPU  # loaded by those who use it
 
             flags = {"RELU": relu, "RESIDUAL": residual}
             return BatchNormCPU(formulas, dtype, flags, self._batchnorm_loops)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastopt.backends.contract import StepHyper
+from fastopt.kernels.contract import StepHyper
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule

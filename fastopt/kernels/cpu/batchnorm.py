@@ -23,7 +23,6 @@ they would cancel, or where they overflow, the tile is summed again in float64 (
 
 # Scalar functions and loops are typed by numba, for every dtype; `bind` supplies the upper-case constants.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# ruff: noqa: F821
 from __future__ import annotations
 
 from functools import lru_cache
@@ -36,12 +35,12 @@ import numpy as np
 from numba import types
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from fastopt.backends.bind import address_of, bind, compile_loop
-from fastopt.backends.contract import Array
-from fastopt.backends.driver import SERIAL_BELOW, Loop
-from fastopt.backends.elements import scalar
-from fastopt.backends.intrinsics import invoke, keep, window
-from fastopt.backends.threads import COMPILING, get_num_threads
+from fastopt.kernels.bind import address_of, bind, compile_loop
+from fastopt.kernels.contract import Array
+from fastopt.kernels.driver import SERIAL_BELOW, Loop
+from fastopt.kernels.elements import scalar
+from fastopt.kernels.intrinsics import invoke, keep, window
+from fastopt.kernels.threads import COMPILING, get_num_threads
 
 LONG = 128
 """Spatial size from which a tile is summed channel by channel; below it, many channels at a time."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from fastopt.backends.contract import Backend
-from fastopt.backends.threads import COMPILING
+from fastopt.kernels.contract import Backend
+from fastopt.kernels.threads import COMPILING
 
 NAMES = ("cpu", "cuda")
 
@@ -30,12 +30,12 @@ def get_backend(name: str) -> Backend:
 
 def _make(name: str) -> Backend:
     if name == "cpu":
-        from fastopt.backends.cpu import CPU
+        from fastopt.kernels.cpu.backend import CPU
 
         return CPU()
     if name == "cuda":
         try:
-            from fastopt.backends.cuda import CUDA
+            from fastopt.kernels.cuda.backend import CUDA
         except ImportError as error:
             raise RuntimeError(
                 f"backend='cuda': {error}; pip install 'fastopt[cuda13]', or use backend='cpu'"
@@ -52,7 +52,7 @@ def find_cuda() -> dict[str, Any]:
     """
     found: dict[str, Any] = {"available": False, "simulator": False, "devices": [], "backend": True, "reason": None}
     with suppress(ImportError):  # the reason below
-        from fastopt.backends.cuda import survey
+        from fastopt.kernels.cuda.backend import survey
 
         found |= survey()
     try:

@@ -13,8 +13,8 @@ import numba
 import numpy as np
 from numba import njit, types
 
-from fastopt.backends.bind import bind
-from fastopt.backends.contract import Features, StepHyper
+from fastopt.kernels.bind import bind
+from fastopt.kernels.contract import Features, StepHyper
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule, Scaling

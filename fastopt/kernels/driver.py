@@ -22,11 +22,11 @@ import numba
 from numba import prange, types
 from numba.np.ufunc import parallel as numba_parallel
 
-from fastopt.backends.bind import address_of, bind, compile_loop, entry_of
-from fastopt.backends.elements import scalar
-from fastopt.backends.intrinsics import caller_of, invoke, keep, spill
-from fastopt.backends.pool import JOB, Pool, Site, why_not
-from fastopt.backends.threads import COMPILING, get_num_threads
+from fastopt.kernels.bind import address_of, bind, compile_loop, entry_of
+from fastopt.kernels.elements import scalar
+from fastopt.kernels.intrinsics import caller_of, invoke, keep, spill
+from fastopt.kernels.pool import JOB, Pool, Site, why_not
+from fastopt.kernels.threads import COMPILING, get_num_threads
 
 SERIAL_BELOW = 24_576
 """Elements. Below this a second thread is not worth asking for. A step of Adam on 16,384, 24,576, 32,768 and 65,536

@@ -65,9 +65,9 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from fastopt.backends.bind import address_of, bind, compile_loop, entry_of
-from fastopt.backends.elements import scalar
-from fastopt.backends.intrinsics import (
+from fastopt.kernels.bind import address_of, bind, compile_loop, entry_of
+from fastopt.kernels.elements import scalar
+from fastopt.kernels.intrinsics import (
     add,
     arithmetic_modes,
     byte_at,
@@ -80,7 +80,7 @@ from fastopt.backends.intrinsics import (
     set_arithmetic_modes,
     store,
 )
-from fastopt.backends.threads import MOST
+from fastopt.kernels.threads import MOST
 
 SHORTEST_SPIN, LONGEST_SPIN = 5_000, 60_000
 """Nanoseconds for which a worker looks for another job before it sleeps: half again as long as it has been till the

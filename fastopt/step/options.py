@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends.contract import clip_coefficient
+from fastopt.kernels.contract import clip_coefficient
 from fastopt.rule import Choice, Flag, Interval
 
 NONFINITE = Choice(("propagate", "skip", "zero", "raise"))
@@ -105,7 +105,7 @@ class Pending:
         self.weight = 0.0
         self.present = np.zeros(parameters, np.bool_)
         self.partials = partials
-        """Of the sums, as `fastopt.backends.contract.Backend.add` leaves them."""
+        """Of the sums, as `fastopt.kernels.contract.Backend.add` leaves them."""
 
 
 class StepInfo:

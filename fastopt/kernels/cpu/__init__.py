@@ -1,0 +1,1 @@
+"""The CPU backend: loops over chunks, and the kernels that are made of them."""

@@ -1,0 +1,1 @@
+"""Storage: where parameters lie, and the checks at the door."""
