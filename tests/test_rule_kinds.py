@@ -4,6 +4,7 @@ elsewhere than at their parameters."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ SHAPES = ((3, 3), (13, 7), (7, 13), (1, 9), (9, 1), (1, 1), (0, 4), (70, 40))
 
 
 def everything(opt: fastopt.Optimizer) -> list[bytes]:
-    return [buffer.tobytes() for buffer in (opt.flat.data, *opt._buffers)]
+    return [buffer.tobytes() for buffer in (opt.flat.data, *opt._pipeline.buffers)]
 
 
 # --- scaled by norms --------------------------------------------------------------------------------------------------
@@ -152,8 +153,36 @@ def test_an_override_gives_a_matrix_to_adamw():
         opt.step(grads)
         alone.step({"embedding": grads["embedding"]})
     assert opt.params["embedding"].tobytes() == alone.params["embedding"].tobytes()
-    with pytest.raises(ValueError, match=r"orthogonal: parameter 'b' is no matrix but of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"^parameter 'b': must be 2-D, got shape \(3,\); set orthogonal=False"):
         fastopt.Muon({"b": np.ones(3)}, overrides={"b": {"orthogonal": True}})
+
+
+CANNOT_ACT = [
+    ("b", "lr", 0.5, "orthogonal=False, got 0.5; use adamw_lr"),
+    ("b", "eps", 1e-3, "orthogonal=False, got 0.001; use adamw_eps"),
+    ("b", "momentum", 0.9, "orthogonal=False, got 0.9; it acts only where orthogonal=True"),
+    ("embedding", "ns_steps", 3, "orthogonal=False, got 3.0; it acts only where orthogonal=True"),
+    ("W", "adamw_lr", 0.5, "orthogonal=True, got 0.5; use lr"),
+    ("W", "adamw_betas", (0.9, 0.9), r"orthogonal=True, got \(0.9, 0.9\); it acts only where orthogonal=False"),
+]
+
+
+@pytest.mark.parametrize(("path", "name", "value", "message"), CANNOT_ACT)
+def test_an_override_that_cannot_act_is_refused(path, name, value, message):
+    tree = {"embedding": np.ones((9, 4)), "W": np.ones((4, 4)), "b": np.ones(4)}
+    overrides: dict[str, dict[str, Any]] = {"embedding": {"orthogonal": False}}
+    fastopt.Muon(tree, overrides={**overrides, "W": {"lr": 0.1, "weight_decay": 0.0}, "b": {"adamw_lr": 0.1}})
+    overrides[path] = {**overrides.get(path, {}), name: value}
+    with pytest.raises(ValueError, match=rf"^overrides: {path}: {name}: must be absent where {message}$"):
+        fastopt.Muon(tree, overrides=overrides)
+
+
+def test_every_hyperparameter_of_muon_acts_on_matrices_on_others_or_on_both():
+    kind = muon_rule.matrixwise
+    names = [*kind.matrix_only, *kind.other_only, kind.chosen, "weight_decay"]
+    assert sorted(names) == sorted(muon_rule.names())
+    with pytest.raises(TypeError, match=r"matrixwise: must name hyperparameters .*, got 'speed'"):
+        fastopt.rule(muon_rule.prepare, matrixwise=dataclasses.replace(kind, matrix_only=("speed",)))(muon_rule.scalar)
 
 
 def test_every_flag_works_on_matrices():
@@ -192,7 +221,7 @@ def test_a_nan_is_not_swallowed_by_a_product_of_matrices():
 
 def test_bare_arrays_are_refused_where_a_rule_looks_at_matrices():
     p, g, m, v = np.ones((4, 9))
-    with pytest.raises(TypeError, match="rule 'muon' looks at matrices, and not at bare 1-D arrays: use its optimizer"):
+    with pytest.raises(TypeError, match="rule 'muon': must be given matrices, got 1-D arrays; use its optimizer"):
         muon_rule.update_(p, g, m, v)
 
 
@@ -208,7 +237,7 @@ def test_states_begin_where_the_rule_says_parameter_by_parameter():
     assert free.states["z"]["a"].tolist() == [0.0, 1.0, 2.0]
     assert not np.shares_memory(free.states["z"]["a"], free.params["a"])
     adagrad = fastopt.Adagrad([np.ones(3, np.float32), np.ones(1, np.float32)], initial_accumulator_value=0.5)
-    assert adagrad._states[0][:4].tolist() == [0.5, 0.5, 0.5, 0.0]  # the padding stays zero
+    assert adagrad._pipeline.states[0][:4].tolist() == [0.5, 0.5, 0.5, 0.0]  # the padding stays zero
 
 
 class Hyper(NamedTuple):
@@ -224,23 +253,29 @@ def descent(p, g, a, h):
 
 
 @pytest.mark.parametrize(
-    "initial", [{"b": 0.0}, {"a": "mu"}, {"p": 1.0}], ids=["no such state", "no such hyperparameter", "p is no state"]
+    ("initial", "message"),
+    [
+        ({"b": 0.0}, r"initial: must name states \(a\), got 'b'"),
+        ({"a": "mu"}, r"initial\['a'\]: must be a number, 'p' or a hyperparameter \(lr\), got 'mu'"),
+        ({"p": 1.0}, r"initial: must name states \(a\), got 'p'"),
+    ],
+    ids=["unknown state", "unknown hyperparameter", "p, which is not a state"],
 )
-def test_a_rule_whose_initial_values_make_no_sense_is_refused(initial):
-    with pytest.raises(TypeError, match="expected a state"):
+def test_a_rule_whose_initial_values_make_no_sense_is_refused(initial, message):
+    with pytest.raises(TypeError, match=message):
         fastopt.rule(prepare, initial=initial)(descent)
 
 
 def test_rules_that_cannot_be_are_refused():
-    with pytest.raises(TypeError, match="a scaling rule is not layerwise, and does its own weight decay"):
+    with pytest.raises(TypeError, match="prepare must take weight_decay for a scaling rule"):
         fastopt.rule(prepare, scaling=fastopt.Scaling(lambda norm_p, norm_g, h: 1.0))(descent)
-    with pytest.raises(TypeError, match="a matrixwise rule does its own weight decay"):
+    with pytest.raises(TypeError, match="prepare must take weight_decay for a matrixwise rule"):
         fastopt.rule(prepare, matrixwise=muon_rule.matrixwise)(descent)
 
     def named(p, g, ema, h):
         return p - h.lr * g, ema
 
-    with pytest.raises(TypeError, match="none may be 'ema'"):
+    with pytest.raises(TypeError, match="must differ from 'ema'"):
         fastopt.rule(prepare)(named)
 
 
@@ -284,9 +319,17 @@ def test_the_weights_of_the_average_add_up_whatever_the_step(b2, warmup):
 def test_a_convention_gives_defaults_and_what_is_given_wins():
     params = {"w": np.ones(3)}
     keras = fastopt.AdamW(params, convention="keras")
-    assert keras._values_of(0) | {"eps": 1e-7, "eps_hat": True, "weight_decay": 0.004} == keras._values_of(0)
+    assert keras._pipeline.groups.values_of(0) | {
+        "eps": 1e-7,
+        "eps_hat": True,
+        "weight_decay": 0.004,
+    } == keras._pipeline.groups.values_of(0)
     mixed = fastopt.AdamW(params, 0.5, eps=1e-3, convention="keras")
-    assert (mixed.lr, mixed._values_of(0)["eps"], mixed._values_of(0)["eps_hat"]) == (0.5, 1e-3, True)
+    assert (mixed.lr, mixed._pipeline.groups.values_of(0)["eps"], mixed._pipeline.groups.values_of(0)["eps_hat"]) == (
+        0.5,
+        1e-3,
+        True,
+    )
 
 
 @pytest.mark.parametrize("name", fastopt.Optimizer.classes)
@@ -302,27 +345,27 @@ def test_an_unknown_convention_is_refused_with_the_known_ones(name):
 # --- what is out of range ---------------------------------------------------------------------------------------------
 
 BAD = [
-    ("NAdam", {"momentum_decay": -1.0}, r"momentum_decay=-1.0: expected a number in \[0, inf\)"),
-    ("RAdam", {"betas": (0.9, 1.0)}, r"betas\[1\]=1.0: expected a number in \[0, 1\)"),
-    ("Adamax", {"eps_inside": 1}, "eps_inside=1: expected True or False"),
-    ("Lion", {"lr": math.nan}, "lr=nan: expected a number"),
-    ("AdaBelief", {"eps": -1e-8}, "eps=-1e-08: expected"),
-    ("Adan", {"betas": (0.9, 0.9)}, r"betas=\(0.9, 0.9\): expected 3 numbers, each in \[0, 1\)"),
-    ("AdEMAMix", {"warmup_steps": -1}, "warmup_steps=-1: expected"),
-    ("AdEMAMix", {"alpha": math.inf}, "alpha=inf: expected"),
-    ("LARS", {"trust_coefficient": -1.0}, "trust_coefficient=-1.0: expected"),
-    ("LARS", {"decoupled_weight_decay": True}, "decays weights in a way of its own"),
-    ("NovoGrad", {"betas": 0.9}, "betas=0.9: expected 2 numbers"),
-    ("Yogi", {"initial_accumulator_value": -1.0}, "initial_accumulator_value=-1.0: expected"),
-    ("Rprop", {"etas": (1.2, 0.5)}, r"etas=\(1.2, 0.5\): expected \(eta_minus, eta_plus\)"),
-    ("Rprop", {"step_sizes": (1.0, 0.1)}, r"step_sizes=\(1.0, 0.1\): expected \(smallest, largest\)"),
-    ("ScheduleFreeAdamW", {"betas": (0.0, 0.999)}, r"betas=\(0.0, 0.999\): expected b1 > 0"),
-    ("Muon", {"ns_steps": 0}, r"ns_steps=0: expected a number in \[1, 100\]"),
-    ("Muon", {"ns_steps": 2.5}, r"ns_steps=2.5: expected a whole number from 1"),
-    ("Muon", {"adjust_lr": "adam"}, "adjust_lr='adam': expected one of 'original', 'match_rms_adamw'"),
-    ("Adagrad", {"initial_accumulator_value": math.nan}, "initial_accumulator_value=nan: expected"),
-    ("Adam", {"eps_hat": "yes"}, "eps_hat='yes': expected True or False"),
-    ("SGD", {"lr_inside": None}, "lr_inside=None: expected True or False"),
+    ("NAdam", {"momentum_decay": -1.0}, r"momentum_decay: must be a number in \[0, inf\), got -1.0"),
+    ("RAdam", {"betas": (0.9, 1.0)}, r"betas\[1\]: must be a number in \[0, 1\), got 1.0"),
+    ("Adamax", {"eps_inside": 1}, "eps_inside: must be True or False, got 1"),
+    ("Lion", {"lr": math.nan}, r"lr: must be a number.*, got nan"),
+    ("AdaBelief", {"eps": -1e-8}, r"eps: must be .*, got -1e-08"),
+    ("Adan", {"betas": (0.9, 0.9)}, r"betas: must be 3 numbers, each in \[0, 1\), got \(0.9, 0.9\)"),
+    ("AdEMAMix", {"warmup_steps": -1}, r"warmup_steps: must be .*, got -1"),
+    ("AdEMAMix", {"alpha": math.inf}, r"alpha: must be .*, got inf"),
+    ("LARS", {"trust_coefficient": -1.0}, r"trust_coefficient: must be .*, got -1.0"),
+    ("LARS", {"decoupled_weight_decay": True}, "decoupled_weight_decay: must be None for rule 'lars'"),
+    ("NovoGrad", {"betas": 0.9}, r"betas: must be 2 numbers.*, got 0.9"),
+    ("Yogi", {"initial_accumulator_value": -1.0}, r"initial_accumulator_value: must be .*, got -1.0"),
+    ("Rprop", {"etas": (1.2, 0.5)}, r"etas: must be \(eta_minus, eta_plus\) .*, got \(1.2, 0.5\)"),
+    ("Rprop", {"step_sizes": (1.0, 0.1)}, r"step_sizes: must be \(smallest, largest\) .*, got \(1.0, 0.1\)"),
+    ("ScheduleFreeAdamW", {"betas": (0.0, 0.999)}, r"betas: must have b1 > 0.*, got \(0.0, 0.999\)"),
+    ("Muon", {"ns_steps": 0}, r"ns_steps: must be a number in \[1, 100\], got 0"),
+    ("Muon", {"ns_steps": 2.5}, r"ns_steps: must be a whole number from 1.*, got 2.5"),
+    ("Muon", {"adjust_lr": "adam"}, r"adjust_lr: must be one of 'original', 'match_rms_adamw'.*, got 'adam'"),
+    ("Adagrad", {"initial_accumulator_value": math.nan}, r"initial_accumulator_value: must be .*, got nan"),
+    ("Adam", {"eps_hat": "yes"}, "eps_hat: must be True or False, got 'yes'"),
+    ("SGD", {"lr_inside": None}, "lr_inside: must be True or False, got None"),
 ]
 
 

@@ -16,6 +16,7 @@ import fastopt
 from fastopt import rules
 from fastopt.kernels import elements
 from fastopt.kernels.bind import bind
+from fastopt.kernels.contract import Chunk
 from fastopt.rules import adam as adam_rule
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -153,7 +154,7 @@ def test_the_kernel_has_the_bits_of_numpy_doing_the_same(case, dtype, size):
     for t in range(1, 6):
         g = gradients(rng, size, dtype)
         optimizer.step({"w": g})
-        values = optimizer._values_of(0)
+        values = optimizer._pipeline.groups.values_of(0)
         prepared = rule.prepare(t, *(values[name] for name in rule.hyperparameters))
         h = type(prepared)(*map(dtype, prepared))
         decay = dtype(0.0 if rule.owns_weight_decay else values["weight_decay"])
@@ -331,12 +332,10 @@ def test_the_parity_check_catches(fault):
 def test_the_parity_check_catches_a_loop_that_leaves_elements_out(first, last, monkeypatch):
     start = np.random.default_rng(7).normal(size=100)
     optimizer = fastopt.Adam({"w": start})
-    chunks = optimizer._chunks_of(optimizer._row_of).copy()
-    assert chunks.tolist() == [[0, 100, 0, 0, 0]]
-    kept = [[0, first, 0, 0, 0], [last, 100, 0, 0, 0]] if first else [[last, 100, 0, 0, 0]]
-    if last == 100:
-        kept = [[0, first, 0, 0, 0]]
-    monkeypatch.setattr(optimizer, "_chunks", np.array(kept, np.int64))
+    plan = optimizer._pipeline.plan
+    assert plan.chunks(plan.of).tolist() == [list(Chunk(place=0, start=0, stop=100, grad=0, group=0, block=0))]
+    kept = [[0, 0, first, 0, 0, 0], [0, last, 100, last, 0, 0]]
+    monkeypatch.setattr(plan, "chunks", lambda *_, **__: np.array(kept, np.int64))
     with pytest.raises(AssertionError, match=r"params|state"):
         assert_float64_parity(optimizer, BY_NAME["Adam"].oracle(start))
 

@@ -1,48 +1,72 @@
-"""What rules do to elements without gradients, over many steps at once: the closed forms behind `Optimizer.step_rows`.
+"""Closed forms of many zero-gradient steps at once, used by `Optimizer.step_rows`.
 
-A form is a scalar update like a rule, whose gradient is not read, and whose coefficients stand for a number of steps
-(the `age` of an element: how many it has missed). A `History` follows the steps and knows the coefficients of every age
-from 0 to `MOST`.
+A closed form is a scalar function like a rule's, which ignores the gradient and whose coefficients stand for a number
+of steps: the `age` of an element, the number of steps it has missed. A `History` records the steps and returns the
+coefficients of every age from 0 to `MOST`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from types import FunctionType
+from typing import Any, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from fastopt.rule import Rule
-    from fastopt.step.table import Point
-
 MOST = 1024
-"""The most steps that an element may miss before all are brought up to date."""
+"""Maximum number of steps that an element may miss; then all elements catch up."""
+
+
+class FormRule(Protocol):
+    """What a closed form needs of a rule: see `fastopt.Rule`, which is one."""
+
+    states: tuple[str, ...]
+    hyperparameters: tuple[str, ...]
+    decoupled: bool
+    owns_weight_decay: bool
+    scalar: FunctionType
+    prepare: Callable[..., Any]
+
+
+class FormPoint(Protocol):
+    """What a closed form needs of the hyperparameters at one step: see `fastopt.step.table.Point`, which is one."""
+
+    @property
+    def weight_decay(self) -> float:
+        """The rate, as it is given."""
+
+    @property
+    def keep(self) -> float:
+        """What decoupled weight decay multiplies p by."""
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What `prepare` is given after t: the values of the rule's hyperparameters."""
 
 
 class History(Protocol):
-    """The steps that were made since all elements were up to date, and what all of them do to an element at once."""
+    """The steps since all elements were up to date, and their joint effect on an element."""
 
     scalar: Callable[..., Any]
-    """``(p, g, *states, h) -> (p, *states)``; a moving average of the parameters is the last of the states."""
+    """``(p, g, *states, h) -> (p, *states)``; a moving average of the parameters is the last state."""
     hyper: type
-    """The NamedTuple of its coefficients."""
+    """The NamedTuple of the coefficients."""
 
-    def append(self, t: int, point: Point) -> None:
-        """One more step was made, number `t`, with these hyperparameters."""
+    def append(self, t: int, point: FormPoint) -> None:
+        """Record step number `t` with these hyperparameters."""
 
     def coefficients(self, ages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A line of coefficients for each age, and whether they are exact (to 1e-8, relative to the change of p)."""
+        """Return a line of coefficients for each age, and whether they are exact (to 1e-8 of the change of p)."""
 
 
 class Idle(Protocol):
-    """How a rule acts on elements without gradients."""
+    """The closed form of a rule: the effect of zero-gradient steps on an element."""
 
-    def refusal(self, rule: Rule, values: Mapping[str, Any], l2: bool) -> str | None:
-        """Why there is no closed form with these hyperparameters, of which some may be callables; None if there is one.
+    def refusal(self, rule: FormRule, values: Mapping[str, Any], l2: bool) -> str | None:
+        """Return the reason why these hyperparameters have no closed form, or None; some values may be callables.
 
         l2 : whether weight decay adds to the gradient.
         """
 
-    def history(self, rule: Rule, fresh: float | None) -> History:
-        """A history of no steps. fresh : the weight of new parameters in their moving average; None without one."""
+    def history(self, rule: FormRule, ema_weight: float | None) -> History:
+        """Return an empty history. ema_weight : weight of new parameters in the moving average; None without one."""

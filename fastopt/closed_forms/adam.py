@@ -1,4 +1,4 @@
-"""Adam and AMSGrad where the gradient is 0: many steps along a momentum that fades, as one expansion.
+"""Zero-gradient steps of Adam and AMSGrad in closed form: many steps along a decaying momentum, as one expansion.
 
 Without a gradient m and v only decay, and a step moves p by lr/bc1 m / (sqrt(v/bc2) + eps). The sum over k steps is m
 times a function of sqrt(v), which is expanded about the mean of 1/sqrt(bc2) over these steps.
@@ -15,11 +15,11 @@ import numpy as np
 from fastopt.closed_forms import MOST
 
 
-class Still(NamedTuple):
-    """What k steps without a gradient do: p = keep p - m F(v), m = b1^k m, v = b2^k v, e = e_e e + e_p p - m E(v).
+class ZeroGradientSteps(NamedTuple):
+    """Coefficients of k zero-gradient steps: p = keep p - m F(v), m = b1^k m, v = b2^k v, e = e_e e + e_p p - m E(v).
 
-    F(v) = sum over those steps of a / (r sqrt(v) + eps), a and r depending on the step. r hardly changes in the few
-    steps for which m lasts: F is expanded about its mean `center`, with the moments f0, f2, f3, f4 of r - center.
+    F(v) = sum over the k steps of a / (r sqrt(v) + eps), where a and r depend on the step. r hardly changes in the few
+    steps before m vanishes: F is expanded about the mean `center` of r, with the moments f0, f2, f3, f4 of r - center.
     """
 
     keep: float
@@ -40,16 +40,16 @@ class Still(NamedTuple):
     e4: float
 
 
-def adam_still(p, g, m, v, h):  # type: ignore[no-untyped-def]
-    """Adam's steps."""
+def adam_zero_gradient(p, g, m, v, h):  # type: ignore[no-untyped-def]
+    """Make zero-gradient steps of Adam."""
     x = math.sqrt(v)
     d = h.center * x + h.eps
     z = x / d
     return h.keep * p - m / d * (h.f0 + z * z * (h.f2 - z * (h.f3 - z * h.f4))), h.m_k * m, h.v_k * v
 
 
-def adam_still_averaged(p, g, m, v, e, h):  # type: ignore[no-untyped-def]
-    """Adam's steps, and the moving average of p."""
+def adam_zero_gradient_averaged(p, g, m, v, e, h):  # type: ignore[no-untyped-def]
+    """Make zero-gradient steps of Adam, and update the moving average of p."""
     x = math.sqrt(v)
     d = h.center * x + h.eps
     z = x / d
@@ -57,26 +57,26 @@ def adam_still_averaged(p, g, m, v, e, h):  # type: ignore[no-untyped-def]
     return h.keep * p - m / d * (h.f0 + z * z * (h.f2 - z * (h.f3 - z * h.f4))), h.m_k * m, h.v_k * v, e
 
 
-def amsgrad_still(p, g, m, v, v_max, h):  # type: ignore[no-untyped-def]
-    """AMSGrad's steps."""
-    # v has fallen below v_max, and falls: only bc2 changes the root.
-    p, m, _ = adam_still(p, g, m, v_max, h)
+def amsgrad_zero_gradient(p, g, m, v, v_max, h):  # type: ignore[no-untyped-def]
+    """Make zero-gradient steps of AMSGrad."""
+    # v only falls, so v_max stays: only bc2 changes the root.
+    p, m, _ = adam_zero_gradient(p, g, m, v_max, h)
     return p, m, h.v_k * v, v_max
 
 
-def amsgrad_still_averaged(p, g, m, v, v_max, e, h):  # type: ignore[no-untyped-def]
-    """AMSGrad's steps, and the moving average of p."""
-    p, m, _, e = adam_still_averaged(p, g, m, v_max, e, h)
+def amsgrad_zero_gradient_averaged(p, g, m, v, v_max, e, h):  # type: ignore[no-untyped-def]
+    """Make zero-gradient steps of AMSGrad, and update the moving average of p."""
+    p, m, _, e = adam_zero_gradient_averaged(p, g, m, v_max, e, h)
     return p, m, h.v_k * v, v_max, e
 
 
-class Fading:
-    """As `fastopt.closed_forms.Idle`: Adam's steps along a momentum that fades."""
+class AdamClosedForm:
+    """As `fastopt.closed_forms.Idle`: Adam's zero-gradient steps along a decaying momentum."""
 
-    def __init__(self, still: Any, still_averaged: Any, *, largest: bool):
-        self.scalars = (still, still_averaged)
+    def __init__(self, plain: Any, averaged: Any, *, largest: bool):
+        self.scalars = (plain, averaged)
         self.largest = largest
-        """Whether the root is of the largest v, which does not fall."""
+        """Whether the root uses the largest v, which does not decay."""
 
     def refusal(self, rule: Any, values: Mapping[str, Any], l2: bool) -> str | None:
         """As `Idle`."""
@@ -91,24 +91,24 @@ class Fading:
             return "eps=0 divides 0 by 0 where there never was a gradient"
         return None
 
-    def history(self, rule: Any, fresh: float | None) -> FadingHistory:
+    def history(self, rule: Any, ema_weight: float | None) -> AdamHistory:
         """As `Idle`."""
-        return FadingHistory(rule, self.scalars[fresh is not None], fresh, self.largest)
+        return AdamHistory(rule, self.scalars[ema_weight is not None], ema_weight, self.largest)
 
 
-class FadingHistory:
-    """As `fastopt.closed_forms.History`. It keeps the sums over the steps for every age; a step adds a term to each.
+class AdamHistory:
+    """As `fastopt.closed_forms.History`: sums over the steps for every age; a step adds a term to each sum.
 
-    sums[n, k] = sum over the last k steps of a r^n, n to 6: from them the moments about the mean, and an estimate of
-    what the expansion leaves out.
+    sums[n, k] = sum over the last k steps of a r^n for n up to 6. The sums give the moments about the mean, and an
+    estimate of the truncation error of the expansion.
     """
 
-    hyper: type = Still
+    hyper: type = ZeroGradientSteps
 
-    def __init__(self, rule: Any, scalar: Any, fresh: float | None, largest: bool):
+    def __init__(self, rule: Any, scalar: Any, ema_weight: float | None, largest: bool):
         self.scalar = scalar
         self._rule = rule
-        self._fresh = 0.0 if fresh is None else fresh
+        self._ema_weight = 0.0 if ema_weight is None else ema_weight
         self._largest = largest
         self._steps = 0
         self._sums = np.zeros((7, MOST + 1))
@@ -138,7 +138,7 @@ class FadingHistory:
             a, r = a / r, 1.0
         self._sums[:, 1 : n + 1] = point.keep * self._sums[:, :n] + a * r**exponents * self._powers[:, 1 : n + 1]
         self._keep[1 : n + 1] = point.keep * self._keep[:n]
-        w = self._fresh
+        w = self._ema_weight
         if w:
             self._averaged[:, 1 : n + 1] = (1.0 - w) * self._averaged[:, :n] + w * self._sums[:, 1 : n + 1]
             self._e_e[1 : n + 1] = (1.0 - w) * self._e_e[:n]
@@ -148,25 +148,25 @@ class FadingHistory:
     def coefficients(self, ages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `History`."""
         sums = self._sums[:, ages]
-        still = sums[0] == 0.0  # no step at all, or none with a learning rate
-        center = np.where(still, 1.0, sums[1] / np.where(still, 1.0, sums[0]))
+        unmoved = sums[0] == 0.0  # no steps, or only steps with learning rate 0
+        center = np.where(unmoved, 1.0, sums[1] / np.where(unmoved, 1.0, sums[0]))
         f = _about(center, sums)
-        e = _about(center, self._averaged[:5, ages]) if self._fresh else np.zeros((5, ages.size))
-        left_out = np.sqrt(np.abs(f[4] * f[6])) / center**5
+        e = _about(center, self._averaged[:5, ages]) if self._ema_weight else np.zeros((5, ages.size))
+        truncated = np.sqrt(np.abs(f[4] * f[6])) / center**5
         k = ages.astype(np.float64)
-        columns = [self._keep[ages], self._b1**k, self._b2**k, center, np.where(still, 1.0, self._eps)]
+        columns = [self._keep[ages], self._b1**k, self._b2**k, center, np.where(unmoved, 1.0, self._eps)]
         columns += [f[0], f[2], f[3], f[4], self._e_e[ages], self._e_p[ages], *e]
-        return np.stack(columns, 1), left_out <= 1e-8 * f[0]
+        return np.stack(columns, 1), truncated <= 1e-8 * f[0]
 
 
 def _about(center: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """The moments about `center` of the measures whose moments about 0 are the columns of `sums`."""
+    """Return the moments about `center` of the measures whose moments about 0 are the columns of `sums`."""
     moments = sums.copy()
-    for n in range(1, len(sums)):  # shifts by Horner's scheme: the binomial theorem without its powers
+    for n in range(1, len(sums)):  # shift by Horner's scheme: the binomial theorem without powers
         for k in range(len(sums) - 1, n - 1, -1):
             moments[k] -= center * moments[k - 1]
     return moments
 
 
-ADAM = Fading(adam_still, adam_still_averaged, largest=False)
-AMSGRAD = Fading(amsgrad_still, amsgrad_still_averaged, largest=True)
+ADAM = AdamClosedForm(adam_zero_gradient, adam_zero_gradient_averaged, largest=False)
+AMSGRAD = AdamClosedForm(amsgrad_zero_gradient, amsgrad_zero_gradient_averaged, largest=True)

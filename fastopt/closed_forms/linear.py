@@ -1,31 +1,27 @@
-"""Rules that are linear in p and their states where the gradient is 0: many steps are one product of matrices."""
+"""Closed form of rules that are linear in p and their states at zero gradient: many steps are one matrix product."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt.closed_forms import MOST
-
-if TYPE_CHECKING:
-    from fastopt.rule import Rule
-    from fastopt.step.table import Point
+from fastopt.closed_forms import MOST, FormPoint, FormRule
 
 
 def linear1(p, g, h):  # type: ignore[no-untyped-def]
-    """A linear map of p."""
+    """Map p linearly."""
     return h.pp * p
 
 
 def linear2(p, g, a, h):  # type: ignore[no-untyped-def]
-    """A linear map of p and one state."""
+    """Map p and one state linearly."""
     return h.pp * p + h.pa * a, h.ap * p + h.aa * a
 
 
 def linear3(p, g, a, b, h):  # type: ignore[no-untyped-def]
-    """A linear map of p and two states."""
+    """Map p and two states linearly."""
     return (
         h.pp * p + h.pa * a + h.pb * b,
         h.ap * p + h.aa * a + h.ab * b,
@@ -34,7 +30,7 @@ def linear3(p, g, a, b, h):  # type: ignore[no-untyped-def]
 
 
 def linear4(p, g, a, b, c, h):  # type: ignore[no-untyped-def]
-    """A linear map of p and three states."""
+    """Map p and three states linearly."""
     return (
         h.pp * p + h.pa * a + h.pb * b + h.pc * c,
         h.ap * p + h.aa * a + h.ab * b + h.ac * c,
@@ -44,7 +40,7 @@ def linear4(p, g, a, b, c, h):  # type: ignore[no-untyped-def]
 
 
 def linear5(p, g, a, b, c, d, h):  # type: ignore[no-untyped-def]
-    """A linear map of p and four states."""
+    """Map p and four states linearly."""
     return (
         h.pp * p + h.pa * a + h.pb * b + h.pc * c + h.pd * d,
         h.ap * p + h.aa * a + h.ab * b + h.ac * c + h.ad * d,
@@ -62,12 +58,12 @@ HYPERS: tuple[Any, ...] = tuple(
 
 
 class Linear:
-    """Of a rule that, where g = 0, maps p and its states linearly: so do many steps, by the product of their matrices.
+    """The closed form of a rule that maps p and its states linearly at g = 0: many steps are one matrix product.
 
-    The matrix of a step is found by giving the rule unit vectors.
+    The matrix of a step is computed by applying the rule to unit vectors.
 
     Args:
-        with_l2: whether the rule is linear for ``g = weight_decay p``, too.
+        with_l2: whether the rule is also linear for ``g = weight_decay p``.
 
     >>> import numpy as np, fastopt
     >>> from typing import NamedTuple
@@ -85,15 +81,15 @@ class Linear:
     def __init__(self, *, with_l2: bool = False):
         self.with_l2 = with_l2
 
-    def refusal(self, rule: Rule, values: Mapping[str, Any], l2: bool) -> str | None:
+    def refusal(self, rule: FormRule, values: Mapping[str, Any], l2: bool) -> str | None:
         """As `Idle`."""
         if l2 and not self.with_l2:
             return "with weight_decay every element has a gradient (use decoupled_weight_decay=True)"
         return None
 
-    def history(self, rule: Rule, fresh: float | None) -> LinearHistory:
+    def history(self, rule: FormRule, ema_weight: float | None) -> LinearHistory:
         """As `Idle`."""
-        return LinearHistory(rule, fresh)
+        return LinearHistory(rule, ema_weight)
 
 
 class LinearHistory:
@@ -102,23 +98,23 @@ class LinearHistory:
     scalar: Callable[..., Any]
     hyper: type
 
-    def __init__(self, rule: Rule, fresh: float | None):
+    def __init__(self, rule: FormRule, ema_weight: float | None):
         self._rule = rule
-        self._fresh = fresh
-        size = 1 + len(rule.states) + (fresh is not None)
+        self._ema_weight = ema_weight
+        size = 1 + len(rule.states) + (ema_weight is not None)
         self.scalar = SCALARS[size - 1]
         self.hyper = HYPERS[size - 1]
         self._products = np.zeros((MOST + 1, size, size))
         self._products[0] = np.eye(size)
         self._steps = 0
 
-    def append(self, t: int, point: Point) -> None:
+    def append(self, t: int, point: FormPoint) -> None:
         """As `History`."""
         products, n = self._products, self._steps + 1
         products[1 : n + 1] = self._matrix(t, point) @ products[:n]
         self._steps = n
 
-    def _matrix(self, t: int, point: Point) -> np.ndarray:
+    def _matrix(self, t: int, point: FormPoint) -> np.ndarray:
         rule, size = self._rule, self._products.shape[1]
         h = rule.prepare(t, *point.arguments)
         decays = point.weight_decay if not rule.decoupled and not rule.owns_weight_decay else 0.0
@@ -129,9 +125,9 @@ class LinearHistory:
             p = point.keep * unit[0]
             new = rule.scalar(p, decays * unit[0], *unit[1:], h)
             matrix[:inner, column] = new
-        if self._fresh is not None:
-            matrix[inner, :inner] = self._fresh * matrix[0, :inner]
-            matrix[inner, inner] = 1.0 - self._fresh
+        if self._ema_weight is not None:
+            matrix[inner, :inner] = self._ema_weight * matrix[0, :inner]
+            matrix[inner, inner] = 1.0 - self._ema_weight
         return matrix
 
     def coefficients(self, ages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,9 +9,8 @@ Adam in the infinity norm. States: m and u, in units of the gradient.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fastopt.optimizer import Optimizer
 from fastopt.rule import rule
 
 
@@ -33,64 +32,6 @@ def prepare(t: int, lr: float, betas: tuple[float, float], eps: float, eps_insid
 @rule(prepare)
 def adamax(p, g, m, u, h):
     m = h.b1 * m + h.one_minus_b1 * g
-    faded, fresh = h.b2 * u, abs(g) + h.eps_in
-    u = faded if faded > fresh else fresh
+    decayed, new = h.b2 * u, abs(g) + h.eps_in
+    u = decayed if decayed > new else new
     return p - h.step_size * m / (u + h.eps_out), m, u
-
-
-class Adamax(
-    Optimizer,
-    rules=(adamax,),
-    conventions={
-        "torch": {},
-        "keras": {"lr": 1e-3, "eps": 1e-7, "eps_inside": False, "decoupled_weight_decay": True},
-        "optax": {},
-    },
-):
-    """Adamax: Adam that divides by the largest recent gradient instead of a root of the mean of squares.
-
-    Formula: ``m = b1 m + (1-b1) g``; ``u = max(b2 u, |g| + eps)``; ``p -= lr/bc1 m/u``
-
-    Args:
-        params: tree of float32 or float64 arrays, or FlatParams.
-        lr: learning rate, >= 0.
-        betas: decay rates (b1, b2) of m and of u, each in [0, 1).
-        eps: >= 0, in units of the gradient.
-        weight_decay: L2, >= 0.
-        eps_inside: False takes eps out of the maximum, as Keras does: ``u = max(b2 u, |g|)``,
-            ``p -= lr/bc1 m/(u + eps)``.
-        **options: see `Optimizer`.
-
-    Raises:
-        ValueError: a number out of range.
-
-    Source: Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 2; eps as in torch.optim.Adamax
-
-    >>> import numpy as np, fastopt
-    >>> opt = fastopt.Adamax({"w": np.zeros(1)}, lr=0.1)
-    >>> _ = opt.step({"w": np.array([-5.0])})
-    >>> opt.params["w"].round(4)
-    array([0.1])
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Any = 2e-3,
-        betas: Any = (0.9, 0.999),
-        eps: Any = 1e-8,
-        weight_decay: Any = 0.0,
-        *,
-        eps_inside: bool = True,
-        **options: Any,
-    ):
-        super().__init__(
-            params,
-            adamax,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            eps_inside=eps_inside,
-            weight_decay=weight_decay,
-            **options,
-        )

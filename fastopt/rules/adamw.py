@@ -3,15 +3,13 @@ r"""AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm
     p = p - lr weight_decay p
     then Adam, with the undecayed gradient
 
-The decay is done by the loop around the rule (``decoupled=True``); the rule is Adam's. States: those of Adam.
+The loop around the rule applies the decay (``decoupled=True``); the rule is Adam's. States: those of Adam.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastopt.rule import rule
-from fastopt.rules.adam import KERAS, Adam, adam, amsgrad, prepare
+from fastopt.rules.adam import adam, amsgrad, prepare
 
 
 @rule(prepare, decoupled=True, idle=adam.idle)
@@ -22,56 +20,3 @@ def adamw(p, g, m, v, h):
 @rule(prepare, decoupled=True, idle=amsgrad.idle)
 def adamw_amsgrad(p, g, m, v, v_max, h):
     return amsgrad(p, g, m, v, v_max, h)
-
-
-class AdamW(
-    Adam,
-    rules=(adamw, adamw_amsgrad),
-    conventions={"torch": {}, "keras": {**KERAS, "weight_decay": 0.004}, "optax": {"weight_decay": 1e-4}},
-):
-    """AdamW: Adam whose weight decay shrinks the parameters directly, instead of passing through the moments.
-
-    Formula: ``p *= 1 - lr weight_decay``, then Adam
-
-    Args:
-        weight_decay: decoupled, >= 0, in units of 1/lr.
-        params, lr, betas, eps, amsgrad, eps_inside, bias_correction, eps_hat, **options: as for `Adam`.
-
-    Raises:
-        ValueError: a number out of range.
-
-    Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2
-
-    >>> import numpy as np, fastopt
-    >>> opt = fastopt.AdamW({"w": np.ones(1)}, lr=0.1, weight_decay=0.5)
-    >>> _ = opt.step({"w": np.zeros(1)})
-    >>> opt.params["w"]
-    array([0.95])
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Any = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: Any = 1e-8,
-        weight_decay: Any = 0.01,
-        amsgrad: bool = False,
-        *,
-        eps_inside: bool = False,
-        bias_correction: bool = True,
-        eps_hat: bool = False,
-        **options: Any,
-    ):
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            eps_inside=eps_inside,
-            bias_correction=bias_correction,
-            eps_hat=eps_hat,
-            **options,
-        )

@@ -6,7 +6,7 @@ r"""AdEMAMix (Pagliardini et al. 2024, https://arxiv.org/abs/2409.03137, algorit
     v  = b2 v + (1 - b2) g^2
     p = p - lr (m1 / bc1 + alpha m2) / (sqrt(v / bc2) + eps)      bc1 = 1 - b1^t, bc2 = 1 - b2^t
 
-In the first T = ``warmup_steps`` steps alpha is t/T of what it is later, and b3 grows from b1 so that the half-life of
+In the first T = ``warmup_steps`` steps alpha is t/T of its final value, and b3 grows from b1 so that the half-life of
 m2 grows linearly: b3_t = exp(ln b1 ln b3 / ((1 - t/T) ln b3 + t/T ln b1)). States: m1 and m2, in units of the gradient;
 v, of its square.
 """
@@ -14,10 +14,10 @@ v, of its square.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fastopt.optimizer import Optimizer
-from fastopt.rule import POSITIVE_OR_ZERO, Interval, rule
+from fastopt.hyper import POSITIVE_OR_ZERO, Interval
+from fastopt.rule import rule
 
 
 class Hyper(NamedTuple):
@@ -37,11 +37,7 @@ def prepare(
 ) -> Hyper:
     b1, b2, b3 = betas
     if t < warmup_steps:
-        done = t / warmup_steps
-        alpha *= done
-        if 0.0 < b1 < b3:
-            log_b1, log_b3 = math.log(b1), math.log(b3)
-            b3 = min(math.exp(log_b1 * log_b3 / ((1.0 - done) * log_b3 + done * log_b1)), b3)
+        alpha, b3 = alpha * (t / warmup_steps), warmed_up(t / warmup_steps, b1, b3)
     root = math.sqrt(1.0 - b2**t)
     return Hyper(b1, 1.0 - b1, b2, 1.0 - b2, b3, 1.0 - b3, lr * root / (1.0 - b1**t), lr * root * alpha, root * eps)
 
@@ -61,54 +57,9 @@ def ademamix(p, g, m1, m2, v, h):
     return p - (h.fast * m1 + h.slow * m2) / (math.sqrt(v) + h.eps), m1, m2, v
 
 
-class AdEMAMix(Optimizer, rules=(ademamix,)):
-    """AdEMAMix: AdamW with a second, much slower momentum, which remembers thousands of gradients.
-
-    Formula: ``m1 = b1 m1 + (1-b1) g``; ``m2 = b3 m2 + (1-b3) g``; ``v = b2 v + (1-b2) g^2``;
-    ``p -= lr (m1/bc1 + alpha m2) / (sqrt(v/bc2) + eps)``
-
-    Args:
-        params: tree of float32 or float64 arrays, or FlatParams.
-        lr: learning rate, >= 0.
-        betas: decay rates (b1, b2, b3) of m1, v and m2, each in [0, 1).
-        alpha: weight of the slow momentum, >= 0; the paper's are 4 to 10.
-        eps: >= 0, in units of the gradient.
-        weight_decay: decoupled, >= 0, in units of 1/lr.
-        warmup_steps: >= 0; over how many steps alpha and b3 rise to what they are. The paper takes the whole run.
-        **options: see `Optimizer`.
-
-    Raises:
-        ValueError: a number out of range.
-
-    Source: Pagliardini et al. 2024, https://arxiv.org/abs/2409.03137, algorithm 1
-
-    >>> import numpy as np, fastopt
-    >>> opt = fastopt.AdEMAMix({"w": np.zeros(1)}, lr=0.1)
-    >>> _ = opt.step({"w": np.array([5.0])})
-    >>> opt.params["w"].round(4)
-    array([-0.1])
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Any = 1e-3,
-        betas: Any = (0.9, 0.999, 0.9999),
-        alpha: Any = 2.0,
-        eps: Any = 1e-8,
-        weight_decay: Any = 0.0,
-        *,
-        warmup_steps: Any = 0,
-        **options: Any,
-    ):
-        super().__init__(
-            params,
-            ademamix,
-            lr=lr,
-            betas=betas,
-            alpha=alpha,
-            eps=eps,
-            weight_decay=weight_decay,
-            warmup_steps=warmup_steps,
-            **options,
-        )
+def warmed_up(done: float, b1: float, b3: float) -> float:
+    """b3_t, where `done` is t/T."""
+    if not 0.0 < b1 < b3:
+        return b3
+    log_b1, log_b3 = math.log(b1), math.log(b3)
+    return min(math.exp(log_b1 * log_b3 / ((1.0 - done) * log_b3 + done * log_b1)), b3)

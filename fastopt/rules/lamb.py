@@ -11,9 +11,8 @@ States: m, in units of the gradient; v, of its square.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fastopt.optimizer import Optimizer
 from fastopt.rule import Layerwise, rule
 
 
@@ -37,10 +36,6 @@ def prepare(
     return Hyper(lr, b1, 1.0 - b1, b2, 1.0 - b2, root / bc1, root * eps, weight_decay)
 
 
-def direction(p, m, v, h):
-    return h.scale * m / (math.sqrt(v) + h.eps) + h.weight_decay * p
-
-
 def trust_ratio(norm_p, norm_u):
     return norm_p / norm_u if norm_p > 0.0 and norm_u > 0.0 else 1.0
 
@@ -56,50 +51,5 @@ def lamb(p, g, m, v, h):
     return direction(p, m, v, h), m, v
 
 
-class LAMB(Optimizer, rules=(lamb,), conventions={"optax": {"weight_decay": 0.0}}):
-    """LAMB: Adam's direction, scaled for each parameter tensor to the size of that tensor. For very large batches.
-
-    Formula: ``u = (m/bc1) / (sqrt(v/bc2) + eps) + weight_decay p``; ``p -= lr norm(p)/norm(u) u``, norms per tensor
-
-    Args:
-        params: tree of float32 or float64 arrays, or FlatParams.
-        lr: learning rate, >= 0; the size of a step relative to the tensor's norm.
-        betas: decay rates (b1, b2) of the two means, each in [0, 1).
-        eps: >= 0, in units of the gradient.
-        weight_decay: >= 0; added to the direction before its norm is taken.
-        bias_correction: False takes bc1 = bc2 = 1.
-        **options: see `Optimizer`.
-
-    Raises:
-        ValueError: a number out of range.
-
-    Source: You et al. 2020, https://arxiv.org/abs/1904.00962v3, algorithm 2
-
-    >>> import numpy as np, fastopt
-    >>> opt = fastopt.LAMB({"w": np.full(4, 3.0)}, lr=0.1, weight_decay=0.0)
-    >>> _ = opt.step({"w": np.full(4, 7.0)})
-    >>> opt.params["w"].round(4)
-    array([2.7, 2.7, 2.7, 2.7])
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Any = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: Any = 1e-6,
-        weight_decay: Any = 0.01,
-        *,
-        bias_correction: bool = True,
-        **options: Any,
-    ):
-        super().__init__(
-            params,
-            self.rules[0],
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            bias_correction=bias_correction,
-            **options,
-        )
+def direction(p, m, v, h):
+    return h.scale * m / (math.sqrt(v) + h.eps) + h.weight_decay * p

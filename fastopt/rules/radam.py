@@ -4,19 +4,18 @@ r"""RAdam (Liu et al. 2020, https://arxiv.org/abs/1908.03265, algorithm 2).
     v = b2 v + (1 - b2) g^2
     rho_max = 2 / (1 - b2) - 1        rho = rho_max - 2 t b2^t / bc2        bc1 = 1 - b1^t, bc2 = 1 - b2^t
     p = p - lr r (m / bc1) sqrt(bc2) / (sqrt(v) + eps)        where rho > 5
-    p = p - lr m / bc1                                        in the steps before
+    p = p - lr m / bc1                                        in the first steps
     r = sqrt((rho - 4) (rho - 2) rho_max / ((rho_max - 4) (rho_max - 2) rho))
 
-As long as v rests on too few gradients the step is that of momentum; the paper's bound is 4, torch's is 5. States:
+While v averages over too few gradients, the step is that of momentum; the bound is 4 in the paper, 5 in torch. States:
 m, in units of the gradient; v, of its square.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fastopt.optimizer import Optimizer
 from fastopt.rule import rule
 
 
@@ -39,7 +38,7 @@ def prepare(t: int, lr: float, betas: tuple[float, float], eps: float) -> Hyper:
         r = math.sqrt((rho - 4.0) * (rho - 2.0) * rho_max / ((rho_max - 4.0) * (rho_max - 2.0) * rho))
         plain, adaptive = 0.0, lr * r * math.sqrt(bc2) / bc1
     else:
-        plain, adaptive, eps = lr / bc1, 0.0, 1.0  # any eps > 0 will do: it is there so that 0 is not divided by 0
+        plain, adaptive, eps = lr / bc1, 0.0, 1.0  # any eps > 0 avoids 0 / 0
     return Hyper(b1, 1.0 - b1, b2, 1.0 - b2, plain, adaptive, eps)
 
 
@@ -48,41 +47,3 @@ def radam(p, g, m, v, h):
     m = h.b1 * m + h.one_minus_b1 * g
     v = h.b2 * v + h.one_minus_b2 * g * g
     return p - (h.plain * m + h.adaptive * m / (math.sqrt(v) + h.eps)), m, v
-
-
-class RAdam(Optimizer, rules=(radam,), conventions={"torch": {}}):
-    """RAdam: Adam that begins with steps of plain momentum, until the second moment rests on enough gradients.
-
-    Formula: ``m``, ``v`` as Adam; ``p -= lr r (m/bc1) sqrt(bc2) / (sqrt(v) + eps)``, or ``p -= lr m/bc1`` while the
-    variance of r is not yet finite
-
-    Args:
-        params: tree of float32 or float64 arrays, or FlatParams.
-        lr: learning rate, >= 0.
-        betas: decay rates (b1, b2) of the two means, each in [0, 1).
-        eps: >= 0, in units of the gradient.
-        weight_decay: L2, >= 0; with ``decoupled_weight_decay=True`` as in AdamW.
-        **options: see `Optimizer`.
-
-    Raises:
-        ValueError: a number out of range.
-
-    Source: Liu et al. 2020, https://arxiv.org/abs/1908.03265, algorithm 2
-
-    >>> import numpy as np, fastopt
-    >>> opt = fastopt.RAdam({"w": np.zeros(1)}, lr=0.1)
-    >>> _ = opt.step({"w": np.array([5.0])})
-    >>> opt.params["w"].round(4)
-    array([-0.5])
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Any = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: Any = 1e-8,
-        weight_decay: Any = 0.0,
-        **options: Any,
-    ):
-        super().__init__(params, radam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)

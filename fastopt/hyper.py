@@ -1,0 +1,171 @@
+"""What a hyperparameter may be: intervals, flags and choices, and the ranges of the field's usual names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+WEIGHT_DECAY = "weight_decay"
+EMA = "ema"
+"""The name of the moving average of the parameters among the arrays of an optimizer."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A finite number in [low, high], or in [low, high) with `open`; with `length`, a tuple of such numbers.
+
+    Args:
+        low, high: the ends, finite or -inf, inf.
+        open: whether `high` itself is out of range.
+        length: the number of numbers, from 1; None for a number that is not in a tuple.
+
+    >>> from fastopt import Interval
+    >>> str(Interval(0.0, 1.0, open=True, length=2))
+    '2 numbers, each in [0, 1)'
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open: bool = False
+    length: int | None = None
+
+    def __str__(self) -> str:
+        if (self.low, self.high) == (-math.inf, math.inf):
+            return f"{self.length} finite numbers" if self.length else "a finite number"
+        low = "(" if self.low == -math.inf else "["
+        high = ")" if self.open or self.high == math.inf else "]"
+        among = f"in {low}{self.low:g}, {self.high:g}{high}"
+        return f"{self.length} numbers, each {among}" if self.length else f"a number {among}"
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return a value that is in the interval; refuse others.
+
+        Args:
+            name: the hyperparameter, for the message.
+            value: a number of Python or NumPy, or a sequence of `length` numbers.
+
+        Returns:
+            `value` as a float, or a tuple of floats.
+
+        Raises:
+            TypeError, ValueError: naming `name`: the value must be a number, finite and in range, or `length` numbers.
+
+        >>> from fastopt import Interval
+        >>> Interval(0.0).check("lr", 1)
+        1.0
+        """
+        if type(value) is float and self.length is None and -math.inf < value < self.high and value >= self.low:
+            return value
+        if self.length is not None:
+            if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str) or len(value) != self.length:
+                raise TypeError(f"{name}: must be {self}, got {value!r}")
+            if type(value) is tuple:
+                for item in value:
+                    if type(item) is not float or not -math.inf < item < self.high or item < self.low:
+                        break
+                else:
+                    return value
+            one = Interval(self.low, self.high, self.open)
+            return tuple(one.check(f"{name}[{k}]", item) for k, item in enumerate(value))
+        if not isinstance(value, Real | np.floating | np.integer) or isinstance(value, bool):
+            raise TypeError(f"{name}: must be {self}, got {value!r}")
+        try:
+            number = float(value)
+        except OverflowError:  # an int beyond the range of floats
+            number = math.inf
+        if not (math.isfinite(number) and self.low <= number <= self.high) or (self.open and number == self.high):
+            raise ValueError(f"{name}: must be {self}, got {value!r}")
+        return number
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or False.
+
+    >>> from fastopt import Flag, rule
+    >>> decorator = rule(lambda t, lr, nesterov=True: None, domains={"nesterov": Flag()})
+    """
+
+    def check(self, name: str, value: Any) -> bool:
+        """Return a flag; refuse other values.
+
+        Args:
+            name: the hyperparameter, for the message.
+            value: a bool of Python or NumPy.
+
+        Returns:
+            `value` as a bool.
+
+        Raises:
+            TypeError: naming `name`: the value must be a bool.
+
+        >>> from fastopt import Flag
+        >>> Flag().check("nesterov", True)
+        True
+        """
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name}: must be True or False, got {value!r}")
+        return bool(value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few names.
+
+    Args:
+        names: the allowed names.
+
+    >>> from fastopt import Choice
+    >>> Choice(("ema", "heavy_ball")).check("form", "ema")
+    'ema'
+    """
+
+    names: tuple[str, ...]
+
+    def check(self, name: str, value: Any) -> str:
+        """Return one of the names; refuse other values.
+
+        Args:
+            name: the hyperparameter, for the message.
+            value: a str.
+
+        Returns:
+            `value`.
+
+        Raises:
+            ValueError: naming `name`: the value must be one of the names.
+
+        >>> from fastopt import Choice
+        >>> Choice(("ema", "heavy_ball")).check("form", "nesterov")
+        Traceback (most recent call last):
+            ...
+        ValueError: form: must be one of 'ema', 'heavy_ball', got 'nesterov'
+        """
+        if not isinstance(value, str) or value not in self.names:
+            raise ValueError(f"{name}: must be one of {', '.join(map(repr, self.names))}, got {value!r}")
+        return value
+
+
+Domain = Interval | Flag | Choice
+
+POSITIVE_OR_ZERO = Interval(0.0)
+DECAY_RATE = Interval(0.0, 1.0, open=True)
+DOMAINS: dict[str, Domain] = {
+    "lr": POSITIVE_OR_ZERO,
+    "weight_decay": POSITIVE_OR_ZERO,
+    "lr_decay": POSITIVE_OR_ZERO,
+    "eps": POSITIVE_OR_ZERO,
+    "betas": Interval(0.0, 1.0, open=True, length=2),
+    "rho": DECAY_RATE,
+    "alpha": DECAY_RATE,
+    "momentum": Interval(0.0, 1.0),
+    "dampening": Interval(0.0, 1.0),
+    "eps_inside": Flag(),
+    "bias_correction": Flag(),
+}
+"""The ranges of the usual names. A rule can narrow them, or add names of its own, with ``domains=``."""
