@@ -22,6 +22,7 @@ from fastopt import reference
 from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
 from fastopt.kernels import get_backend
 from fastopt.kernels.cpu import batchnorm as cpu_batchnorm
+from fastopt.kernels.cpu import batchnorm_tiles as tiles
 from fastopt.kernels.driver import DRIVER
 
 # Every way to cut an array: rows of whole samples and pieces of them, several channels side by side, one channel per
@@ -307,15 +308,15 @@ def test_not_a_number_stays_in_its_channel_and_is_seen(activation):
 def test_tiles_hold_every_element_once_under_its_channel(samples, channels, spatial, across):
     if samples * channels * spatial > 2_000_000:
         samples = max(1, 2_000_000 // (channels * spatial))
-    plan = cpu_batchnorm.plan(samples, channels, spatial, across=across)
+    plan = tiles.plan(samples, channels, spatial, across=across)
     of = np.broadcast_to(np.arange(channels)[None, :, None], (samples, channels, spatial)).reshape(-1)
     seen = np.zeros(of.size, np.int8)
     in_block = len(plan.tiles) // len(plan.counts)
     for number, line in enumerate(plan.tiles):
-        t = cpu_batchnorm.Tile(*line.tolist())
-        assert 0 < t.rows <= cpu_batchnorm.SOME_ROWS[1]
-        assert 0 <= t.rest < t.width < 2 * cpu_batchnorm.TILE
-        if t.spatial >= cpu_batchnorm.LONG:  # these are summed channel by channel, one sample a row
+        t = tiles.Tile(*line.tolist())
+        assert 0 < t.rows <= tiles.MOST_ROWS
+        assert 0 <= t.rest < t.width < 2 * tiles.TILE_SIZE
+        if t.spatial >= tiles.LARGE_MAP:  # these are summed channel by channel, one sample a row
             assert (t.width, t.rest) == (t.channels * t.spatial, 0)
         columns = t.channel + np.arange(t.width) // t.spatial % t.channels
         for row in range(t.rows + 1):
@@ -371,15 +372,15 @@ def test_every_driver_gives_the_same_bits():
 @pytest.mark.parametrize("shape", [(37, 200, 7, 7), (21, 60, 18, 18)])
 def test_group_by_group_and_phase_by_phase_give_the_same_bits(shape, monkeypatch):
     together = digest(shape, 1)
-    monkeypatch.setattr(cpu_batchnorm, "PANEL", 0)
+    monkeypatch.setattr(cpu_batchnorm, "GROUP_SIZE", 0)
     assert digest(shape, 1) == together
 
 
-@pytest.mark.parametrize("panel", [0, cpu_batchnorm.PANEL])
+@pytest.mark.parametrize("group_size", [0, cpu_batchnorm.GROUP_SIZE])
 @pytest.mark.parametrize("shape", [(37, 200, 7, 7), (21, 60, 18, 18)])
-def test_groups_that_wait_for_the_sums_in_float64_are_made_up_for_once(shape, panel, monkeypatch):
+def test_groups_that_wait_for_the_sums_in_float64_are_made_up_for_once(shape, group_size, monkeypatch):
     """In a few channels deviations are taken from an outlier; what is done for the others is not done again."""
-    monkeypatch.setattr(cpu_batchnorm, "PANEL", panel)
+    monkeypatch.setattr(cpu_batchnorm, "GROUP_SIZE", group_size)
     backend = get_backend("cpu")
     monkeypatch.setattr(backend, "_kernels", {})  # nothing in float64 has been called for yet
     a = case(shape, 1, np.float32)

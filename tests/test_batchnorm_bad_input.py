@@ -40,105 +40,130 @@ LONG = np.zeros(2 * 48, np.float32)
 
 FORWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     # what is wrong, arguments in place of the good ones, error, message
-    ("list", {"x": [[1.0]]}, TypeError, r"x: expected a NumPy array, found list; use np\.asarray"),
-    ("integers", {"x": np.ones(SHAPE, int)}, TypeError, r"x: expected float32 or float64 .* found dtype '<i8'"),
-    ("half", {"x": np.ones(SHAPE, np.float16)}, TypeError, r"x: expected float32 or float64 .*'<f2'"),
-    ("big-endian", {"x": np.ones(SHAPE, ">f4")}, TypeError, r"x: .* native byte order, found dtype '>f4'"),
-    ("no channels", {"x": np.ones(3, np.float32)}, ValueError, r"x: expected shape \(N, C\) or .*, found shape \(3,\)"),
-    ("0-d", {"x": np.array(1.0, np.float32), "axis": -1}, ValueError, r"x: expected shape \(N, \.\.\., C\)"),
-    ("empty channels", {"x": np.ones((4, 0), np.float32)}, ValueError, r"x: expected at least one channel"),
+    ("list", {"x": [[1.0]]}, TypeError, r"x: must be a NumPy array, got list; use np\.asarray"),
+    ("integers", {"x": np.ones(SHAPE, int)}, TypeError, r"x: must be float32 or float64 .* got dtype '<i8'"),
+    ("half", {"x": np.ones(SHAPE, np.float16)}, TypeError, r"x: must be float32 or float64 .*'<f2'"),
+    ("big-endian", {"x": np.ones(SHAPE, ">f4")}, TypeError, r"x: .* native byte order, got dtype '>f4'"),
+    ("no channels", {"x": np.ones(3, np.float32)}, ValueError, r"x: must have shape \(N, C\) or .*, got \(3,\)"),
+    ("0-d", {"x": np.array(1.0, np.float32), "axis": -1}, ValueError, r"x: must have shape \(N, \.\.\., C\)"),
+    ("empty channels", {"x": np.ones((4, 0), np.float32)}, ValueError, r"x: must have at least one channel"),
     (
         "Fortran order",
         {"x": np.asfortranarray(np.ones(SHAPE, np.float32))},
         ValueError,
-        r"x: expected a C-contiguous array, found strides .* use np\.ascontiguousarray\(x\).* axis=-1",
+        r"x: must be C-contiguous, got strides .* use np\.ascontiguousarray\(x\).* axis=-1",
     ),
-    ("strided", {"x": np.ones((8, 3, 2, 2), np.float32)[::2]}, ValueError, r"x: expected a C-contiguous array"),
-    ("misaligned", {"x": misaligned(SHAPE)}, ValueError, r"x: expected an aligned array"),
-    ("axis 2", {"axis": 2}, ValueError, r"axis=2: expected 1 for \(N, C, \.\.\.\) or -1"),
-    ("axis True", {"axis": True}, ValueError, r"axis=True: expected 1"),
+    ("strided", {"x": np.ones((8, 3, 2, 2), np.float32)[::2]}, ValueError, r"x: must be C-contiguous"),
+    ("misaligned", {"x": misaligned(SHAPE)}, ValueError, r"x: must be aligned, got an address"),
+    ("axis 2", {"axis": 2}, ValueError, r"axis: must be 1 for \(N, C, \.\.\.\) or -1 for \(N, \.\.\., C\), got 2"),
+    ("axis True", {"axis": True}, ValueError, r"axis: must be 1 .*, got True"),
     (
         "one value",
         {"x": np.ones((1, 3), np.float32)},
         ValueError,
-        r"x: shape \(1, 3\) holds 1 value per channel; in training at least 2",
+        r"x: must have at least 2 values per channel in training, got 1 \(shape \(1, 3\)\)",
     ),
-    ("no value", {"x": np.ones((0, 3), np.float32)}, ValueError, r"x: shape \(0, 3\) holds 0 values per channel"),
-    ("eps zero", {"eps": 0.0}, ValueError, r"eps=0\.0: expected a finite number > 0"),
-    ("eps negative", {"eps": -1e-5}, ValueError, r"eps=-1e-05: expected a finite number > 0"),
-    ("eps NaN", {"eps": float("nan")}, ValueError, r"eps=nan: expected a finite number > 0"),
-    ("eps text", {"eps": "1e-5"}, TypeError, r"eps='1e-5': expected a number, found str"),
-    ("momentum high", {"momentum": 1.1}, ValueError, r"momentum=1\.1: expected a number in \[0, 1\]"),
-    ("momentum NaN", {"momentum": float("nan")}, ValueError, r"momentum=nan: expected a number in \[0, 1\]"),
-    ("momentum None", {"momentum": None}, ValueError, r"momentum=None: .* BatchNorm\(momentum=None\) counts"),
-    ("momentum text", {"momentum": "0.1"}, TypeError, r"momentum='0\.1': expected a number, found str"),
-    ("activation", {"activation": "tanh"}, ValueError, r"activation='tanh': expected None or 'relu'"),
-    ("short gamma", {"gamma": np.ones(2, np.float32)}, ValueError, r"gamma: expected shape \(3,\), .* found \(2,\)"),
-    ("2-D beta", {"beta": np.ones((1, 3), np.float32)}, ValueError, r"beta: expected shape \(3,\), .* found \(1, 3\)"),
-    ("double gamma", {"gamma": np.ones(3)}, TypeError, r"gamma: expected dtype '<f4' as that of x, found '<f8'"),
-    ("list beta", {"beta": [0.0] * 3}, TypeError, r"beta: expected a NumPy array or None, found list"),
-    ("strided gamma", {"gamma": np.ones(6, np.float32)[::2]}, ValueError, r"gamma: expected a C-contiguous array"),
+    (
+        "no value",
+        {"x": np.ones((0, 3), np.float32)},
+        ValueError,
+        r"x: must have at least 2 values .* got 0 \(shape \(0, 3\)\)",
+    ),
+    ("eps zero", {"eps": 0.0}, ValueError, r"eps: must be a finite number > 0, got 0\.0"),
+    ("eps negative", {"eps": -1e-5}, ValueError, r"eps: must be a finite number > 0, got -1e-05"),
+    ("eps NaN", {"eps": float("nan")}, ValueError, r"eps: must be a finite number > 0, got nan"),
+    ("eps text", {"eps": "1e-5"}, TypeError, r"eps: must be a number, got '1e-5'"),
+    ("momentum high", {"momentum": 1.1}, ValueError, r"momentum: must be in \[0, 1\], got 1\.1"),
+    ("momentum NaN", {"momentum": float("nan")}, ValueError, r"momentum: must be in \[0, 1\], got nan"),
+    ("momentum None", {"momentum": None}, ValueError, r"momentum: must be .* got None; .* BatchNorm\(momentum=None\)"),
+    ("momentum text", {"momentum": "0.1"}, TypeError, r"momentum: must be a number, got '0\.1'"),
+    ("activation", {"activation": "tanh"}, ValueError, r"activation: must be None or 'relu', got 'tanh'"),
+    ("short gamma", {"gamma": np.ones(2, np.float32)}, ValueError, r"gamma: must have shape \(3,\), .* got \(2,\)"),
+    ("2-D beta", {"beta": np.ones((1, 3), np.float32)}, ValueError, r"beta: must have shape \(3,\), .* got \(1, 3\)"),
+    ("double gamma", {"gamma": np.ones(3)}, TypeError, r"gamma: must be of dtype '<f4', as x is, got '<f8'"),
+    ("list beta", {"beta": [0.0] * 3}, TypeError, r"beta: must be a NumPy array or None, got list"),
+    ("strided gamma", {"gamma": np.ones(6, np.float32)[::2]}, ValueError, r"gamma: must be C-contiguous"),
     (
         "long running_mean",
         {"running_mean": np.ones(4, np.float32)},
         ValueError,
-        r"running_mean: expected shape \(3,\), one number per channel of x \(4, 3, 2, 2\), found \(4,\)",
+        r"running_mean: must have shape \(3,\), one number per channel of x \(4, 3, 2, 2\), got \(4,\)",
     ),
-    ("double running_var", {"running_var": np.ones(3)}, TypeError, r"running_var: expected dtype '<f4'"),
-    ("read-only var", {"running_var": read_only(np.ones(3, np.float32))}, ValueError, r"running_var: is read-only"),
-    ("one statistic", {"running_var": None}, ValueError, r"running_var: is None but running_mean is not"),
-    ("other statistic", {"running_mean": None}, ValueError, r"running_mean: is None but running_var is not"),
+    ("double running_var", {"running_var": np.ones(3)}, TypeError, r"running_var: must be of dtype '<f4'"),
+    (
+        "read-only var",
+        {"running_var": read_only(np.ones(3, np.float32))},
+        ValueError,
+        r"running_var: must be writeable, got a read-only array",
+    ),
+    (
+        "one statistic",
+        {"running_var": None},
+        ValueError,
+        r"running_var: must be an array, as running_mean is, got None",
+    ),
+    (
+        "other statistic",
+        {"running_mean": None},
+        ValueError,
+        r"running_mean: must be an array, as running_var is, got None",
+    ),
     (
         "shared statistics",
         {"running_mean": LONG[:3], "running_var": LONG[2:5]},
         ValueError,
-        r"running_mean and running_var overlap",
+        r"running_var: must share no memory with running_mean",
     ),
     (
         "inference without statistics",
         {"training": False, "running_mean": None, "running_var": None},
         ValueError,
-        r"running_mean: is None; with training=False",
+        r"running_mean: must be an array with training=False, got None",
     ),
     (
         "negative variance",
         {"training": False, "running_var": np.array([1.0, -1.0, 1.0], np.float32)},
         ValueError,
-        r"running_var: holds a negative number or NaN",
+        r"running_var: must be >= 0, got -1\.0",
     ),
     (
         "short residual",
         {"residual": np.ones((4, 3), np.float32)},
         ValueError,
-        r"residual: expected shape \(4, 3, 2, 2\)",
+        r"residual: must have shape \(4, 3, 2, 2\)",
     ),
-    ("double residual", {"residual": np.ones(SHAPE)}, TypeError, r"residual: expected dtype '<f4', found '<f8'"),
-    ("list out", {"out": []}, TypeError, r"out: expected a NumPy array, found list"),
-    ("short out", {"out": np.ones((4, 3, 2, 1), np.float32)}, ValueError, r"out: expected shape \(4, 3, 2, 2\)"),
-    ("read-only out", {"out": read_only(np.ones(SHAPE, np.float32))}, ValueError, r"out: is read-only"),
+    ("double residual", {"residual": np.ones(SHAPE)}, TypeError, r"residual: must be of dtype '<f4', got '<f8'"),
+    ("list out", {"out": []}, TypeError, r"out: must be a NumPy array, got list"),
+    ("short out", {"out": np.ones((4, 3, 2, 1), np.float32)}, ValueError, r"out: must have shape \(4, 3, 2, 2\)"),
+    (
+        "read-only out",
+        {"out": read_only(np.ones(SHAPE, np.float32))},
+        ValueError,
+        r"out: must be writeable, got a read-only array",
+    ),
     (
         "half of x as out",
         {"x": LONG[:48].reshape(SHAPE), "out": LONG[1:49].reshape(SHAPE)},
         ValueError,
-        r"out and x overlap in memory without being the same array",
+        r"out: must be x or share no memory with it",
     ),
     (
         "half of the residual as out",
         {"residual": LONG[:48].reshape(SHAPE), "out": LONG[1:49].reshape(SHAPE)},
         ValueError,
-        r"out and residual overlap in memory",
+        r"out: must be residual or share no memory with it",
     ),
     (
         "beta in out",
         {"beta": LONG[:3], "out": LONG[:48].reshape(SHAPE)},
         ValueError,
-        r"out and beta overlap in memory; pass an array that shares none",
+        r"out: must share no memory with beta, got an array that overlaps it; pass another",
     ),
     (
         "in place in training",
         {"x": LONG[:48].reshape(SHAPE), "out": LONG[:48].reshape(SHAPE)},
         ValueError,
-        r"out: is x, which the backward pass of training needs",
+        r"out: must not be x in training, whose backward pass needs x",
     ),
 ]
 
@@ -172,34 +197,49 @@ def test_the_gradients_of_nothing_are_zero(shape):
 
 DY = np.ones(SHAPE, np.float32)
 BACKWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("list", {"dy": [1.0]}, TypeError, r"dy: expected a NumPy array, found list"),
+    ("list", {"dy": [1.0]}, TypeError, r"dy: must be a NumPy array, got list"),
     (
         "another shape",
         {"dy": np.ones((4, 3), np.float32)},
         ValueError,
-        r"dy: expected shape \(4, 3, 2, 2\), found \(4, 3\)",
+        r"dy: must have shape \(4, 3, 2, 2\), got \(4, 3\)",
     ),
-    ("double", {"dy": np.ones(SHAPE)}, TypeError, r"dy: expected dtype '<f4', found '<f8'"),
-    ("strided", {"dy": np.ones((8, 3, 2, 2), np.float32)[::2]}, ValueError, r"dy: expected a C-contiguous array"),
-    ("short out", {"out": np.ones(3, np.float32)}, ValueError, r"out: expected shape \(4, 3, 2, 2\)"),
-    ("read-only out", {"out": read_only(np.ones(SHAPE, np.float32))}, ValueError, r"out: is read-only"),
+    ("double", {"dy": np.ones(SHAPE)}, TypeError, r"dy: must be of dtype '<f4', got '<f8'"),
+    ("strided", {"dy": np.ones((8, 3, 2, 2), np.float32)[::2]}, ValueError, r"dy: must be C-contiguous"),
+    ("short out", {"out": np.ones(3, np.float32)}, ValueError, r"out: must have shape \(4, 3, 2, 2\)"),
+    (
+        "read-only out",
+        {"out": read_only(np.ones(SHAPE, np.float32))},
+        ValueError,
+        r"out: must be writeable, got a read-only array",
+    ),
     (
         "half of dy as out",
         {"dy": LONG[:48].reshape(SHAPE), "out": LONG[1:49].reshape(SHAPE)},
         ValueError,
-        r"out and dy overlap",
+        r"out: must be dy or share no memory with it",
     ),
-    ("short dgamma", {"dgamma": np.ones(2, np.float32)}, ValueError, r"dgamma: expected shape \(3,\)"),
-    ("double dbeta", {"dbeta": np.ones(3)}, TypeError, r"dbeta: expected dtype '<f4'"),
-    ("read-only dgamma", {"dgamma": read_only(np.ones(3, np.float32))}, ValueError, r"dgamma: is read-only"),
-    ("one array for both", {"dgamma": LONG[:3], "dbeta": LONG[:3]}, ValueError, r"dbeta and dgamma overlap"),
+    ("short dgamma", {"dgamma": np.ones(2, np.float32)}, ValueError, r"dgamma: must have shape \(3,\)"),
+    ("double dbeta", {"dbeta": np.ones(3)}, TypeError, r"dbeta: must be of dtype '<f4'"),
+    (
+        "read-only dgamma",
+        {"dgamma": read_only(np.ones(3, np.float32))},
+        ValueError,
+        r"dgamma: must be writeable, got a read-only array",
+    ),
+    (
+        "one array for both",
+        {"dgamma": LONG[:3], "dbeta": LONG[:3]},
+        ValueError,
+        r"dbeta: must share no memory with dgamma",
+    ),
     (
         "dbeta in dy",
         {"dy": LONG[:48].reshape(SHAPE), "dbeta": LONG[:3]},
         ValueError,
-        r"dbeta and dy overlap in memory",
+        r"dbeta: must share no memory with dy",
     ),
-    ("not saved", {"saved": "y"}, TypeError, r"saved: expected what batchnorm_forward returned, found str"),
+    ("not saved", {"saved": "y"}, TypeError, r"saved: must be what batchnorm_forward returned, got str"),
 ]
 
 
@@ -220,14 +260,16 @@ def test_a_bad_backward_call_is_refused_and_may_be_made_again(change, error, mes
 def test_backward_twice_is_refused():
     _, saved = batchnorm_forward(**good())
     batchnorm_backward(DY, saved)
-    with pytest.raises(RuntimeError, match=r"saved: backward was called with it before; call batchnorm_forward again"):
+    with pytest.raises(RuntimeError, match=r"saved: must be good for one backward pass, got one that was used; call"):
         batchnorm_backward(DY, saved)
 
 
 def test_backward_after_in_place_inference_is_refused():
     arguments = good()
     _, saved = batchnorm_forward(**arguments, training=False, out=arguments["x"])
-    with pytest.raises(ValueError, match=r"saved: the forward pass wrote y over x \(out=x\)"):
+    with pytest.raises(
+        ValueError, match=r"saved: must be of a forward pass that kept x, got one that wrote y over x \(out=x\)"
+    ):
         batchnorm_backward(DY, saved)
 
 
@@ -235,22 +277,22 @@ def test_backward_after_in_place_inference_is_refused():
 def test_a_destination_without_a_gradient_is_refused(name):
     arguments = {**good(), name: None}
     _, saved = batchnorm_forward(**arguments)
-    with pytest.raises(ValueError, match=rf"d{name}: the forward pass had no {name}; leave it out"):
+    with pytest.raises(ValueError, match=rf"d{name}: must be None where the forward pass had no {name}, got an array"):
         batchnorm_backward(DY, saved, **{"d" + name: np.ones(C, np.float32)})
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
 
 LAYER: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
-    ("float features", (3.0,), {}, TypeError, r"num_features=3\.0: expected an int, found float"),
-    ("bool features", (True,), {}, TypeError, r"num_features=True: expected an int, found bool"),
-    ("no features", (0,), {}, ValueError, r"num_features=0: expected at least 1 channel"),
-    ("momentum", (3,), {"momentum": -0.1}, ValueError, r"momentum=-0\.1: expected a number in \[0, 1\]"),
-    ("eps", (3,), {"eps": 0}, ValueError, r"eps=0: expected a finite number > 0"),
-    ("axis", (3,), {"axis": 0}, ValueError, r"axis=0: expected 1"),
-    ("activation", (3,), {"activation": "gelu"}, ValueError, r"activation='gelu': expected None or 'relu'"),
-    ("dtype", (3,), {"dtype": np.float16}, TypeError, r"dtype=.*float16.*: expected float32 or float64"),
-    ("backend", (3,), {"backend": "tpu"}, ValueError, r"backend='tpu': expected one of 'cpu', 'cuda'"),
+    ("float features", (3.0,), {}, TypeError, r"num_features: must be an int, got 3\.0"),
+    ("bool features", (True,), {}, TypeError, r"num_features: must be an int, got True"),
+    ("no features", (0,), {}, ValueError, r"num_features: must be >= 1, got 0"),
+    ("momentum", (3,), {"momentum": -0.1}, ValueError, r"momentum: must be in \[0, 1\], got -0\.1"),
+    ("eps", (3,), {"eps": 0}, ValueError, r"eps: must be a finite number > 0, got 0"),
+    ("axis", (3,), {"axis": 0}, ValueError, r"axis: must be 1 .*, got 0"),
+    ("activation", (3,), {"activation": "gelu"}, ValueError, r"activation: must be None or 'relu', got 'gelu'"),
+    ("dtype", (3,), {"dtype": np.float16}, TypeError, r"dtype: must be float32 or float64, got .*float16"),
+    ("backend", (3,), {"backend": "tpu"}, ValueError, r"backend: must be one of 'cpu', 'cuda', got 'tpu'"),
 ]
 
 
@@ -267,14 +309,14 @@ def test_a_refused_forward_pass_leaves_the_layer_as_it_was():
     bn.forward(good()["x"])
     mean, var = bn.running_mean.copy(), bn.running_var.copy()
     for x, error, message in (
-        (np.ones((1, 3), np.float32), ValueError, r"x: shape \(1, 3\) holds 1 value per channel"),
+        (np.ones((1, 3), np.float32), ValueError, r"x: must have at least 2 values per channel in training, got 1"),
         (
             np.ones((4, 2), np.float32),
             ValueError,
-            r"x: expected 3 channels \(num_features\) on axis 1, found .*\(4, 2\)",
+            r"x: must have 3 channels \(num_features\) on axis 1, got .*\(4, 2\)",
         ),
-        (np.ones((4, 3)), TypeError, r"x: expected dtype '<f4' as that of the layer, found '<f8'"),
-        ([[1.0, 2.0, 3.0]], TypeError, r"x: expected a NumPy array, found list"),
+        (np.ones((4, 3)), TypeError, r"x: must be of dtype '<f4', as the layer is, got '<f8'"),
+        ([[1.0, 2.0, 3.0]], TypeError, r"x: must be a NumPy array, got list"),
     ):
         with pytest.raises(error, match=message):
             bn.forward(x)
@@ -286,11 +328,11 @@ def test_a_refused_forward_pass_leaves_the_layer_as_it_was():
 
 def test_backward_needs_a_forward_pass_each():
     bn = BatchNorm(3)
-    message = r"backward: there was no forward pass since the last backward pass; call forward first"
+    message = r"backward: must follow a forward pass, got none since the last backward pass; call forward first"
     with pytest.raises(RuntimeError, match=message):
         bn.backward(DY)
     bn.forward(good()["x"])
-    with pytest.raises(ValueError, match=r"dy: expected shape"):
+    with pytest.raises(ValueError, match=r"dy: must have shape"):
         bn.backward(DY[0])
     bn.backward(DY)
     with pytest.raises(RuntimeError, match=message):
@@ -303,18 +345,18 @@ def pair(dtype: Any = np.float32, shape: tuple[int, ...] = (3,)) -> dict[str, np
 
 ONE = pair()
 ATTACH: list[tuple[str, Any, Any, type[Exception], str]] = [
-    ("no dict", [1.0], pair(), ValueError, r"params: expected a dict with the keys \['beta', 'gamma'\], found list"),
-    ("a key short", {"gamma": np.ones(3)}, pair(), ValueError, r"params: expected a dict with the keys"),
-    ("double", pair(np.float64), pair(), TypeError, r"params\['gamma'\]: expected dtype '<f4', found '<f8'"),
-    ("short", pair(), pair(shape=(2,)), ValueError, r"grads\['gamma'\]: expected shape \(3,\), found \(2,\)"),
+    ("no dict", [1.0], pair(), ValueError, r"params: must be a dict with the keys \['beta', 'gamma'\], got list"),
+    ("a key short", {"gamma": np.ones(3)}, pair(), ValueError, r"params: must be a dict with the keys"),
+    ("double", pair(np.float64), pair(), TypeError, r"params\['gamma'\]: must be of dtype '<f4', got '<f8'"),
+    ("short", pair(), pair(shape=(2,)), ValueError, r"grads\['gamma'\]: must have shape \(3,\), got \(2,\)"),
     (
         "read-only",
         pair(),
         {**pair(), "beta": read_only(np.ones(3, np.float32))},
         ValueError,
-        r"grads\['beta'\]: is read-only",
+        r"grads\['beta'\]: must be writeable, got a read-only array",
     ),
-    ("the same twice", ONE, ONE, ValueError, r"params\['gamma'\] and grads\['gamma'\] overlap"),
+    ("the same twice", ONE, ONE, ValueError, r"grads\['gamma'\]: must share no memory with params\['gamma'\]"),
 ]
 
 
@@ -334,13 +376,13 @@ def test_a_state_is_attached_whole_or_not_at_all():
     own = bn.state
     grads = {name: np.zeros(3, np.float32) for name in own}
     both = r"\['beta', 'gamma', 'running_mean', 'running_var'\]"
-    with pytest.raises(ValueError, match=rf"grads: expected a dict with the keys {both}, found \['beta', 'gamma'\]"):
+    with pytest.raises(ValueError, match=rf"grads: must be a dict with the keys {both}, got \['beta', 'gamma'\]"):
         bn.attach(own, bn.grads)
-    with pytest.raises(ValueError, match=rf"params: expected .* \['beta', 'gamma'\], found .*; or {both} in both"):
+    with pytest.raises(ValueError, match=rf"params: must be .* \['beta', 'gamma'\], got .*; or pass {both} in both"):
         bn.attach({**pair(), "running_mean": np.zeros(3, np.float32)}, grads)
-    with pytest.raises(TypeError, match=r"params\['running_var'\]: expected dtype '<f4', found '<f8'"):
+    with pytest.raises(TypeError, match=r"params\['running_var'\]: must be of dtype '<f4', got '<f8'"):
         bn.attach({**own, "running_var": np.ones(3)}, grads)
-    with pytest.raises(ValueError, match=r"params\['running_var'\] and grads\['running_var'\] overlap"):
+    with pytest.raises(ValueError, match=r"grads\['running_var'\]: must share no memory with params\['running_var'\]"):
         bn.attach(own, {**grads, "running_var": own["running_var"]})
     assert all(bn.state[name] is own[name] for name in own)
     assert set(BatchNorm(3, track_running_stats=False).state) == {"gamma", "beta"}
@@ -356,29 +398,39 @@ def state(**changed: Any) -> dict[str, Any]:
 
 
 STATES: list[tuple[str, Any, type[Exception], str]] = [
-    ("list", [], TypeError, r"state: expected what state_dict\(\) returned"),
-    ("a key more", state(gamma=1), TypeError, r"state: expected what state_dict\(\) returned"),
-    ("newer", state(format=2), ValueError, r"state: format 2; this version of fastopt reads format 1"),
-    ("count", state(num_batches_tracked=-1), ValueError, r"state: num_batches_tracked is -1, expected an int >= 0"),
-    ("untracked", state(running_var=None), ValueError, r"state: the layer has running_var and the state has not"),
+    ("list", [], TypeError, r"state: must be what state_dict\(\) returned"),
+    ("a key more", state(gamma=1), TypeError, r"state: must be what state_dict\(\) returned"),
+    ("newer", state(format=2), ValueError, r"state\['format'\]: must be 1, got 2; use a newer fastopt"),
+    (
+        "count",
+        state(num_batches_tracked=-1),
+        ValueError,
+        r"state\['num_batches_tracked'\]: must be an int >= 0, got -1",
+    ),
+    (
+        "untracked",
+        state(running_var=None),
+        ValueError,
+        r"state\['running_var'\]: must be an array, as in the layer, got None",
+    ),
     (
         "short",
         state(running_mean=np.ones(2, np.float32)),
         ValueError,
-        r"running_mean: expected shape \(3,\), found \(2,\)",
+        r"state\['running_mean'\]: must have shape \(3,\), got \(2,\)",
     ),
-    ("double", state(running_mean=np.ones(3)), TypeError, r"state: running_mean: expected dtype '<f4'"),
+    ("double", state(running_mean=np.ones(3)), TypeError, r"state\['running_mean'\]: must be of dtype '<f4'"),
     (
         "infinite",
         state(running_mean=np.full(3, np.inf, np.float32)),
         ValueError,
-        r"state: running_mean holds a number that is not finite",
+        r"state\['running_mean'\]: must be finite, got inf",
     ),
     (
         "negative",
         state(running_var=np.full(3, -1, np.float32)),
         ValueError,
-        r"state: running_var holds a negative number",
+        r"state\['running_var'\]: must be >= 0, got -1\.0",
     ),
 ]
 
@@ -395,51 +447,63 @@ def test_a_bad_state_is_refused_and_changes_nothing(bad, error, message):
 
 
 def test_a_state_with_statistics_is_refused_by_a_layer_without():
-    with pytest.raises(ValueError, match=r"state: the state has running_mean and the layer has not"):
+    with pytest.raises(ValueError, match=r"state\['running_mean'\]: must be None, as in the layer, got an array"):
         BatchNorm(3, track_running_stats=False).load_state_dict(state())
 
 
 WEIGHT = np.ones((4, 3))
 FOLD: list[tuple[str, Call, type[Exception], str]] = [
-    ("no layer", lambda o: fold_batchnorm(WEIGHT, None, "bn"), TypeError, r"bn: expected a BatchNorm, found str"),
+    ("no layer", lambda o: fold_batchnorm(WEIGHT, None, "bn"), TypeError, r"bn: must be a BatchNorm, got str"),
     (
         "no statistics",
         lambda o: fold_batchnorm(WEIGHT, None, BatchNorm(3, track_running_stats=False)),
         ValueError,
-        r"bn: has no running statistics",
+        r"bn: must have running statistics",
     ),
     (
         "list",
         lambda o: fold_batchnorm([[1.0]], None, o["bn"]),
         TypeError,
-        r"weight: expected a NumPy array, found list",
+        r"weight: must be a NumPy array, got list",
     ),
     (
         "integers",
         lambda o: fold_batchnorm(np.ones((4, 3), int), None, o["bn"]),
         TypeError,
-        r"weight: expected float32 or float64, found dtype '<i8'",
+        r"weight: must be float32 or float64, got dtype '<i8'",
     ),
-    ("1-D", lambda o: fold_batchnorm(np.ones(3), None, o["bn"]), ValueError, r"weight: expected at least 2 dimensions"),
+    (
+        "1-D",
+        lambda o: fold_batchnorm(np.ones(3), None, o["bn"]),
+        ValueError,
+        r"weight: must have at least 2 dimensions",
+    ),
     (
         "another width",
         lambda o: fold_batchnorm(np.ones((3, 4)), None, o["bn"]),
         ValueError,
-        r"weight: has 4 output channels \(axis -1 of \(3, 4\)\), but bn has 3; name their axis with axis=",
+        r"weight: must have 3 output channels, as bn has, got 4 \(axis -1 of \(3, 4\)\); pass their axis as axis=",
     ),
     (
         "axis",
         lambda o: fold_batchnorm(WEIGHT, None, o["bn"], axis=2),
         ValueError,
-        r"axis=2: expected an axis of weight",
+        r"axis: must be an axis of weight, whose shape is \(4, 3\), got 2",
     ),
     (
         "bias",
         lambda o: fold_batchnorm(WEIGHT, np.ones(4), o["bn"]),
         ValueError,
-        r"bias: expected shape \(3,\), found \(4,\)",
+        r"bias: must have shape \(3,\), got \(4,\)",
     ),
 ]
+
+
+def test_a_negative_running_variance_is_not_folded():
+    bn = BatchNorm(3)
+    bn.running_var[1] = -0.5
+    with pytest.raises(ValueError, match=r"bn\.running_var: must be >= 0, got -0\.5"):
+        fold_batchnorm(WEIGHT, None, bn)
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [pytest.param(*case[1:], id=case[0]) for case in FOLD])

@@ -288,7 +288,9 @@ def with_outliers(outlier: float) -> np.ndarray:
 
 @pytest.mark.parametrize("outlier", [1e3, 1e6, -1e12])
 def test_an_outlier_where_the_sums_start_costs_no_digits(outlier, monkeypatch):
-    monkeypatch.setattr("fastopt.kernels.cuda.batchnorm.TASKS", 1)  # the more values in a slice, the more it would cost
+    monkeypatch.setattr(
+        "fastopt.kernels.cuda.batchnorm.MOST_TASKS", 1
+    )  # the more values in a slice, the more it would cost
     assert variance_error(with_outliers(outlier), fresh()) < 1e-6
 
 
@@ -342,25 +344,27 @@ def test_the_mask_of_the_gradients_is_that_of_y(name):
 
 
 def visits(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """How often every element is visited, and by which channel: what the loops of `spread` and `sums` do."""
-    from fastopt.kernels.cuda.batchnorm import after, place, plan
+    """How often every element is visited, and by which channel: what the loops of the sums and the map do."""
+    from fastopt.kernels.cuda.batchnorm import advance, locate, plan
 
     cut = plan(*shape)
     seen, channels = np.zeros((2, np.prod(shape)), np.int64)
-    assert cut.lanes * cut.groups == len({(t % cut.lanes, t // cut.lanes) for t in range(cut.lanes * cut.groups)})
+    assert cut.tile_channels * cut.threads == len(
+        {(t % cut.tile_channels, t // cut.tile_channels) for t in range(cut.tile_channels * cut.threads)}
+    )
     for task in range(cut.tiles * cut.slices):
         first = task // cut.tiles * cut.length
         last = min(first + cut.length, cut.values)
         assert first < last
-        for thread in range(cut.lanes * cut.groups):
-            channel = task % cut.tiles * cut.lanes + thread % cut.lanes
-            number = first + thread // cut.lanes
-            at, inside = place(cut, number, channel)
+        for thread in range(cut.tile_channels * cut.threads):
+            channel = task % cut.tiles * cut.tile_channels + thread % cut.tile_channels
+            number = first + thread // cut.tile_channels
+            at, inside = locate(cut, number, channel)
             while channel < cut.channels and number < last:
                 seen[at] += 1
                 channels[at] = channel
-                number += cut.groups
-                at, inside = after(cut, at, inside)
+                number += cut.threads
+                at, inside = advance(cut, at, inside)
     return seen, channels
 
 
@@ -375,7 +379,7 @@ def test_every_element_is_visited_once_under_its_channel(samples, channels, spat
     if samples * channels * spatial > 20_000:
         samples = max(1, 20_000 // (channels * spatial))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(("THREADS", "LINE", "TASKS", "LEAST"), constants, strict=True):
+        for name, value in zip(("THREADS", "COALESCED", "MOST_TASKS", "LEAST_VALUES"), constants, strict=True):
             patch.setattr(f"fastopt.kernels.cuda.batchnorm.{name}", value)
         seen, found = visits((samples, channels, spatial))
     assert (seen == 1).all()
@@ -387,10 +391,10 @@ def test_layouts_have_several_slices_and_tiles_that_are_not_full():
     from fastopt.kernels.cuda.batchnorm import plan
 
     cuts = [plan(*view(shape, axis)) for shape, axis in LAYOUTS.values()]
-    assert any(cut.slices > 1 and cut.lanes > 1 for cut in cuts)
-    assert any(cut.slices > 1 and cut.lanes == 1 for cut in cuts)
+    assert any(cut.slices > 1 and cut.tile_channels > 1 for cut in cuts)
+    assert any(cut.slices > 1 and cut.tile_channels == 1 for cut in cuts)
     assert any(cut.slices * cut.length > cut.values and cut.slices > 1 for cut in cuts)
-    assert any(cut.tiles > 1 and cut.channels % cut.lanes for cut in cuts)
+    assert any(cut.tiles > 1 and cut.channels % cut.tile_channels for cut in cuts)
 
 
 @pytest.mark.parametrize("name", ["N,C long", "L of 5"])
@@ -435,12 +439,14 @@ def without_the_distance_of_the_means(n, mean, squares, more, more_mean, more_sq
 def test_faults_are_found(monkeypatch):
     assert variance_error(far_from_zero(), fresh()) < 1e-6
     with monkeypatch.context() as patch:
-        patch.setattr("fastopt.kernels.cuda.batchnorm.TASKS", 1)
-        patch.setattr("fastopt.kernels.cuda.batchnorm.GUARD", np.inf)
+        patch.setattr("fastopt.kernels.cuda.batchnorm.MOST_TASKS", 1)
+        patch.setattr("fastopt.batchnorm.formulas.GUARD", np.inf)
         assert variance_error(with_outliers(1e6), fresh()) > 1e-4
     with monkeypatch.context() as patch:
-        patch.setattr("fastopt.kernels.cuda.batchnorm.LEAST", 1)  # so that there are several slices on a GPU, too
-        patch.setattr("fastopt.kernels.cuda.batchnorm.merged", without_the_distance_of_the_means)
+        patch.setattr(
+            "fastopt.kernels.cuda.batchnorm.LEAST_VALUES", 1
+        )  # so that there are several slices on a GPU, too
+        patch.setattr("fastopt.batchnorm.formulas.merge_moments", without_the_distance_of_the_means)
         assert variance_error(far_from_zero(), fresh()) > 1e-5
 
 
@@ -489,7 +495,7 @@ def test_the_layer_on_the_device_is_the_layer_on_the_cpu(axis):
 
 def test_arrays_of_two_places_are_refused():
     x = get_backend("cuda").adopt(np.ones((4, 3), np.float32))
-    with pytest.raises(TypeError, match="gamma: expected an array of the device, as x is, or None, found ndarray"):
+    with pytest.raises(TypeError, match="gamma: must be an array of the device, as x is, or None, got ndarray"):
         fastopt.batchnorm_forward(x, np.ones(3, np.float32))
-    with pytest.raises(TypeError, match="x: expected an array of the device"):
+    with pytest.raises(TypeError, match="x: must be an array of the device"):
         fastopt.BatchNorm(3, backend="cuda").forward(np.ones((4, 3), np.float32))

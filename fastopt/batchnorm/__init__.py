@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastopt.batchnorm.functional import BatchNormGrads, Saved, batchnorm_backward, batchnorm_forward, fold_batchnorm
+from fastopt.batchnorm.fold import fold_batchnorm
+from fastopt.batchnorm.functional import BatchNormGrads, Saved, batchnorm_backward, batchnorm_forward
 from fastopt.batchnorm.layer import BatchNorm
 
 __all__ = ["BatchNorm", "BatchNormGrads", "Saved", "batchnorm_backward", "batchnorm_forward", "fold_batchnorm"]

@@ -1,21 +1,23 @@
-"""The scalar pieces of BatchNorm: no loops, no arrays, no backend. A backend binds them into its own loops.
+"""The scalar functions of BatchNorm: no loops, no arrays, no backend. A backend binds them into its own loops.
 
-x a value, m values per channel, mean and var = sum (x - mean)^2 / m of the channel:
+x is a value, m the number of values per channel, mean and var = sum (x - mean)^2 / m the statistics of the channel:
 
     inv_std = 1 / sqrt(var + eps)
     xhat    = (x - mean) inv_std
     y       = gamma xhat + beta                         [ + residual ] [ max(., 0) ]
-    dbeta   = sum dy
-    dgamma  = sum dy xhat                               dy: what arrives, where y > 0 if ReLU was fused
-    dx      = gamma inv_std (dy - mean(dy) - xhat mean(dy xhat))
+    dbeta   = sum g
+    dgamma  = sum g xhat                                g = dy, or 0 where y <= 0 if ReLU was fused
+    dx      = gamma inv_std (g - mean(g) - xhat mean(g xhat))
 
 Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167, algorithm 1; dx as in its section 3, terms gathered.
 
-Per element all runs in the dtype of the data; per channel in float64. The mean is rounded to that dtype ("center")
-before it is subtracted, and the rounding goes into the shift: y is as exact as if the mean had not been rounded, and in
-a constant channel, whose mean is its value, y is exactly beta.
+Functions of an element compute in the dtype of the data, functions of a channel in float64. The mean is rounded to the
+dtype of the data ("center") before it is subtracted, and the shift makes up for the rounding. So y is as exact as with
+the unrounded mean, and in a constant channel, whose mean is its value, y is exactly beta.
 
-Upper-case names are constants of the kernel: the flags RELU and RESIDUAL, and ZERO of the dtype.
+Every formula stands here once: the loops of both backends and `fold_batchnorm` call it. A function of an element may
+use the upper-case constants of the kernel: the flags RELU and RESIDUAL, and ZERO of the dtype. A function of a channel
+uses none of these, and is plain Python.
 """
 
 # Scalar functions and loops are typed by numba, for every dtype; `bind` supplies the upper-case constants.
@@ -30,8 +32,12 @@ RELU: Any
 RESIDUAL: Any
 ZERO: Any
 
+GUARD = 16.0
+"""How many times the sum of squared deviations from a value may exceed the sum of squares about the mean before float32
+has lost too many digits."""
 
-class Shift(NamedTuple):
+
+class Center(NamedTuple):
     """What the sums of a channel's statistics need: any value near its values."""
 
     center: Any
@@ -48,7 +54,7 @@ class Affine(NamedTuple):
     """beta, less what the rounding of the mean would add to y."""
 
 
-class Moments(NamedTuple):
+class Normaliser(NamedTuple):
     """What the sums of a channel's gradients need: `Affine`, and inv_std."""
 
     center: Any
@@ -57,22 +63,22 @@ class Moments(NamedTuple):
     inv_std: Any
 
 
-class Slope(NamedTuple):
-    """What a channel's dx needs: `Moments`, and dx = slope dy + lean xhat + offset."""
+class GradientMap(NamedTuple):
+    """What a channel's dx needs: `Normaliser`, and dx = dy_scale g + xhat_scale xhat + offset."""
 
     center: Any
     scale: Any
     shift: Any
     inv_std: Any
-    slope: Any
-    lean: Any
+    dy_scale: Any
+    xhat_scale: Any
     offset: Any
 
 
 # --- per element ------------------------------------------------------------------------------------------------------
 
 
-def deviation(x, _dy, _y, h):
+def deviation_terms(x, h):
     """The two terms whose sums give mean and variance. Squares of differences: E[x^2] - E[x]^2 would cancel."""
     d = x - h.center
     return d, d * d
@@ -83,7 +89,7 @@ def affine(x, h):
     return (x - h.center) * h.scale + h.shift
 
 
-def normalise(x, residual, _, h):
+def normalise(x, residual, h):
     """One value of y."""
     y = affine(x, h)
     if RESIDUAL:
@@ -105,7 +111,7 @@ def masked(x, dy, y, h):
     return dy
 
 
-def slopes(x, dy, y, h):
+def gradient_terms(x, dy, y, h):
     """The two terms whose sums give dbeta and dgamma. xhat first: dy (x - mean) would overflow where x is large."""
     g = masked(x, dy, y, h)
     return g, g * ((x - h.center) * h.inv_std)
@@ -114,10 +120,60 @@ def slopes(x, dy, y, h):
 def gradient(x, dy, y, h):
     """One value of dx, and of the residual's gradient."""
     g = masked(x, dy, y, h)
-    return h.slope * g + h.lean * ((x - h.center) * h.inv_std) + h.offset, g
+    return h.dy_scale * g + h.xhat_scale * ((x - h.center) * h.inv_std) + h.offset, g
 
 
-# --- per channel, in float64 ------------------------------------------------------------------------------------------
+# --- per channel, in float64: statistics ------------------------------------------------------------------------------
+
+
+def squares_about_mean(s, q, count):
+    """The sum of squares about the mean of `count` values whose sum is s and whose sum of squares is q."""
+    return q - s * (s / count)
+
+
+def sums_are_exact(s, q, count, largest):
+    """Whether sums of float32 deviations have lost few digits; `largest`: the largest number of that dtype."""
+    return (q <= GUARD * squares_about_mean(s, q, count)) & (q <= largest)
+
+
+def moments(s, q, count, center):
+    """(mean, sum of squares about it) of values, from the sums of the `deviation_terms` from `center`."""
+    squares = squares_about_mean(s, q, count)
+    return s / count + center, 0.0 if squares < 0.0 else squares
+
+
+def merge_moments(n, mean, squares, more, more_mean, more_squares):
+    """(count, mean, sum of squares about it) of two sets of values together, by Chan's formula."""
+    if more == 0.0:
+        return n, mean, squares
+    total = n + more
+    delta = more_mean - mean
+    return total, mean + delta * (more / total), squares + more_squares + delta * (n * more / total) * delta
+
+
+def squares_about(center, count, mean, squares):
+    """The sum of squares about `center` of values whose moments are `mean` and `squares`."""
+    delta = mean - center
+    return squares + count * delta * delta
+
+
+def variance(squares, count):
+    """The variance that normalises a batch."""
+    return squares / count
+
+
+def unbiased_variance(squares, count):
+    """The variance of a batch that the running statistics record."""
+    return squares / (count - 1.0)
+
+
+def blend(running, batch, momentum, largest):
+    """A running statistic after a batch; at most `largest`, because an infinity would stay for ever."""
+    new = (1.0 - momentum) * running + momentum * batch
+    return largest if new > largest else new
+
+
+# --- per channel, in float64: coefficients ----------------------------------------------------------------------------
 
 
 def inverse_std(var, eps):
@@ -126,18 +182,27 @@ def inverse_std(var, eps):
 
 
 def rounding(mean, center, inv_std):
-    """What was lost in xhat by subtracting `center` for `mean`."""
+    """How much too large xhat is, because `center` and not `mean` is subtracted."""
     return (mean - center) * inv_std
 
 
-def blend(running, batch, weight, largest):
-    """A running statistic after a batch; `largest`, where its dtype cannot hold it: infinity would stay for ever."""
-    new = (1.0 - weight) * running + weight * batch
-    return largest if new > largest else new
+def affine_coefficients(mean, center, inv_std, gamma, beta):
+    """(scale, shift) of y."""
+    return gamma * inv_std, beta - gamma * rounding(mean, center, inv_std)
 
 
-def gradient_coefficients(sum_g, sum_g_xhat, count, gamma, inv_std, lost):
-    """(slope, lean, offset) of dx, whose xhat is too large by `lost`."""
-    slope = gamma * inv_std
-    lean = -slope * (sum_g_xhat / count)
-    return slope, lean, -slope * (sum_g / count) - lean * lost
+def gamma_gradient(sum_g, sum_g_xhat, lost):
+    """Dgamma, from the sums of the `gradient_terms`, whose xhat is too large by `lost`, the `rounding`."""
+    return sum_g_xhat - lost * sum_g
+
+
+def gradient_coefficients(sum_g, dgamma, count, gamma, inv_std, lost, training):
+    """(dy_scale, xhat_scale, offset) of dx, whose xhat is too large by `lost`, the `rounding`.
+
+    Without `training` the statistics are constants, which send no gradient back.
+    """
+    dy_scale = gamma * inv_std
+    if not training:
+        return dy_scale, 0.0, 0.0
+    xhat_scale = -dy_scale * (dgamma / count)
+    return dy_scale, xhat_scale, -dy_scale * (sum_g / count) - xhat_scale * lost

@@ -1,19 +1,16 @@
-"""`batchnorm_forward`, `batchnorm_backward`, `fold_batchnorm`: every check at the door, then the backend's kernels."""
+"""`batchnorm_forward`, `batchnorm_backward`, `fold_batchnorm`: checks, then the backend's kernels."""
 
 from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastopt.batchnorm import formulas
 from fastopt.kernels import get_backend, place_of
 from fastopt.kernels.contract import Backend
-
-if TYPE_CHECKING:
-    from fastopt.batchnorm.layer import BatchNorm
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 AXES = (1, -1)
@@ -25,9 +22,9 @@ class BatchNormGrads(NamedTuple):
 
     Attributes:
         dx: in the shape of x.
-        dgamma, dbeta: of shape (C,); None where there was no gamma, no beta.
-        dresidual: in the shape of x; None where there was no residual; `dy` itself, not a copy, where no ReLU came
-            after the addition.
+        dgamma, dbeta: of shape (C,); None where the forward pass had no gamma or no beta.
+        dresidual: in the shape of x; None where the forward pass had no residual; `dy` itself, not a copy, where no
+            ReLU followed the addition.
     """
 
     dx: np.ndarray
@@ -37,13 +34,13 @@ class BatchNormGrads(NamedTuple):
 
 
 class Saved:
-    """What `batchnorm_backward` needs of a forward pass; good for one backward pass.
+    """What a forward pass keeps for one call of `batchnorm_backward`.
 
     Attributes:
         mean, inv_std: float64, of shape (C,): the statistics the forward pass normalised with.
         shape, dtype: of x.
-        training: whether they were those of the batch.
-        used: whether a backward pass was made.
+        training: whether these were the statistics of the batch.
+        used: whether a backward pass has used it.
     """
 
     __slots__ = (
@@ -81,7 +78,7 @@ class Saved:
         activation: str | None,
         residual: bool,
         training: bool,
-        lost: bool,
+        overwritten: bool,
     ):
         self.shape = x.shape
         self.dtype = x.dtype
@@ -89,7 +86,7 @@ class Saved:
         self.used = False
         self._backend = backend
         self._kernel = kernel
-        self._x: np.ndarray | None = None if lost else x
+        self._x: np.ndarray | None = None if overwritten else x
         self._y: np.ndarray | None = y if residual and activation else None
         self._gamma = None if gamma is None else gamma.copy()  # an optimizer may step before the backward pass
         self._beta = beta is not None
@@ -104,7 +101,7 @@ class Saved:
         state = "used" if self.used else "not used yet"
         return f"<Saved: BatchNorm of {self.dtype} {self.shape}, training={self.training}, {state}>"
 
-    def _spend(self) -> None:
+    def _mark_used(self) -> None:
         self.used = True
         self._x = self._y = None
 
@@ -129,34 +126,34 @@ def batchnorm_forward(
     Formula: ``y = gamma (x - mean) / sqrt(var + eps) + beta``, then ``+ residual``, then ``max(y, 0)`` for
     ``activation="relu"``
 
-    In training mean and var are those of the batch, over all axes but the channels' (var divided by m, the number of
+    In training, mean and var are those of the batch, over all axes but the channels' (var divided by m, the number of
     values per channel), and the running statistics move: ``running = (1 - momentum) running + momentum batch``, with
-    the batch's unbiased variance (divided by m - 1). Otherwise mean and var are the running statistics. One pass
-    over memory for the sums and one for y, where a channel fits in a cache; the same bits for any number of threads.
+    the batch's unbiased variance (divided by m - 1). Otherwise mean and var are the running statistics. Memory
+    is read once for the sums and once for y. The bits are the same for any number of threads.
 
     Args:
         x: float32 or float64, C-contiguous, of shape (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), or (N, ..., C)
-            with ``axis=-1``. It is kept, not copied, for the backward pass: leave it as it is until then.
+            with ``axis=-1``. It is kept, not copied: leave it unchanged until the backward pass.
         gamma, beta: shape (C,), dtype of x; None for 1 and 0. [y]
         running_mean, running_var: shape (C,), dtype of x, written in place in training; both or neither. A variance
-            that the dtype cannot hold is kept as its largest number. [x], [x]^2
+            that the dtype cannot hold is stored as the largest number of the dtype. [x], [x]^2
         training: whether to use, and record, the batch's statistics.
         momentum: weight of the new batch in the running statistics, in [0, 1].
         eps: > 0. [x]^2
         axis: 1 or -1: where the channels are.
         activation: None or ``"relu"``.
         residual: added before the activation; shape and dtype of x.
-        out: array to write y to; shape and dtype of x. It may be `residual`. It may be x where training is False,
-            and there is then no way back through it; in training the backward pass needs x.
+        out: array to write y to; shape and dtype of x. It may be `residual`. With training=False it may be x; there
+            is then no backward pass, which needs x.
 
     Returns:
-        (y, saved): y, and what `batchnorm_backward` takes.
+        (y, saved): y, and the argument of `batchnorm_backward`.
 
     Raises:
-        TypeError, ValueError: naming the argument, before anything is written: another dtype, shape, memory order or
-            range than above, fewer than two values per channel in training, running statistics missing or negative
-            where they are needed, arrays that overlap.
-        RuntimeError: the arrays lie on a device that cannot be used here.
+        TypeError, ValueError: naming the argument, before anything is written: a dtype, shape, memory order or range
+            other than above, fewer than two values per channel in training, running statistics that are needed and are
+            missing or negative, arrays that overlap.
+        RuntimeError: the arrays are on a device that cannot be used here.
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167, algorithm 1.
 
@@ -177,7 +174,7 @@ def batchnorm_forward(
         _check_channelwise(name, array, x, channels, backend)
     if (running_mean is None) != (running_var is None):
         missing, there = ("running_var", "running_mean") if running_var is None else ("running_mean", "running_var")
-        raise ValueError(f"{missing}: is None but {there} is not; pass both, or neither")
+        raise ValueError(f"{missing}: must be an array, as {there} is, got None; pass both, or neither")
     _check_channelwise("running_mean", running_mean, x, channels, backend, written=training)
     _check_channelwise("running_var", running_var, x, channels, backend, written=training)
     check_options(eps=eps, activation=activation)
@@ -186,30 +183,30 @@ def batchnorm_forward(
     if training:
         if count < 2:
             raise ValueError(
-                f"x: shape {x.shape} holds {count} value{'s' * (count != 1)} per channel; in training at least 2 are "
-                f"needed, for a variance; use a larger batch, or training=False"
+                f"x: must have at least 2 values per channel in training, got {count} (shape {x.shape}); use a larger "
+                f"batch, or training=False"
             )
         if running_mean is not None and running_var is not None and backend.overlap(running_mean, running_var):
-            raise ValueError("running_mean and running_var overlap in memory; pass arrays that share none")
+            raise _overlap("running_var", "running_mean")
     elif running_mean is None or running_var is None:
         raise ValueError(
-            "running_mean: is None; with training=False the running statistics normalise x; pass them, or training=True"
+            "running_mean: must be an array with training=False, got None; pass both statistics, or training=True"
         )
-    elif backend.name == "cpu" and not (running_var >= 0.0).all():  # a device would have to be waited for
-        raise ValueError("running_var: holds a negative number or NaN; a variance is >= 0")
+    elif backend.name == "cpu":  # reading it from a device would wait for the device
+        check_variance("running_var", running_var)
     if residual is not None:
-        _check_like("residual", residual, x.shape, x.dtype, backend)
+        check_like("residual", residual, x.shape, x.dtype, backend)
     over = -1
     if out is None:
         out = backend.empty(x.shape, x.dtype)
     else:
-        _check_like("out", out, x.shape, x.dtype, backend, written=True)
+        check_like("out", out, x.shape, x.dtype, backend, written=True)
         if _check_same_or_apart("out", out, "x", x, backend):
             over = 0
         if training and over == 0:
             raise ValueError(
-                "out: is x, which the backward pass of training needs; pass another array (residual may be "
-                "overwritten), or training=False"
+                "out: must not be x in training, whose backward pass needs x, got x; pass another array (it may be the "
+                "residual), or training=False"
             )
         if residual is not None and _check_same_or_apart("out", out, "residual", residual, backend):
             over = 1
@@ -220,7 +217,7 @@ def batchnorm_forward(
             ("running_var", running_var),
         ):
             if array is not None and backend.overlap(out, array):
-                raise ValueError(f"out and {name} overlap in memory; pass an array that shares none with it")
+                raise _overlap("out", name)
 
     kernel = backend.batchnorm(formulas, x.dtype, relu=activation is not None, residual=residual is not None)
     coefficients, stats = kernel.forward(
@@ -247,7 +244,7 @@ def batchnorm_forward(
         activation=activation,
         residual=residual is not None,
         training=training,
-        lost=over == 0,
+        overwritten=over == 0,
     )
     return out, saved
 
@@ -260,28 +257,28 @@ def batchnorm_backward(
     dgamma: np.ndarray | None = None,
     dbeta: np.ndarray | None = None,
 ) -> BatchNormGrads:
-    """The gradients of `batchnorm_forward`.
+    """Return the gradients of `batchnorm_forward`.
 
     Formula: with dy zero where a fused ReLU left y <= 0 and m values per channel, ``dbeta = sum dy``,
     ``dgamma = sum dy xhat``, ``dx = gamma inv_std (dy - dbeta / m - xhat dgamma / m)``, ``dresidual = dy``; where the
     forward pass had training=False, mean and variance are constants and ``dx = gamma inv_std dy``
 
-    No mask is stored: y > 0 is computed again from x, to the same bits, or read from y where there was a residual
-    (leave y as it is until then).
+    No mask is stored: y > 0 is computed again from x, to the same bits. With a residual it is read from y: leave y
+    unchanged until the backward pass.
 
     Args:
         dy: gradient of the loss with respect to y; shape and dtype of x, C-contiguous.
-        saved: what `batchnorm_forward` returned; it is good for one call.
+        saved: what `batchnorm_forward` returned. It serves one call.
         out: array to write dx to; shape and dtype of x. It may be dy or x.
-        dgamma, dbeta: arrays of shape (C,) to write those gradients to (not added to what is there).
+        dgamma, dbeta: arrays of shape (C,) to write these gradients to, which replace their content.
 
     Returns:
         `BatchNormGrads` (dx, dgamma, dbeta, dresidual).
 
     Raises:
-        TypeError, ValueError: naming the argument, before anything is written: another dtype, shape or memory order
-            than x had, arrays that overlap, a destination for a gradient that there is not, x overwritten by the
-            forward pass.
+        TypeError, ValueError: naming the argument, before anything is written: a dtype, shape or memory order other
+            than that of x, arrays that overlap, a destination for a gradient that does not exist, an x that the forward
+            pass has overwritten.
         RuntimeError: `saved` was used before.
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167, section 3.
@@ -294,21 +291,23 @@ def batchnorm_backward(
     (True, True)
     """
     if not isinstance(saved, Saved):
-        raise TypeError(f"saved: expected what batchnorm_forward returned, found {type(saved).__name__}")
+        raise TypeError(f"saved: must be what batchnorm_forward returned, got {type(saved).__name__}")
     if saved.used:
-        raise RuntimeError("saved: backward was called with it before; call batchnorm_forward again")
+        raise RuntimeError(
+            "saved: must be good for one backward pass, got one that was used; call batchnorm_forward again"
+        )
     x = saved._x
     if x is None:
         raise ValueError(
-            "saved: the forward pass wrote y over x (out=x), which the backward pass needs; call batchnorm_forward "
+            "saved: must be of a forward pass that kept x, got one that wrote y over x (out=x); call batchnorm_forward "
             "with another out"
         )
     backend = saved._backend
-    _check_like("dy", dy, saved.shape, saved.dtype, backend)
+    check_like("dy", dy, saved.shape, saved.dtype, backend)
     y = saved._y
     over = -1
     if out is not None:
-        _check_like("out", out, saved.shape, saved.dtype, backend, written=True)
+        check_like("out", out, saved.shape, saved.dtype, backend, written=True)
         for number, (name, array) in enumerate((("x", x), ("dy", dy), ("y", y))):
             if array is not None and _check_same_or_apart("out", out, name, array, backend):
                 over = number
@@ -319,11 +318,11 @@ def batchnorm_backward(
             sums.append(backend.empty((channels,), saved.dtype))
             continue
         if not present:
-            raise ValueError(f"{name}: the forward pass had no {name[1:]}; leave it out")
+            raise ValueError(f"{name}: must be None where the forward pass had no {name[1:]}, got an array")
         _check_channelwise(name, array, x, channels, backend, written=True)
         for other_name, other in (("dy", dy), ("x", x), ("y", y), ("out", out), *zip(("dgamma",), sums, strict=False)):
             if other is not None and backend.overlap(array, other):
-                raise ValueError(f"{name} and {other_name} overlap in memory; pass an array that shares none with it")
+                raise _overlap(name, other_name)
         sums.append(array)
 
     dresidual = None
@@ -346,80 +345,8 @@ def batchnorm_backward(
         over=over,
     )
     has_gamma, has_beta = saved._gamma is not None, saved._beta
-    saved._spend()
+    saved._mark_used()
     return BatchNormGrads(out, sums[0] if has_gamma else None, sums[1] if has_beta else None, dresidual)
-
-
-def fold_batchnorm(
-    weight: np.ndarray, bias: np.ndarray | None, bn: BatchNorm, *, axis: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The weight and bias of one layer that does what a dense or convolution layer and `bn` after it do in inference.
-
-    Formula: ``weight' = weight gamma / sqrt(running_var + eps)`` along the output channels,
-    ``bias' = (bias - running_mean) gamma / sqrt(running_var + eps) + beta``
-
-    An activation of `bn` is not part of the result: apply it after the folded layer.
-
-    Args:
-        weight: float32 or float64, of shape (fan_in, fan_out) of a dense layer, or (C_out, C_in, ...) of a convolution.
-        bias: shape (C_out,), dtype of weight; None for a layer without one.
-        bn: the BatchNorm that follows it, with running statistics.
-        axis: of the output channels in `weight`; None is the last of a 2-D weight and the first of any other.
-
-    Returns:
-        (weight, bias): new arrays of the dtype of `weight`, computed in float64.
-
-    Raises:
-        TypeError, ValueError: naming the argument: a dtype or shape other than above, another number of channels than
-            `bn` has, a `bn` without running statistics.
-        RuntimeError: those lie on a device that cannot be used here.
-
-    Source: Jacob et al. 2017, https://arxiv.org/abs/1712.05877, section 3.2.
-
-    >>> import numpy as np
-    >>> from fastopt.batchnorm import BatchNorm, fold_batchnorm
-    >>> bn = BatchNorm(2, eps=1e-12, dtype=np.float64)
-    >>> bn.running_mean[:] = [1.0, 2.0]; bn.running_var[:] = [4.0, 0.25]
-    >>> weight, bias = fold_batchnorm(np.ones((3, 2)), None, bn)
-    >>> weight[0].round(6), bias.round(6)
-    (array([0.5, 2. ]), array([-0.5, -4. ]))
-    """
-    if not all(hasattr(bn, name) for name in ("params", "running_mean", "running_var", "eps")):
-        raise TypeError(f"bn: expected a BatchNorm, found {type(bn).__name__}")
-    mean, var = bn.running_mean, bn.running_var
-    if mean is None or var is None:
-        raise ValueError("bn: has no running statistics (track_running_stats=False), so there is nothing to fold")
-    if not isinstance(weight, np.ndarray):
-        raise TypeError(f"weight: expected a NumPy array, found {type(weight).__name__}")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"weight: expected float32 or float64, found dtype {weight.dtype.str!r}; use astype")
-    if weight.ndim < 2:
-        raise ValueError(f"weight: expected at least 2 dimensions, found shape {weight.shape}")
-    if axis is None:
-        axis = -1 if weight.ndim == 2 else 0
-    if not isinstance(axis, int) or not -weight.ndim <= axis < weight.ndim:
-        raise ValueError(f"axis={axis!r}: expected an axis of weight, whose shape is {weight.shape}")
-    channels = mean.size
-    if weight.shape[axis] != channels:
-        raise ValueError(
-            f"weight: has {weight.shape[axis]} output channels (axis {axis} of {weight.shape}), but bn has {channels}; "
-            f"name their axis with axis="
-        )
-    if bias is not None:
-        _check_like("bias", bias, (channels,), weight.dtype, get_backend("cpu"))
-    known = {
-        name: get_backend(place_of(array)).host(array)
-        for name, array in (*bn.params.items(), ("mean", mean), ("var", var))
-    }
-    ones, zeros = np.ones(channels), np.zeros(channels)
-    scale = known.get("gamma", ones).astype(np.float64) / np.sqrt(known["var"].astype(np.float64) + bn.eps)
-    shift = (zeros if bias is None else bias) - known["mean"].astype(np.float64)
-    along = [1] * weight.ndim
-    along[axis] = channels
-    return (
-        (weight * scale.reshape(along)).astype(weight.dtype),
-        (shift * scale + known.get("beta", zeros)).astype(weight.dtype),
-    )
 
 
 # --- the checks -------------------------------------------------------------------------------------------------------
@@ -428,52 +355,52 @@ def fold_batchnorm(
 def check_options(*, eps: float, activation: str | None) -> None:
     """Refuse options out of their range."""
     if isinstance(eps, bool) or not isinstance(eps, Real):
-        raise TypeError(f"eps={eps!r}: expected a number, found {type(eps).__name__}")
+        raise TypeError(f"eps: must be a number, got {eps!r}")
     if not (math.isfinite(eps) and eps > 0.0):
-        raise ValueError(f"eps={eps!r}: expected a finite number > 0; without it a constant channel divides by zero")
+        raise ValueError(f"eps: must be a finite number > 0, got {eps!r}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}: expected None or 'relu'")
+        raise ValueError(f"activation: must be None or 'relu', got {activation!r}")
 
 
 def check_momentum(momentum: float) -> None:
-    """Refuse a weight of the new batch that is none."""
+    """Refuse a weight of the new batch that is not in [0, 1]."""
     if momentum is None:
         raise ValueError(
-            "momentum=None: the average over all batches needs their number, which the layer BatchNorm(momentum=None) "
-            "counts; here pass 1 / (batches seen, this one included)"
+            "momentum: must be a number in [0, 1], got None; for the average over all batches pass 1 / (batches seen, "
+            "including this one), or use the layer BatchNorm(momentum=None), which counts them"
         )
     if isinstance(momentum, bool) or not isinstance(momentum, Real):
-        raise TypeError(f"momentum={momentum!r}: expected a number, found {type(momentum).__name__}")
+        raise TypeError(f"momentum: must be a number, got {momentum!r}")
     if not 0.0 <= momentum <= 1.0:
-        raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1], the weight of the new batch")
+        raise ValueError(f"momentum: must be in [0, 1], got {momentum!r}")
 
 
 def check_axis(axis: int) -> None:
-    """Refuse an axis that is neither of the two layouts."""
+    """Refuse an axis other than 1 and -1."""
     if isinstance(axis, bool) or axis not in AXES:
-        raise ValueError(f"axis={axis!r}: expected 1 for (N, C, ...) or -1 for (N, ..., C)")
+        raise ValueError(f"axis: must be 1 for (N, C, ...) or -1 for (N, ..., C), got {axis!r}")
 
 
 def _check_x(x: Any, axis: int) -> tuple[int, int, int]:
     check_axis(axis)
     if not isinstance(x, get_backend(place_of(x)).array_type):
-        raise TypeError(f"x: expected a NumPy array, found {type(x).__name__}; use np.asarray(x)")
+        raise TypeError(f"x: must be a NumPy array, got {type(x).__name__}; use np.asarray(x)")
     if x.dtype not in DTYPES:
         raise TypeError(
-            f"x: expected float32 or float64 in native byte order, found dtype {x.dtype.str!r}; convert it with astype"
+            f"x: must be float32 or float64 in native byte order, got dtype {x.dtype.str!r}; convert it with astype"
         )
     if x.ndim < 2:
         layout = "(N, C) or (N, C, ...)" if axis == 1 else "(N, ..., C)"
-        raise ValueError(f"x: expected shape {layout}, found shape {x.shape}")
+        raise ValueError(f"x: must have shape {layout}, got {x.shape}")
     _check_memory("x", x)
     view = _view(x.shape, axis)
     if view[1] == 0:
-        raise ValueError(f"x: expected at least one channel, found shape {x.shape} with axis={axis}")
+        raise ValueError(f"x: must have at least one channel, got shape {x.shape} with axis={axis}")
     return view
 
 
 def _view(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:
-    """(samples, channels, spatial) as which the array lies in memory."""
+    """Return (samples, channels, spatial), the shape of the array in memory."""
     if axis == -1:
         return math.prod(shape[:-1]), shape[-1], 1
     return shape[0], shape[1], math.prod(shape[2:])
@@ -484,32 +411,39 @@ def _check_memory(name: str, array: np.ndarray, written: bool = False) -> None:
     if not flags.c_contiguous:
         hint = "np.ascontiguousarray(" + name + ")"
         if name == "x":
-            hint += "; data that is channels-last in memory is taken as it is, as (N, ..., C) with axis=-1"
-        raise ValueError(f"{name}: expected a C-contiguous array, found strides {array.strides}; use {hint}")
+            hint += ", or pass data that is channels-last in memory as (N, ..., C) with axis=-1"
+        raise ValueError(f"{name}: must be C-contiguous, got strides {array.strides}; use {hint}")
     if not getattr(flags, "aligned", True):  # CuPy's always are
         raise ValueError(
-            f"{name}: expected an aligned array; its address is no multiple of {array.itemsize} bytes; pass a copy"
+            f"{name}: must be aligned, got an address that is not a multiple of {array.itemsize} bytes; pass a copy"
         )
     if written and not getattr(flags, "writeable", True):
-        raise ValueError(f"{name}: is read-only, and would be written to; pass a writeable array")
+        raise ValueError(f"{name}: must be writeable, got a read-only array")
 
 
-def _check_like(
+def check_like(
     name: str, array: Any, shape: tuple[int, ...], dtype: np.dtype[Any], backend: Backend, written: bool = False
 ) -> None:
+    """Refuse an array that is not of this shape and dtype, contiguous, on this backend; written: or not writeable."""
     _check_place(name, array, backend)
     if array.dtype != dtype:
-        raise TypeError(f"{name}: expected dtype {dtype.str!r}, found {array.dtype.str!r}; convert it with astype")
+        raise TypeError(f"{name}: must be of dtype {dtype.str!r}, got {array.dtype.str!r}; convert it with astype")
     if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, found {array.shape}")
+        raise ValueError(f"{name}: must have shape {shape}, got {array.shape}")
     _check_memory(name, array, written)
 
 
+def check_variance(name: str, array: np.ndarray) -> None:
+    """Refuse negative numbers and NaN."""
+    if not (array >= 0.0).all():
+        raise ValueError(f"{name}: must be >= 0, got {array[~(array >= 0.0)][0]}")
+
+
 def _check_place(name: str, array: Any, backend: Backend, none: str = "") -> None:
-    """Refuse what is no array of this backend."""
+    """Refuse anything but an array of this backend."""
     if not isinstance(array, backend.array_type):
         expected = "a NumPy array" if backend.name == "cpu" else "an array of the device, as x is,"
-        raise TypeError(f"{name}: expected {expected}{none}, found {type(array).__name__}")
+        raise TypeError(f"{name}: must be {expected}{none}, got {type(array).__name__}")
 
 
 def _check_channelwise(
@@ -520,22 +454,27 @@ def _check_channelwise(
     _check_place(name, array, backend, " or None")
     if array.dtype != x.dtype:
         raise TypeError(
-            f"{name}: expected dtype {x.dtype.str!r} as that of x, found {array.dtype.str!r}; convert it with astype"
+            f"{name}: must be of dtype {x.dtype.str!r}, as x is, got {array.dtype.str!r}; convert it with astype"
         )
     if array.shape != (channels,):
         raise ValueError(
-            f"{name}: expected shape ({channels},), one number per channel of x {x.shape}, found {array.shape}"
+            f"{name}: must have shape ({channels},), one number per channel of x {x.shape}, got {array.shape}"
         )
     _check_memory(name, array, written)
 
 
 def _check_same_or_apart(name: str, array: Any, other_name: str, other: Any, backend: Backend) -> bool:
-    """Whether two arrays of one shape are the same memory; ValueError where they share some of it only."""
+    """Return whether two arrays of one shape are the same memory; refuse those that share only some of it."""
     if not backend.overlap(array, other):
         return False
     if backend.address(array) != backend.address(other):
         raise ValueError(
-            f"{name} and {other_name} overlap in memory without being the same array; pass an array that shares none "
-            f"with it"
+            f"{name}: must be {other_name} or share no memory with it, got an array that overlaps it; pass another"
         )
     return True
+
+
+def _overlap(name: str, other_name: str) -> ValueError:
+    return ValueError(
+        f"{name}: must share no memory with {other_name}, got an array that overlaps it; pass another array"
+    )

@@ -11,12 +11,13 @@ import numpy as np
 from fastopt.batchnorm.functional import (
     DTYPES,
     Saved,
-    _check_like,
     batchnorm_backward,
     batchnorm_forward,
     check_axis,
+    check_like,
     check_momentum,
     check_options,
+    check_variance,
 )
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import Backend
@@ -29,27 +30,27 @@ class BatchNorm:
 
     Formula: ``y = gamma (x - mean) / sqrt(var + eps) + beta``; see `batchnorm_forward`
 
-    Its parameters can live in an optimizer's buffer: put ``bn.params`` in the tree, then `attach` the optimizer's
-    leaves. The forward pass reads gamma and beta there, and the backward pass writes their gradients there. With
-    ``bn.state`` in the tree the running statistics live there as well, see `state`.
+    Its parameters can live in an optimizer's buffer: put ``bn.params`` in the optimizer's tree, then `attach` the
+    leaves of that tree. The forward pass reads gamma and beta there, and the backward pass writes their gradients
+    there. With ``bn.state`` in the tree, the running statistics live there as well; see `state`.
 
     Args:
         num_features: number of channels C, >= 1.
         momentum: weight of the new batch in the running statistics, in [0, 1]; None for the average over all batches
             seen.
         eps: added to the variance, > 0.
-        affine: whether there are gamma and beta.
-        track_running_stats: whether there are running statistics. Without them inference uses those of the batch.
+        affine: whether the layer has gamma and beta.
+        track_running_stats: whether the layer has running statistics. Without them, inference uses those of the batch.
         axis: 1 for (N, C) and (N, C, ...), -1 for (N, ..., C).
         activation: None or ``"relu"``.
         dtype: float32 or float64, of x, parameters and running statistics.
-        backend: ``"auto"`` (the CPU), ``"cpu"`` or ``"cuda"``: where its arrays live, and x must.
+        backend: ``"auto"`` (the CPU), ``"cpu"`` or ``"cuda"``: where the arrays of the layer, and x, are.
 
     Attributes:
-        params, grads: dicts of ``"gamma"`` and ``"beta"``, arrays of shape (C,), at first 1 and 0, and of their
+        params, grads: dicts of ``"gamma"`` and ``"beta"``, arrays of shape (C,) that begin as 1 and 0, and of their
             gradients; empty where affine is False.
-        running_mean, running_var: of shape (C,), at first 0 and 1; None where track_running_stats is False.
-        num_batches_tracked: how many batches they have seen.
+        running_mean, running_var: of shape (C,); they begin as 0 and 1; None where track_running_stats is False.
+        num_batches_tracked: the number of batches in the running statistics.
 
     Raises:
         TypeError, ValueError: naming the argument that is out of range.
@@ -100,16 +101,16 @@ class BatchNorm:
         backend: str = "auto",
     ):
         if isinstance(num_features, bool) or not isinstance(num_features, Integral):
-            raise TypeError(f"num_features={num_features!r}: expected an int, found {type(num_features).__name__}")
+            raise TypeError(f"num_features: must be an int, got {num_features!r}")
         if num_features < 1:
-            raise ValueError(f"num_features={num_features}: expected at least 1 channel")
+            raise ValueError(f"num_features: must be >= 1, got {num_features}")
         if momentum is not None:
             check_momentum(momentum)
         check_options(eps=eps, activation=activation)
         check_axis(axis)
         self.dtype = np.dtype(dtype)
         if self.dtype not in DTYPES:
-            raise TypeError(f"dtype={dtype!r}: expected float32 or float64")
+            raise TypeError(f"dtype: must be float32 or float64, got {dtype!r}")
         self.backend = "cpu" if backend == "auto" else backend
         self._backend = get_backend(self.backend)
         self.num_features = int(num_features)
@@ -142,18 +143,18 @@ class BatchNorm:
 
     @property
     def state(self) -> dict[str, np.ndarray]:
-        """The parameters and, where they are tracked, the running statistics: put it in an optimizer's tree, `attach`.
+        """The parameters and the running statistics, if tracked: put them in an optimizer's tree, then `attach`.
 
         `Optimizer.save` and `Optimizer.load` then keep the running statistics with the parameters. Their gradients
-        stay zero, with which an update leaves them alone, save for three things:
+        stay zero, so that a step leaves them unchanged, with three exceptions:
 
-        - weight decay, which must be kept off them: ``overrides={"*.running_*": {"weight_decay": 0.0}}``;
-        - contexts that hold the parameters elsewhere: what is recorded inside ``with opt.lookahead()`` is undone at its
-          end, and ``with opt.swap_ema()`` shows the average of the running statistics, too;
+        - weight decay, which must be off for them: ``overrides={"*.running_*": {"weight_decay": 0.0}}``;
+        - contexts that exchange the parameters: statistics recorded inside ``with opt.lookahead()`` are undone at its
+          end, and ``with opt.swap_ema()`` shows the average of the running statistics as well;
         - a rule that divides by a gradient (``eps=0``), or keeps the parameters in its states (schedule-free ones).
 
-        Where one of these stands in the way, keep to `params` and `state_dict`. ``num_batches_tracked``, which only
-        ``momentum=None`` uses, is no array: it is restored by hand, for example from the `extra` of a checkpoint.
+        If one of these applies, use `params` and `state_dict`. ``num_batches_tracked``, which only ``momentum=None``
+        uses, is not an array: restore it by hand, for example from the `extra` of a checkpoint.
 
         >>> import numpy as np, fastopt
         >>> from fastopt.batchnorm import BatchNorm
@@ -175,10 +176,10 @@ class BatchNorm:
 
         Args:
             params: dict of arrays of shape (C,), ``opt.params[...]`` of an optimizer whose tree held ``bn.params``, or
-                ``bn.state``: the running statistics are then used and written there, too. Their values count from now
-                on.
-            grads: dict of arrays of shape (C,), ``opt.grads[...]`` of the same. Nothing is written to those of the
-                running statistics.
+                ``bn.state``: the running statistics are then read and written there as well. The values in these arrays
+                replace those of the layer.
+            grads: dict of arrays of shape (C,), ``opt.grads[...]`` of the same tree. The gradients of the running
+                statistics are not written.
 
         Raises:
             TypeError, ValueError: naming the array: other keys, shapes or dtypes than the layer's, read-only arrays;
@@ -199,13 +200,15 @@ class BatchNorm:
         for name, tree in (("params", params), ("grads", grads)):
             if not isinstance(tree, Mapping) or set(tree) != keys:
                 found = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
-                both = f"; or {sorted(own)} in both" if len(own) > len(self.params) else ""
-                raise ValueError(f"{name}: expected a dict with the keys {sorted(keys)}, found {found}{both}")
+                both = f"; or pass {sorted(own)} in both" if len(own) > len(self.params) else ""
+                raise ValueError(f"{name}: must be a dict with the keys {sorted(keys)}, got {found}{both}")
             for key, array in tree.items():
-                _check_like(f"{name}[{key!r}]", array, (self.num_features,), self.dtype, self._backend, written=True)
+                check_like(f"{name}[{key!r}]", array, (self.num_features,), self.dtype, self._backend, written=True)
         for key in params:
             if self._backend.overlap(params[key], grads[key]):
-                raise ValueError(f"params[{key!r}] and grads[{key!r}] overlap in memory; pass opt.params and opt.grads")
+                raise ValueError(
+                    f"grads[{key!r}]: must share no memory with params[{key!r}], got an overlap; pass opt.grads"
+                )
         names = tuple(self.params)
         self.params = {key: params[key] for key in names}
         self.grads = {key: grads[key] for key in names}
@@ -219,7 +222,7 @@ class BatchNorm:
         residual: np.ndarray | None = None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Normalise x: with the batch's statistics in training, which are recorded, else with the running ones.
+        """Normalise x: in training with the statistics of the batch, which are recorded, else with the running ones.
 
         Args:
             x: of shape (N, C), (N, C, ...), or (N, ..., C) with ``axis=-1``, of the layer's dtype, C-contiguous. Kept,
@@ -243,12 +246,12 @@ class BatchNorm:
         """
         array = isinstance(x, self._backend.array_type)
         if not array and self.backend != "cpu":
-            raise TypeError(f"x: expected an array of the device, where the layer is, found {type(x).__name__}")
+            raise TypeError(f"x: must be an array of the device, as the layer is, got {type(x).__name__}")
         if array and x.dtype != self.dtype:
-            raise TypeError(f"x: expected dtype {self.dtype.str!r} as that of the layer, found {x.dtype.str!r}")
+            raise TypeError(f"x: must be of dtype {self.dtype.str!r}, as the layer is, got {x.dtype.str!r}")
         if array and x.ndim >= 2 and x.shape[self.axis] != self.num_features:
             raise ValueError(
-                f"x: expected {self.num_features} channels (num_features) on axis {self.axis}, found shape {x.shape}"
+                f"x: must have {self.num_features} channels (num_features) on axis {self.axis}, got shape {x.shape}"
             )
         weight = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
         use_batch = bool(training) or not self.track_running_stats
@@ -271,7 +274,7 @@ class BatchNorm:
         return y
 
     def backward(self, dy: np.ndarray, out: np.ndarray | None = None) -> Any:
-        """The gradient with respect to x of the last forward pass; those of gamma and beta are written to ``grads``.
+        """Return the gradient with respect to x of the last forward pass; write those of gamma and beta to ``grads``.
 
         Args:
             dy: gradient with respect to y; shape and dtype of x.
@@ -281,7 +284,7 @@ class BatchNorm:
             dx, in the shape of x; where the forward pass had a residual, (dx, dresidual).
 
         Raises:
-            RuntimeError: there was no forward pass since the last backward pass.
+            RuntimeError: no forward pass since the last backward pass.
             TypeError, ValueError: as `batchnorm_backward`, before anything is changed.
 
         >>> import numpy as np
@@ -293,7 +296,9 @@ class BatchNorm:
         array([1.])
         """
         if self._saved is None:
-            raise RuntimeError("backward: there was no forward pass since the last backward pass; call forward first")
+            raise RuntimeError(
+                "backward: must follow a forward pass, got none since the last backward pass; call forward first"
+            )
         residual = self._saved._residual
         grads = batchnorm_backward(
             dy, self._saved, out=out, dgamma=self.grads.get("gamma"), dbeta=self.grads.get("beta")
@@ -304,7 +309,7 @@ class BatchNorm:
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The running statistics, as plain data and copies of arrays; gamma and beta are the optimizer's to keep.
+        """Return the running statistics, as plain data and copies of arrays. The optimizer keeps gamma and beta.
 
         Keys: ``format``, ``running_mean``, ``running_var`` (None where they are not tracked), ``num_batches_tracked``.
 
@@ -321,14 +326,14 @@ class BatchNorm:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the running statistics that `state_dict` gave, into the arrays that are there.
+        """Copy the running statistics of a `state_dict` into the arrays of the layer.
 
         Args:
             state: what `state_dict` returned.
 
         Raises:
-            TypeError, ValueError: that says what differs (keys, a newer format, shapes, dtype, statistics that are
-                tracked on one side only, numbers that are none); the layer is then unchanged.
+            TypeError, ValueError: naming what differs (keys, a newer format, shapes, dtype, statistics that only one
+                side tracks, numbers that are not finite); the layer is then unchanged.
 
         >>> import numpy as np, fastopt
         >>> bn, twin = (fastopt.BatchNorm(1, momentum=0.5, dtype=np.float64) for _ in range(2))
@@ -339,24 +344,31 @@ class BatchNorm:
         """
         keys = {"format", "running_mean", "running_var", "num_batches_tracked"}
         if not isinstance(state, Mapping) or set(state) != keys:
-            raise TypeError("state: expected what state_dict() returned")
+            raise TypeError(
+                "state: must be what state_dict() returned, got "
+                + (
+                    f"a dict with the keys {sorted(map(str, state))}"
+                    if isinstance(state, Mapping)
+                    else type(state).__name__
+                )
+            )
         if state["format"] != STATE_FORMAT:
-            raise ValueError(f"state: format {state['format']!r}; this version of fastopt reads format {STATE_FORMAT}")
+            raise ValueError(f"state['format']: must be {STATE_FORMAT}, got {state['format']!r}; use a newer fastopt")
         count = state["num_batches_tracked"]
         if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
-            raise ValueError(f"state: num_batches_tracked is {count!r}, expected an int >= 0")
+            raise ValueError(f"state['num_batches_tracked']: must be an int >= 0, got {count!r}")
         for name in ("running_mean", "running_var"):
             own, new = getattr(self, name), state[name]
             if (own is None) != (new is None):
-                sides = ("the layer", "the state") if own is not None else ("the state", "the layer")
-                raise ValueError(f"state: {sides[0]} has {name} and {sides[1]} has not (track_running_stats)")
+                wanted, got = ("None", "an array") if own is None else ("an array", "None")
+                raise ValueError(f"state[{name!r}]: must be {wanted}, as in the layer, got {got} (track_running_stats)")
             if own is None:
                 continue
-            _check_like(f"state: {name}", new, own.shape, self.dtype, get_backend("cpu"))
+            check_like(f"state[{name!r}]", new, own.shape, self.dtype, get_backend("cpu"))
             if not np.isfinite(new).all():
-                raise ValueError(f"state: {name} holds a number that is not finite")
-        if self.running_var is not None and (state["running_var"] < 0.0).any():
-            raise ValueError("state: running_var holds a negative number")
+                raise ValueError(f"state[{name!r}]: must be finite, got {new[~np.isfinite(new)][0]}")
+        if self.running_var is not None:
+            check_variance("state['running_var']", state["running_var"])
         if self.running_mean is not None and self.running_var is not None:
             self._backend.copy(self.running_mean, state["running_mean"])
             self._backend.copy(self.running_var, state["running_var"])

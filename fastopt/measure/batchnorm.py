@@ -1,4 +1,4 @@
-"""Who takes part in a pass of BatchNorm: fastopt, the passes over memory it cannot do without, torch, plain NumPy."""
+"""The contestants of a BatchNorm pass: fastopt, the memory traffic that it cannot avoid, torch, plain NumPy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPS = 1e-5
 
 
 class Pass:
-    """The arrays of one case, which all contestants read; each writes into its own."""
+    """The arrays of one case. All contestants read them, and each writes to arrays of its own."""
 
     def __init__(self, shape: tuple[int, ...], axis: int, way: str):
         rng = np.random.default_rng(0)
@@ -28,14 +28,14 @@ class Pass:
         self.mean, self.var = np.zeros(channels, np.float32), np.ones(channels, np.float32)
 
     def statistics(self) -> tuple[Array, Array]:
-        """Running mean and variance of a contestant's own."""
+        """Return a running mean and variance that belong to one contestant."""
         return self.mean.copy(), self.var.copy()
 
 
 def contestants(
     shape: tuple[int, ...], axis: int, way: str, rivals: Iterable[str]
 ) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """Those that take part, and of the others the reason why not. What ``params()`` returns is [y] or [dx].
+    """Return the contestants, and the reason for each rival that is absent. ``params()`` returns [y] or [dx].
 
     >>> both, absent = contestants((16, 3), 1, "forward", ["numpy"])
     >>> for each in both.values():
@@ -44,7 +44,7 @@ def contestants(
     (True, {})
     """
     if way not in WAYS:
-        raise ValueError(f"way is {way!r}, expected one of {', '.join(map(repr, WAYS))}")
+        raise ValueError(f"way: must be one of {', '.join(map(repr, WAYS))}, got {way!r}")
     task = Pass(shape, axis, way)
     found = {"fastopt": _ours(task), "limit": _limit(task)}
     absent: dict[str, str] = {}
@@ -146,4 +146,4 @@ def _numpy(task: Pass) -> Contestant:
 
 
 RIVALS: dict[str, Callable[[Pass], Contestant]] = {"torch": _torch, "numpy": _numpy}
-"""The table for BatchNorm."""
+"""The rivals, by the name of their package."""

@@ -1,17 +1,21 @@
 """BatchNorm on CUDA: how an array is shared out among blocks of threads, the kernels, and the launches.
 
-x is (samples, channels, spatial) in memory; channels-last is spatial = 1. A task of a block of threads is a slice of
-the values of each channel of a tile. The lanes of a tile are its channels, as many as a cache line of values takes; the
-threads of a lane take the values of its channel in turn. So a line is read by threads beside each other in any layout,
-and one walk serves the sums as well as the map. A walk divides once, where it starts; then it adds.
+x is (samples, channels, spatial) in memory; channels-last is spatial = 1. Three words:
 
-Three launches a direction: the sums of every slice, the merge of the slices of every channel, the map. A thread sums
-PIECE values in the dtype of the data, deviations from a value of the channel, and goes on in float64; so do the trees
-over threads and slices. Where that value is so far out that the deviations would cancel, or where they overflow, a
-block sums its slice again in float64 (`GUARD`). How an array is cut depends on its shape alone: the same bits always.
+- tile: channels that follow each other, as many as a cache line of values takes. The threads of a block are shared out
+  among the channels of a tile, and those of one channel take its values in turn. So threads beside each other read
+  addresses beside each other in any layout, and one loop serves the sums as well as the map. The loop divides once,
+  where it starts; then it adds.
+- slice: consecutive values of each channel of a tile.
+- task: what a block of threads works on at a time, one slice of one tile.
+
+A direction has three launches: the sums of every slice, the merge of the slices of every channel, the map. A thread
+sums VALUES_AT_ONCE values in the dtype of the data, deviations from a value of the channel, and goes on in float64; so
+do the trees over threads and slices. Where the sums have lost digits (`sums_are_exact`), a block sums its slice again
+in float64. How an array is cut depends on its shape alone: the same bits always.
 
 The map reads four elements before it writes one. A thread reads an element before it writes there, and no other thread
-touches it, so that it may write over what it reads.
+touches the element, so that the map may write over what it reads.
 """
 
 # Kernels are typed by numba, for every dtype; `bind` supplies the upper-case constants.
@@ -27,43 +31,36 @@ from numba import float64, uint64
 
 from fastopt.kernels.bind import bind
 from fastopt.kernels.contract import Array
-from fastopt.kernels.cuda.backend import (  # type: ignore[attr-defined] # `cuda` comes from the one file that imports it
-    CUDA,
-    SIMULATED,
-    THREADS,
-    cuda,
-    device,
-    unpacking,
-)
+from fastopt.kernels.cuda.launcher import Launcher
+from fastopt.kernels.cuda.memory import unpacking
+from fastopt.kernels.cuda.target import SIMULATED, THREADS, cuda, device
 
-LINE = THREADS // 8
-"""Values that threads beside each other are to read from addresses beside each other: on a device a warp's."""
+COALESCED = THREADS // 8
+"""Values that threads beside each other are to read from addresses beside each other: on a device those of a warp."""
 
-TASKS = 8 if SIMULATED else 1024
-"""Most tasks, as many blocks as a large GPU runs at once; more only where there are more tiles than that."""
+MOST_TASKS = 8 if SIMULATED else 1024
+"""As many blocks as a large GPU runs at the same time; there are more tasks only where there are more tiles."""
 
-LEAST = 2 if SIMULATED else 8
-"""Fewest values of a slice for each thread of a lane."""
+LEAST_VALUES = 2 if SIMULATED else 8
+"""Fewest values of a slice for each thread of a channel."""
 
-PIECE = 8
+VALUES_AT_ONCE = 8
 """Values that a thread sums in the dtype of the data. All are read before the first is added."""
 
-GUARD = 16.0
-"""How many times the sum of squares may exceed its part about the mean before float32 has lost too much."""
-
 # --- the kernels ------------------------------------------------------------------------------------------------------
-# Upper-case names are constants that `bind` supplies. Arrays that a kernel may write to come last: what is the same
-# array as one before has its last word in the simulator, which copies every argument back after a launch, in order.
+# Upper-case names are constants that `bind` supplies. Arrays that a kernel may write to come last: the simulator copies
+# every argument back after a launch, in order, so that an array that is passed twice keeps its last copy.
 
 ACC: Any
 DTYPE: Any
 TERMS: Any
+TERMS_AT: Any
 HYPER: Any
 UNPACK_CUT: Any
 UNPACK_HYPER: Any
-READS_A: Any
+N_COEFFICIENTS: Any
+RESIDUAL: Any
 READS_Y: Any
-BACKWARD: Any
 OUTPUTS: Any
 TRAINING: Any
 GAMMA: Any
@@ -72,18 +69,21 @@ TRACKED: Any
 GUARDED: Any
 LARGEST: Any
 MAP: Any
-MAPPED: Any
+MAP_AT: Any
 TREE: Any
-TOTALS: Any
-WIDE_TOTALS: Any
-INVERSE_STD: Any
-ROUNDING: Any
+THREAD_SUMS: Any
+WIDE_THREAD_SUMS: Any
+AFFINE_COEFFICIENTS: Any
 BLEND: Any
+GAMMA_GRADIENT: Any
 GRADIENT_COEFFICIENTS: Any
-
-
-COEFFICIENTS = 7
-"""In a line of the coefficients, a line for each channel: those of the map to y first, then what dx needs besides."""
+INVERSE_STD: Any
+MERGE_MOMENTS: Any
+MOMENTS: Any
+ROUNDING: Any
+SUMS_ARE_EXACT: Any
+UNBIASED_VARIANCE: Any
+VARIANCE: Any
 
 
 class Cut(NamedTuple):
@@ -93,88 +93,116 @@ class Cut(NamedTuple):
     spatial: int
     values: int
     """Of a channel."""
-    lanes: int
-    """Channels of a tile, a power of two; of the last one perhaps fewer are there."""
-    groups: int
-    """Threads of a lane."""
+    tile_channels: int
+    """Channels of a tile, a power of two; the last tile may have fewer."""
+    threads: int
+    """Threads of a channel of a tile."""
     tiles: int
     slices: int
     """Of each channel."""
     length: int
     """Values of a slice; the last one may be shorter."""
-    jump: int
-    """How far from a thread's value to its next one, `groups` values on, where it need not leave the sample ..."""
-    rest: int
+    stride: int
+    """How far from a thread's value to its next one, `threads` values on, where that need not leave the sample ..."""
+    map_stride: int
     """... how far on that is in the channel's part of a sample ..."""
     wrap: int
     """... and how much farther it is where that part has ended."""
-    beside: int
-    """Channels that a block merges at once."""
+    merged_channels: int
+    """Channels that a block merges at a time."""
 
 
-def place(cut, number, channel):
+class Slice(NamedTuple):
+    """A thread's part of a task."""
+
+    exists: bool
+    """Whether the thread has a channel: the last tile may have fewer."""
+    channel: int
+    """Of the thread; the last channel where it has none."""
+    values: int
+    """Values of a channel in the slice."""
+    number: int
+    """Number of the thread's first value ..."""
+    last: int
+    """... and the number where its values have ended: the first of the slice where it has no channel."""
+    spare: int
+    """Where some value of the channel in the slice lies."""
+    partial: int
+    """Where the sums of the slice are in `partials`."""
+
+
+def slice_of(cut, task, thread):
+    """What a thread does of a task."""
+    own = task % cut.tiles * cut.tile_channels + thread % cut.tile_channels
+    part = task // cut.tiles
+    first = part * cut.length
+    end = min(first + cut.length, cut.values)
+    exists = own < cut.channels
+    channel = min(own, cut.channels - 1)
+    number = first + thread // cut.tile_channels
+    spare, _ = locate(cut, first, channel)
+    partial = 2 * (part * cut.channels + channel)
+    return Slice(exists, channel, end - first, number, end if exists else first, spare, partial)
+
+
+def locate(cut, number, channel):
     """Where a value of a channel lies, and where in the channel's part of its sample."""
     sample = number // cut.spatial
     inside = number - sample * cut.spatial
     return (sample * cut.channels + channel) * cut.spatial + inside, inside
 
 
-def after(cut, at, inside):
-    """The `place` of a thread's next value."""
-    at += cut.jump
-    inside += cut.rest
+def advance(cut, at, inside):
+    """The location of a thread's next value."""
+    at += cut.stride
+    inside += cut.map_stride
     if inside >= cut.spatial:
         inside -= cut.spatial
         at += cut.wrap
     return at, inside
 
 
-def merged(n, mean, squares, more, more_mean, more_squares):
-    """(count, mean, sum of squares about it) of two sets of values together, by Chan's formula."""
-    if more == 0.0:
-        return n, mean, squares
-    total = n + more
-    delta = more_mean - mean
-    return total, mean + delta * (more / total), squares + more_squares + delta * (n * more / total) * delta
+def forward_terms_at(x, _dy, _y, k, h):
+    """The two TERMS of element k of x."""
+    return TERMS(ACC(x[k]), h)
 
 
-def totals(x, a, y, cut, channel, number, last, spare, h):
-    """The sums of the two TERMS over a thread's values of a channel, from `number` on. `spare` is where one lies."""
+def backward_terms_at(x, dy, y, k, h):
+    """The two TERMS of element k of x, dy and y."""
+    value = x[k]
+    return TERMS(value, dy[k], y[k] if READS_Y else value, h)
+
+
+def thread_sums(x, dy, y, cut, part, h):
+    """The sums of the two TERMS over a thread's values of a `Slice`."""
     s = float64(0.0)
     q = float64(0.0)
-    at, inside = place(cut, number, channel)
+    number, last = part.number, part.last
+    at, inside = locate(cut, number, part.channel)
     while number < last:
-        s_piece = ACC(0.0)
-        q_piece = ACC(0.0)
-        for _ in range(PIECE):
-            # Reads are unconditional, so that they can all be under way at once. No index is negative; for an unsigned
-            # one that is not even looked at.
-            k = uint64(at if number < last else spare)
-            xv = ACC(x[k])
-            av = xv
-            yv = xv
-            if READS_A:
-                av = ACC(a[k])
-            if READS_Y:
-                yv = ACC(y[k])
-            s_one, q_one = TERMS(xv, av, yv, h)
+        s_some = ACC(0.0)
+        q_some = ACC(0.0)
+        for _ in range(VALUES_AT_ONCE):
+            # Reads are unconditional, so that all of them can be under way together. No index is negative; with an
+            # unsigned one numba does not check that.
+            s_one, q_one = TERMS_AT(x, dy, y, uint64(at if number < last else part.spare), h)
             if number < last:
-                s_piece += s_one
-                q_piece += q_one
-            number += cut.groups
-            at, inside = after(cut, at, inside)
-        s += float64(s_piece)
-        q += float64(q_piece)
+                s_some += s_one
+                q_some += q_one
+            number += cut.threads
+            at, inside = advance(cut, at, inside)
+        s += float64(s_some)
+        q += float64(q_some)
     return s, q
 
 
-def tree(left, right, s, q, lanes):
-    """Leave the sums of s and q over the threads of each lane in the first elements of `left` and `right`."""
+def tree(left, right, s, q, channels):
+    """Leave the sums of s and q over the threads of each channel in the first elements of `left` and `right`."""
     left[cuda.threadIdx.x] = s
     right[cuda.threadIdx.x] = q
     cuda.syncthreads()
     width = cuda.blockDim.x // 2
-    while width >= lanes:
+    while width >= channels:
         if cuda.threadIdx.x < width:
             left[cuda.threadIdx.x] += left[cuda.threadIdx.x + width]
             right[cuda.threadIdx.x] += right[cuda.threadIdx.x + width]
@@ -182,78 +210,78 @@ def tree(left, right, s, q, lanes):
         width //= 2
 
 
-def gather(x, a, y, cuts, coefficients, partials):
-    """Sum every slice: (mean, sum of squares about it) of its values or, backward, (sum dy, sum dy xhat)."""
-    of_s = cuda.shared.array(THREADS, float64)
-    of_q = cuda.shared.array(THREADS, float64)
+# Until the next TREE a thread reads and writes only its own element of shared memory, so that the loops over tasks need
+# no barrier. Every kernel begins alike: numba declares shared memory in the kernel itself.
+
+
+def forward_sums(x, cuts, partials):
+    """Leave (mean, sum of squares about it) of every slice."""
+    sums = cuda.shared.array(THREADS, float64)
+    squares = cuda.shared.array(THREADS, float64)
     cut = Cut(*UNPACK_CUT(cuts, 0))
     thread = cuda.threadIdx.x
     for task in range(cuda.blockIdx.x, cut.tiles * cut.slices, cuda.gridDim.x):
-        channel = task % cut.tiles * cut.lanes + thread % cut.lanes
-        there = channel < cut.channels
-        own = min(channel, cut.channels - 1)
-        part = task // cut.tiles
-        at = 2 * (part * cut.channels + channel)
-        first = part * cut.length
-        end = min(first + cut.length, cut.values)
-        last = end if there else first
-        number = first + thread // cut.lanes
-        spare, _ = place(cut, first, own)
-        if BACKWARD:
-            h = HYPER(*UNPACK_HYPER(coefficients, COEFFICIENTS * own))
-            s, q = TOTALS(x, a, y, cut, own, number, last, spare, h)
-            TREE(of_s, of_q, s, q, cut.lanes)
-            if thread < cut.lanes and there:
-                partials[at] = of_s[thread]
-                partials[at + 1] = of_q[thread]
-        else:
-            shift = x[spare]
-            s, q = TOTALS(x, a, y, cut, own, number, last, spare, HYPER(shift))
-            TREE(of_s, of_q, s, q, cut.lanes)
-            count = float64(end - first)
-            if GUARDED:
-                lacking = 0
-                if thread < cut.lanes:
-                    about_mean = of_q[thread] - of_s[thread] * (of_s[thread] / count)
-                    if not (of_q[thread] <= GUARD * about_mean and of_q[thread] <= LARGEST):
-                        lacking = 1
-                if cuda.syncthreads_or(lacking):
-                    s, q = WIDE_TOTALS(x, a, y, cut, own, number, last, spare, HYPER(float64(shift)))
-                    TREE(of_s, of_q, s, q, cut.lanes)
-            if thread < cut.lanes and there:
-                mean = of_s[thread] / count
-                about_mean = of_q[thread] - of_s[thread] * mean
-                partials[at] = mean + float64(shift)
-                partials[at + 1] = 0.0 if about_mean < 0.0 else about_mean
-        # Until the next TREE a thread reads and writes only the element that is its own: no barrier is needed.
+        part = slice_of(cut, task, thread)
+        center = x[part.spare]
+        s, q = THREAD_SUMS(x, x, x, cut, part, HYPER(center))
+        TREE(sums, squares, s, q, cut.tile_channels)
+        count = float64(part.values)
+        if GUARDED:
+            inexact = 0
+            if thread < cut.tile_channels and not SUMS_ARE_EXACT(sums[thread], squares[thread], count, LARGEST):
+                inexact = 1
+            if cuda.syncthreads_or(inexact):
+                h = HYPER(float64(center))
+                s, q = WIDE_THREAD_SUMS(x, x, x, cut, part, h)
+                TREE(sums, squares, s, q, cut.tile_channels)
+        if thread < cut.tile_channels and part.exists:
+            mean, about_mean = MOMENTS(sums[thread], squares[thread], count, float64(center))
+            partials[part.partial] = mean
+            partials[part.partial + 1] = about_mean
 
 
-def finish_statistics(cuts, partials, gamma, beta, eps, weight, running_mean, running_var, coefficients, stats):
+def backward_sums(x, dy, y, cuts, coefficients, partials):
+    """Leave (sum g, sum g xhat) of every slice."""
+    sums_g = cuda.shared.array(THREADS, float64)
+    sums_g_xhat = cuda.shared.array(THREADS, float64)
+    cut = Cut(*UNPACK_CUT(cuts, 0))
+    thread = cuda.threadIdx.x
+    for task in range(cuda.blockIdx.x, cut.tiles * cut.slices, cuda.gridDim.x):
+        part = slice_of(cut, task, thread)
+        h = HYPER(*UNPACK_HYPER(coefficients, N_COEFFICIENTS * part.channel))
+        s, q = THREAD_SUMS(x, dy, y, cut, part, h)
+        TREE(sums_g, sums_g_xhat, s, q, cut.tile_channels)
+        if thread < cut.tile_channels and part.exists:
+            partials[part.partial] = sums_g[thread]
+            partials[part.partial + 1] = sums_g_xhat[thread]
+
+
+def merge_statistics(cuts, partials, gamma, beta, eps, momentum, running_mean, running_var, coefficients, stats):
     """Merge the slices of every channel, in a fixed order; leave its statistics and coefficients."""
     counts = cuda.shared.array(THREADS, float64)
     means = cuda.shared.array(THREADS, float64)
     squares = cuda.shared.array(THREADS, float64)
     cut = Cut(*UNPACK_CUT(cuts, 0))
     thread = cuda.threadIdx.x
-    for start in range(cuda.blockIdx.x * cut.beside, cut.channels, cuda.gridDim.x * cut.beside):
-        channel = start + thread % cut.beside
+    for start in range(cuda.blockIdx.x * cut.merged_channels, cut.channels, cuda.gridDim.x * cut.merged_channels):
+        channel = start + thread % cut.merged_channels
         if TRAINING:
             own = min(channel, cut.channels - 1)
             n = float64(0.0)
             mean = float64(0.0)
             m2 = float64(0.0)
-            for part in range(thread // cut.beside, cut.slices, THREADS // cut.beside):
+            for part in range(thread // cut.merged_channels, cut.slices, THREADS // cut.merged_channels):
                 more = float64(min(cut.length, cut.values - part * cut.length))
                 at = 2 * (part * cut.channels + own)
-                n, mean, m2 = merged(n, mean, m2, more, partials[at], partials[at + 1])
+                n, mean, m2 = MERGE_MOMENTS(n, mean, m2, more, partials[at], partials[at + 1])
             counts[thread] = n
             means[thread] = mean
             squares[thread] = m2
             cuda.syncthreads()
             width = THREADS // 2
-            while width >= cut.beside:
+            while width >= cut.merged_channels:
                 if thread < width:
-                    counts[thread], means[thread], squares[thread] = merged(
+                    counts[thread], means[thread], squares[thread] = MERGE_MOMENTS(
                         counts[thread],
                         means[thread],
                         squares[thread],
@@ -263,27 +291,23 @@ def finish_statistics(cuts, partials, gamma, beta, eps, weight, running_mean, ru
                     )
                 cuda.syncthreads()
                 width //= 2
-        if thread < cut.beside and channel < cut.channels:
+        if thread < cut.merged_channels and channel < cut.channels:
             if TRAINING:
                 mean = means[thread]
-                var = squares[thread] / counts[thread]
+                var = VARIANCE(squares[thread], counts[thread])
                 if TRACKED:
-                    unbiased = squares[thread] / (counts[thread] - 1.0)
-                    running_mean[channel] = BLEND(float64(running_mean[channel]), mean, weight, LARGEST)
-                    running_var[channel] = BLEND(float64(running_var[channel]), unbiased, weight, LARGEST)
+                    unbiased = UNBIASED_VARIANCE(squares[thread], counts[thread])
+                    running_mean[channel] = BLEND(float64(running_mean[channel]), mean, momentum, LARGEST)
+                    running_var[channel] = BLEND(float64(running_var[channel]), unbiased, momentum, LARGEST)
             else:
                 mean = float64(running_mean[channel])
                 var = float64(running_var[channel])
             inv_std = float64(INVERSE_STD(var, eps))
             center = DTYPE(mean)
-            scale = inv_std
-            shift = -ROUNDING(mean, float64(center), inv_std)
-            if GAMMA:
-                scale *= float64(gamma[channel])
-                shift *= float64(gamma[channel])
-            if BETA:
-                shift += float64(beta[channel])
-            line = COEFFICIENTS * channel
+            weight = float64(gamma[channel]) if GAMMA else float64(1.0)
+            bias = float64(beta[channel]) if BETA else float64(-0.0)  # adding -0.0 keeps the sign of a zero
+            scale, shift = AFFINE_COEFFICIENTS(mean, float64(center), inv_std, weight, bias)
+            line = N_COEFFICIENTS * channel
             coefficients[line] = center
             coefficients[line + 1] = scale
             coefficients[line + 2] = shift
@@ -292,77 +316,74 @@ def finish_statistics(cuts, partials, gamma, beta, eps, weight, running_mean, ru
             stats[cut.channels + channel] = inv_std
 
 
-def finish_slopes(cuts, partials, gamma, stats, dgamma, dbeta, coefficients):
+def merge_gradients(cuts, partials, gamma, stats, dgamma, dbeta, coefficients):
     """Add up the slices of every channel, in a fixed order; leave dgamma, dbeta and the coefficients of dx."""
-    of_s = cuda.shared.array(THREADS, float64)
-    of_q = cuda.shared.array(THREADS, float64)
+    sums_g = cuda.shared.array(THREADS, float64)
+    sums_g_xhat = cuda.shared.array(THREADS, float64)
     cut = Cut(*UNPACK_CUT(cuts, 0))
     thread = cuda.threadIdx.x
-    for start in range(cuda.blockIdx.x * cut.beside, cut.channels, cuda.gridDim.x * cut.beside):
-        channel = start + thread % cut.beside
+    for start in range(cuda.blockIdx.x * cut.merged_channels, cut.channels, cuda.gridDim.x * cut.merged_channels):
+        channel = start + thread % cut.merged_channels
         own = min(channel, cut.channels - 1)
         s = float64(0.0)
         q = float64(0.0)
-        for part in range(thread // cut.beside, cut.slices, THREADS // cut.beside):
+        for part in range(thread // cut.merged_channels, cut.slices, THREADS // cut.merged_channels):
             at = 2 * (part * cut.channels + own)
             s += partials[at]
             q += partials[at + 1]
-        TREE(of_s, of_q, s, q, cut.beside)
-        if thread < cut.beside and channel < cut.channels:
-            line = COEFFICIENTS * channel
+        TREE(sums_g, sums_g_xhat, s, q, cut.merged_channels)
+        if thread < cut.merged_channels and channel < cut.channels:
+            line = N_COEFFICIENTS * channel
             inv_std = stats[cut.channels + channel]
             lost = ROUNDING(stats[channel], float64(coefficients[line]), inv_std)
-            sum_g = of_s[thread]
-            sum_g_xhat = of_q[thread] - lost * sum_g
-            weight = float64(1.0)
-            if GAMMA:
-                weight = float64(gamma[channel])
-            slope, lean, offset = GRADIENT_COEFFICIENTS(sum_g, sum_g_xhat, float64(cut.values), weight, inv_std, lost)
+            sum_g = sums_g[thread]
+            sum_g_xhat = GAMMA_GRADIENT(sum_g, sums_g_xhat[thread], lost)
+            weight = float64(gamma[channel]) if GAMMA else float64(1.0)
+            dy_scale, xhat_scale, offset = GRADIENT_COEFFICIENTS(
+                sum_g, sum_g_xhat, float64(cut.values), weight, inv_std, lost, TRAINING
+            )
             dgamma[channel] = sum_g_xhat
             dbeta[channel] = sum_g
-            coefficients[line + 4] = slope
-            coefficients[line + 5] = lean if TRAINING else 0.0  # constants have no gradient to send back
-            coefficients[line + 6] = offset if TRAINING else 0.0
+            coefficients[line + 4] = dy_scale
+            coefficients[line + 5] = xhat_scale
+            coefficients[line + 6] = offset
 
 
-def mapped(x, a, y, k, h):
-    """What belongs at k in the two outputs."""
+def y_at(x, residual, _y, k, h):
+    """Element k of y, twice: as for two outputs."""
     k = uint64(k)
-    xv = x[k]
-    av = xv
-    yv = xv
-    if READS_A:
-        av = a[k]
-    if READS_Y:
-        yv = y[k]
-    if BACKWARD:
-        return MAP(xv, av, yv, h)
-    value = MAP(xv, av, yv, h)
-    return value, value
+    value = x[k]
+    y = MAP(value, residual[k] if RESIDUAL else value, h)
+    return y, y
 
 
-def spread(x, a, y, cuts, coefficients, out, other):
-    """Map every element."""
+def gradients_at(x, dy, y, k, h):
+    """Element k of dx, and of the residual's gradient."""
+    k = uint64(k)
+    value = x[k]
+    return MAP(value, dy[k], y[k] if READS_Y else value, h)
+
+
+def map_slices(x, a, y, cuts, coefficients, out, other):
+    """MAP_AT for every element. `a` is the residual, or dy; `out` is y, or dx, and `other` the residual's gradient."""
     cut = Cut(*UNPACK_CUT(cuts, 0))
     for task in range(cuda.blockIdx.x, cut.tiles * cut.slices, cuda.gridDim.x):
-        channel = task % cut.tiles * cut.lanes + cuda.threadIdx.x % cut.lanes
-        if channel < cut.channels:
-            h = HYPER(*UNPACK_HYPER(coefficients, COEFFICIENTS * channel))
-            first = task // cut.tiles * cut.length
-            last = min(first + cut.length, cut.values)
-            number = first + cuda.threadIdx.x // cut.lanes
-            k0, i0 = place(cut, number, channel)
+        part = slice_of(cut, task, cuda.threadIdx.x)
+        if part.exists:
+            h = HYPER(*UNPACK_HYPER(coefficients, N_COEFFICIENTS * part.channel))
+            number, last = part.number, part.last
+            k0, i0 = locate(cut, number, part.channel)
             while number < last:
-                k1, i1 = after(cut, k0, i0)
-                k2, i2 = after(cut, k1, i1)
-                k3, i3 = after(cut, k2, i2)
-                more1 = number + cut.groups < last
-                more2 = number + 2 * cut.groups < last
-                more3 = number + 3 * cut.groups < last
-                v0, w0 = MAPPED(x, a, y, k0, h)
-                v1, w1 = MAPPED(x, a, y, k1 if more1 else k0, h)
-                v2, w2 = MAPPED(x, a, y, k2 if more2 else k0, h)
-                v3, w3 = MAPPED(x, a, y, k3 if more3 else k0, h)
+                k1, i1 = advance(cut, k0, i0)
+                k2, i2 = advance(cut, k1, i1)
+                k3, i3 = advance(cut, k2, i2)
+                more1 = number + cut.threads < last
+                more2 = number + 2 * cut.threads < last
+                more3 = number + 3 * cut.threads < last
+                v0, w0 = MAP_AT(x, a, y, k0, h)
+                v1, w1 = MAP_AT(x, a, y, k1 if more1 else k0, h)
+                v2, w2 = MAP_AT(x, a, y, k2 if more2 else k0, h)
+                v3, w3 = MAP_AT(x, a, y, k3 if more3 else k0, h)
                 out[uint64(k0)] = v0
                 if more1:
                     out[uint64(k1)] = v1
@@ -378,8 +399,8 @@ def spread(x, a, y, cuts, coefficients, out, other):
                         other[uint64(k2)] = w2
                     if more3:
                         other[uint64(k3)] = w3
-                number += 4 * cut.groups
-                k0, i0 = after(cut, k3, i3)
+                number += 4 * cut.threads
+                k0, i0 = advance(cut, k3, i3)
 
 
 # --- how an array is shared out ---------------------------------------------------------------------------------------
@@ -388,25 +409,25 @@ def spread(x, a, y, cuts, coefficients, out, other):
 def plan(samples: int, channels: int, spatial: int) -> Cut:
     """Share out an array of (samples, channels, spatial), none of them 0."""
     values = samples * spatial
-    lanes = _power_of_two(min(channels, -(-LINE // spatial)))
-    groups = THREADS // lanes
-    tiles = -(-channels // lanes)
-    slices = max(1, min(TASKS // tiles, values // (groups * LEAST)))
-    length = -(-values // (slices * groups)) * groups
+    tile_channels = _power_of_two(min(channels, -(-COALESCED // spatial)))
+    threads = THREADS // tile_channels
+    tiles = -(-channels // tile_channels)
+    slices = max(1, min(MOST_TASKS // tiles, values // (threads * LEAST_VALUES)))
+    length = -(-values // (slices * threads)) * threads
     slices = -(-values // length)
     return Cut(
         channels=channels,
         spatial=spatial,
         values=values,
-        lanes=lanes,
-        groups=groups,
+        tile_channels=tile_channels,
+        threads=threads,
         tiles=tiles,
         slices=slices,
         length=length,
-        jump=groups // spatial * channels * spatial + groups % spatial,
-        rest=groups % spatial,
+        stride=threads // spatial * channels * spatial + threads % spatial,
+        map_stride=threads % spatial,
         wrap=(channels - 1) * spatial,
-        beside=THREADS // min(THREADS, _power_of_two(slices)),
+        merged_channels=THREADS // min(THREADS, _power_of_two(slices)),
     )
 
 
@@ -422,7 +443,7 @@ class BatchNormCUDA:
 
     def __init__(
         self,
-        backend: CUDA,
+        backend: Launcher,
         formulas: ModuleType,
         dtype: np.dtype[Any],
         flags: dict[str, bool],
@@ -433,6 +454,7 @@ class BatchNormCUDA:
         self._dtype = dtype
         self._flags = flags
         self._shared = shared
+        self._coefficients = len(formulas.GradientMap._fields)  # of a channel: first those of y, then those of dx
 
     def forward(
         self,
@@ -451,22 +473,22 @@ class BatchNormCUDA:
 
         x, residual, out : 1-D, (samples, channels, spatial) in memory; in training not empty.
         channelwise : (gamma, beta, running_mean, running_var), any of them None.
-        over : of no concern here.
+        weight : of the new batch in the running statistics.
+        over : not used here.
         """
         backend, unused = self._backend, self._unused
         channels = shape[1]
         cut, cuts = self._cut(shape)
-        coefficients = backend.xp.empty(channels * COEFFICIENTS, self._dtype)
+        coefficients = backend.xp.empty(channels * self._coefficients, self._dtype)
         stats = backend.xp.empty(2 * channels, np.float64)
         gamma, beta, mean, var = channelwise
         partials = unused(np.float64)
         if training:
             partials = backend.xp.empty(2 * cut.slices * channels, np.float64)
-            gather = self._gather(backward=False)
-            backend.launch(gather, cut.tiles * cut.slices, x, unused(), unused(), cuts, coefficients, partials)
+            backend.launch(self._forward_sums(), cut.tiles * cut.slices, x, cuts, partials)
         backend.launch(
-            self._finish(training, gamma=gamma is not None, beta=beta is not None, tracked=mean is not None),
-            -(-channels // cut.beside),
+            self._merge_statistics(training, gamma=gamma is not None, beta=beta is not None, tracked=mean is not None),
+            -(-channels // cut.merged_channels),
             cuts,
             partials,
             unused() if gamma is None else gamma,
@@ -479,9 +501,9 @@ class BatchNormCUDA:
             stats,
         )
         if x.size:
-            streams = (x, unused() if residual is None else residual, unused())
-            spread = self._spread(backward=False)
-            backend.launch(spread, cut.tiles * cut.slices, *streams, cuts, coefficients, out, unused())
+            arrays = (x, unused() if residual is None else residual, unused())
+            kernel = self._map(backward=False)
+            backend.launch(kernel, cut.tiles * cut.slices, *arrays, cuts, coefficients, out, unused())
         return coefficients, stats.reshape(2, channels)
 
     def backward(
@@ -501,22 +523,22 @@ class BatchNormCUDA:
 
         channelwise : (gamma or None, dgamma, dbeta).
         saved : what `forward` returned; it is written to.
-        over : of no concern here.
+        over : not used here.
         """
         backend, unused = self._backend, self._unused
         cut, cuts = self._cut(shape)
         coefficients, stats = saved
         gamma, dgamma, dbeta = channelwise
-        dx, other = outputs
-        streams = (x, dy, unused() if y is None else y)
-        # What is empty has gradients all the same: those of one slice whose sums are 0.
+        dx, dresidual = outputs
+        arrays = (x, dy, unused() if y is None else y)
+        # An empty array has gradients as well: those of one slice whose sums are 0.
         partials = (backend.xp.empty if x.size else backend.xp.zeros)(2 * cut.slices * shape[1], np.float64)
         tasks = cut.tiles * cut.slices
         if x.size:
-            backend.launch(self._gather(backward=True), tasks, *streams, cuts, coefficients, partials)
+            backend.launch(self._backward_sums(), tasks, *arrays, cuts, coefficients, partials)
         backend.launch(
-            self._finish_slopes(training, gamma=gamma is not None),
-            -(-shape[1] // cut.beside),
+            self._merge_gradients(training, gamma=gamma is not None),
+            -(-shape[1] // cut.merged_channels),
             cuts,
             partials,
             unused() if gamma is None else gamma,
@@ -526,8 +548,8 @@ class BatchNormCUDA:
             coefficients,
         )
         if x.size:
-            second = unused() if other is None else other
-            backend.launch(self._spread(backward=True), tasks, *streams, cuts, coefficients, dx, second)
+            second = unused() if dresidual is None else dresidual
+            backend.launch(self._map(backward=True), tasks, *arrays, cuts, coefficients, dx, second)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -548,85 +570,108 @@ class BatchNormCUDA:
 
     # --- kernels ------------------------------------------------------------------------------------------------------
 
-    def _gather(self, *, backward: bool) -> Any:
-        flags = self._flags if backward else {}  # the sums of the statistics are the same for all
-        formulas, kind = self._formulas, self._dtype.type
-        constants = {
-            **self._walk(backward=backward),
-            "TERMS": formulas.slopes if backward else formulas.deviation,
-            "HYPER": formulas.Moments if backward else formulas.Shift,
-            "UNPACK_HYPER": unpacking(len(formulas.Moments._fields)),
-            "GUARDED": self._dtype.itemsize < 8,  # where the data is float64 there is nothing wider to go to
-            "LARGEST": float(np.finfo(self._dtype).max),
-        }
-        if not backward:
-            constants |= {"READS_A": False, "READS_Y": False}
+    def _forward_sums(self) -> Any:
+        formulas = self._formulas
+        terms = {"TERMS": formulas.deviation_terms, "TERMS_AT": forward_terms_at}
         return self._kernel(
-            gather,
-            ("backward" if backward else "forward", *flags.items()),
-            constants,
-            {"TOTALS": (totals, {"ACC": kind}), "WIDE_TOTALS": (totals, {"ACC": np.float64})},
+            forward_sums,
+            (),  # the same for all flags
+            lambda: {
+                "HYPER": formulas.Center,
+                "MOMENTS": formulas.moments,
+                "SUMS_ARE_EXACT": formulas.sums_are_exact,
+                "GUARDED": self._dtype.itemsize < 8,  # where the data is float64 there is nothing wider to go to
+                "LARGEST": float(np.finfo(self._dtype).max),
+                "THREAD_SUMS": self._part(thread_sums, {**terms, "ACC": self._dtype.type}),
+                "WIDE_THREAD_SUMS": self._part(thread_sums, {**terms, "ACC": np.float64}),
+            },
         )
 
-    def _finish(self, training: bool, *, gamma: bool, beta: bool, tracked: bool) -> Any:
-        constants = {"TRAINING": training, "GAMMA": gamma, "BETA": beta, "TRACKED": tracked}
-        return self._kernel(finish_statistics, tuple(constants.items()), {**constants, **self._channelwise()}, {})
+    def _backward_sums(self) -> Any:
+        hyper = self._formulas.Normaliser
+        terms = {"TERMS": self._formulas.gradient_terms, "TERMS_AT": backward_terms_at, "READS_Y": self._reads_y}
+        return self._kernel(
+            backward_sums,
+            tuple(self._flags.items()),
+            lambda: {
+                "HYPER": hyper,
+                "UNPACK_HYPER": unpacking(len(hyper._fields)),
+                "THREAD_SUMS": self._part(thread_sums, {**terms, "ACC": self._dtype.type}),
+            },
+        )
 
-    def _finish_slopes(self, training: bool, *, gamma: bool) -> Any:
-        constants = {"TRAINING": training, "GAMMA": gamma}
-        return self._kernel(finish_slopes, tuple(constants.items()), {**constants, **self._channelwise()}, {})
-
-    def _spread(self, *, backward: bool) -> Any:
-        formulas, flags = self._formulas, self._flags
-        hyper = formulas.Slope if backward else formulas.Affine
-        constants = {
-            **self._walk(backward=backward),
-            "MAP": formulas.gradient if backward else formulas.normalise,
-            "HYPER": hyper,
-            "UNPACK_HYPER": unpacking(len(hyper._fields)),
-            "OUTPUTS": 2 if backward and flags["RELU"] and flags["RESIDUAL"] else 1,
-        }
-        key = ("backward" if backward else "forward", *flags.items())
-        return self._kernel(spread, key, constants, {"MAPPED": (mapped, {})})
-
-    def _walk(self, *, backward: bool) -> dict[str, Any]:
-        """What the flags are to the loops over elements."""
-        return {
-            "BACKWARD": backward,
-            "READS_A": backward or self._flags["RESIDUAL"],
-            "READS_Y": backward and self._flags["RELU"] and self._flags["RESIDUAL"],
-        }
-
-    def _channelwise(self) -> dict[str, Any]:
+    def _merge_statistics(self, training: bool, *, gamma: bool, beta: bool, tracked: bool) -> Any:
         formulas = self._formulas
-        return {
-            "DTYPE": self._dtype.type,
-            "LARGEST": float(np.finfo(self._dtype).max),
-            "INVERSE_STD": formulas.inverse_std,
-            "ROUNDING": formulas.rounding,
-            "BLEND": formulas.blend,
-            "GRADIENT_COEFFICIENTS": formulas.gradient_coefficients,
-        }
+        flags = {"TRAINING": training, "GAMMA": gamma, "BETA": beta, "TRACKED": tracked}
+        return self._kernel(
+            merge_statistics,
+            tuple(flags.items()),
+            lambda: {
+                **flags,
+                "DTYPE": self._dtype.type,
+                "LARGEST": float(np.finfo(self._dtype).max),
+                "AFFINE_COEFFICIENTS": formulas.affine_coefficients,
+                "BLEND": formulas.blend,
+                "INVERSE_STD": formulas.inverse_std,
+                "MERGE_MOMENTS": formulas.merge_moments,
+                "UNBIASED_VARIANCE": formulas.unbiased_variance,
+                "VARIANCE": formulas.variance,
+            },
+        )
 
-    def _kernel(
-        self,
-        loop: Any,
-        key: tuple[Any, ...],
-        constants: dict[str, Any],
-        inner: dict[str, tuple[Callable[..., Any], dict[str, Any]]],
-    ) -> Any:
-        """A kernel, bound once. inner : functions of its constants, and of their own, that it calls."""
+    def _merge_gradients(self, training: bool, *, gamma: bool) -> Any:
+        formulas = self._formulas
+        flags = {"TRAINING": training, "GAMMA": gamma}
+        return self._kernel(
+            merge_gradients,
+            tuple(flags.items()),
+            lambda: {
+                **flags,
+                "GAMMA_GRADIENT": formulas.gamma_gradient,
+                "GRADIENT_COEFFICIENTS": formulas.gradient_coefficients,
+                "ROUNDING": formulas.rounding,
+            },
+        )
+
+    def _map(self, *, backward: bool) -> Any:
+        formulas, flags = self._formulas, self._flags
+        hyper = formulas.GradientMap if backward else formulas.Affine
+        at = gradients_at if backward else y_at
+        constants = {"MAP": formulas.gradient if backward else formulas.normalise, "READS_Y": self._reads_y}
+        return self._kernel(
+            map_slices,
+            ("backward" if backward else "forward", *flags.items()),
+            lambda: {
+                "HYPER": hyper,
+                "UNPACK_HYPER": unpacking(len(hyper._fields)),
+                "OUTPUTS": 2 if backward and self._reads_y else 1,
+                "MAP_AT": self._part(at, {**constants, "RESIDUAL": flags["RESIDUAL"]}),
+            },
+        )
+
+    @property
+    def _reads_y(self) -> bool:
+        """Whether the backward pass reads y, and writes the residual's gradient."""
+        return self._flags["RELU"] and self._flags["RESIDUAL"]
+
+    def _part(self, function: Callable[..., Any], constants: dict[str, Any]) -> FunctionType:
+        """A device function of these constants; the formulas of an element among them are bound to the flags."""
+        flags: dict[str, Any] = {**self._flags, "ZERO": self._dtype.type(0)}
+        flags["masked"] = _bound(self._formulas.masked, flags)
+        constants = dict(constants)
+        for name in ("TERMS", "MAP"):
+            if name in constants:
+                constants[name] = _bound(constants[name], flags)
+        if "TERMS_AT" in constants:
+            constants["TERMS_AT"] = _bound(constants["TERMS_AT"], constants)
+        return _bound(function, constants)
+
+    def _kernel(self, loop: Callable[..., None], key: tuple[Any, ...], make: Callable[[], dict[str, Any]]) -> Any:
+        """A kernel, bound once to the constants that `make` returns."""
         key = (loop.__name__, self._dtype, *key)
         kernel = self._shared.get(key)
         if kernel is None:
-            scalars: dict[str, Any] = {**self._flags, "ZERO": self._dtype.type(0)}
-            scalars["masked"] = _piece(self._formulas.masked, scalars)
-            for name in ("TERMS", "MAP"):
-                if name in constants:
-                    constants[name] = _piece(constants[name], scalars)
-            for name, (function, own) in inner.items():
-                constants[name] = _piece(function, {**constants, **own})
-            constants["UNPACK_CUT"] = unpacking(len(Cut._fields))
+            constants = {"UNPACK_CUT": unpacking(len(Cut._fields)), "N_COEFFICIENTS": self._coefficients, **make()}
             kernel = self._backend.compiled(loop, constants, f"batchnorm_{loop.__name__}_{self._dtype.name}")
             # The simulator puts its own module in the place of `cuda` in the globals of a kernel: TREE shares them.
             names = kernel.py_func.__globals__
@@ -635,5 +680,5 @@ class BatchNormCUDA:
         return kernel
 
 
-def _piece(function: Any, constants: dict[str, Any]) -> FunctionType:
+def _bound(function: Callable[..., Any], constants: dict[str, Any]) -> FunctionType:
     return bind(function, constants, label=function.__name__, scalar=device)

@@ -1,0 +1,504 @@
+"""The loops of BatchNorm on the CPU that work on one tile: its sums, and its map to y or dx.
+
+They are compiled once per dtype and set of flags, and called by address. batchnorm_tiles.py defines a tile.
+
+Large maps are summed along the rows, in registers. Small maps are summed down the columns, several rows at a time, each
+column with its own accumulator. So a row of 49 floats needs no loop of its own.
+
+Sums are those of deviations from a value of the channel, in the dtype of the data. Where they have lost digits
+(`sums_are_exact`), a tile is summed again in float64.
+"""
+
+# Scalar functions and loops are typed by numba, for every dtype; `bind` supplies the upper-case constants.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+from fastopt.kernels.bind import address_of, bind, compile_loop
+from fastopt.kernels.cpu.batchnorm_tiles import LARGE_MAP, ROWS_AT_ONCE, SUM_LENGTH, Tile
+from fastopt.kernels.elements import scalar
+from fastopt.kernels.intrinsics import keep, window
+
+MAP_BY_CHANNEL = 96
+"""Bytes of a map, one and a half of the widest vectors, from which a tile is mapped channel by channel, with the
+coefficients in registers. With shorter maps the coefficients are read for every element."""
+
+# --- what the loops are made of ---------------------------------------------------------------------------------------
+# Upper-case names are constants that `bind` supplies.
+
+ACC: Any
+DTYPE: Any
+TERMS: Any
+ROW: Any
+ROWS: Any
+VIEWS: Any
+FOUR_ROWS: Any
+FOUR_TERMS: Any
+TERMS_OF_ROW: Any
+TERMS_OF_ROWS: Any
+AT_ONCE: Any
+HYPER: Any
+HYPER_AT: Any
+N_COEFFICIENTS: Any
+COEFFICIENTS: Any
+EXPAND: Any
+ADD_ROW: Any
+ADD_ROWS: Any
+ADD_ROW_TO_COLUMNS: Any
+ADD_ROWS_TO_COLUMNS: Any
+SUM_COLUMNS: Any
+LENGTH: Any
+WIDE: Any
+OVER: Any
+OUTPUTS: Any
+MAP: Any
+MAP_ELEMENT: Any
+MAP_BY_CHANNEL_FROM: Any
+
+
+def inlined(function: Any) -> Any:
+    """Compile a part of a loop: numba inlines its source, which compiles faster than a function of its own."""
+    return njit(error_model="numpy", inline="always")(function)
+
+
+@cache
+def windows_of(count: int) -> Any:
+    """An intrinsic ``windows(array, start, stride, size)``: a tuple of `count` views, `stride` elements apart."""
+
+    @intrinsic
+    def windows(typing_context, array, start, stride, size):
+        one, build_one = window._defn(typing_context, array, start, size)
+
+        def build(context, builder, signature, arguments):
+            array, start, stride, size = arguments
+            views = []
+            for _ in range(count):
+                views.append(build_one(context, builder, one, [array, start, size]))
+                start = builder.add(start, stride)
+            return context.make_tuple(builder, signature.return_type, views)
+
+        kind = types.UniTuple(one.return_type, count)
+        return kind(array, types.intp, types.intp, types.intp), build
+
+    return windows
+
+
+def expand(coefficients, channel, tile, expanded):
+    """Repeat each row of coefficients, from `channel` on, over the columns of a tile."""
+    period = tile.channels * tile.spatial
+    for k in range(expanded.size // tile.width):
+        row = window(expanded, k * tile.width, tile.width)
+        values = window(coefficients, k * coefficients.shape[1] + channel, tile.channels)
+        if tile.spatial == 1:
+            for c in range(period):
+                row[c] = values[c]
+        else:
+            for c in range(tile.channels):
+                value = values[c]
+                part = window(row, c * tile.spatial, tile.spatial)
+                for i in range(part.size):
+                    part[i] = value
+        for start in range(period, tile.width, period):
+            copy = window(row, start, period)
+            for i in range(period):
+                copy[i] = row[i]
+
+
+def center_at(coefficients, k):
+    """What the sums of a channel's statistics need, from views of the coefficients."""
+    return HYPER(ACC(coefficients[0][k]))
+
+
+def affine_at(coefficients, k):
+    """What a channel's y needs."""
+    return HYPER(coefficients[0][k], coefficients[1][k], coefficients[2][k])
+
+
+def normaliser_at(coefficients, k):
+    """What the sums of a channel's gradients need."""
+    return HYPER(coefficients[0][k], coefficients[1][k], coefficients[2][k], coefficients[3][k])
+
+
+def gradient_map_at(coefficients, k):
+    """What a channel's dx needs."""
+    return HYPER(
+        coefficients[0][k],
+        coefficients[1][k],
+        coefficients[2][k],
+        coefficients[3][k],
+        coefficients[4][k],
+        coefficients[5][k],
+        coefficients[6][k],
+    )
+
+
+# --- the sums of a tile -----------------------------------------------------------------------------------------------
+# A row is a tuple of views, one of each array that the sums read: (x,) forward, (x, dy, y) backward. Several rows are a
+# tuple of such tuples.
+
+
+def forward_row(arrays, first, stride, size):
+    """A row of x."""
+    return (window(arrays[0], first, size),)
+
+
+def backward_row(arrays, first, stride, size):
+    """A row of x, dy and y."""
+    return window(arrays[0], first, size), window(arrays[1], first, size), window(arrays[2], first, size)
+
+
+def four_rows(arrays, first, stride, size):
+    """Four rows of a tile."""
+    return (
+        ROW(arrays, first, stride, size),
+        ROW(arrays, first + stride, stride, size),
+        ROW(arrays, first + 2 * stride, stride, size),
+        ROW(arrays, first + 3 * stride, stride, size),
+    )
+
+
+def eight_rows(arrays, first, stride, size):
+    """Eight rows of a tile."""
+    return FOUR_ROWS(arrays, first, stride, size), FOUR_ROWS(arrays, first + 4 * stride, stride, size)
+
+
+def forward_terms(row, j, h):
+    """The two TERMS of column j of a row of x."""
+    return TERMS(ACC(row[0][j]), h)
+
+
+def backward_terms(row, j, h):
+    """The two TERMS of column j of a row of x, dy and y."""
+    return TERMS(row[0][j], row[1][j], row[2][j], h)
+
+
+def four_terms(rows, j, h):
+    """The sums of the two TERMS over column j of four rows."""
+    s0, q0 = TERMS_OF_ROW(rows[0], j, h)
+    s1, q1 = TERMS_OF_ROW(rows[1], j, h)
+    s2, q2 = TERMS_OF_ROW(rows[2], j, h)
+    s3, q3 = TERMS_OF_ROW(rows[3], j, h)
+    return (s0 + s1) + (s2 + s3), (q0 + q1) + (q2 + q3)
+
+
+def eight_terms(rows, j, h):
+    """The sums of the two TERMS over column j of eight rows."""
+    s0, q0 = FOUR_TERMS(rows[0], j, h)
+    s1, q1 = FOUR_TERMS(rows[1], j, h)
+    return s0 + s1, q0 + q1
+
+
+def add_rows(arrays, tile, row, coefficients, s_totals, q_totals):
+    """Add the TERMS over the values of each channel in ROWS, from number `row` on."""
+    for c in range(tile.channels):
+        h = HYPER_AT(coefficients, c)
+        first = tile.start + row * tile.stride + c * tile.spatial
+        for begin in range(0, tile.spatial, LENGTH):
+            size = min(LENGTH, tile.spatial - begin)
+            rows = ROWS(arrays, first + begin, tile.stride, size)
+            s = ACC(0.0)
+            q = ACC(0.0)
+            for j in range(size):
+                s_one, q_one = TERMS_OF_ROWS(rows, j, h)
+                s += s_one
+                q += q_one
+            s_totals[c] += s
+            q_totals[c] += q
+
+
+def add_rows_to_columns(arrays, tile, first, size, columns, s, q):
+    """Add the TERMS of ROWS, which begin at `first`, to the sums of the columns."""
+    rows = ROWS(arrays, first, tile.stride, size)
+    for j in range(size):
+        s_one, q_one = TERMS_OF_ROWS(rows, j, HYPER_AT(columns, j))
+        s[j] += s_one
+        q[j] += q_one
+
+
+def sum_columns(arrays, tile, coefficients, channel, s_totals, q_totals):
+    """Leave the sums of the TERMS over the values of each channel of a tile of small maps."""
+    width = tile.width
+    spatial = tile.spatial
+    expanded = np.empty(N_COEFFICIENTS * width, ACC)
+    EXPAND(coefficients, channel, tile, expanded)
+    columns = COEFFICIENTS(expanded, 0, width, width)
+    s = np.empty(width, ACC)
+    q = np.empty(width, ACC)
+    for j in range(width):
+        s[j] = ACC(0.0)
+        q[j] = ACC(0.0)
+    first = tile.start
+    row = 0
+    if not WIDE:
+        while row + AT_ONCE <= tile.rows:
+            ADD_ROWS_TO_COLUMNS(arrays, tile, first, width, columns, s, q)
+            first += AT_ONCE * tile.stride
+            row += AT_ONCE
+    while row <= tile.rows:
+        size = width if row < tile.rows else tile.rest
+        ADD_ROW_TO_COLUMNS(arrays, tile, first, size, columns, s, q)
+        first += tile.stride
+        row += 1
+    period = tile.channels * spatial
+    for start in range(period, width, period):
+        s_more = window(s, start, period)
+        q_more = window(q, start, period)
+        for i in range(period):
+            s[i] += s_more[i]
+            q[i] += q_more[i]
+    if spatial == 1:
+        for c in range(tile.channels):
+            s_totals[c] = s[c]
+            q_totals[c] = q[c]
+    else:
+        for c in range(tile.channels):
+            s_map = window(s, c * spatial, spatial)
+            q_map = window(q, c * spatial, spatial)
+            s_total = 0.0
+            q_total = 0.0
+            for i in range(spatial):
+                s_total += s_map[i]
+                q_total += q_map[i]
+            s_totals[c] = s_total
+            q_totals[c] = q_total
+    keep(expanded)
+    keep(s)
+    keep(q)
+
+
+# Both sums are compiled with leave to reorder their additions, and those alone: TERMS are compiled for themselves. One
+# compiled copy serves every launch, so that the bits are the same in all.
+
+
+def forward_sums(arrays, tile, centers, s_totals, q_totals):
+    """Leave the sums of x - center and of its square, over the values of each channel of a tile."""
+    if tile.spatial < LARGE_MAP:
+        SUM_COLUMNS(arrays, tile, centers, np.int64(0), s_totals, q_totals)
+    else:
+        for c in range(tile.channels):
+            s_totals[c] = 0.0
+            q_totals[c] = 0.0
+        coefficients = COEFFICIENTS(centers, 0, tile.channels, tile.channels)
+        row = 0
+        if not WIDE:
+            while row + AT_ONCE <= tile.rows:
+                ADD_ROWS(arrays, tile, row, coefficients, s_totals, q_totals)
+                row += AT_ONCE
+        for k in range(row, tile.rows):
+            ADD_ROW(arrays, tile, k, coefficients, s_totals, q_totals)
+
+
+def backward_sums(arrays, tile, coefficients, s_totals, q_totals):
+    """Leave the sums of g and of g xhat, over the values of each channel of a tile."""
+    if tile.spatial < LARGE_MAP:
+        SUM_COLUMNS(arrays, tile, coefficients, tile.channel, s_totals, q_totals)
+    else:
+        for c in range(tile.channels):
+            s_totals[c] = 0.0
+            q_totals[c] = 0.0
+        of_tile = COEFFICIENTS(coefficients, tile.channel, coefficients.shape[1], tile.channels)
+        for row in range(tile.rows):
+            ADD_ROW(arrays, tile, row, of_tile, s_totals, q_totals)
+
+
+# --- the map of a tile ------------------------------------------------------------------------------------------------
+# An array that is written over is read through the view that is written, or the vectoriser cannot see that an element
+# is read before it is written.
+
+
+def forward_views(inputs, outputs, first, size):
+    """Views of x and the residual, and of y."""
+    y = window(outputs[0], first, size)
+    x = y if OVER == 0 else window(inputs[0], first, size)
+    residual = y if OVER == 1 else window(inputs[1], first, size)
+    return (x, residual), (y,)
+
+
+def backward_views(inputs, outputs, first, size):
+    """Views of x, dy and y, and of dx and the residual's gradient."""
+    dx = window(outputs[0], first, size)
+    x = dx if OVER == 0 else window(inputs[0], first, size)
+    dy = dx if OVER == 1 else window(inputs[1], first, size)
+    y = dx if OVER == 2 else window(inputs[2], first, size)
+    return (x, dy, y), (dx, window(outputs[1], first, size))
+
+
+def map_to_y(inputs, outputs, j, h):
+    """Element j of y."""
+    outputs[0][j] = MAP(inputs[0][j], inputs[1][j], h)
+
+
+def map_to_gradients(inputs, outputs, j, h):
+    """Element j of dx and, where there are two OUTPUTS, of the residual's gradient."""
+    dx, dresidual = MAP(inputs[0][j], inputs[1][j], inputs[2][j], h)
+    outputs[0][j] = dx
+    if OUTPUTS == 2:
+        outputs[1][j] = dresidual
+
+
+def map_tile(inputs, outputs, tile, coefficients):
+    """MAP_ELEMENT over a tile, one row at a time."""
+    if tile.spatial >= MAP_BY_CHANNEL_FROM:
+        size = tile.spatial
+        pitch = coefficients.shape[1]
+        of_channels = COEFFICIENTS(coefficients, 0, pitch, pitch)
+        for row in range(tile.rows + 1):
+            c = tile.channel - 1
+            for k in range((tile.width if row < tile.rows else tile.rest) // size):
+                c = c + 1 if c + 1 < tile.channel + tile.channels else tile.channel
+                h = HYPER_AT(of_channels, c)
+                read, written = VIEWS(inputs, outputs, tile.start + row * tile.stride + k * size, size)
+                for j in range(size):
+                    MAP_ELEMENT(read, written, j, h)
+        return
+    width = tile.width
+    if tile.channels == width:  # the coefficients lie as the columns do
+        table = window(coefficients, 0, coefficients.size)
+        begin = tile.channel
+        pitch = coefficients.shape[1]
+    else:
+        table = np.empty(N_COEFFICIENTS * width, DTYPE)
+        EXPAND(coefficients, tile.channel, tile, table)
+        begin = 0
+        pitch = width
+    columns = COEFFICIENTS(table, begin, pitch, width)
+    for row in range(tile.rows + 1):
+        size = width if row < tile.rows else tile.rest
+        read, written = VIEWS(inputs, outputs, tile.start + row * tile.stride, size)
+        for j in range(size):
+            MAP_ELEMENT(read, written, j, HYPER_AT(columns, j))
+    keep(table)
+
+
+# --- from the functions above to compiled loops -----------------------------------------------------------------------
+
+
+class ArrayTypes:
+    """The numba types of the arrays of one dtype."""
+
+    def __init__(self, dtype: np.dtype[Any]):
+        self.vector = types.Array(numba.from_dtype(dtype), 1, "C")
+        self.coefficients = types.Array(numba.from_dtype(dtype), 2, "C")
+        self.tile = types.NamedUniTuple(types.int64, len(Tile._fields), Tile)
+        self.totals = types.Array(types.float64, 1, "C")
+
+
+def part(function: Any, constants: dict[str, Any]) -> Any:
+    """A part of a loop, inlined into it."""
+    return inlined(bind(function, constants, label=function.__name__, scalar=inlined))
+
+
+def _scalar(function: Any, constants: dict[str, Any]) -> Any:
+    """A scalar function of its own, whose additions keep their order in a loop that may reorder its own."""
+    return scalar(bind(function, constants, label=function.__name__, scalar=scalar))
+
+
+class TileLoops:
+    """The loops over a tile, of one direction, dtype and set of flags, and their addresses."""
+
+    def __init__(
+        self,
+        formulas: Any,
+        dtype: np.dtype[Any],
+        flags: dict[str, bool],
+        shared: dict[Any, Any],
+        *,
+        backward: bool,
+    ):
+        if ("expand", dtype) not in shared:
+            shared["expand", dtype] = _scalar(expand, {})
+        self._formulas = formulas
+        self._dtype = dtype
+        self._flags = flags
+        self._shared = shared
+        self._backward = backward
+        self._types = ArrayTypes(dtype)
+
+    def sums(self, *, wide: bool = False) -> int:
+        """The address of the sums' loop, in the dtype or, `wide`, in float64: these read one row at a time."""
+        accumulator = np.float64 if wide else self._dtype.type
+        if self._backward:
+            hyper, at_once = self._formulas.Normaliser, ROWS_AT_ONCE // 2
+            function, hyper_at, row = backward_sums, normaliser_at, backward_row
+            terms, formula = backward_terms, self._formulas.gradient_terms
+        else:
+            hyper, at_once = self._formulas.Center, ROWS_AT_ONCE
+            function, hyper_at, row = forward_sums, center_at, forward_row
+            terms, formula = forward_terms, self._formulas.deviation_terms
+        constants = {
+            "ACC": accumulator,
+            "WIDE": wide,
+            "AT_ONCE": at_once,
+            "N_COEFFICIENTS": len(hyper._fields),
+            "COEFFICIENTS": windows_of(len(hyper._fields)),
+            "EXPAND": self._shared["expand", self._dtype],
+            "HYPER_AT": part(hyper_at, {"HYPER": hyper, "ACC": accumulator}),
+        }
+        of_one = _scalar(terms, {"TERMS": self._element(formula, scalar), "ACC": accumulator})
+        of_rows = _scalar(four_terms, {"TERMS_OF_ROW": of_one})
+        rows = part(four_rows, {"ROW": row})
+        if not self._backward:
+            of_rows = _scalar(eight_terms, {"FOUR_TERMS": of_rows})
+            rows = part(eight_rows, {"FOUR_ROWS": rows})
+        one = {**constants, "ROWS": row, "TERMS_OF_ROWS": of_one, "LENGTH": SUM_LENGTH}
+        several = {**constants, "ROWS": rows, "TERMS_OF_ROWS": of_rows, "LENGTH": SUM_LENGTH // at_once}
+        columns = {
+            **constants,
+            "ADD_ROW_TO_COLUMNS": part(add_rows_to_columns, one),
+            "ADD_ROWS_TO_COLUMNS": part(add_rows_to_columns, several),
+        }
+        constants |= {
+            "SUM_COLUMNS": part(sum_columns, columns),
+            "ADD_ROW": part(add_rows, one),
+            "ADD_ROWS": part(add_rows, several),
+        }
+        array_types = self._types
+        arrays = types.UniTuple(array_types.vector, 3 if self._backward else 1)
+        signature = (arrays, array_types.tile, array_types.coefficients, array_types.totals, array_types.totals)
+        return self._compile(function, constants, signature, fastmath={"reassoc"})
+
+    def map(self, over: int) -> int:
+        """The address of the map's loop that writes over its input of number `over`; -1: over none."""
+        formulas, flags = self._formulas, self._flags
+        if self._backward:
+            hyper, hyper_at, arrays = formulas.GradientMap, gradient_map_at, (3, 2)
+            views, element, formula = backward_views, map_to_gradients, formulas.gradient
+        else:
+            hyper, hyper_at, arrays = formulas.Affine, affine_at, (2, 1)
+            views, element, formula = forward_views, map_to_y, formulas.normalise
+        outputs = 2 if self._backward and flags["RELU"] and flags["RESIDUAL"] else 1
+        constants = {
+            "DTYPE": self._dtype.type,
+            "MAP_BY_CHANNEL_FROM": MAP_BY_CHANNEL // self._dtype.itemsize,
+            "N_COEFFICIENTS": len(hyper._fields),
+            "COEFFICIENTS": windows_of(len(hyper._fields)),
+            "EXPAND": self._shared["expand", self._dtype],
+            "HYPER_AT": part(hyper_at, {"HYPER": hyper}),
+            "VIEWS": part(views, {"OVER": over}),
+            "MAP_ELEMENT": part(element, {"MAP": self._element(formula, inlined), "OUTPUTS": outputs}),
+        }
+        array_types = self._types
+        read, written = (types.UniTuple(array_types.vector, count) for count in arrays)
+        return self._compile(map_tile, constants, (read, written, array_types.tile, array_types.coefficients))
+
+    def _element(self, formula: Any, compile_: Any) -> Any:
+        """A formula of an element for these flags."""
+        constants: dict[str, Any] = {**self._flags, "ZERO": self._dtype.type(0)}
+        constants["masked"] = bind(self._formulas.masked, constants, label="masked", scalar=compile_)
+        return compile_(bind(formula, constants, label=formula.__name__, scalar=compile_))
+
+    def _compile(self, function: Any, constants: dict[str, Any], signature: tuple[Any, ...], **options: Any) -> int:
+        bound = bind(function, constants, label=f"batchnorm_{function.__name__}_{self._dtype.name}", scalar=inlined)
+        dispatcher = self._shared.get(bound.__name__)  # the sums of the statistics are the same for all flags
+        if dispatcher is None:
+            dispatcher = self._shared[bound.__name__] = compile_loop(
+                bound, signature, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options
+            )
+        return address_of(dispatcher)
