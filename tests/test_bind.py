@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import stat
@@ -16,6 +17,7 @@ from scripts import ROOT, run
 
 import fastopt
 from fastopt.kernels.bind import bind, cache_directory
+from fastopt.kernels.elements import scalar
 
 # --- the digest -------------------------------------------------------------------------------------------------------
 
@@ -155,7 +157,7 @@ def test_a_bound_function_computes_with_its_constants_and_leaves_the_loop_alone(
         loop(3.0)
 
 
-def test_flags_constants_rules_and_labels_are_told_apart():
+def test_different_flags_constants_rules_and_labels_have_different_names():
     names = [
         bound().__name__,
         bound(FLAG=False).__name__,
@@ -273,7 +275,7 @@ class Project:
         shutil.rmtree(self.folder / "__pycache__", ignore_errors=True)  # whose stamps are too coarse for us
 
     def train(self) -> tuple[list[float], int, int]:
-        """What p came to, and how many kernels were loaded and saved, as numba tells."""
+        """Return p after the run, and how many kernels numba reports as loaded and saved."""
         finished = run(
             self.folder / "train.py", FASTOPT_CACHE_DIR=str(self.cache), FASTOPT_NUM_THREADS="2", NUMBA_DEBUG_CACHE="1"
         )
@@ -415,7 +417,9 @@ def test_the_cache_directory(monkeypatch, tmp_path):
 def test_a_cache_directory_that_others_may_write_to_is_refused(monkeypatch, tmp_path, mode):
     tmp_path.chmod(mode)
     monkeypatch.setenv("FASTOPT_CACHE_DIR", str(tmp_path))
-    with pytest.raises(PermissionError, match=r"^FASTOPT_CACHE_DIR=.*writable by nobody else.*chmod 700"):
+    with pytest.raises(
+        PermissionError, match=r"^FASTOPT_CACHE_DIR: must be .* nobody else can write to,.* got .*chmod 700"
+    ):
         cache_directory()
 
     @fastopt.rule(lambda t, lr=0.1: fastopt.rules.sgd.prepare(t, lr))
@@ -423,7 +427,7 @@ def test_a_cache_directory_that_others_may_write_to_is_refused(monkeypatch, tmp_
         return p - h.lr * g
 
     p = np.ones(3)
-    with pytest.raises(PermissionError, match=r"^FASTOPT_CACHE_DIR="):
+    with pytest.raises(PermissionError, match=r"^FASTOPT_CACHE_DIR: must be a directory"):
         descent.update_(p, np.ones(3))
     assert (p == 1.0).all()
     assert list(tmp_path.iterdir()) == []
@@ -438,11 +442,11 @@ def test_a_cache_directory_of_somebody_else_is_refused(monkeypatch, tmp_path):
     theirs.mkdir(mode=0o700)
     os.chown(theirs, 12345, 12345)
     monkeypatch.setenv("FASTOPT_CACHE_DIR", str(theirs))
-    with pytest.raises(PermissionError, match="must belong to you"):
+    with pytest.raises(PermissionError, match="must be a directory that belongs to you"):
         cache_directory()
 
 
-def test_disabled_jit_is_refused_and_said(monkeypatch):
+def test_disabled_jit_is_refused_with_the_reason(monkeypatch):
     @fastopt.rule(lambda t, lr=0.1: fastopt.rules.sgd.prepare(t, lr))
     def descent(p, g, h):
         return p - h.lr * g
@@ -460,5 +464,40 @@ def test_a_rule_that_was_refused_is_refused_again_when_its_kernel_is_on_disk(mon
         return p - 0.5 * h.lr * g
 
     for _ in range(3):
-        with pytest.raises(TypeError, match=r"^rule 'literal' on float32 returns p as float64"):
+        with pytest.raises(TypeError, match=r"^rule 'literal' on float32: must return float32, got p as float64"):
             literal.update_(np.ones(3, np.float32), np.ones(3, np.float32))
+
+
+# --- the names that bind supplies -------------------------------------------------------------------------------------
+
+LOOPS = sorted((Path(fastopt.__file__).parent / "kernels").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", LOOPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_upper_case_name_is_declared_in_its_file(path):
+    """So that an editor finds its definition: with a type, and a docstring where the name does not say it all."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    declared = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        for alias in node.names
+    }
+    for node in tree.body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        declared |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        declared |= {node.name} if isinstance(node, ast.ClassDef | ast.FunctionDef) else set()
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    local = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assert {name for name in read if name.isupper()} <= declared | local
+
+
+def test_a_constant_that_is_not_supplied_is_named():
+    def loop(x):
+        return x + OFFSET  # noqa: F821
+
+    with pytest.raises(TypeError, match=r"loop reads OFFSET: must be declared in its module"):
+        bind(loop, {}, label="loop", scalar=scalar)
+    assert bind(loop, {"OFFSET": 1}, label="loop", scalar=scalar)(1) == 2

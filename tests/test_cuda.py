@@ -66,7 +66,7 @@ def assert_close(cuda: fastopt.Optimizer, cpu: fastopt.Optimizer, before: dict[s
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_rule_with_every_flag_is_that_of_the_cpu(case: Case):
     params = tree(0)
-    ours, cpu = (case.make(params, backend=name, **EVERYTHING) for name in ("cuda", "cpu"))
+    ours, cpu = (case.make(params, backend=name, zero_grad=True, **EVERYTHING) for name in ("cuda", "cpu"))
     for step in range(3):
         before = {path: leaf.copy() for path, leaf in cpu.params.items()}
         grads = {**grads_of(params, step), "number": None if step == 1 else np.array(0.5, np.float32)}
@@ -172,11 +172,11 @@ def test_a_step_does_not_wait_for_the_norm(monkeypatch):
 def test_a_skipped_step_changes_nothing():
     opt = fastopt.Adam(tree(4), backend="cuda", nonfinite="skip", ema=0.9)
     opt.step(uploaded(grads_of(tree(4), 0)))
-    before = [host(buffer).tobytes() for buffer in (opt.flat.data, *opt._buffers)]
+    before = [host(buffer).tobytes() for buffer in (opt.flat.data, *opt._pipeline.buffers)]
     bad = {**grads_of(tree(4), 1), "b": np.full((3, 4), np.inf, np.float32)}
     info = opt.step(uploaded(bad))
     assert (info.skipped, info.step, info.nonfinite_total) == (True, 1, 1)
-    assert [host(buffer).tobytes() for buffer in (opt.flat.data, *opt._buffers)] == before
+    assert [host(buffer).tobytes() for buffer in (opt.flat.data, *opt._pipeline.buffers)] == before
     raising = fastopt.Adam(tree(4), backend="cuda", nonfinite="raise")
     with pytest.raises(FloatingPointError, match="gradient 'b' holds NaN or infinity"):
         raising.step(uploaded(bad))
@@ -211,11 +211,11 @@ def test_contexts_copies_states_and_checkpoints(tmp_path):
 def test_arrays_of_another_place_are_refused():
     params = tree(7)
     ours, cpu = fastopt.Adam(params, backend="cuda"), fastopt.Adam(params)
-    with pytest.raises(TypeError, match=r"gradient 'a': expected \w+\.ndarray or None, found a NumPy array"):
+    with pytest.raises(TypeError, match=r"gradient 'a': must be \w+\.ndarray or None, got a NumPy array"):
         ours.step(grads_of(params, 0))
     assert ours.step_count == 0
     if not SIMULATED:
-        with pytest.raises(TypeError, match="gradient 'a': expected a NumPy array"):
+        with pytest.raises(TypeError, match="gradient 'a': must be a NumPy array"):
             cpu.step(uploaded(grads_of(params, 0)))
 
 
@@ -233,7 +233,9 @@ def test_the_device_decides_about_gradients_that_are_not_finite_and_nobody_waits
         batches[bad]["a"][7] = [np.nan, np.inf, -np.inf][bad % 3]
     there, reading = [uploaded(grads) for grads in batches], backend.host
     monkeypatch.setattr(backend, "host", lambda array: pytest.fail("waited for the device"))
-    monkeypatch.setattr("fastopt.kernels.cuda.backend.Told.read", lambda told: pytest.fail("waited for the device"))
+    monkeypatch.setattr(
+        "fastopt.kernels.cuda.decisions.PendingDecision.read", lambda pending: pytest.fail("waited for the device")
+    )
     infos = [ours.step(grads, grad_scale=2.0) for grads in there]
     monkeypatch.undo()
     assert backend.host == reading
@@ -261,7 +263,7 @@ def test_the_host_waits_for_the_first_of_many_unknown_steps():
             grads["b"][0, 0] = np.inf
         ours.step(uploaded(grads))
         cpu.step(grads)
-        assert len(ours._awaited) <= 9
+        assert len(ours._pipeline.device.in_flight) <= 9
     assert ours.step_count == cpu.step_count == 20
     assert ours.state_dict()["nonfinite"] == cpu.state_dict()["nonfinite"]
     for path, value in cpu.params.items():
@@ -284,9 +286,9 @@ def test_what_needs_the_count_of_steps_waits_for_it(spoil):
     bad = {**grads_of(params, 1), "number": np.array(np.nan, np.float32)}
     for grads in (grads_of(params, 0), bad, grads_of(params, 2)):
         opt.step(uploaded(grads))
-    assert len(opt._awaited) == 3
+    assert len(opt._pipeline.device.in_flight) == 3
     twin = spoil(opt)
-    assert not opt._awaited
+    assert not opt._pipeline.device.in_flight
     assert opt.step_count in (2, 3)
     if isinstance(twin, fastopt.Optimizer):
         for each in (opt, twin):
@@ -346,14 +348,14 @@ def test_what_cannot_be_captured_or_replayed_is_refused():
     with pytest.raises(ValueError, match="with None, cannot be captured"):
         captured(plain, {**uploaded(grads_of(params, 0)), "a": None})
     captured(plain)
-    with pytest.raises(ValueError, match="the captured step had none"):
+    with pytest.raises(ValueError, match=r"grad_scale: must be 1 as in the captured step, got 2\.0"):
         plain.prepare_replay(grad_scale=2.0)
     plain.step({**uploaded(grads_of(params, 0)), "a": None})
     with pytest.raises(RuntimeError, match="capture it again"):
         plain.prepare_replay()
     skipping = fastopt.Adam(params, backend="cuda", nonfinite="skip")
     skipping.step()
-    with pytest.raises(ValueError, match="nonfinite='skip': such a step cannot be captured"):
+    with pytest.raises(ValueError, match="nonfinite: must be 'propagate' for a step that is captured in a CUDA graph"):
         captured(skipping)
     muon = fastopt.Muon(params, backend="cuda")
     muon.step()
@@ -394,6 +396,34 @@ def test_rows_are_stepped_as_on_the_cpu(name):
         np.testing.assert_allclose(host(ours.ema[path]), value, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(host(ours.params[path]), cpu.params[path], rtol=1e-5, atol=1e-7)
     with pytest.raises(
-        TypeError, match=r"rows\['table'\]: row_grads: expected \w+\.ndarray of row gradients, found a NumPy"
+        TypeError, match=r"rows\['table'\]: row_grads: must be \w+\.ndarray of row gradients, got a NumPy"
     ):
         ours.step_rows({"table": (np.array([1]), np.ones((1, 5), np.float32))})
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["no flags", "all flags"])
+@pytest.mark.parametrize("name", ["SGD-lr=0.1", "Adam", "LAMB", "NovoGrad-weight_decay=0.1"])
+def test_parameters_stay_where_they_are(name, options):
+    params, xp = tree(30), get_backend("cuda").xp
+    whole = xp.zeros(sum(p.size for p in params.values()) + 3 * len(params), np.float32)
+    mine, start = {}, 1  # of odd addresses, in one larger array
+    for path, p in params.items():
+        mine[path] = whole[start : start + p.size].reshape(p.shape)
+        mine[path][...] = xp.asarray(p)
+        start += p.size + 3
+    packed = BY_NAME[name].make(params, backend="cuda", **options)
+    in_place = BY_NAME[name].make(mine, copy=False, **options)
+    given = BY_NAME[name].make(None, **options)
+    theirs = {path: xp.asarray(p).copy() for path, p in params.items()}
+    for step in range(2):
+        grads = uploaded(grads_of(params, step))
+        packed.step(grads)
+        in_place.step(grads)
+        given.update(theirs, grads)
+    for path in params:
+        assert host(packed.params[path]).tobytes() == host(mine[path]).tobytes() == host(theirs[path]).tobytes(), path
+    assert in_place.flat.backend == "cuda"
+    with pytest.raises(TypeError, match="must be an array of the device to be updated in place"):
+        fastopt.pack(params, backend="cuda", copy=False)
+    with pytest.raises(TypeError, match="must be an array of the device to be updated in place"):
+        given.update(params, grads)

@@ -20,7 +20,7 @@ import fastopt
 from fastopt import rules
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import BLOCK
-from fastopt.storage.flat import Layout
+from fastopt.storage.layout import Layout
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
 N = 40
@@ -104,29 +104,6 @@ def test_update_of_bare_arrays_is_that_of_the_cpu_wherever_they_begin(name, shif
     assert host(ours["g"]).tobytes() == begin["g"].tobytes()
 
 
-def test_kernels_that_read_16_bytes_at_once_are_kept_from_arrays_that_begin_elsewhere(monkeypatch):
-    """Those with norms get copies, the others the feature `scattered`, whose loads are of one element."""
-    seen: list[tuple[bool, bool]] = []
-    original = type(backend()).kernel
-
-    def kernel(self: Any, rule: Any, hyper: Any, dtype: Any, features: Any, first: Any = None) -> Any:
-        made = original(self, rule, hyper, dtype, features, first)
-
-        def launch(p: Any, g: Any, states: Any, table: Any, chunks: Any) -> None:
-            aligned = all(self.address(array) % 16 == 0 for array in (p, g, *states))
-            seen.append((features.scattered, aligned))
-            assert not features.scattered or (chunks[:, 4] == chunks[:, 0]).all()
-            made.launch(p, g, states, table, chunks)
-
-        return SimpleNamespace(launch=launch)
-
-    monkeypatch.setattr(type(backend()), "kernel", kernel)
-    for rule in (rules.adam, rules.lamb):
-        for shift in (0, 1):
-            rule.update_(*there(vectors(dtype=np.float32), shift).values())
-    assert seen == [(False, True), (True, False), (False, True), (False, True)]
-
-
 def overlapping() -> dict[str, Any]:
     whole = uploaded(np.ones(2 * N))
     return {"m": whole[:N], "v": whole[N - 1 : 2 * N - 1]}
@@ -136,33 +113,37 @@ BAD = {
     "one on the CPU": (
         lambda: {"g": np.ones(N)},
         T,
-        r"^g is a NumPy array, and p, .*ndarray, is on a device: pass all",
+        r"^g: must be on a device, as p \(.*ndarray\) is, got a NumPy array; pass all",
     ),
-    "the first on the CPU": (lambda: {"p": np.ones(N)}, T, r"^p is a NumPy array, and g, .*, is on a device"),
-    "a list": (lambda: {"g": [1.0] * N}, T, r"^g: expected a 1-D array of the device, found list"),
-    "None": (lambda: {"v": None}, T, r"^v: expected a 1-D array of the device, found NoneType"),
+    "the first on the CPU": (lambda: {"p": np.ones(N)}, T, r"^p: must be on a device, as g .* got a NumPy array"),
+    "a list": (lambda: {"g": [1.0] * N}, T, r"^g: must be a 1-D array of the device, got list"),
+    "None": (lambda: {"v": None}, T, r"^v: must be a 1-D array of the device, got NoneType"),
     "requires grad": (
         lambda: {"p": Parameter()},
         T,
-        r"^p: expected .* found Parameter; it requires grad: .*detach\(\)",
+        r"^p: must be .* got Parameter; it requires grad: .*detach\(\)",
     ),
-    "ints": (lambda: {"g": uploaded(np.ones(N, np.int64))}, T, r"^g: expected float32 or float64 .*'<i8'"),
-    "half": (lambda: {"p": uploaded(np.ones(N, np.float16))}, T, r"^p: expected float32 or float64 .*'<f2'"),
+    "ints": (lambda: {"g": uploaded(np.ones(N, np.int64))}, T, r"^g: must have dtype float32 or float64 .*'<i8'"),
+    "half": (lambda: {"p": uploaded(np.ones(N, np.float16))}, T, r"^p: must have dtype float32 or float64 .*'<f2'"),
     "mixed": (
         lambda: {"m": uploaded(np.ones(N, np.float32))},
         T,
-        r"^m: expected dtype float64 as that of p, found float32",
+        r"^m: must have dtype float64 as p, got float32",
     ),
-    "short": (lambda: {"g": uploaded(np.ones(N - 1))}, V, r"^g: expected 40 elements as in p, found 39"),
-    "2-D": (lambda: {"p": uploaded(np.ones((N, 1)))}, V, r"^p: expected a 1-D array, found shape \(40, 1\)"),
-    "strided": (lambda: {"v": uploaded(np.ones(2 * N))[::2]}, V, r"^v: expected a contiguous array, found strides"),
+    "short": (lambda: {"g": uploaded(np.ones(N - 1))}, V, r"^g: must have 40 elements as p, got 39"),
+    "2-D": (lambda: {"p": uploaded(np.ones((N, 1)))}, V, r"^p: must be 1-D, got shape \(40, 1\)"),
+    "strided": (lambda: {"v": uploaded(np.ones(2 * N))[::2]}, V, r"^v: must be contiguous, got strides"),
     "misaligned": (
         lambda: {"m": uploaded(np.zeros(8 * N + 8, np.uint8))[1 : 8 * N + 1].view(np.float64)},
         V,
-        r"^m: expected an aligned array; its address is no multiple of 8 bytes",
+        r"^m: must be aligned to 8 bytes, got address 0x",
     ),
-    "read-only": (lambda: {"p": Foreign(np.ones(N), read_only=True)}, V, r"^p: is read-only"),
-    "overlap": (overlapping, V, r"^m and v overlap in memory"),
+    "read-only": (
+        lambda: {"p": Foreign(np.ones(N), read_only=True)},
+        V,
+        r"^p: must be writeable, .* got a read-only array",
+    ),
+    "overlap": (overlapping, V, r"^m and v: must not overlap in memory"),
 }
 
 
@@ -179,9 +160,9 @@ def test_bare_arrays_are_checked_before_anything_is_written(wrong, error, messag
 def test_a_number_per_parameter_is_where_the_arrays_are():
     rule = BY_NAME["NovoGrad-weight_decay=0.1"].rule
     arrays = vectors(("p", "g", *rule.states))
-    with pytest.raises(TypeError, match=r"^v is on 'cpu', and p on 'cuda': pass all arrays in one place"):
+    with pytest.raises(TypeError, match=r"^v: must be on 'cuda', as p is, got an array on 'cpu'"):
         rule.update_(*there(arrays).values(), np.zeros(1))
-    with pytest.raises(TypeError, match=r"^v is on 'cuda', and p on 'cpu'"):
+    with pytest.raises(TypeError, match=r"^v: must be on 'cpu', as p is"):
         rule.update_(*arrays.values(), uploaded(np.zeros(1)))
 
 
@@ -205,16 +186,18 @@ def on_device_1(array: np.ndarray) -> Any:
 @simulator_only
 def test_arrays_of_another_device_are_named_with_both():
     params, other = {"w": np.ones(3)}, {"w": on_device_1(np.ones(3))}
-    with pytest.raises(ValueError, match=r"^parameter 'w': is on device 1, and the current device is 0; .*Device\(1\)"):
+    with pytest.raises(
+        ValueError, match=r"^parameter 'w': must be on device 0, the current one, got .* device 1; .*Device\(1\)"
+    ):
         fastopt.Adam(other)
     opt = fastopt.Adam(params, backend="cuda")
     before = host(opt.flat.data).tobytes()
     for call in (opt.step, opt.accumulate):
-        with pytest.raises(ValueError, match=r"^gradient 'w': is on device 1, and its parameter on device 0"):
+        with pytest.raises(ValueError, match=r"^gradient 'w': must be on device 0, as its parameter, got .* device 1"):
             call(other)
     arrays = there(vectors())
     arrays["m"] = on_device_1(np.ones(N))
-    with pytest.raises(ValueError, match=r"^m: is on device 1, and the current device is 0"):
+    with pytest.raises(ValueError, match=r"^m: must be on device 0, the current one, got an array on device 1"):
         rules.adam.update_(*arrays.values())
     assert host(opt.flat.data).tobytes() == before
     assert opt.step_count == 0
@@ -288,37 +271,39 @@ def test_a_stream_that_an_array_names_is_left_to_cupy(monkeypatch):
 @pytest.mark.parametrize("kind", ["parameter", "gradient"])
 def test_a_tensor_that_requires_grad_is_told_what_to_do(kind):
     call = fastopt.SGD if kind == "parameter" else fastopt.SGD({"w": np.ones(2)}, backend="cuda").step
-    message = rf"^{kind} 'w': expected .*Parameter.*it requires grad: pass tensor\.detach\(\)"
+    message = rf"^{kind} 'w': must be .*, got .*Parameter.*it requires grad: pass tensor\.detach\(\)"
     with pytest.raises(TypeError, match=message):
         call({"w": Parameter()})
-    with pytest.raises(TypeError, match=r"^X must be an array without a gradient, found Parameter; use detach\(\)"):
+    with pytest.raises(TypeError, match=r"^X: must be an array without a gradient, got Parameter; use detach\(\)"):
         fastopt.minibatches(Parameter())
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layerwise", [False, True])
-def test_sizes_beyond_32_bits_are_cut_without_gaps(layerwise):
-    """Nothing is allocated but the table of chunks: about 30 MB for 3,000,000,000 elements."""
-    from fastopt.kernels.cuda.backend import cut, spans_of
+@pytest.mark.parametrize("whole", [False, True])
+def test_sizes_beyond_32_bits_are_cut_without_gaps(whole):
+    """Nothing is allocated but the table of chunks: about 35 MB for 3,000,000,000 elements."""
+    from fastopt.kernels.cuda.backend import columns_of, cut, spans_of
+    from fastopt.kernels.cuda.layerwise import Span
 
     sizes = (3_000_000_000, 5, 2**31 + 1)
     layout = Layout.of([(size,) for size in sizes])
-    lines = cut(layout.chunks([0, 1, 0], layerwise=layerwise))
+    lines = cut(layout.chunks([0, 1, 0], whole=whole))
     assert lines.dtype == np.int64
-    starts, stops = lines[:, 0], lines[:, 1]
-    lengths = stops - starts
+    columns = columns_of(lines)
+    lengths = columns.stop - columns.start
     assert lengths.min() > 0
     assert lengths.max() <= BLOCK
-    assert lengths.sum() == sum(sizes)
-    assert (starts[1:] >= stops[:-1]).all()
-    assert starts.max() > 2**32
-    for param, (offset, size) in enumerate(zip(layout.offsets, sizes, strict=True)):
-        own = lines[lines[:, 3] == param] if layerwise else lines[(starts >= offset) & (stops <= offset + size)]
-        assert (own[0, 0], own[-1, 1]) == (offset, offset + size)
-        assert (own[1:, 0] == own[:-1, 1]).all()
-    if layerwise:
-        assert (lines[:, 4] == np.arange(len(lines))).all()
-        assert spans_of(lines)[:, [0, 1]].tolist() == [[0, 0], [1, 1], [2, 0]]
-        assert spans_of(lines)[-1, 3] == len(lines)
+    assert columns.start.max() > 2**31
+    assert (columns.grad == columns.start).all()
+    for param, size in enumerate(sizes):
+        own = columns_of(lines[columns.place == param])
+        assert (own.start[0], own.stop[-1]) == (0, size)
+        assert (own.start[1:] == own.stop[:-1]).all()
+    if whole:
+        assert (columns.block == np.arange(len(lines))).all()
+        spans = [Span(*span) for span in spans_of(lines).tolist()]
+        assert [(span.place, span.group) for span in spans] == [(0, 0), (1, 1), (2, 0)]
+        assert [span.block for span in spans[1:]] == [span.end for span in spans[:-1]]
+        assert spans[-1].end == len(lines)

@@ -1,4 +1,4 @@
-"""bench/gpu.py: its tables and files on made-up timings; in numba's simulator, or on a GPU (--gpu), its contestants.
+"""bench/gpu.py: its tables and files on made-up timings; its contestants in numba's simulator or on a GPU (--gpu).
 
 NUMBA_ENABLE_CUDASIM=1 pytest tests/test_cuda_bench.py
 """
@@ -37,7 +37,7 @@ def gpu() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_gpu"] = module  # dataclasses look there
+    sys.modules["bench_gpu"] = module  # dataclasses look the module up
     spec.loader.exec_module(module)
     return module
 
@@ -62,7 +62,7 @@ def made_up(gpu: ModuleType, *, copy: float, torch: float | None, tensors: float
     ]
 
 
-def test_the_table_tells_times_ratios_rates_and_who_is_missing(gpu):
+def test_the_table_shows_times_ratios_rates_and_missing_rivals(gpu):
     text = gpu.table(made_up(gpu, copy=0.95e-3, torch=None, tensors=4e-4))
     lines = [line.split() for line in text.splitlines()]
     assert lines[1] == ["Adam", "25M", "fastopt", "1,000", "900.0", "..", "1,100", "700"]
@@ -73,25 +73,25 @@ def test_the_table_tells_times_ratios_rates_and_who_is_missing(gpu):
 
 
 def test_bars_hold_or_not_or_were_not_measured(gpu):
-    told = gpu.bars(made_up(gpu, copy=0.95e-3, torch=0.99e-3, tensors=4e-4)).splitlines()
-    assert told[0] == "Adam 25M, share of the copy rate: 0.95, at least 0.9: holds"
-    assert told[1] == "Adam 25M, the time of torch fused over ours: 0.99, at least 1: does not hold"
-    assert told[2] == "Adam 100M, share of the copy rate: at least 0.9: not measured: the line was left out"
-    assert told[4] == "Adam 1000 x 64, the time of torch fused over ours: 20.00, at least 5: holds"
-    told = gpu.bars(made_up(gpu, copy=0.89e-3, torch=None, tensors=9e-5)).splitlines()
-    assert told[0].endswith("0.89, at least 0.9: does not hold")
-    assert told[1].endswith("not measured: torch is not installed")
-    assert told[4].endswith("4.50, at least 5: does not hold")
+    bars = gpu.bars(made_up(gpu, copy=0.95e-3, torch=0.99e-3, tensors=4e-4)).splitlines()
+    assert bars[0] == "Adam 25M, share of the copy rate: 0.95, at least 0.9: holds"
+    assert bars[1] == "Adam 25M, the time of torch fused over ours: 0.99, at least 1: does not hold"
+    assert bars[2] == "Adam 100M, share of the copy rate: at least 0.9: not measured: the line was skipped"
+    assert bars[4] == "Adam 1000 x 64, the time of torch fused over ours: 20.00, at least 5: holds"
+    bars = gpu.bars(made_up(gpu, copy=0.89e-3, torch=None, tensors=9e-5)).splitlines()
+    assert bars[0].endswith("0.89, at least 0.9: does not hold")
+    assert bars[1].endswith("not measured: torch is not installed")
+    assert bars[4].endswith("4.50, at least 5: does not hold")
 
 
-def test_every_bar_is_of_a_line_that_there_is(gpu):
+def test_every_bar_belongs_to_an_existing_line(gpu):
     titles = [title for title, _ in gpu.lines(quick=False)]
     assert {bar.title for bar in gpu.BARS} <= set(titles)
     assert len(set(titles)) == len(titles)
     assert len(list(gpu.lines(quick=True))) < len(titles)
 
 
-def test_what_is_stored_is_json_of_a_file_named_after_the_device(gpu):
+def test_results_are_stored_as_json_in_a_file_named_after_the_device(gpu):
     results = made_up(gpu, copy=0.95e-3, torch=None, tensors=4e-4)
     stored = json.loads(json.dumps(gpu.report(results, {"name": "NVIDIA H100 80GB HBM3"}, quick=False)))
     ours = stored["results"][0]["seconds"]["fastopt"]
@@ -104,7 +104,7 @@ def test_what_is_stored_is_json_of_a_file_named_after_the_device(gpu):
     assert gpu.file_of("NVIDIA H100 80GB HBM3").name == "gpu-nvidia-h100-80gb-hbm3.json"
 
 
-def test_contestants_take_turns_and_what_they_need_before_is_not_timed(gpu):
+def test_contestants_take_turns_and_their_preparation_is_not_timed(gpu):
     calls: list[str] = []
 
     def clock(call: Any, repeat: int) -> float:
@@ -117,19 +117,19 @@ def test_contestants_take_turns_and_what_they_need_before_is_not_timed(gpu):
     )
     found = gpu.timed(line, clock, seconds=0.0, rounds=3)
     assert {name: (spread.median, spread.rounds) for name, spread in found.items()} == {"a": (1e-3, 3), "b": (4e-3, 3)}
-    # Three times each; then rounds of a call that warms, what is needed before, and a sample of 2 ms.
+    # Three calls each; then rounds of a warm-up call, the preparation, and a sample of 2 ms.
     assert "".join(calls) == "-a-a-abbb" + "a-aabb" + "bba-aa" + "a-aabb"
 
 
 @pytest.mark.parametrize("arguments", [(), ("--sanitize",), ("--quick", "--only", "adam")])
-def test_without_a_gpu_it_says_so(arguments):
+def test_a_missing_gpu_is_reported(arguments):
     found = run(SCRIPT, *arguments, CUDA_VISIBLE_DEVICES="", NUMBA_ENABLE_CUDASIM="0")
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.startswith("bench/gpu.py needs a GPU: ")
     assert len(found.stderr.splitlines()) == 1
 
 
-def test_help_teaches_the_sanitizer(gpu, capsys):
+def test_help_explains_the_sanitizer(gpu, capsys):
     with pytest.raises(SystemExit) as left:
         gpu.main(["--help"])
     assert left.value.code == 0
@@ -177,8 +177,8 @@ def test_the_event_clock_counts_calls(gpu, device):
     assert len(calls) == 3
 
 
-def test_what_the_sanitizer_runs_agrees_with_the_cpu(gpu, device, monkeypatch):
-    if SIMULATED:  # which is slow; tests/test_cuda.py runs every rule there
+def test_the_sanitizer_mode_agrees_with_the_cpu(gpu, device, monkeypatch):
+    if SIMULATED:  # the simulator is slow; tests/test_cuda.py runs every rule in it
         few = {name: gpu.SANITIZED[name] for name in ("every flag", "norms and numbers")}
         monkeypatch.setattr(gpu, "SANITIZED", few)
         monkeypatch.setattr(gpu, "SIZE", 35)
@@ -188,7 +188,7 @@ def test_what_the_sanitizer_runs_agrees_with_the_cpu(gpu, device, monkeypatch):
         assert gpu.sanitized() == []
 
 
-def test_the_sanitizer_mode_notices_what_differs(gpu, device, monkeypatch):
+def test_the_sanitizer_mode_notices_differences(gpu, device, monkeypatch):
     monkeypatch.setattr(gpu, "SANITIZED", {"no state": ("SGD", {"lr": 0.1})})
     monkeypatch.setattr(gpu, "_rows", lambda dtype, place: [])
     monkeypatch.setattr(

@@ -27,8 +27,8 @@ import fastopt
 from fastopt.kernels import driver, pool
 from fastopt.kernels.driver import DRIVER
 from fastopt.kernels.threads import using
-from fastopt.storage import flat
-from fastopt.storage.flat import Layout
+from fastopt.storage import layout as layout_module
+from fastopt.storage.layout import Layout
 
 BELOW = (100, 33)  # what is worth one thread, and more, whatever the threads
 ABOVE = (driver.SERIAL_BELOW_ELSEWHERE // 2 + 4001, driver.SERIAL_BELOW_ELSEWHERE // 2 + 13_627)
@@ -114,7 +114,7 @@ def test_the_driver_asked_for_is_the_one_that_ran(driven, name, launches):
             assert line["ran"] == ({} if key[2] == "serial" else {key[2]: launches}), key
 
 
-def test_optimizers_dtypes_and_seeds_are_told_apart_by_the_digest():
+def test_optimizers_dtypes_and_seeds_have_different_digests():
     # The test of the tests above: a digest that ignored its input would pass them all.
     digests = {train("Adam", BELOW, dtype, seed=seed) for dtype in ("float32", "float64") for seed in (0, 1)}
     assert len(digests) == 4
@@ -139,8 +139,8 @@ def shared_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_any_chunk_length_gives_the_same_bits(shared_out, monkeypatch, name, dtype):
     digests = {}
     for longest in (10**9, 1, 16, 17, 100, 4096, 5000, 8192):
-        monkeypatch.setattr(flat, "MIN_CHUNK", longest)
-        monkeypatch.setattr(flat, "MAX_CHUNK", longest)
+        monkeypatch.setattr(layout_module, "MIN_CHUNK", longest)
+        monkeypatch.setattr(layout_module, "MAX_CHUNK", longest)
         digests[longest] = train(name, (30_011, 1, 12_289, 4096, 7), dtype, steps=2)
     assert digests == dict.fromkeys(digests, digests[10**9])
 
@@ -149,8 +149,8 @@ def test_the_chunk_length_is_what_the_test_above_sets(monkeypatch):
     layout = Layout.of([(100_000,)])
     default = len(layout.chunks([0]))
     for longest in (16, 4096, 10**9):
-        monkeypatch.setattr(flat, "MIN_CHUNK", longest)
-        monkeypatch.setattr(flat, "MAX_CHUNK", longest)
+        monkeypatch.setattr(layout_module, "MIN_CHUNK", longest)
+        monkeypatch.setattr(layout_module, "MAX_CHUNK", longest)
         assert len(layout.chunks([0])) == -(-100_000 // longest) != default
 
 

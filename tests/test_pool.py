@@ -65,7 +65,7 @@ def every_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def digest_of(opt: fastopt.Optimizer, *more: Any) -> str:
     digest = hashlib.sha256(repr(more).encode())
-    for buffer in (opt.flat.data, opt.flat.grad, *opt._buffers):
+    for buffer in (opt.flat.data, opt.flat.grad, *opt._pipeline.buffers):
         digest.update(buffer)
     return digest.hexdigest()
 
@@ -184,7 +184,7 @@ def policy() -> tuple[Callable[..., Any], ...]:
 
 
 class Place:
-    """A site, and jobs that take the time they are told."""
+    """A site, and jobs that take a given time."""
 
     def __init__(self, alone: int):
         self.site = pool.Site()
@@ -298,7 +298,7 @@ def test_a_job_that_its_thread_was_kept_from_is_not_held_against_the_pool():
     ("text", "delay"),
     [(b"123456 789 12\n", 789), (b"5 98765432101234 1", 98_765_432_101_234), (b"0 0 0\n", 0), (b"", 0), (None, 0)],
 )
-def test_the_delay_of_a_thread_is_the_second_number_that_linux_tells(tmp_path, text, delay):
+def test_the_delay_of_a_thread_is_the_second_number_of_schedstat(tmp_path, text, delay):
     path = tmp_path / "schedstat"
     if text is not None:
         path.write_bytes(text)
@@ -333,7 +333,7 @@ def test_a_thread_that_waits_for_its_processor_is_crowded(tmp_path, monkeypatch)
     assert asked(12.521, 5.58)
     assert not asked(12.8, 5.58)
     assert asked(13.5, 6.0)
-    with_thread = threading.Thread(target=lambda: asked(14.5, 1.0))  # another thread's time says nothing of this one's
+    with_thread = threading.Thread(target=lambda: asked(14.5, 1.0))  # the time of another thread does not count
     with_thread.start()
     with_thread.join()
     assert asked(15.5, 1.0)
@@ -376,7 +376,7 @@ def test_the_first_job_of_a_loop_is_done_alone_and_later_ones_as_it_pays(monkeyp
     monkeypatch.setattr(DRIVER, "mode", "pool")
     with using(2):
         opt = fastopt.SGD({"w": np.ones(50_003, np.float32)}, momentum=0.123)
-        loop = opt._kernel._loop
+        loop = opt._pipeline.plan.kernel(scaled=False)._loop
         loop.sites.clear()
         opt.step()
         (site,) = loop.sites.values()

@@ -29,8 +29,9 @@ import fastopt
 from fastopt.batchnorm import formulas
 from fastopt.kernels import elements
 from fastopt.kernels.bind import bind
-from fastopt.kernels.contract import Adder, Features, StepHyper
+from fastopt.kernels.contract import Adder, Chunk, Features, Place, StepHyper
 from fastopt.rule import Rule
+from fastopt.step.features import features_of
 from fastopt.step.rows import form_of
 
 WHY = "needs a CUDA compiler, and no GPU: pip install 'numba-cuda[cu13]==0.30.4'"
@@ -42,7 +43,8 @@ nvjitlink = pytest.importorskip("cuda.bindings.nvjitlink", reason=WHY)
 from numba import cuda  # noqa: E402 not before it is known to be there
 
 from fastopt.kernels.cuda import backend as backend_module  # noqa: E402
-from fastopt.kernels.cuda import batchnorm as batchnorm_module  # noqa: E402
+from fastopt.kernels.cuda import batchnorm, decisions, elementwise, layerwise, norms  # noqa: E402
+from fastopt.kernels.cuda.target import THREADS, type_of  # noqa: E402
 
 NEW, OTHERS = (9, 0), ((7, 5), (8, 0), (10, 0))
 """Compute capabilities: every kernel is compiled for the first, those for float32 with all features for the others."""
@@ -55,7 +57,8 @@ SIZE = 256
 
 def rules_of_the_library() -> dict[str, Rule]:
     """Those of the optimizers, and those that they run beside them: Muon's direction, Nesterov's look-ahead."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("fastopt.rules.")]
+    folders = ("fastopt.rules.", "fastopt.optimizers.")
+    modules = [module for name, module in sys.modules.items() if name.startswith(folders)]
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Rule)]
     return {rule.name: rule for rule in found}
 
@@ -75,18 +78,32 @@ class Recorder(backend_module.CUDA):
 
     def __init__(self) -> None:
         super().__init__()
-        self.launched: list[tuple[Any, tuple[Any, ...], int]] = []
+        self.launched: list[tuple[Any, tuple[Any, ...]]] = []
 
     def launch(self, kernel: Any, blocks: int, *arguments: Any) -> None:
         assert blocks > 0
-        signature = tuple(backend_module.type_of(argument) for argument in arguments)
-        self.launched.append((kernel, signature, sum(len(item) for item in arguments if isinstance(item, tuple))))
+        signature = tuple(type_of(argument) for argument in arguments)
+        self.launched.append((kernel, signature))
+
+    def address(self, array: np.ndarray) -> int:
+        return array.ctypes.data
+
+    @property
+    def device(self) -> int:
+        return 0
+
+    def device_of(self, array: np.ndarray) -> int:
+        return 0
 
     def host(self, array: np.ndarray) -> np.ndarray:
         return array
 
     def capturing(self) -> bool:
         return False
+
+
+OF_PLACES = {"elementwise": 2, "propose": 2, "apply": 1, "squares": 1, "add": 2}
+"""How many of a kernel's buffers are at addresses of the table of places; the others are states."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,7 @@ class Code:
     loop: str
     """The function of the backend that it was made of."""
     buffers: int
-    """How many it walks through."""
+    """How many its loop reads or writes."""
     operations: Counter[str]
     """How often each instruction stands in the PTX, as in ``fma.rn.f32``."""
     local: bool
@@ -111,7 +128,7 @@ class Code:
     def blocks(self) -> int:
         """How many blocks of threads a multiprocessor runs at once. Registers are given out to threads by eights."""
         most = 1024 if self.cc == (7, 5) else 2048
-        return min(65_536 // -(-self.registers // 8) // 8, most) // backend_module.THREADS
+        return min(65_536 // -(-self.registers // 8) // 8, most) // THREADS
 
     def wide(self, kind: str) -> int:
         """The reads (kind "ld") or writes ("st") of 16 bytes."""
@@ -126,7 +143,7 @@ def recorder() -> Recorder:
 
 
 @cache
-def compiled(kernel: Any, signature: tuple[Any, ...], buffers: int, cc: tuple[int, int], lto: bool) -> Code:
+def compiled(kernel: Any, signature: tuple[Any, ...], cc: tuple[int, int], lto: bool) -> Code:
     """lto : by way of LLVM's code, as numba-cuda does for a launch where it can; slower, and less to be looked at."""
     options = {name: kernel.targetoptions[name] for name in ("fastmath", "opt", "launch_bounds")}
     with pytest.MonkeyPatch.context() as patch:  # a device function asks for the device when it is first called
@@ -141,10 +158,11 @@ def compiled(kernel: Any, signature: tuple[Any, ...], buffers: int, cc: tuple[in
     registers = re.search(r"Used (\d+) registers", log)
     assert spills is not None, log
     assert registers is not None, log
+    loop = kernel.py_func.__code__.co_name
     return Code(
         re.sub(r"_[0-9a-f]{16}$", "", kernel.py_func.__name__),
-        kernel.py_func.__code__.co_name,
-        buffers,
+        loop,
+        OF_PLACES.get(loop, 0) + sum(len(kind) for kind in signature if hasattr(kind, "count")),
         operations,
         ".local" in ptx,
         int(registers[1]),
@@ -183,8 +201,14 @@ def vectors(count: int, dtype: Any) -> tuple[np.ndarray, ...]:
     return tuple(np.zeros(SIZE, dtype) for _ in range(count))
 
 
-def chunks() -> np.ndarray:
-    return np.array([[0, SIZE, 0, 0, 0]], np.int64)
+def places(count: int = 1) -> np.ndarray:
+    """Nothing is read or written there."""
+    return np.array([Place(0, 0, 0)] * count, np.int64)
+
+
+def chunks(count: int = 1) -> np.ndarray:
+    """A chunk of each of `count` parameters."""
+    return np.array([Chunk(place=k, start=0, stop=SIZE, grad=0, group=0, block=k) for k in range(count)], np.int64)
 
 
 def rows_of(*hypers: Any, dtype: Any) -> np.ndarray:
@@ -200,13 +224,13 @@ def of_rule(name: str, dtype: Any, everything: bool, cc: tuple[int, int] = NEW, 
     """The kernels of a rule's step, with no features or with all."""
     rule = RULES[name]
     hyper = hyper_of(rule)
-    features = rule.features(decays=True, **MANY) if everything else Features()
+    features = features_of(rule, decays=True, **MANY) if everything else Features()
 
     def use(backend: Recorder) -> None:
         numbers = [np.zeros(1) for _ in rule.numbers]
         states = (*vectors(len(rule.states) + features.ema, dtype), *numbers)
         kernel = backend.kernel(rule, hyper, np.dtype(dtype), features)
-        kernel.launch(*vectors(2, dtype), states, rows_of(hyper, dtype=dtype), chunks())
+        kernel.launch(places(), states, rows_of(hyper, dtype=dtype), chunks(), SIZE)
 
     return codes(cc, use, lto)
 
@@ -217,21 +241,17 @@ def of_norm(dtype: Any, everything: bool, cc: tuple[int, int] = NEW) -> list[Cod
     features = Features(**dict.fromkeys(before, everything))
     return codes(
         cc,
-        lambda backend: backend.norm(np.dtype(dtype), features).launch(
-            *vectors(1, dtype), rows_of(dtype=dtype), chunks()
-        ),
+        lambda backend: backend.norm(np.dtype(dtype), features).launch(places(), rows_of(dtype=dtype), chunks(), SIZE),
     )
 
 
 @cache
 def of_add(dtype: Any, adder: Adder, cc: tuple[int, int] = NEW) -> list[Code]:
     """One that adds, and one that overwrites."""
-    lines = np.array([[0, SIZE, 0, 0, 0], [SIZE, 2 * SIZE, 0, 1, 1]], np.int64)
 
     def use(backend: Recorder) -> None:
-        offsets, fresh = np.array([0, SIZE]), np.array([False, True])
-        g = np.zeros(2 * SIZE, dtype)
-        backend.add(g, [*vectors(2, dtype)], offsets, fresh, 0.5, lines, np.zeros((2, 2)), adder)
+        present, overwrite = np.array([True, True]), np.array([False, True])
+        backend.add(places(2), present, overwrite, 0.5, chunks(2), np.zeros((2, 2)), adder, np.dtype(dtype))
 
     return codes(cc, use)
 
@@ -247,21 +267,21 @@ def of_rows(dtype: Any, ema: bool, cc: tuple[int, int] = NEW) -> list[Code]:
     def use(backend: Recorder) -> None:
         states = vectors(len(form.states), dtype)
         kernel = backend.kernel(form, history.hyper, np.dtype(dtype), Features(still=True, scattered=True))
-        kernel.launch(*vectors(2, dtype), states, rows_of(history.hyper, dtype=dtype), chunks())
+        kernel.launch(places(), states, rows_of(history.hyper, dtype=dtype), chunks(), SIZE)
         features = Features(ema=ema, scattered=True, clip_norm=True)
         kernel = backend.kernel(rule, hyper, np.dtype(dtype), features, (history.scalar, history.hyper))
-        kernel.launch(*vectors(2, dtype), states, rows_of(hyper, history.hyper, dtype=dtype), chunks())
+        kernel.launch(places(), states, rows_of(hyper, history.hyper, dtype=dtype), chunks(), SIZE)
 
     return codes(cc, use)
 
 
 @cache
-def of_judge(dtype: Any, everything: bool, cc: tuple[int, int] = NEW) -> list[Code]:
+def of_decision(dtype: Any, everything: bool, cc: tuple[int, int] = NEW) -> list[Code]:
     """What decides on the device: the coefficient of clipping; and whether the step is left out, and which it is."""
     table, partials = rows_of(dtype=dtype), np.zeros((1, 2))
     skipped = (np.zeros(1, np.int64), 0) if everything else None
     candidates = np.stack([table, table]) if everything else None
-    return codes(cc, lambda backend: backend.judged(table, candidates, partials, 0.5, 1.0, skipped))
+    return codes(cc, lambda backend: backend.decide(table, candidates, partials, 0.5, 1.0, skipped))
 
 
 @cache
@@ -323,7 +343,7 @@ DOUBLES: dict[str, set[str]] = {
     "elementwise": set(),
     "apply": {"ld", "cvt"},  # the ratio
     **{loop: {"mov", "cvt", "mul", "fma", "add", "ld", "st"} for loop in ("propose", "squares", "add")},  # the sums
-    "spread": set(),
+    "map_slices": set(),
     "sum_runs": set(),
 }
 """What a kernel for float32 may do in float64; the others work on sums or on a channel's statistics, all in float64."""
@@ -341,14 +361,16 @@ def faults(code: Code, dtype: Any) -> list[str]:
     wrong += [n for n in names if n.split(".")[0] in ROUNDED and re.search(r"\.f(32|64)$", n) and ".rn." not in n]
     if dtype == np.float32 and code.loop in DOUBLES:
         wrong += [n for n in names if ".f64" in n and n.split(".")[0] not in DOUBLES[code.loop]]
+    wrong += [name for name in names if re.match(r"(ld|st)\.(v\d\.)?[a-z]\d+$", name)]  # at addresses of any memory
     if code.local:
         wrong.append("local memory")
     if code.spilled:
         wrong.append(f"{code.spilled} bytes spilled")
-    under_way = code.blocks * backend_module.THREADS * code.wide("ld") * 16 // 1024
+    under_way = code.blocks * THREADS * code.wide("ld") * 16 // 1024
     if code.wide("ld") and under_way < UNDER_WAY[code.cc]:
         wrong.append(f"{code.registers} registers: {code.blocks} blocks fit, which read {under_way} KiB at once")
-    if code.blocks < (3 if dtype == np.float32 and code.loop in DOUBLES and code.buffers < 6 else 2):
+    small = code.loop in DOUBLES and code.buffers < 6 and "_still" not in code.name
+    if code.blocks < (3 if dtype == np.float32 and small else 2):
         wrong.append(f"{code.registers} registers: {code.blocks} blocks fit on a multiprocessor")
     return [f"{code.name}: {fault}" for fault in wrong]
 
@@ -430,9 +452,10 @@ def test_so_are_the_scattered_kernels_of_rows_and_an_update_after_a_first(ema, d
     for cc in (NEW, *OTHERS) if dtype == np.float32 else (NEW,):
         alone, after = of_rows(dtype, ema, cc)
         assert "_scattered" in alone.name
-        assert "_scattered_after_adam_still" in after.name
+        assert "_scattered_after_adam_zero_gradient" in after.name
         assert faults(alone, dtype) + faults(after, dtype) == []
-        assert alone.wide("ld") == after.wide("ld") == 0  # rows begin anywhere
+        states = alone.buffers - 2
+        assert (alone.wide("ld"), after.wide("ld")) == (1 + states, 2 + states)  # of rows that begin at 16 bytes
 
 
 def on_host(rule: Rule, function: Any) -> tuple[bool, bool]:
@@ -465,11 +488,12 @@ def test_so_are_the_kernels_of_batchnorm_in_any_layout(relu, residual, dtype):
         for training in (False, True):
             for cc in (NEW, *OTHERS):
                 found = of_batchnorm(dtype, relu, residual, given, training, cc)
-                backward = ["gather", "finish_slopes", "spread"]
-                assert [code.loop for code in found] == ["gather"] * training + [
-                    "finish_statistics",
-                    "spread",
-                    *backward,
+                assert [code.loop for code in found] == ["forward_sums"] * training + [
+                    "merge_statistics",
+                    "map_slices",
+                    "backward_sums",
+                    "merge_gradients",
+                    "map_slices",
                 ]
                 assert [fault for code in found for fault in faults(code, dtype)] == []
 
@@ -478,7 +502,7 @@ def test_clipping_by_norm_divides_and_takes_the_root_exactly():
     for dtype in DTYPES:
         for cc in (NEW, *OTHERS):
             for everything in (False, True):
-                (code,) = of_judge(dtype, everything, cc)
+                (code,) = of_decision(dtype, everything, cc)
                 assert faults(code, dtype) == []
                 assert code.operations["div.rn.f64"] == code.operations["sqrt.rn.f64"] == 1
 
@@ -495,7 +519,8 @@ def test_sums_of_repeated_rows_are_taken_in_their_own_dtype():
 
 
 def test_no_rule_is_missing_here():
-    sources = "".join(path.read_text() for path in Path(fastopt.rules.__file__).parent.glob("*.py"))
+    folders = [Path(package.__file__).parent for package in (fastopt.rules, fastopt.optimizers)]
+    sources = "".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
     written = re.findall(r"^@rule\(.*?^def (\w+)\(", sources, re.MULTILINE | re.DOTALL)
     assert len(written) == sources.count("\n@rule(")
     assert sorted(written) == sorted(RULES)
@@ -505,11 +530,11 @@ def test_no_rule_is_missing_here():
 
 
 def test_no_loop_of_the_backend_is_missing_here():
-    modules = (backend_module, batchnorm_module)
+    modules = (elementwise, norms, layerwise, decisions, batchnorm)
     functions = [value for module in modules for value in vars(module).values() if isinstance(value, FunctionType)]
-    loops = {function.__name__ for function in functions if "blockIdx" in function.__code__.co_names} | {"judge"}
+    loops = {function.__name__ for function in functions if "blockIdx" in function.__code__.co_names} | {"decide"}
     found = [code for name in OF_EACH_KIND for code in of_rule(name, np.float32, True)]
-    found += of_norm(np.float32, True) + of_add(np.float32, Adder(True, True)) + of_judge(np.float32, True)
+    found += of_norm(np.float32, True) + of_add(np.float32, Adder(True, True)) + of_decision(np.float32, True)
     found += of_sums_of_rows(np.float32)
     found += of_batchnorm(np.float32, True, True, True, True)
     assert {code.loop for code in found} == loops

@@ -1,4 +1,4 @@
-"""How many threads: what the user says, else what numba, torch, the affinity and the quota of the process allow."""
+"""The number of threads: the user's choice, else the limit of numba, torch, and the process' affinity and quota."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_torch_on_one_thread_is_respected():
     torch.set_num_threads(1)
     try:
         assert (fastopt.get_num_threads(), source() in ("torch", "the processors of this process")) == (1, True)
-        with using(2):  # what is said to fastopt counts more
+        with using(2):  # fastopt's own setting takes precedence
             assert fastopt.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""The backends: where kernels are compiled and launched. `get_backend` imports one only when it is asked for."""
+"""The backends, which compile and launch kernels. `get_backend` imports a backend when it is first requested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _made: dict[str, Backend] = {}
 
 
 def get_backend(name: str) -> Backend:
-    """The backend called `name`, made once per process.
+    """Return the backend called `name`, which is made once per process.
 
     Raises ValueError for a name that is not ``"cpu"`` or ``"cuda"``, and RuntimeError, with the reason, for a backend
     that cannot work here.
@@ -42,13 +42,13 @@ def _make(name: str) -> Backend:
             ) from None
 
         return CUDA().connect()
-    raise ValueError(f"backend={name!r}: expected one of {', '.join(map(repr, NAMES))}")
+    raise ValueError(f"backend: must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
 
 
 def find_cuda() -> dict[str, Any]:
-    """What there is of CUDA here: available, simulator, devices; whether the backend works, and the reason if not.
+    """Return the state of CUDA: available, simulator, devices; whether the backend works, and the reason if not.
 
-    Never raises; the reason is the message with which ``backend="cuda"`` is refused.
+    Never raises. The reason is the message of the error that ``backend="cuda"`` raises.
     """
     found: dict[str, Any] = {"available": False, "simulator": False, "devices": [], "backend": True, "reason": None}
     with suppress(ImportError):  # the reason below
@@ -64,8 +64,8 @@ def find_cuda() -> dict[str, Any]:
 
 
 def place_of(array: Any) -> str:
-    """The name of the backend on which an array lives: ``"cuda"`` for those of a device, else ``"cpu"``."""
+    """Return the name of the backend of an array: ``"cuda"`` for an array on a device, else ``"cpu"``."""
     try:
         return "cuda" if hasattr(array, "__cuda_array_interface__") else "cpu"
-    except RuntimeError:  # torch's, of a tensor on a device that requires grad; `Backend.adopt` tells so
+    except RuntimeError:  # torch raises it for a tensor on a device that requires grad; `Backend.adopt` reports that
         return "cuda"

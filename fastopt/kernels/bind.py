@@ -1,8 +1,8 @@
 """One loop + one rule + compile-time flags -> one named kernel; and the opt-in cache of compiled kernels on disk.
 
-A loop such as ``cpu.elementwise`` is an ordinary function that mentions a few upper-case globals (``RULE``, ``L2``,
-...) that nobody has defined. `bind` rebuilds it with those names set: numba takes a global as a constant, prunes
-``if FLAG:`` on it and inlines a function behind it, so a loop is written once and a feature that is off costs nothing.
+A loop such as ``elementwise`` of the CPU is an ordinary function that reads a few undefined upper-case globals
+(``RULE``, ``L2``, ...). `bind` rebuilds the function with these names set. numba treats a global as a constant, prunes
+``if FLAG:`` on it and inlines a function behind it. So a loop is written once, and disabled features cost nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CACHE_VARIABLE = "FASTOPT_CACHE_DIR"
 
 
 def scalar_of(value: object) -> FunctionType | None:
-    """The plain scalar function behind `value`: itself, or what a Rule carries in ``.scalar``; None for the rest."""
+    """Return the plain scalar function behind `value`: a function itself, or a Rule's ``.scalar``; else None."""
     if isinstance(value, FunctionType):
         return value
     inner = getattr(value, "scalar", None)
@@ -39,23 +39,32 @@ def bind(
     label: str,
     scalar: Callable[[FunctionType], Any],
 ) -> FunctionType:
-    """Rebuild `function` with `constants` as its globals; every scalar function it reaches is compiled by `scalar`.
+    """Rebuild `function` with `constants` as its globals, and compile every scalar function it reaches with `scalar`.
 
-    `scalar` is the target's way to compile a scalar function (njit on the CPU, an inlined device function on CUDA).
-    The scalar functions of `constants`, those they call, and those a rule finds in its own module or closure are all
-    compiled the same way, so a rule may call another rule or a plain function of its file.
+    `scalar` compiles a scalar function for the target (njit on the CPU, an inlined device function on CUDA). It also
+    compiles the scalar functions of `constants`, those they call, and those that a rule finds in its own module or
+    closure. So a rule may call another rule or a plain function of its file.
 
-    The result is named ``label_digest``. The digest covers the bytecode and constants of everything that went in: it
-    is what makes numba's on-disk cache, whose own key leaves these out, safe to use.
+    The result is named ``label_digest``. The digest covers the bytecode and constants of everything that went in. It
+    makes numba's on-disk cache safe to use, because numba's own key does not include these.
+
+    Raises TypeError where the function reads an upper-case name that is not among the constants, and that its module
+    does not declare (``L2: bool``).
     """
     plain = scalar_of(function)
     if plain is None:
-        raise TypeError(f"bind: expected a plain function, found {function!r}")
+        raise TypeError(f"bind: must be given a plain function, got {function!r}")
+    declared = plain.__globals__.get("__annotations__", {})  # what stands in a branch that is pruned is not supplied
+    missing = {name for name in _names(plain.__code__) if name.isupper()} - {*constants, *plain.__globals__, *declared}
+    if missing:
+        raise TypeError(
+            f"bind: {plain.__qualname__} reads {', '.join(sorted(missing))}: must be declared in its module"
+        )
     return _Binder(scalar).bind(plain, constants, label)
 
 
 class _Binder:
-    """One binding: compiles each scalar function once, however often it is reached."""
+    """One binding. It compiles each scalar function once, even if several functions call it."""
 
     def __init__(self, scalar: Callable[[FunctionType], Any]):
         self.scalar = scalar
@@ -89,7 +98,7 @@ class _Binder:
             return value
         if function not in self.compiled:
             if function in self.open:
-                raise TypeError(f"scalar function {function.__qualname__!r} calls itself: recursion cannot be bound")
+                raise TypeError(f"scalar function {function.__qualname__!r}: must not be recursive, got a self-call")
             self.open.add(function)
             self.compiled[function] = self.scalar(self.bind(function, {}, function.__name__))
             self.open.discard(function)
@@ -100,7 +109,7 @@ class _Binder:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The globals that `code` reads. co_names holds attributes too, and h.momentum is not the rule momentum."""
+    """Yield the globals that `code` reads. co_names also holds attributes, and h.momentum is not the rule momentum."""
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             yield instruction.argval
@@ -118,7 +127,7 @@ def _describe_code(code: CodeType) -> str:
 def _describe_function(
     function: FunctionType, namespace: Mapping[str, Any] | None = None, seen: frozenset[Any] = frozenset()
 ) -> str:
-    """The bytecode, defaults, closure and globals of a function, and so on of every function that it reaches."""
+    """Return a digest of the bytecode, defaults, closure and globals of a function and of all functions it reaches."""
     if function in seen:
         return "recursion"
     seen |= {function}
@@ -133,12 +142,12 @@ def _describe_function(
 
 
 def _describe(value: Any, function: FunctionType, seen: frozenset[Any]) -> str:
-    """What a value that `function` reaches adds to the digest."""
+    """Return the part of the digest for a value that `function` reaches."""
     if isinstance(value, bool | int | float | str | bytes | np.generic | numba.types.Type | None):
         return f"{type(value).__name__}:{value!r}"
     if isinstance(value, tuple):
         return f"({','.join(_describe(item, function, seen) for item in value)})"
-    if isinstance(value, np.ndarray):  # numba freezes a global array into the code: its contents are part of the kernel
+    if isinstance(value, np.ndarray):  # numba compiles a global array into the code, with its contents
         return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
     if isinstance(value, ModuleType):
         if value in seen:
@@ -150,10 +159,10 @@ def _describe(value: Any, function: FunctionType, seen: frozenset[Any]) -> str:
     if plain is not None:
         return _describe_function(plain, seen=seen)
     definition = getattr(value, "_defn", None)
-    if isinstance(definition, FunctionType):  # an intrinsic of numba's: its code is part of the kernel
+    if isinstance(definition, FunctionType):  # a numba intrinsic: its code is part of the kernel
         return _describe_function(definition, seen=seen)
     inside = getattr(value, "py_func", None)
-    if isinstance(inside, FunctionType):  # a numba dispatcher: ours, or a function that the user compiled
+    if isinstance(inside, FunctionType):  # a numba dispatcher: one of ours, or a function that the user compiled
         return f"{sorted(getattr(value, 'targetoptions', {}).items())!r}:{_describe_function(inside, seen=seen)}"
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return f"{name}{getattr(value, '_fields', '')}"
@@ -162,9 +171,12 @@ def _describe(value: Any, function: FunctionType, seen: frozenset[Any]) -> str:
 # --- from a function to machine code ----------------------------------------------------------------------------------
 
 
-def compile_loop(function: FunctionType, signature: tuple[Any, ...], **options: Any) -> Any:
-    """Compile for exactly one signature; keep it on disk where FASTOPT_CACHE_DIR says so."""
-    dispatcher = numba.njit(error_model="numpy", nogil=True, **options)(function)
+def compile_loop(function: FunctionType, signature: tuple[Any, ...], *, nogil: bool = True, **options: Any) -> Any:
+    """Compile for exactly one signature; keep the result on disk where FASTOPT_CACHE_DIR is set.
+
+    Pass nogil=False for a function that reads Python objects, so that no other thread changes them meanwhile.
+    """
+    dispatcher = numba.njit(error_model="numpy", nogil=nogil, **options)(function)
     directory = cache_directory()
     if directory is not None:
         keep_on_disk(dispatcher, directory)
@@ -174,14 +186,14 @@ def compile_loop(function: FunctionType, signature: tuple[Any, ...], **options: 
 
 
 def entry_of(dispatcher: Any) -> Callable[..., Any]:
-    """What Python calls of a function with one signature, without numba's dispatch on types."""
+    """Return the compiled entry of a function with one signature, which Python calls without numba's type dispatch."""
     (compiled,) = dispatcher.overloads.values()
     entry: Callable[..., Any] = compiled.entry_point
     return entry
 
 
 def address_of(dispatcher: Any, *, of_c: bool = False) -> int:
-    """Where a function with one signature begins, for numba's own calls; `of_c`: for those of a C library."""
+    """Return the address of a function with one signature, for calls from numba; with `of_c`, for calls from C."""
     (compiled,) = dispatcher.overloads.values()
     name = compiled.fndesc.llvm_cfunc_wrapper_name if of_c else compiled.fndesc.llvm_func_name
     address: int = compiled.library.get_pointer_to_function(name)
@@ -192,10 +204,10 @@ def address_of(dispatcher: Any, *, of_c: bool = False) -> int:
 
 
 def cache_directory() -> Path | None:
-    """The directory named by FASTOPT_CACHE_DIR, made if absent; None where the variable is unset or empty.
+    """Return the directory named by FASTOPT_CACHE_DIR, made if absent; None where the variable is unset or empty.
 
-    Raises PermissionError where others may write to it: numba's cache files are pickles, so whoever writes there runs
-    code here.
+    Raises PermissionError where other users may write to the directory: numba's cache files are pickles, so a file
+    written there can run any code here.
     """
     name = os.environ.get(CACHE_VARIABLE)
     if not name:
@@ -206,17 +218,17 @@ def cache_directory() -> Path | None:
         status = path.stat()
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise PermissionError(
-                f"{CACHE_VARIABLE}={name}: the cache directory must belong to you and be writable by nobody else, "
-                f"because cache files are executable code; run: chmod 700 {name}"
+                f"{CACHE_VARIABLE}: must be a directory that belongs to you and that nobody else can write to, because "
+                f"cache files are executable code, got {name!r}; run: chmod 700 {name}"
             )
     return path
 
 
 def keep_on_disk(dispatcher: Any, directory: Path) -> None:
-    """Have numba keep the compiled code of `dispatcher`, whose name holds a digest of all sources, in `directory`."""
+    """Make numba keep the compiled code of `dispatcher`, whose name holds a digest of all sources, in `directory`."""
 
     class Locator(caching._CacheLocator):
-        """Where the files go, and a stamp that never changes: the digest in the function's name says what is stale."""
+        """The directory of the files, and a constant stamp: the digest in the function's name detects stale files."""
 
         def __init__(self, function: FunctionType):
             self.function = function
@@ -243,7 +255,7 @@ def keep_on_disk(dispatcher: Any, directory: Path) -> None:
         def load_overload(self, signature: Any, target: Any) -> Any:
             try:
                 return super().load_overload(signature, target)
-            except Exception:  # a truncated or foreign file must mean "compile again", not fail for ever
+            except Exception:  # a truncated or foreign file must cause a compilation, not fail for ever
                 self.flush()
                 return None
 

@@ -1,63 +1,133 @@
-"""The contract of a backend: what the rest of fastopt asks of it, and the words and constants that both share.
+"""The contract of a backend: what it must implement, and the records and constants that it shares with its callers.
 
-The author of a third backend implements this page. A backend never imports the mathematics: it receives a rule, and
-binds the rule into its own loops.
+To write a third backend, implement this page. A backend never imports the mathematics: it receives a rule, and binds
+the rule into its own loops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-if TYPE_CHECKING:
-    from fastopt.rule import Rule
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple, Protocol
 
 Array = Any
 
 ALIGNMENT = 64
-"""Bytes. One cache line, and one AVX-512 register: no vector load of a parameter straddles two lines."""
+"""Bytes: one cache line and one AVX-512 register. No vector load of a parameter straddles two lines."""
 
 BLOCK = 4096
-"""Elements per partial sum of a reduction. Fixed, so that a sum is the same for any chunk size and thread count."""
+"""Elements per partial sum of a reduction. It is fixed, so a sum is the same for any chunk size and thread count."""
+
+
+class Place(NamedTuple):
+    """Where one parameter is: a line of the table of places, in int64."""
+
+    p: int
+    """The address of its first element."""
+    g: int
+    """The address of the first element of its gradient."""
+    state: int
+    """The offset of its first element in every buffer of states."""
+
+
+class Chunk(NamedTuple):
+    """A piece of work: a line of the table of chunks, in int64. It may extend over parameters that follow in memory."""
+
+    place: int
+    """The index of the (first) parameter: its line of the table of places."""
+    start: int
+    """The first element, counted from the beginning of the parameter."""
+    stop: int
+    """The element after the last one."""
+    grad: int
+    """The offset of the first gradient, counted from the address `Place.g`: `start`, except for row gradients."""
+    group: int
+    """The index of its param group: the row of the table of hyperparameters."""
+    block: int
+    """The index of its first partial sum. Each sum covers `BLOCK` elements, counted from `start`."""
 
 
 class StepHyper(NamedTuple):
-    """What the loop itself applies around every rule: the first fields of every row of the table."""
+    """Hyperparameters that the loop itself applies around every rule: the first fields of every row of the table."""
 
     unscale: float
-    """1 / grad_scale; negative where the objective is maximised, smaller where accumulated gradients are averaged."""
+    """1 / grad_scale, negated to maximise the objective, and divided by the count to average accumulated gradients."""
     clip_value: float
-    """The largest magnitude of an element of the gradient."""
+    """The largest allowed magnitude of an element of the gradient."""
     coefficient: float
-    """Clipping by norm: what every gradient is multiplied by."""
+    """Clipping by norm: the factor of every gradient."""
     weight_decay: float
     """L2: g += weight_decay * p."""
     keep: float
     """Decoupled weight decay: p *= 1 - lr * weight_decay."""
-    fresh: float
+    ema_weight: float
     """The weight of the new parameters in their moving average."""
     proceeds: float
-    """0 where the step is left out: everything stays as it is."""
+    """0 where the step is skipped, which changes nothing; else 1."""
+
+
+N_PLACE, N_CHUNK, N_STEP = len(Place._fields), len(Chunk._fields), len(StepHyper._fields)
+
+
+class LayerwiseFunctions(Protocol):
+    """The part of `fastopt.Layerwise` that a kernel needs: a rule that proposes an update and scales it by norms."""
+
+    @property
+    def ratio(self) -> Callable[..., Any]:
+        """``ratio(norm_p, norm_u)``, once per parameter."""
+
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """``apply(p, *states, ratio, h)``, which returns the new p."""
+
+
+class ScalingFunctions(Protocol):
+    """The part of `fastopt.Scaling` that a kernel needs: a rule whose step is scaled by the norms of p and g."""
+
+    @property
+    def scale(self) -> Callable[..., Any]:
+        """``scale(norm_p, norm_g, h)``, or ``scale(norm_p, norm_g, number, h)``, once per parameter."""
+
+    @property
+    def number(self) -> str | None:
+        """The name of the per-tensor state, or None."""
+
+
+class KernelRule(Protocol):
+    """The part of `fastopt.Rule` that a kernel needs."""
+
+    name: str
+    states: tuple[str, ...]
+    """The names of its state buffers."""
+    scalar: FunctionType
+    """The scalar function ``(p, g, *states, h)``, in plain Python."""
+
+    @property
+    def layerwise(self) -> LayerwiseFunctions | None:
+        """None for a rule without a second pass."""
+
+    @property
+    def scaling(self) -> ScalingFunctions | None:
+        """None for a rule without a scale."""
 
 
 def clip_coefficient(norm: Any, max_norm: Any) -> Any:
-    """What clipping by norm multiplies gradients of this norm by, in torch's form; NaN for NaN."""
+    """Return the factor that clips gradients of this norm, in torch's form; NaN for NaN."""
     coefficient = max_norm / (norm + 1e-6)
     return 1.0 if coefficient > 1.0 else coefficient
 
 
 @dataclass(frozen=True)
 class Features:
-    """The compile-time flags of a kernel. One that is off is not in the machine code.
+    """The compile-time flags of a kernel. A flag that is off is not in the machine code.
 
-    They are applied in the order in which they stand here: the first seven before the rule (`clip_norm` multiplies by
-    the coefficient of `StepHyper`), the next two after it.
+    They are applied in the order of the fields: the first seven before the rule (`clip_norm` multiplies by the
+    coefficient of `StepHyper`), the next two after it.
     """
 
     still: bool = False
-    """Gradients count as 0, and are not read."""
+    """Gradients count as 0 and are not read."""
     unscale: bool = False
     zero_nonfinite: bool = False
     """Elements that are NaN or infinite count as 0."""
@@ -66,176 +136,175 @@ class Features:
     l2: bool = False
     decoupled: bool = False
     ema: bool = False
-    """The last of the states is a moving average of the parameters."""
+    """The last state is a moving average of the parameters."""
     gated: bool = False
-    """`StepHyper.proceeds` decides whether there is a step at all: where no host has seen the gradients' norm."""
+    """`StepHyper.proceeds` decides whether the step is made: the host launches it before the norm is known."""
     zero_grad: bool = False
-    """Gradients are 0 afterwards."""
+    """Gradients are set to 0 after the update."""
     scattered: bool = False
-    """Chunks are short and far from each other: they are fetched ahead of time. The last column of `chunks` is where
-    the gradient of a chunk begins, in a buffer of its own."""
+    """Chunks are short and far apart: they are prefetched."""
 
     def of_norm(self) -> Features:
-        """Those that decide of what the norm of gradients is."""
+        """Return the flags that change the norm of the gradients."""
         return Features(unscale=self.unscale, zero_nonfinite=self.zero_nonfinite, clip_value=self.clip_value)
 
 
 class Kernel(Protocol):
     """The compiled update of one rule."""
 
-    def launch(self, p: Array, g: Array, states: tuple[Array, ...], table: Array, chunks: Array) -> None:
+    def launch(self, places: Array, states: tuple[Array, ...], table: Array, chunks: Array, elements: int) -> None:
         """Update every chunk in place.
 
-        p, g, states : 1-D buffers of one length and dtype: the rule's states, with the feature `ema` the average, and
-            the rule's numbers (`Rule.numbers`), which have an element per parameter, in float64.
-        table : a row of hyperparameters per group, in the dtype of the buffers: the fields of `StepHyper`, then those
-            of the rule's NamedTuple. A NumPy array, or what `Asynchronous.table` returned.
-        chunks : int64, a line (start, stop, row of the table, parameter, first block) per chunk: `Layout.chunks`.
+        places : a line of `Place` per parameter. The arrays at these addresses have the kernel's dtype, are contiguous
+            and aligned, and do not overlap.
+        states : 1-D buffers: the rule's states, with the feature `ema` the average, and the rule's per-tensor states
+            (`Rule.numbers`), which have one float64 per parameter.
+        table : a row of hyperparameters per param group, in the dtype of the buffers: the fields of `StepHyper`, then
+            those of the rule's NamedTuple. A NumPy array, or what `Asynchronous.table` returned.
+        chunks : lines of `Chunk`. Make them with ``whole=True`` for a rule that needs whole parameters.
+        elements : about how many elements the chunks hold. A second thread pays from some ten thousand elements on.
         """
 
 
 class NormKernel(Protocol):
-    """The pass over the gradients that a step needs before its update, where their norm decides about it."""
+    """The pass over the gradients before the update of a step that depends on their norm."""
 
-    def launch(self, g: Array, table: Array, chunks: Array) -> Array:
-        """The partial sums of the gradients: float64, a line for each block, an array of the backend.
+    def launch(self, places: Array, table: Array, chunks: Array, elements: int) -> Array:
+        """Return the partial sums of the gradients: an array of the backend, in float64, with a line per block.
 
-        A line holds the sum of the squares of what the features before `clip_norm` make of the block's gradients, and
-        0, or NaN where one of them is not finite after `unscale`.
+        A line holds two numbers: the sum of squares of the block's gradients, after the features before `clip_norm`
+        were applied to them; and 0, or NaN where a gradient is not finite after `unscale`.
 
-        chunks : as for `Kernel`, made with ``layerwise=True``.
+        chunks : as for `Kernel`, made with ``whole=True``.
         """
 
 
-class Verdict(Protocol):
-    """What a device has found of the gradients of a step."""
+class Decision(Protocol):
+    """The decision of a device about a step, made by the norm of the gradients."""
 
     def send(self) -> None:
-        """Have it sent to the host, without waiting for it. Not while launches are recorded."""
+        """Start sending the decision to the host; do not wait. Do not call this while launches are recorded."""
 
     @property
     def arrived(self) -> bool:
-        """Whether what was sent is there."""
+        """Whether the decision has arrived at the host."""
 
     def read(self) -> tuple[float, float, bool]:
-        """Wait for it: the norm, the coefficient of clipping, and whether all gradients are finite."""
+        """Wait for the decision; return the norm, the coefficient of clipping, and whether all gradients are finite."""
 
 
 class Adder(NamedTuple):
-    """What `Backend.add` is to do, besides adding."""
+    """What `Backend.add` does besides adding."""
 
     measure: bool
-    """Take the partial sums that `NormKernel` would, of what is in the buffer afterwards."""
+    """Also compute the partial sums of `NormKernel`, of the sums in the buffer."""
     zero_nonfinite: bool
-    """As in `Features`, for those sums; the buffer keeps what it is given."""
+    """As in `Features`, for the partial sums only; the buffer keeps the elements that are not finite."""
 
 
 class Backend(Protocol):
-    """A place to compute: memory, and kernels for it."""
+    """Where computation runs: memory, and kernels for that memory."""
 
     name: str
     asynchronous: bool
-    """Whether it is an `Asynchronous`."""
-
-    wide: int
-    """Bytes. Of buffers that all begin at a multiple of it a kernel may read and write several elements at once; with
-    others it is made with the feature `scattered`, or launched on copies."""
+    """Whether the backend is an `Asynchronous`."""
 
     def zeros(self, size: int, dtype: Any) -> Array:
-        """A 1-D buffer of zeros, aligned to `ALIGNMENT` bytes."""
+        """Return a 1-D buffer of zeros, aligned to `ALIGNMENT` bytes."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """An array whose content does not matter."""
+        """Return an array with arbitrary content."""
 
     @property
     def array_type(self) -> Any:
-        """That of its arrays, which are given and taken at the door. They have the methods and operators of NumPy's."""
+        """The type of the arrays that users pass and receive. It has the methods and operators of NumPy's arrays."""
 
     def adopt(self, leaf: Any) -> Array | None:
-        """An array as one of this backend; None for what it does not take.
+        """Return an array as one of this backend, or None for an object that it does not accept.
 
-        Raises ValueError for an array that another library would be writing to meanwhile.
+        Raises ValueError for an array that another library may still be writing to.
         """
 
     @property
     def device(self) -> int | None:
-        """The number of the device that is current. None where there is but one place."""
+        """The number of the current device; None for a backend without devices."""
 
     def device_of(self, array: Array) -> int | None:
-        """That of the device on which an array of this backend lives."""
+        """Return the number of the device that holds an array of this backend; None without devices."""
 
     def copy(self, to: Array, source: Array) -> None:
-        """Copy a NumPy array, or one of this backend, to another of this backend."""
+        """Copy a NumPy array, or an array of this backend, to an array of this backend."""
 
     def host(self, array: Array) -> Any:
-        """An array of this backend as a NumPy array: itself, or a copy."""
+        """Return an array of this backend as a NumPy array: the same array or a copy."""
 
     def address(self, array: Array) -> int:
-        """Where the memory of an array of this backend begins."""
+        """Return the address of an array of this backend."""
 
     @property
     def overlap(self) -> Callable[[Array, Array], bool]:
-        """Whether two arrays of this backend may share memory."""
+        """The function that returns whether two arrays of this backend may share memory."""
 
     def kernel(
         self,
-        rule: Rule,
+        rule: KernelRule,
         hyper: type,
         dtype: Any,
         features: Features,
         first: tuple[Callable[..., Any], type] | None = None,
     ) -> Kernel:
-        """The update of `rule`, whose `prepare` returns the NamedTuple `hyper`; compiled once per combination.
+        """Return the update of `rule`, whose `prepare` returns the NamedTuple `hyper`; compile once per combination.
 
-        first : a scalar function like a rule's, without weight decay, and the NamedTuple of its hyperparameters: an
-            update that is made before that of the rule, in the same pass, its gradient not being read. The columns of
-            its hyperparameters follow those of the rule's in the table.
+        first : a scalar function like a rule's, without weight decay, and the NamedTuple of its hyperparameters. The
+            kernel applies it before the rule, in the same pass, without reading the gradient. The columns of its
+            hyperparameters follow the rule's columns in the table.
 
         Raises TypeError where the rule's arithmetic leaves `dtype`, or where its return does not match its states.
         """
 
     def norm(self, dtype: Any, features: Features) -> NormKernel:
-        """The norm of gradients of `dtype`, compiled once per combination; `features` beyond `clip_value` are off."""
+        """Return the norm kernel for `dtype`, compiled once per combination, with flags of `Features.of_norm`."""
 
     def add(
         self,
-        g: Array,
-        arrays: list[Array | None],
-        offsets: Array,
-        fresh: Array,
+        places: Array,
+        present: Array,
+        overwrite: Array,
         weight: float,
         chunks: Array,
         partials: Array,
         adder: Adder,
+        dtype: Any,
     ) -> None:
-        """Add weight times arrays to their parts of `g`.
+        """Add weight times an array to the sum of each parameter.
 
-        arrays, offsets, fresh : one for each number that stands in the fourth column of `chunks`: an array (None adds
-            nothing), where its part of `g` begins (int64), and whether that is overwritten instead (bool).
-        chunks : as for `NormKernel`, but for that column.
-        partials : as `NormKernel` returns them; the lines of an array that is not there stay as they are.
+        places : `Place.p` is the address of the sum, `Place.g` the address of the array that is added.
+        present, overwrite : a bool per parameter: whether there is an array to add, and whether it overwrites the sum
+            instead.
+        chunks : as for `NormKernel`.
+        partials : as `NormKernel` returns them. The lines of a parameter that is not present do not change.
         """
 
     def sum_rows(self, grads: Array, order: Any, starts: Any) -> Array:
-        """The sums of runs of rows of a 2-D array, each in the order of the run.
+        """Return the sums of runs of rows of a 2-D array, each added in the order of its run.
 
-        order : NumPy int64, the numbers of the rows. starts : where in `order` each run begins.
+        order : NumPy int64, the indices of the rows. starts : where in `order` each run begins.
         """
 
     def batchnorm(self, formulas: ModuleType, dtype: Any, *, relu: bool, residual: bool) -> Any:
-        """BatchNorm of `dtype` by the scalar functions of `formulas`: an object with ``forward`` and ``backward``."""
+        """Return BatchNorm of `dtype` by the functions of `formulas`: an object with ``forward`` and ``backward``."""
 
 
 class Asynchronous(Backend, Protocol):
-    """A backend that goes on while the host does: what a step decides by its gradients is decided there."""
+    """A backend that runs in parallel with the host, and decides about a step by its gradients on the device."""
 
     def table(self, table: Any) -> Array:
-        """A table of hyperparameters for `Kernel.launch` and `judged`: the present content of a NumPy array.
+        """Return a table of hyperparameters for `Kernel.launch` and `decide`, with the content of a NumPy array.
 
-        One array that is given again and again has one place on a device.
+        The same array gets the same memory on the device in every call.
         """
 
-    def judged(
+    def decide(
         self,
         table: Array,
         candidates: Any,
@@ -243,19 +312,19 @@ class Asynchronous(Backend, Protocol):
         factor: float,
         max_norm: float | None,
         skipped: tuple[Array, int] | None,
-    ) -> Verdict:
-        """Write what the norm of the gradients decides into a table, without waiting for it.
+    ) -> Decision:
+        """Write the decision of a step into its table, without waiting for the norm of the gradients.
 
-        That is the coefficient of clipping by norm and, with `skipped`, whether the step proceeds.
+        The decision is the coefficient of clipping by norm and, with `skipped`, whether the step proceeds.
 
         table : as `table` returned it.
-        candidates : None, or NumPy tables for the cases that none, one, two ... of the steps whose outcome the host
-            does not know were left out; the one that is true becomes the table.
+        candidates : None, or NumPy tables for the cases that 0, 1, 2 ... of the steps in flight were skipped; the
+            table for the actual number replaces `table`.
         partials : as a `NormKernel` returned them; the norm is that of their sums times `factor`.
         max_norm : None clips nothing.
-        skipped : None where a step proceeds whatever its gradients are; else the number of steps that were left out, an
-            int64 array of one element that this updates, and how many of these the host knows of.
+        skipped : None for a step that proceeds whatever its gradients are. Else a pair: the number of skipped steps, an
+            int64 array of one element that this call updates; and how many of these skips the host knows of.
         """
 
     def capturing(self) -> bool:
-        """Whether what is launched now is not run but recorded, in a graph of launches that is run later."""
+        """Return whether launches are now recorded, in a graph that runs later, instead of run."""

@@ -1,10 +1,9 @@
-"""How a loop is run: alone, or shared out among threads; and the driver that decides which threads these are.
+"""`Loop` runs a compiled loop on one thread or on several; `Driver` decides which threads run it.
 
-Units of a loop (chunks, tiles, ...) stand alone, so the bits do not depend on who does them. Every thread has one range
-of units, always the same, and goes through it forwards and backwards alternately where the caller asks for that: what
-it touched last is still in the cache when the next pass begins there. In one direction only, a buffer a little larger
-than the cache finds nothing there, ever. Measured: Adam on 4M float32 (64 MB of buffers, 32 MB of cache) 1.97 -> 1.51
-ms; no difference at 1M and at 30M.
+The units of a loop (chunks, tiles, ...) are independent, so the bits do not depend on the thread that runs them. Every
+thread always has the same range of units. Where the caller requests it, the thread goes through its range alternately
+forwards and backwards: the next pass then begins with the data that are still in the cache. In one direction only, no
+pass over a buffer a little larger than the cache finds any of its data there.
 """
 
 # Compiled functions are typed by numba.
@@ -29,12 +28,11 @@ from fastopt.kernels.pool import JOB, Pool, Site, why_not
 from fastopt.kernels.threads import COMPILING, get_num_threads
 
 SERIAL_BELOW = 24_576
-"""Elements. Below this a second thread is not worth asking for. A step of Adam on 16,384, 24,576, 32,768 and 65,536
-elements took 4.5, 5.4, 6.3 and 11.4 us on one thread and 5.0, 5.3, 5.9 and 7.8 us on two that were awake (Zen 5)."""
+"""Elements. Below this a second thread that is awake does not make a step faster: see docs/tuning.md."""
 
 SERIAL_BELOW_ELSEWHERE = 65_536
-"""The same where the threads are not our own. OpenMP's are waited for: where another process keeps a core busy, a
-launch took 7-8 ms on two cores instead of 9-20 us on one thread. Small networks are spared that."""
+"""The same for threads that are not our own: a launch waits for OpenMP's threads, also while another process keeps
+their core busy."""
 
 MODES = ("pool", "numba", "executor")
 
@@ -42,19 +40,19 @@ CALL: Any
 
 
 def do_units(arguments, first, last):
-    """Run a loop on units [first, last). `arguments`: where the loop's address and its other arguments are stored."""
+    """Run a loop on units [first, last). `arguments`: the address of the loop's own address and its other arguments."""
     CALL(arguments, first, last)
 
 
 def hand_over(launch, control, site, task, loop, elements, units, threads, backwards, arguments):
-    """Store arguments where every thread can read them, and have the function at `launch` run the job."""
+    """Store arguments where every thread can read them, and call the function at `launch` to run the job."""
     stored = spill((loop, arguments))
     invoke(launch, (control, site, task, stored, elements, units, threads, backwards))
     keep(arguments)
 
 
 def launch_with_numba(control, site, task, arguments, elements, units, threads, backwards):
-    """Run a job on numba's threads: what `pool.launch` does, elsewhere."""
+    """Run a job on numba's threads: the counterpart of `pool.launch` where there is no pool."""
     for thread in prange(threads):
         first = units * thread // threads
         last = units * (thread + 1) // threads
@@ -67,8 +65,8 @@ def launch_with_numba(control, site, task, arguments, elements, units, threads, 
 class Loop:
     """One loop bound to one rule.
 
-    The loop goes over units[first:last] for its last two arguments (first, last), or backwards over units[last:first]
-    where last is the smaller, which only loops have to know that are run with ``backwards=True``.
+    The last two arguments of the loop are (first, last). The loop goes over units[first:last], or backwards over
+    units[last:first] where last is the smaller. Only loops that run with ``backwards=True`` must support the latter.
     """
 
     def __init__(
@@ -87,16 +85,15 @@ class Loop:
             (*signature, types.int64, types.int64),
             fastmath=fastmath,
         )
-        # The compiled entry itself: our arguments have one type for life, and numba's dispatch on types costs 0.3 us
-        # of the 1 us that a call on 1,000 elements takes.
+        # The compiled entry itself: the argument types never change, and numba's dispatch on types costs 0.3 us.
         self.serial = entry_of(self.dispatcher)
         self.address = address_of(self.dispatcher)
         self.sites: dict[int, Site] = {}
-        """By the number of bits of the number of elements."""
+        """A `Site` for each bit length of the number of elements."""
         self.handover: tuple[Callable[..., None], int] | None = None
 
     def run(self, *arguments: Any, elements: int, units: int, backwards: bool = False) -> None:
-        """Run on all units, on as many threads as are worth it."""
+        """Run on all units, on one thread or more, whichever is faster."""
         if elements >= SERIAL_BELOW and units > 1:
             DRIVER.run(self, arguments, elements, units, backwards)
         elif backwards:
@@ -106,32 +103,32 @@ class Loop:
 
 
 class Driver:
-    """Decides which threads run a loop; there is one in a process.
+    """Decides which threads run a loop. A process has one driver.
 
-    ``pool``: native threads of our own (pool.py), where the system has what they need.
-    ``numba``: elsewhere, numba's threads, where its layer is omp or tbb and this process is not a forked child.
-    ``executor``: in all other cases, the loop on ranges of its units in Python's threads. With the workqueue layer two
-    threads that launch at once abort the process; with GNU OpenMP a forked child that launches is killed.
+    ``pool``: native threads of our own (pool.py), where the system supports them.
+    ``numba``: otherwise numba's threads, where its layer is omp or tbb and this process is not a forked child.
+    ``executor``: in all other cases Python's threads, each on a range of the loop's units. With the workqueue layer,
+    two threads that launch at the same time abort the process; with GNU OpenMP, a forked child that launches is killed.
     """
 
     def __init__(self) -> None:
         self.mode: str | None = None
         """One of `MODES`; None before the first job that is worth a second thread."""
         self.reason: str | None = None
-        """Why there is no pool."""
+        """Why there is no pool; None where there is one."""
         self.adaptive = True
-        """Whether a job uses more than one thread only where that has been faster."""
+        """Whether a job uses several threads only where that has been faster."""
         self._forked = False
         self._pool: Pool | None = None
         self._launch = 0
-        self._kept: list[Any] = []  # dispatchers, whose code is called by address
+        self._kept: list[Any] = []  # dispatchers whose code is called by address
         self._handovers: dict[tuple[Any, ...], tuple[Callable[..., None], int]] = {}
         self._executor: ThreadPoolExecutor | None = None
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._after_fork_in_child)
 
     def _after_fork_in_child(self) -> None:
-        """Forget the parent's threads: none of them is here."""
+        """Forget the parent's threads: a forked child has none of them."""
         self._forked = True
         self._pool = None
         self._executor = None
@@ -139,10 +136,10 @@ class Driver:
             self.mode = "executor"
 
     def choose(self, mode: str | None = None) -> str:
-        """Choose how loops are run from now on, and return it.
+        """Choose how loops run from now on, and return the mode.
 
-        mode : one of `MODES`, for every job of enough elements, whether that is faster or not. None: the best one that
-            works here, and the pool only where it is faster.
+        mode : one of `MODES`. It is used for every job of enough elements, even where it is slower. None chooses the
+            best mode that works here, and uses several threads only where that has been faster.
         """
         with COMPILING:
             self.reason = why_not()
@@ -156,7 +153,7 @@ class Driver:
         try:
             numba_parallel._launch_threads()
             return "numba" if numba.threading_layer() in ("omp", "tbb") else "executor"
-        except ValueError:  # no layer could be loaded, or the one asked for is not there
+        except ValueError:  # no layer could be loaded, or the requested one is absent
             return "executor"
 
     def run(self, loop: Loop, arguments: tuple[Any, ...], elements: int, units: int, backwards: bool) -> None:
@@ -165,7 +162,7 @@ class Driver:
         site = loop.sites.get(elements.bit_length())
         mode = self.mode or self.choose()
         if threads == 1 or (self.adaptive and (site is None or (mode != "pool" and elements < SERIAL_BELOW_ELSEWHERE))):
-            if site is None:  # the first job is done alone: its data is cold, and many loops are run once
+            if site is None:  # the first job runs alone: its data are cold, and many loops run only once
                 loop.sites[elements.bit_length()] = Site()
             first, last = (units, 0) if backwards else (0, units)
             loop.serial(*arguments, first, last)
@@ -199,7 +196,7 @@ class Driver:
         return self._launch
 
     def _hand_over(self, loop: Loop) -> tuple[Callable[..., None], int]:
-        """What hands a loop's arguments over, and the address of its task: the same for all loops of this signature."""
+        """Return `hand_over`, compiled, and the address of the task: both are shared by all loops of this signature."""
         signature = loop.signature
         with COMPILING:
             if signature not in self._handovers:

@@ -1,26 +1,25 @@
-"""What surrounds a rule in a step: scalar functions, written once and bound by every backend for its own target.
+"""Scalar functions that a step applies around its rule. Every backend binds them for its own target.
 
-Upper-case names are constants that `bind` supplies.
+`bind` supplies the upper-case names as constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numba
 import numpy as np
 from numba import njit, types
 
 from fastopt.kernels.bind import bind
-from fastopt.kernels.contract import Features, StepHyper
-
-if TYPE_CHECKING:
-    from fastopt.rule import Rule, Scaling
+from fastopt.kernels.contract import Features, KernelRule, ScalingFunctions
 
 MAX_STATES = 4
-"""Of a rule; the moving average of the parameters makes one more."""
+"""The most states of a rule. The moving average of the parameters adds one."""
+LAYERWISE_STATES = (1, 2)
+"""The numbers of states for which loops of layerwise rules exist."""
 
 RULE: Any
 N_STATES: Any
@@ -45,12 +44,12 @@ SCALE: Any
 
 
 def unscaled(step, g):
-    """A gradient in its own units."""
+    """Return a gradient times `StepHyper.unscale`."""
     return step.unscale * g if UNSCALE else g
 
 
 def conditioned(step, g):
-    """A gradient, but for the clipping by norm: what the norm is of."""
+    """Return a gradient before clipping by norm: the value of which the norm is taken."""
     if STILL:
         return ZERO
     g = UNSCALED(step, g)
@@ -63,12 +62,12 @@ def conditioned(step, g):
 
 
 def averaged(step, p, average):
-    """The moving average of p, moved towards it."""
-    return average + step.fresh * (p - average)
+    """Return the moving average of p, moved towards p."""
+    return average + step.ema_weight * (p - average)
 
 
 def update(step, p, g, *rest):
-    """What surrounds the rule, and the rule. `rest` is its states, the average, its hyperparameters."""
+    """Apply the rule and the options of the step. `rest`: the states, the average, the hyperparameters."""
     g = CONDITIONED(step, g)
     if CLIP_NORM:
         g = step.coefficient * g
@@ -86,8 +85,8 @@ def update(step, p, g, *rest):
 
 
 def element(step, p, g, *rest):
-    """One element: the update, after another one where there is a first."""
-    # Written back as it is, and not left out of the loop: steps that are left out are rare, and need not be fast.
+    """Update one element. With FIRST, apply the update BEFORE first."""
+    # A skipped step writes every element back unchanged: skipped steps are rare and need not be fast.
     if GATED and step.proceeds == ZERO:
         return p if N_STATES == 0 else (p, *rest[:-1])
     if FIRST:
@@ -100,12 +99,12 @@ def element(step, p, g, *rest):
 
 
 def bounds(dtype: np.dtype[Any]) -> dict[str, Any]:
-    """Constants in the dtype: a literal would be a float64, and halve the elements of a vector."""
+    """Return constants in the dtype: a literal would be a float64, and halve the number of elements in a vector."""
     return {"ZERO": dtype.type(0), "LARGEST": np.finfo(dtype).max}
 
 
 def conditioning(dtype: np.dtype[Any], features: Features, scalar: Callable[[FunctionType], Any]) -> dict[str, Any]:
-    """`unscaled` and `conditioned` for these features, compiled by `scalar`, and the constants they need."""
+    """Return `unscaled` and `conditioned` for these features, compiled by `scalar`, and the constants they need."""
     constants = {
         "STILL": features.still,
         "UNSCALE": features.unscale,
@@ -119,18 +118,23 @@ def conditioning(dtype: np.dtype[Any], features: Features, scalar: Callable[[Fun
 
 
 def scalar(function: Callable[..., Any]) -> Any:
-    """Compile a scalar function: never fastmath, so that the result is bit-identical to NumPy doing the same.
+    """Compile a scalar function, never with fastmath: the result has the bits of the same arithmetic in NumPy.
 
-    error_model="numpy" on the rule itself, not only on the loop: the default model puts a branch on every division
-    (7x slower) and raises in mid-loop, leaving the buffer half updated.
+    The rule itself has error_model="numpy", not only the loop: the default model puts a branch on every division (7x
+    slower) and raises in the middle of the loop, which leaves the buffer half updated.
     """
     return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
-def check_rule(rule: Rule, compiled: Any, hyper: Any, dtype: np.dtype[Any]) -> None:
-    """Hold a rule, compiled by `scalar`, against what its signature asks for; TypeError where it does not fit."""
+def check_rule(rule: KernelRule, compiled: Any, hyper: Any, dtype: np.dtype[Any]) -> None:
+    """Check a rule, compiled by `scalar`, against its signature; raise TypeError where it does not fit."""
     if len(rule.states) > MAX_STATES:
-        raise TypeError(f"rule {rule.name!r} has {len(rule.states)} states; at most {MAX_STATES} are supported")
+        raise TypeError(f"rule {rule.name!r}: must have at most {MAX_STATES} states, got {len(rule.states)}")
+    if rule.layerwise is not None and len(rule.states) not in LAYERWISE_STATES:
+        raise TypeError(
+            f"rule {rule.name!r}: a layerwise rule must have {' or '.join(map(str, LAYERWISE_STATES))} states, got "
+            f"{len(rule.states)}"
+        )
     names = ("p", *rule.states)
     check_returns(rule, names, returned_dtypes(compiled, len(names) + 1, hyper, dtype), dtype)
     if rule.layerwise is not None:
@@ -139,7 +143,7 @@ def check_rule(rule: Rule, compiled: Any, hyper: Any, dtype: np.dtype[Any]) -> N
 
 
 def returned_dtypes(compiled: Any, arguments: int, hyper: Any, dtype: np.dtype[Any]) -> list[str] | str:
-    """The numba types that a scalar function of `arguments` numbers and h returns: a list for a tuple, else a name."""
+    """Return the numba type, or list of types, that a scalar function of `arguments` numbers and h returns, by name."""
     number = numba.from_dtype(dtype)
     signature = (*[number] * arguments, types.NamedUniTuple(number, len(hyper._fields), hyper))
     compiled.compile(signature)
@@ -147,39 +151,39 @@ def returned_dtypes(compiled: Any, arguments: int, hyper: Any, dtype: np.dtype[A
     return [str(kind) for kind in returned] if isinstance(returned, types.BaseTuple) else str(returned)
 
 
-def check_returns(rule: Rule, names: tuple[str, ...], returned: list[str] | str, dtype: np.dtype[Any]) -> None:
-    """Hold what a rule returns against `names`, the values that its signature asks for.
+def check_returns(rule: KernelRule, names: tuple[str, ...], returned: list[str] | str, dtype: np.dtype[Any]) -> None:
+    """Check what a rule returns against `names`, the values that its signature requires.
 
-    A literal (``1 - b1``) turns float32 into float64: three times slower, and no other sign of it.
+    A literal (``1 - b1``) turns float32 into float64, which is three times slower and has no other symptom.
     """
     found = [returned] if isinstance(returned, str) else returned
     if isinstance(returned, str) != (len(names) == 1) or len(found) != len(names):
         what = "one value" if isinstance(returned, str) else f"a tuple of {len(found)}"
         expected = "p alone, not in a tuple" if len(names) == 1 else f"the tuple ({', '.join(names)})"
-        raise TypeError(f"rule {rule.name!r} returns {what}; its signature asks for {expected}")
+        raise TypeError(f"rule {rule.name!r}: must return {expected}, as its signature requires, got {what}")
     wrong = [f"{name} as {kind}" for name, kind in zip(names, found, strict=True) if kind != dtype.name]
     if wrong:
         raise TypeError(
-            f"rule {rule.name!r} on {dtype} returns {', '.join(wrong)}. An arithmetic literal promotes float32 to "
-            f"float64: compute the constant in `prepare` and read it from h"
+            f"rule {rule.name!r} on {dtype}: must return {dtype}, got {', '.join(wrong)}; an arithmetic literal "
+            f"promotes float32 to float64: compute the constant in `prepare` and read it from h"
         )
 
 
 def scaled(step, norm_p, norm_g, *rest):
-    """A parameter's scale, of the norm of its clipped gradient. `rest` is its number, if it has one, and h."""
+    """Return a parameter's scale, given the norms of p and g. `rest`: the per-tensor state, if any, and h."""
     if CLIP_NORM:
         norm_g = step.coefficient * norm_g
     return SCALE(norm_p, norm_g, *rest)
 
 
-def scaled_by(scaling: Scaling, features: Features, scalar: Callable[[FunctionType], Any]) -> Any:
-    """`scaled` for a rule's scaling, compiled by `scalar`."""
+def scaled_by(scaling: ScalingFunctions, features: Features, scalar: Callable[[FunctionType], Any]) -> Any:
+    """Return `scaled` for a rule's scaling, compiled by `scalar`."""
     constants = {"SCALE": scaling.scale, "CLIP_NORM": features.clip_norm}
     return bind(scaled, constants, label="scaled", scalar=scalar)
 
 
 def surrounded(
-    rule: Rule,
+    rule: KernelRule,
     compiled_rule: Any,
     hyper: Any,
     dtype: np.dtype[Any],
@@ -187,11 +191,11 @@ def surrounded(
     first: tuple[Callable[..., Any], Any] | None,
     scalar: Callable[[FunctionType], Any],
 ) -> tuple[dict[str, Any], str]:
-    """`element` for a rule and these features, and what the loops around it need; and a name for the kernel.
+    """Return the constants of a loop (ELEMENT for a rule and these features, and what it needs) and a kernel's name.
 
-    `scalar` is the target's way to compile a scalar function, as for `bind`; the rest is as for `Backend.kernel`.
+    `scalar` compiles a scalar function for the target, as for `bind`; the other arguments are as for `Backend.kernel`.
     """
-    # A layerwise rule averages in its second pass, where p is known; the average is then no state of the first.
+    # A layerwise rule averages in its second pass, where p is known; its first pass does not use the average.
     ema_now = features.ema and rule.layerwise is None
     flags = {"CLIP_NORM": features.clip_norm, "L2": features.l2, "DECOUPLED": features.decoupled, "EMA": ema_now}
     label = "_".join([rule.name, dtype.name, *(name for name, on in vars(features).items() if on)])
@@ -199,7 +203,6 @@ def surrounded(
         "RULE": compiled_rule,
         "HYPER": hyper,
         "N_STATES": len(rule.states) + ema_now,
-        "N_STEP": len(StepHyper._fields),
         "N_HYPER": len(hyper._fields),
         **bounds(dtype),
         "ZERO_GRAD": features.zero_grad,

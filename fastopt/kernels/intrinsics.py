@@ -1,4 +1,4 @@
-"""What numba has no words for: views without a reference count, calls by address, atomics, a clock, machine modes."""
+"""Intrinsics that numba lacks: views without a reference count, calls by address, atomics, a clock, machine modes."""
 
 # Intrinsics are typed by numba.
 # mypy: disallow-untyped-defs=False
@@ -10,6 +10,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
@@ -19,58 +20,118 @@ WORD = ir.IntType(64)
 BYTE = ir.IntType(8)
 INT32 = ir.IntType(32)
 MACHINE = platform.machine()
-"""Instructions are chosen by it; other machines than x86_64 and aarch64 have none of those below."""
+"""Selects the machine instructions below. Only x86_64 and aarch64 have any."""
 
 # --- views ------------------------------------------------------------------------------------------------------------
 
 
 @intrinsic
 def window(typing_context, array, start, size):
-    """array.reshape(-1)[start : start + size] of a C-contiguous array, without bounds or a reference count.
+    """Return array.reshape(-1)[start : start + size] of a C-contiguous array, without bounds or a reference count.
 
-    The view does not keep the array alive: its owner has to. The reference count of a slice is an atomic one, for which
-    threads queue: 100 ns for a chunk of 64 elements. And a kernel of many slices compiles in seconds, one of these in a
-    fraction.
+    The view does not keep the array alive: its owner must. The reference count of a slice would be atomic, and threads
+    would contend for it: 100 ns for a chunk of 64 elements. Many slices also take seconds to compile, windows a
+    fraction of a second.
     """
 
     def build(context, builder, signature, arguments):
-        kind = signature.args[0]
-        source = context.make_array(kind)(context, builder, arguments[0])
-        view = context.make_array(signature.return_type)(context, builder)
-        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
-        populate_array(
-            view,
-            data=builder.gep(source.data, [arguments[1]]),
-            shape=[arguments[2]],
-            strides=[itemsize],
-            itemsize=itemsize,
-            meminfo=None,
-        )
-        return view._getvalue()
+        source = context.make_array(signature.args[0])(context, builder, arguments[0])
+        data = builder.gep(source.data, [arguments[1]])
+        return _view(context, builder, signature.return_type, data, arguments[2])
 
     return types.Array(array.dtype, 1, "C")(array, types.intp, types.intp), build
 
 
 @intrinsic
-def at_address(typing_context, like, address, start, size):
-    """A 1-D array, of the dtype of `like`, on the memory that begins `start` elements after `address`."""
+def windows(typing_context, arrays, start, size):
+    """Return the tuple of `window` of every array of a tuple."""
+    made = types.Tuple([types.Array(array.dtype, 1, "C") for array in arrays])
 
     def build(context, builder, signature, arguments):
-        kind = signature.args[0]
-        view = context.make_array(kind)(context, builder)
-        number = context.get_data_type(kind.dtype)
-        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(number))
-        base = builder.inttoptr(arguments[1], number.as_pointer())
-        data = builder.gep(base, [arguments[2]])
-        populate_array(view, data=data, shape=[arguments[3]], strides=[itemsize], itemsize=itemsize, meminfo=None)
-        return view._getvalue()
+        views = []
+        for k, kind in enumerate(signature.args[0]):
+            source = context.make_array(kind)(context, builder, builder.extract_value(arguments[0], k))
+            data = builder.gep(source.data, [arguments[1]])
+            views.append(_view(context, builder, made[k], data, arguments[2]))
+        return context.make_tuple(builder, signature.return_type, views)
 
-    return like(like, types.int64, types.int64, types.int64), build
+    return made(arrays, types.intp, types.intp), build
+
+
+def _view(context: Any, builder: Any, kind: Any, data: Any, size: Any) -> Any:
+    """Return a 1-D contiguous array of `size` elements at the pointer `data`."""
+    view = context.make_array(kind)(context, builder)
+    itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+    populate_array(view, data=data, shape=[size], strides=[itemsize], itemsize=itemsize, meminfo=None)
+    return view._getvalue()
+
+
+@intrinsic
+def values_at(typing_context, arrays, i):
+    """Return the tuple of the elements i of a tuple of 1-D contiguous arrays, without checking bounds or sign."""
+    made = types.Tuple([array.dtype for array in arrays])
+
+    def build(context, builder, signature, arguments):
+        values = []
+        for k, kind in enumerate(signature.args[0]):
+            view = context.make_array(kind)(context, builder, builder.extract_value(arguments[0], k))
+            values.append(context.unpack_value(builder, kind.dtype, builder.gep(view.data, [arguments[1]])))
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return made(arrays, types.intp), build
+
+
+@intrinsic
+def put_values(typing_context, arrays, i, values):
+    """Store a tuple of values, or a single value, as the elements i of a tuple of 1-D contiguous arrays."""
+
+    def build(context, builder, signature, arguments):
+        several = isinstance(signature.args[2], types.BaseTuple)
+        for k, kind in enumerate(signature.args[0]):
+            view = context.make_array(kind)(context, builder, builder.extract_value(arguments[0], k))
+            value = builder.extract_value(arguments[2], k) if several else arguments[2]
+            context.pack_value(builder, kind.dtype, value, builder.gep(view.data, [arguments[1]]))
+        return context.get_dummy_value()
+
+    found = list(values) if isinstance(values, types.BaseTuple) else [values]
+    if found != [array.dtype for array in arrays]:
+        raise TypingError(f"values: must be one of the dtype of each of {arrays}, got {values}")
+    return types.none(arrays, types.intp, values), build
+
+
+@intrinsic
+def record(typing_context, kind, array, first):
+    """Return the elements of a contiguous array from index `first` on as a NamedTuple of the class `kind`."""
+    size = len(kind.instance_class._fields)
+    made = types.NamedUniTuple(array.dtype, size, kind.instance_class)
+
+    def build(context, builder, signature, arguments):
+        source = context.make_array(signature.args[1])(context, builder, arguments[1])
+        values = []
+        for k in range(size):
+            place = builder.gep(source.data, [builder.add(arguments[2], arguments[2].type(k))])
+            values.append(context.unpack_value(builder, array.dtype, place))
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return made(kind, array, types.intp), build
+
+
+@intrinsic
+def at_address(typing_context, dtype, address, start, size):
+    """Return a 1-D array of `dtype` on the memory that begins `start` elements after `address`."""
+    made = types.Array(dtype.dtype, 1, "C")
+
+    def build(context, builder, signature, arguments):
+        number = context.get_data_type(made.dtype)
+        base = builder.inttoptr(arguments[1], number.as_pointer())
+        return _view(context, builder, made, builder.gep(base, [arguments[2]]), arguments[3])
+
+    return made(dtype, types.int64, types.int64, types.int64), build
 
 
 @intrinsic
 def fetch(typing_context, array, start, stop):
-    """Ask for array[start:stop] to be brought into the cache."""
+    """Prefetch array[start:stop] into the cache."""
 
     def build(context, builder, signature, arguments):
         source = context.make_array(signature.args[0])(context, builder, arguments[0])
@@ -90,7 +151,7 @@ def fetch(typing_context, array, start, stop):
 
 @intrinsic
 def keep(typing_context, array):
-    """Keep the array alive until this point, and with it its windows."""
+    """Keep the array, and thus its windows, alive until this point."""
 
     def build(context, builder, signature, arguments):
         return context.get_dummy_value()
@@ -105,9 +166,9 @@ def keep(typing_context, array):
 def invoke(typing_context, address, arguments):
     """Call the compiled function at `address`, which returns nothing, with a tuple of arguments of its exact types.
 
-    A function that calls another one by name gets a copy of its code, and optimises it once more: the loops over a tile
-    would be compiled five times over, in the parallel kernel for the last time. By address they are compiled once, and
-    what is around them once for all flags. The address is an argument, so that nothing in a cache file depends on it.
+    A function that calls another one by name gets a copy of its code and optimises that again, so a loop would be
+    compiled once per caller. A loop that is called by address is compiled once, and its caller once for all flags. The
+    address is an argument, so nothing in a cache file depends on it.
     """
 
     def build(context, builder, signature, values):
@@ -138,9 +199,10 @@ def spill(typing_context, value):
 
 
 def caller_of(signature: tuple[Any, ...]) -> Any:
-    """An intrinsic ``call(address, first, last)`` of functions that take `signature`, first, last; they return nothing.
+    """Return an intrinsic ``call(address, first, last)`` of functions of `signature`, first, last that return nothing.
 
-    `address` is where `spill` stored the pair of the function's own address and the tuple of its other arguments.
+    `address` is the address at which `spill` stored a pair: the function's address and the tuple of its other
+    arguments.
     """
     stored = types.Tuple((types.int64, types.Tuple(signature)))
     kinds = (*signature, types.int64, types.int64)
@@ -161,7 +223,7 @@ def caller_of(signature: tuple[Any, ...]) -> Any:
 
 
 # --- words that threads share -----------------------------------------------------------------------------------------
-# All of them sequentially consistent: every thread sees all these operations in one order.
+# All operations are sequentially consistent: every thread sees them in one order.
 
 
 def _word(builder: Any, address: Any) -> Any:
@@ -170,7 +232,7 @@ def _word(builder: Any, address: Any) -> Any:
 
 @intrinsic
 def load(typing_context, address):
-    """The 64-bit word at an address."""
+    """Return the 64-bit word at an address."""
 
     def build(context, builder, signature, values):
         return builder.load_atomic(_word(builder, values[0]), "seq_cst", 8)
@@ -191,7 +253,7 @@ def store(typing_context, address, value):
 
 @intrinsic
 def add(typing_context, address, amount):
-    """Add to the 64-bit word at an address, and return what it was before."""
+    """Add to the 64-bit word at an address, and return its old value."""
 
     def build(context, builder, signature, values):
         return builder.atomic_rmw("add", _word(builder, values[0]), values[1], "seq_cst")
@@ -201,7 +263,7 @@ def add(typing_context, address, amount):
 
 @intrinsic
 def replace(typing_context, address, expected, value):
-    """Write `value` to the 64-bit word at an address if the word is `expected`; return whether it was."""
+    """Write `value` to the 64-bit word at an address if the word equals `expected`; return whether it did."""
 
     def build(context, builder, signature, values):
         found = builder.cmpxchg(_word(builder, values[0]), values[1], values[2], "seq_cst", "seq_cst")
@@ -212,7 +274,7 @@ def replace(typing_context, address, expected, value):
 
 @intrinsic
 def pause(typing_context):
-    """Tell the processor that this thread is waiting in a loop."""
+    """Hint to the processor that this thread is waiting in a loop."""
 
     def build(context, builder, signature, values):
         emit_pause(builder, MACHINE)
@@ -222,7 +284,7 @@ def pause(typing_context):
 
 
 def emit_pause(builder: Any, machine: str) -> None:
-    """Emit the instruction by which a thread says that it is waiting in a loop."""
+    """Emit the instruction that hints that a thread is waiting in a loop."""
     if machine == "x86_64":
         _instruction(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
     elif machine == "aarch64":
@@ -234,16 +296,65 @@ def _instruction(builder: Any, name: str, result: Any, operands: list[Any]) -> A
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
 
-# --- the modes of floating-point arithmetic ---------------------------------------------------------------------------
-# How a thread rounds and whether it flushes denormal numbers to zero (`torch.set_flush_denormal`). x86-64: MXCSR, whose
-# lowest six bits are no mode but say what has happened; arm64: FPCR.
+# --- words of this thread ---------------------------------------------------------------------------------------------
 
-HAPPENED = 0x3F
+
+@intrinsic
+def read_int64(typing_context, address):
+    """Return the int64 at an address."""
+
+    def build(context, builder, signature, values):
+        return builder.load(_word(builder, values[0]))
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def read_int32(typing_context, address):
+    """Return the int32 at an address, as an int64."""
+
+    def build(context, builder, signature, values):
+        return builder.sext(builder.load(builder.inttoptr(values[0], INT32.as_pointer())), WORD)
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def write_int64(typing_context, address, value):
+    """Write the int64 at an address."""
+
+    def build(context, builder, signature, values):
+        builder.store(values[1], _word(builder, values[0]))
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), build
+
+
+@intrinsic
+def prefetch(typing_context, address):
+    """Prefetch the cache line at an address. The address need not be valid."""
+
+    def build(context, builder, signature, values):
+        byte = BYTE.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, INT32, INT32, INT32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        arguments = [builder.inttoptr(values[0], byte), INT32(0), INT32(3), INT32(1)]  # to be read, kept, data
+        builder.call(function, arguments)
+        return context.get_dummy_value()
+
+    return types.none(types.int64), build
+
+
+# --- the modes of floating-point arithmetic ---------------------------------------------------------------------------
+# The rounding of a thread, and whether it flushes denormal numbers to zero (`torch.set_flush_denormal`). x86-64: MXCSR,
+# whose lowest six bits are not modes but flags of past exceptions; arm64: FPCR.
+
+EXCEPTION_FLAGS = 0x3F
 
 
 @intrinsic
 def arithmetic_modes(typing_context):
-    """The modes of this thread; 0 where the architecture is unknown."""
+    """Return the modes of this thread; 0 on an unknown architecture."""
 
     def build(context, builder, signature, values):
         return emit_modes(builder, MACHINE)
@@ -256,7 +367,7 @@ def emit_modes(builder: Any, machine: str) -> Any:
     if machine == "x86_64":
         slot = cgutils.alloca_once(builder, INT32)
         _instruction(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), [builder.bitcast(slot, BYTE.as_pointer())])
-        return builder.zext(builder.and_(builder.load(slot), INT32(~HAPPENED)), WORD)
+        return builder.zext(builder.and_(builder.load(slot), INT32(~EXCEPTION_FLAGS)), WORD)
     if machine == "aarch64":
         return _instruction(builder, "llvm.aarch64.get.fpcr", WORD, [])
     return WORD(0)
@@ -264,7 +375,7 @@ def emit_modes(builder: Any, machine: str) -> Any:
 
 @intrinsic
 def set_arithmetic_modes(typing_context, modes):
-    """Have this thread compute in modes that `arithmetic_modes` returned."""
+    """Set the modes of this thread to a value that `arithmetic_modes` returned."""
 
     def build(context, builder, signature, values):
         emit_set_modes(builder, MACHINE, values[0])
@@ -287,7 +398,7 @@ def emit_set_modes(builder: Any, machine: str, modes: Any) -> None:
 
 
 def room_for(size: int) -> Any:
-    """An intrinsic ``room()``: the address of so many bytes in this function's frame, valid until it returns."""
+    """Return an intrinsic ``room()``: the address of `size` bytes in its caller's frame, valid until that returns."""
 
     @intrinsic
     def room(typing_context):
@@ -301,7 +412,7 @@ def room_for(size: int) -> Any:
 
 @intrinsic
 def byte_at(typing_context, address):
-    """The byte at an address, from 0 to 255."""
+    """Return the byte at an address, from 0 to 255."""
 
     def build(context, builder, signature, values):
         return builder.zext(builder.load(builder.inttoptr(values[0], BYTE.as_pointer())), WORD)
@@ -314,7 +425,7 @@ def byte_at(typing_context, address):
 
 @intrinsic
 def clock(typing_context):
-    """Nanoseconds of the monotonic clock of POSIX."""
+    """Return the nanoseconds of the monotonic clock of POSIX."""
 
     def build(context, builder, signature, values):
         time = cgutils.alloca_once(builder, WORD, 2)

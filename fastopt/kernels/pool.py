@@ -1,17 +1,17 @@
-"""Native threads that run compiled loops. They never touch Python or its lock, and no job waits for a sleeping thread.
+"""Native threads that run compiled loops. They never use Python or its lock, and no job waits for a sleeping thread.
 
-A job is a number of units (chunks of a buffer, tiles of an array). The units are cut into one range per thread, and
-each range into shares. A thread does the shares of its own range first, because its cache held them the last time, and
-then shares of other ranges. The launching thread is thread 0. The other threads, the workers, spin for a while after a
-job, and then sleep.
+A job is a number of units (chunks of a buffer, tiles of an array). The units are divided into one range per thread,
+and each range into shares. A thread runs the shares of its own range first, because its cache held them the last time,
+and then shares of other ranges. The launching thread is thread 0. The other threads, the workers, spin for a while
+after a job, and then sleep.
 
 The protocol
 ------------
-All words are 64 bits and lie in one block of memory that is never freed. All threads read and write them by
-sequentially consistent atomics. Words that different threads write lie on different cache lines.
+All words have 64 bits and lie in one block of memory that is never freed. All threads read and write them by
+sequentially consistent atomics. Words that different threads write are on different cache lines.
 
-LOCK       1 while a job runs, else 0. The launching thread takes it by compare-and-swap, and gives it back. A thread
-           that finds LOCK taken does its job alone.
+LOCK       1 while a job runs, else 0. The launching thread takes LOCK by compare-and-swap, and releases it. A thread
+           that finds LOCK taken runs its job alone.
 EPOCH      The number of the newest job. The holder of LOCK writes it, after all words of the job.
 TASK ... CPU  The job. The holder of LOCK writes them, before EPOCH.
 PENDING    How many shares are not finished. The holder of LOCK sets it before EPOCH; a thread that has finished a share
@@ -21,34 +21,33 @@ CLAIM[t]   How many shares of the range of thread t are not claimed, with the nu
 ASLEEP[t]  1 from when worker t is about to sleep until its wake is decided. Worker t sets it. Either the holder of LOCK
            clears it by compare-and-swap, and then posts SEMAPHORE[t]; or worker t itself clears it, and does not sleep.
 ENDED, SPIN  When the last job ended, and how long workers spin. The holder of LOCK writes them.
-SEEN_AT ... CROWDED  What `crowded` knows. Threads that launch at the same time may mix it up, which costs only speed.
+SEEN_AT ... CROWDED  The measurements of `crowded`. Threads that launch at the same time may mix up the words, which
+           costs only speed.
 
-Every share is done exactly once: by the thread whose compare-and-swap lowered CLAIM. The job ends when PENDING is 0.
+Every share runs exactly once: on the thread whose compare-and-swap lowered CLAIM. The job ends when PENDING is 0.
 The launching thread claims shares until none is left, so a job needs no worker.
 
 A worker cannot act on an old job. Its compare-and-swap of CLAIM succeeds only while the word holds the number of the
 job that the worker has seen, and a share to claim. PENDING counts that share, so the job has not ended and cannot end
 before the worker lowers PENDING. Until then nobody writes TASK ... CPU, and nobody frees what they point to. A worker
-trusts these words only between its claim and its lowering of PENDING. A worker that the system stops anywhere else
-holds up nobody. (It reads THREADS and CPU earlier. An old THREADS makes it look at words where its claims fail, an old
-CPU makes it move to another processor.) The number of a job has 48 bits: it repeats after nine years at a million jobs
-a second.
+relies on these words only between its claim and its lowering of PENDING. A worker that the system stops anywhere else
+delays nobody. (A worker reads THREADS and CPU earlier. With an old THREADS its claims fail; with an old CPU it moves to
+another processor.) The number of a job has 48 bits: it repeats after nine years at a million jobs a second.
 
-A worker cannot miss the wake of a job that counts on it. The worker sets ASLEEP and then reads EPOCH; the launching
-thread writes EPOCH and then reads ASLEEP. So at least one of them sees what the other wrote. If both do, one
-compare-and-swap of ASLEEP succeeds: the worker's, and it goes on; or the launching thread's, and the worker waits for
-the post that follows. A late wake costs only the help.
+A worker cannot miss the wake for a new job. The worker sets ASLEEP and then reads EPOCH; the launching thread writes
+EPOCH and then reads ASLEEP. So at least one of the two sees the other's write. If both do, one compare-and-swap of
+ASLEEP succeeds: the worker's, which then continues; or the launching thread's, and the worker waits for the post that
+follows. A late wake costs only the worker's help.
 
 When the pool is used
 ---------------------
-At each site (a loop, and about one size) the launching thread compares the time of a job with the pool and alone
-(`pays`, `judge`, `measure`). Gains are credited. Losses are paid for by jobs that are done alone, for twenty times as
-long as was lost. This sees what the workers do to the step, and not what they do to its neighbours. So where other
-programs keep the launching thread from its processor, it wakes nobody (`crowded`).
+At each site (a loop at about one size) the launching thread compares the time of a job with the pool and alone
+(`pays`, `judge`, `measure`). Gains add to a credit. After losses beyond the credit, jobs run alone for twenty times the
+time lost. This measures the effect of the workers on the step, not on other code. So where other programs keep the
+launching thread from its processor, the thread does not use the pool (`crowded`).
 
-Signals are blocked in workers, so that Python's handlers interrupt the same calls as without workers. A forked child
-has no workers: it makes another pool. At the end of the process the workers sleep, or spin in memory that is never
-freed.
+Signals are blocked in workers, so Python's handlers interrupt the same calls as without workers. A forked child has no
+workers and makes its own pool. At the end of the process the workers sleep, or spin in memory that is never freed.
 """
 
 # Compiled functions are typed by numba.
@@ -83,16 +82,16 @@ from fastopt.kernels.intrinsics import (
 from fastopt.kernels.threads import MOST
 
 SHORTEST_SPIN, LONGEST_SPIN = 5_000, 60_000
-"""Nanoseconds for which a worker looks for another job before it sleeps: half again as long as it has been till the
-next job lately, where that was soon, and else no longer than it takes to see that there is none. Waking a worker takes
-15-30 us, and one that spins between matrix products slows them down."""
+"""Nanoseconds for which a worker looks for another job before it sleeps: one and a half times the recent gap between
+jobs where that gap was short, else the shortest time. Waking a worker takes 15-30 us, but a worker that spins between
+matrix products slows them down."""
 
 SHARE = 8_192
-"""Elements of a share, at least and on average: 1-3 us of work. A claim costs 20-50 ns, and a call of BatchNorm's loop,
-with its many arguments, 300 ns."""
+"""Elements of a share, at least and on average: 1-3 us of work. A claim takes 20-50 ns, and a call of BatchNorm's
+loop, with its many arguments, 300 ns."""
 
 MOST_SHARES = 8
-"""Of one range. The first is the largest, nearly a quarter of the range, and the last the smallest, a sixty-fourth."""
+"""The most shares of a range. The first is the largest, nearly a quarter of the range, the last a sixty-fourth."""
 
 # --- the block of words -----------------------------------------------------------------------------------------------
 
@@ -108,14 +107,14 @@ TASK, ARGUMENTS, UNITS, SHARES, THREADS, BACKWARDS, MODES, CPU = range(3 * LINE,
 SIGNALS = 4 * LINE
 PATH = 6 * LINE
 RANGES = 7 * LINE
-"""Where the words of thread 0 begin."""
+"""The offset of the words of thread 0."""
 
 CLAIM = 0
 ASLEEP = LINE
 SEMAPHORE = 2 * LINE
 CONTROL, INDEX, IDENTIFIER = range(3 * LINE, 3 * LINE + 24, 8)
 GIVEN, CHOSEN, PRESENT = range(4 * LINE, 7 * LINE, LINE)
-"""Sets of processors: where the worker may run, where it has chosen to, and where the system says it does."""
+"""Sets of processors: the allowed ones, those that the worker chose, and those that the system reports."""
 PER_THREAD = 7 * LINE
 
 LEFT_BITS = 16
@@ -157,38 +156,38 @@ NEEDED = (
 SIG_BLOCK, SIG_SETMASK, O_CLOEXEC = 0, 2, 0x80000  # of Linux
 SIGNAL_SET = 128  # bytes of sigset_t
 
-# --- what decides whether the pool is used ----------------------------------------------------------------------------
+# --- when the pool is used --------------------------------------------------------------------------------------------
 
 LOOK_EVERY, LOOK_EVERY_CROWDED = 20_000_000, 100_000_000
-"""Nanoseconds after which the launching thread looks again how long it has waited for a processor, which takes 5 us."""
+"""Nanoseconds between two readings of the time the launching thread waited for a processor. A reading takes 5 us."""
 
 CROWDED_ABOVE = 0.1
-"""The share of that time from which it leaves the other processors alone. Measured in loops of products and steps on
-two cores: 0-0.04 on a quiet machine, 0.13-0.5 beside one busy process, 0.5 beside two, 0.67 beside four."""
+"""The share of waiting above which the thread does not use the pool: between the values of a quiet machine and of one
+with a busy process, see docs/tuning.md."""
 
 COUNT, ALONE, CREDIT, WAIT, FAILURES = range(0, 40, 8)
-"""The words of a site: its jobs; nanoseconds of a job alone, and those that the pool has won; jobs to be done alone
-before the pool is tried again; trials that failed one after the other."""
+"""The words of a site: its number of jobs; nanoseconds of a job alone; nanoseconds that the pool has gained; jobs to
+run alone before the next trial of the pool; consecutive failed trials."""
 
 MEASURE_EVERY = 128
-"""Jobs, of which one is done alone to know how long that takes now; 0.8 % of the gain."""
+"""One of so many jobs runs alone, to measure the current time of a job alone. This costs 0.8 % of the gain."""
 
 MOST_CREDIT = 12
-"""Jobs alone that the pool may lose before it is not used for a while: enough for a stall now and then, and little
-enough to notice within some twenty jobs that it no longer pays."""
+"""The largest credit, in times of a job alone. It tolerates an occasional stall, but within some twenty jobs the pool
+is off where it no longer pays."""
 
 room = room_for(64)
 
 
 @scalar
 def words_of(control, thread):
-    """Where the words of a thread are."""
+    """Return the address of the words of a thread."""
     return control + RANGES + thread * PER_THREAD
 
 
 @scalar
 def do_share(control, of, share):
-    """Do a share of the range of thread `of`, in the launching thread's modes of arithmetic."""
+    """Run a share of the range of thread `of`, in the launching thread's modes of arithmetic."""
     modes = load(control + MODES)
     if arithmetic_modes() != modes:
         set_arithmetic_modes(modes)
@@ -206,7 +205,7 @@ def do_share(control, of, share):
 
 @scalar
 def work(control, thread, epoch):
-    """Do shares of a job until none is left to claim."""
+    """Run shares of a job until none is left to claim."""
     threads = load(control + THREADS)
     if thread < threads:
         for k in range(threads):
@@ -224,14 +223,14 @@ def work(control, thread, epoch):
 
 @scalar
 def move_away(words, cpu):
-    """Keep a worker off the processor `cpu`, where it may run on others.
+    """Keep a worker off the processor `cpu`, if the worker may run on others.
 
-    A waiting thread of BLAS or OpenMP makes the other processors look busy, and the system then wakes a worker on that
-    of the launching thread, whose place it takes.
+    A waiting thread of BLAS or OpenMP makes the other processors look busy. The system then wakes a worker on the
+    processor of the launching thread, which has to wait.
     """
     if sched_getaffinity(0, LINE, words + PRESENT) < 0:
         return
-    elsewhere = False  # whether somebody else has decided where this worker may run, since it did so itself
+    elsewhere = False  # whether others have set the worker's affinity since its own last choice
     for at in range(0, LINE, 8):
         elsewhere |= load(words + PRESENT + at) != load(words + CHOSEN + at)
     left = 0
@@ -248,7 +247,7 @@ def move_away(words, cpu):
 
 
 def worker(words):
-    """The body of a worker, which never returns. `words` : the address of its words."""
+    """Run a worker; never return. `words` : the address of its words."""
     control, thread = load(words + CONTROL), load(words + INDEX)
     seen = 0
     since = clock()
@@ -273,7 +272,7 @@ def worker(words):
 
 @scalar
 def run_job(control, task, arguments, units, shares, threads, backwards):
-    """Run a job with LOCK taken; return when the launching thread found no more shares to claim."""
+    """Run a job with LOCK taken; return the time at which the launching thread found no more shares to claim."""
     epoch = load(control + EPOCH) + 1
     store(control + TASK, task)
     store(control + ARGUMENTS, arguments)
@@ -291,7 +290,7 @@ def run_job(control, task, arguments, units, shares, threads, backwards):
         words = words_of(control, thread)
         if load(words + ASLEEP) == 1 and replace(words + ASLEEP, 1, 0):
             sem_post(words + SEMAPHORE)
-    work(control, np.int64(0), epoch)  # of the type that a worker gives: `work` is compiled once
+    work(control, np.int64(0), epoch)  # the type that a worker passes, so that `work` is compiled once
     claimed = clock()
     while load(control + PENDING) != 0:
         if clock() - claimed < SHORTEST_SPIN:
@@ -302,8 +301,8 @@ def run_job(control, task, arguments, units, shares, threads, backwards):
 
 
 def launch(control, site, task, arguments, elements, units, threads, backwards):
-    """Run a job: with the pool where that pays at this site, else on this thread alone. Site 0: it always pays."""
-    # Conditions in place of min and max, here and below: numba compiles each of these, 30 ms.
+    """Run a job: with the pool where that pays at this site, else on this thread alone. With site 0, use the pool."""
+    # Conditions instead of min and max, here and below: numba takes 30 ms to compile each of these.
     shares = elements // threads // SHARE
     shares = shares if shares < MOST_SHARES else MOST_SHARES
     shares = shares if shares < units // threads else units // threads
@@ -335,9 +334,8 @@ def launch(control, site, task, arguments, elements, units, threads, backwards):
 def crowded(control, now):
     """Return whether other programs keep this thread from a processor.
 
-    A worker that is woken then takes the turn of another thread, such as one of BLAS that the next products wait for.
-    Beside two or four busy processes on two cores, a loop of products and steps took 2 to 4 times as long with the
-    pool, although the steps themselves were faster.
+    On such a machine a woken worker displaces another thread, such as a BLAS thread that the next products need. Whole
+    iterations become slower, although the steps themselves become faster: see docs/tuning.md.
     """
     elapsed = now - load(control + SEEN_AT)
     if elapsed > (LOOK_EVERY_CROWDED if load(control + CROWDED) else LOOK_EVERY):
@@ -353,14 +351,14 @@ def crowded(control, now):
 
 @scalar
 def delay_of_this_thread(path):
-    """Return for how many nanoseconds this thread was ready to run and did not; 0 where the system does not say."""
+    """Return for how many nanoseconds this thread waited for a processor; 0 where the system does not report it."""
     file = open_file(path, O_CLOEXEC)
     if file < 0:
         return 0
     text = room()
     size = read_file(file, text, 64)
     close_file(file)
-    field = number = 0  # "time on a processor, time waiting for one, turns"
+    field = number = 0  # the file holds: time on a processor, time waiting for one, time slices
     for at in range(size):
         byte = byte_at(text + at)
         if byte == 32:
@@ -372,7 +370,7 @@ def delay_of_this_thread(path):
 
 @scalar
 def pays(site):
-    """Count a job, and return whether it is worth the pool. Some jobs are done alone, to know how long that takes."""
+    """Count a job, and return whether to use the pool. Some jobs run alone, to measure the time of a job alone."""
     count = load(site + COUNT) + 1
     store(site + COUNT, count)
     return load(site + WAIT) == 0 and count > 3 and count & (count - 1) != 0 and count % MEASURE_EVERY != 0
@@ -380,12 +378,12 @@ def pays(site):
 
 @scalar
 def judge(site, own, waited):
-    """Decide from a job with the pool whether the next ones are worth it.
+    """Decide from a job with the pool whether the next jobs use it.
 
     own, waited : nanoseconds in which the launching thread claimed shares, and then waited for the others.
     """
-    # Of `own`, half again as much as the job takes alone is counted at most: beyond that the thread itself was not
-    # scheduled, as may happen without a pool. After a failure a trial is of two or three jobs: the first wakes workers.
+    # `own` counts up to one and a half times the job alone: beyond that the thread itself was not scheduled, which may
+    # also happen without a pool. After a failure, a trial has two or three jobs, because the first wakes the workers.
     alone = load(site + ALONE)
     gain = alone - (own if own < alone + alone // 2 else alone + alone // 2) - waited
     credit = load(site + CREDIT) + gain
@@ -404,7 +402,7 @@ def judge(site, own, waited):
 
 @scalar
 def measure(site, took):
-    """Take the time of a job without the pool, and wait one job less for the next one with it."""
+    """Record the time of a job without the pool, and count down the jobs until the next trial of the pool."""
     alone = load(site + ALONE)
     if alone == 0:
         alone = took
@@ -420,7 +418,7 @@ def measure(site, took):
 
 
 def start(control, function, already, threads):
-    """Start workers until there are `threads` threads, or no more can be had; return how many there are."""
+    """Start workers until there are `threads` threads, or the system refuses more; return the number of threads."""
     signals = control + SIGNALS
     sigfillset(signals)
     pthread_sigmask(SIG_BLOCK, signals, signals + SIGNAL_SET)
@@ -444,7 +442,7 @@ JOB = (types.int64,) * 8
 
 
 class Site:
-    """The jobs of one loop and about one size, and whether the pool pays for them."""
+    """The jobs of one loop at about one size, and whether the pool pays for them."""
 
     def __init__(self) -> None:
         self.words = np.zeros(5, np.int64)
@@ -453,11 +451,11 @@ class Site:
 
 @cache
 def why_not() -> str | None:
-    """Return why this system cannot have a pool; None if it can."""
+    """Return why this system does not support the pool; None if it does."""
     if sys.platform != "linux":
-        return f"the pool of native threads is for Linux, and this is {sys.platform}"
+        return f"the pool of native threads requires Linux, got {sys.platform}"
     if platform.machine() not in ("x86_64", "aarch64") or struct.calcsize("P") != 8:
-        return f"the pool of native threads is for 64-bit x86-64 and arm64, and this is {platform.machine()}"
+        return f"the pool of native threads requires 64-bit x86-64 or arm64, got {platform.machine()}"
     library = ctypes.CDLL(None)
     missing = [name for name in NEEDED if not hasattr(library, name)]
     return f"the C library lacks {', '.join(missing)}" if missing else None
@@ -465,8 +463,8 @@ def why_not() -> str | None:
 
 @cache
 def _compiled() -> dict[str, Any]:
-    """Compile what is called by address, or from Python. Its code lives as long as the process."""
-    # What is called by address needs no wrapper for Python, and what is not called by C none for C.
+    """Compile the functions that are called by address or from Python. Their code lives as long as the process."""
+    # A function that is called by address needs no wrapper for Python; one that C does not call needs none for C.
     functions: list[tuple[Any, tuple[Any, ...], dict[str, bool]]] = [
         (launch, JOB, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}),
         (worker, JOB[:1], {"no_cpython_wrapper": True}),
@@ -481,7 +479,7 @@ def _compiled() -> dict[str, Any]:
 
 
 class Pool:
-    """Native threads and their block of words. Neither is ever released."""
+    """Native threads and their block of words, which are never released."""
 
     def __init__(self) -> None:
         compiled = _compiled()
@@ -491,11 +489,11 @@ class Pool:
         allocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)(("calloc", ctypes.CDLL(None)))
         found = allocate(1, RANGES + MOST * PER_THREAD + LINE)
         if found is None:
-            raise MemoryError("no memory for the words that threads share")
+            raise MemoryError("the words that threads share: must be allocated, got no memory")
         self.control = found + -found % LINE
         ctypes.memmove(self.control + PATH, b"/proc/thread-self/schedstat\0", 28)
         self.asked = 1
-        """The largest number of threads that was asked for, the launching thread included."""
+        """The largest number of threads requested so far, including the launching thread."""
         self._started = 1
 
     def grow(self, threads: int) -> None:

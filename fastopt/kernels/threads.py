@@ -1,4 +1,4 @@
-"""How many threads a step may use; and the lock that threads hold while they compile, in which no process is forked."""
+"""The number of threads that a step may use; and the lock held during compilation, which delays forks."""
 
 from __future__ import annotations
 
@@ -16,32 +16,31 @@ from typing import Any
 VARIABLE = "FASTOPT_NUM_THREADS"
 
 MOST = 256
-"""Threads."""
+"""The largest number of threads."""
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 
 REFRESH = 1.0
-"""Seconds after which the processors of this process are counted again: schedulers move processes while they run."""
+"""Seconds after which the processors of this process are counted again, because schedulers change them."""
 
 COMPILING = threading.RLock()
 """Held by the thread that imports a backend or compiles for it."""
 
 _chosen: int | None = None
 _chosen_by = ""
-_asked = False  # whether the environment has been
-_counted: tuple[float, int] = (-1.0, 1)  # until when it counts, and the processors
+_asked = False  # whether the environment variable has been read
+_counted: tuple[float, int] = (-1.0, 1)  # the time until which the count is valid, and the count of processors
 
 
 def set_num_threads(count: int | None) -> None:
     """Set how many threads a step may use, in this process and in those forked from it later.
 
-    A step on fewer than 24,576 elements always runs on the thread that calls it, and larger ones use more threads only
-    where that has been faster. The results have the same bits for any number.
+    A step on fewer than 24,576 elements always runs on the calling thread. Larger steps use more threads only where
+    that has been faster. The results have the same bits for any number of threads.
 
     Args:
-        count: from 1 to 256, also more than there are processors. None: the number that fastopt finds for itself, see
-            `get_num_threads`.
+        count: from 1 to 256; it may exceed the number of processors. None restores the default, see `get_num_threads`.
 
     Raises:
         TypeError: `count` is not a whole number.
@@ -66,9 +65,9 @@ def set_num_threads(count: int | None) -> None:
 
 @contextmanager
 def using(count: int | None) -> Iterator[None]:
-    """Set the number of threads inside a ``with`` block; None leaves it."""
+    """Set the number of threads inside a ``with`` block; None does not change the number."""
     global _chosen, _chosen_by
-    get_num_threads()  # the environment is asked
+    get_num_threads()  # reads the environment variable
     before = _chosen, _chosen_by
     try:
         if count is not None:
@@ -81,10 +80,10 @@ def using(count: int | None) -> Iterator[None]:
 def get_num_threads() -> int:
     """Return how many threads a step may use.
 
-    That is the number given to `set_num_threads`, or else in the environment variable ``FASTOPT_NUM_THREADS``. Without
-    either it is the smallest of: numba's number (``NUMBA_NUM_THREADS``, `numba.set_num_threads`), torch's number where
-    torch is loaded (`torch.set_num_threads`), and the processors that this process may use, by its affinity and by the
-    quota of its control group, rounded up.
+    The number is the one given to `set_num_threads`, or else the environment variable ``FASTOPT_NUM_THREADS``. Without
+    both it is the smallest of: numba's number (``NUMBA_NUM_THREADS``, `numba.set_num_threads`), torch's number where
+    torch is loaded (`torch.set_num_threads`), and the number of processors that this process may use, by its affinity
+    and by the quota of its control group, rounded up.
 
     Returns:
         A number from 1 to 256.
@@ -103,7 +102,7 @@ def get_num_threads() -> int:
 
 
 def source() -> str:
-    """What decided the number: for `fastopt info`."""
+    """Return what determined the number of threads, for `fastopt info`."""
     count = get_num_threads()
     if _chosen is not None:
         return _chosen_by
@@ -111,12 +110,12 @@ def source() -> str:
 
 
 def _limits() -> list[int]:
-    """What bounds the number of threads that nobody has chosen: processors, numba and, where it is loaded, torch."""
+    """Return the limits of the default number of threads: processors, numba's number and, where loaded, torch's."""
     global _counted
     now = time.monotonic()
     if now >= _counted[0]:
         _counted = (now + REFRESH, min(processors(), MOST))
-    # numba starts its threads when it is asked for their number. Before that, nobody can have changed it.
+    # Reading numba's number starts its threads. Before they start, the number cannot have changed.
     modules: dict[str, Any] = sys.modules
     parallel = modules.get("numba.np.ufunc.parallel")
     if parallel is not None and parallel._is_initialized:
@@ -139,7 +138,7 @@ def _of_environment() -> int | None:
 
 
 def processors() -> int:
-    """How many processors this process may use at a time: by its affinity, and by its quota, rounded up."""
+    """Return how many processors this process may use at a time, by its affinity and by its quota, rounded up."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for quota in _quotas():
         count = min(count, max(1, -(-quota[0] // quota[1])))
@@ -147,7 +146,7 @@ def processors() -> int:
 
 
 def _quotas() -> list[tuple[int, int]]:
-    """(time, of every) in microseconds: the quotas of this process' control groups and of those around them."""
+    """Return (quota, period) in microseconds, for this process' control groups and for their parents."""
     found = []
     try:
         groups = [line.split(":", 2) for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines()]
@@ -170,8 +169,8 @@ def _quotas() -> list[tuple[int, int]]:
 
 
 # --- forks ------------------------------------------------------------------------------------------------------------
-# A child has one thread, and would wait for ever for a lock that another thread of its parent held: ours, numba's, or
-# that of a module which was being imported.
+# A child has one thread, and would wait for ever for a lock that another thread of its parent held: our lock, numba's,
+# or the lock of a module that was being imported.
 
 _numbas_locks: list[Any] = []
 

@@ -1,16 +1,115 @@
 """What stands for CuPy in numba's CUDA simulator: arrays that do not mix with NumPy's, as those of a device do not.
 
 They are NumPy arrays underneath, so what works here need not work on a device; but what forgets where an array lives
-fails here, as it would there. There are as many devices as are asked for, and one stream.
+fails here, as it would there. There are as many devices as are asked for, and one stream. Kernels read and write
+at addresses: what lies outside the arrays that are alive is refused, as compute-sanitizer would.
 """
 
 from __future__ import annotations
 
+import ctypes
+import weakref
+from bisect import bisect_right
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Allocation(NamedTuple):
+    """The memory of an array that is alive."""
+
+    start: int
+    end: int
+    device: int
+    numbers: dict[np.dtype[Any], np.ndarray]
+    """The same memory as numbers of several dtypes."""
+
+    def as_numbers(self, dtype: np.dtype[Any]) -> np.ndarray:
+        """As many numbers of a dtype as are in it, the first at the first multiple of their size."""
+        found = self.numbers.get(dtype)
+        if found is None:
+            skipped = -self.start % dtype.itemsize
+            room = (self.end - self.start - skipped) // dtype.itemsize * dtype.itemsize
+            memory = (ctypes.c_uint8 * room).from_address(self.start + skipped)
+            found = self.numbers[dtype] = np.frombuffer(memoryview(memory), dtype)
+        return found
+
+
+class Memory:
+    """The memory of all arrays of the devices that are alive, by address."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, Allocation] = {}
+        self._sorted: tuple[list[int], list[Allocation]] | None = None
+
+    def add(self, owner: np.ndarray, device: int) -> None:
+        """Note the memory of an array until the array is let go. Memory that is known already stays as it is."""
+        if owner.size == 0:
+            return
+        start = end = owner.__array_interface__["data"][0]
+        for length, stride in zip(owner.shape, owner.strides, strict=True):
+            start += min(0, stride) * (length - 1)
+            end += max(0, stride) * (length - 1)
+        end += owner.itemsize
+        if self.find(start) is not None:
+            return
+        self._found[start] = Allocation(start, end, device, {})
+        self._sorted = None
+        weakref.finalize(owner, self._forget, start).atexit = False
+
+    def _forget(self, start: int) -> None:
+        del self._found[start]
+        self._sorted = None
+
+    def find(self, address: int) -> Allocation | None:
+        """What an address lies in."""
+        in_order = self._sorted  # an array may be let go, and _sorted with it, in the middle of this
+        if in_order is None:
+            starts = sorted(self._found)
+            in_order = self._sorted = starts, [self._found[start] for start in starts]
+        starts, allocations = in_order
+        for k in range(bisect_right(starts, address) - 1, -1, -1):  # the first, but where one lies within another
+            if address < allocations[k].end:
+                return allocations[k]
+        return None
+
+    def numbers_at(self, address: int, dtype: np.dtype[Any], count: int, alignment: int) -> tuple[np.ndarray, int]:
+        """An array, and the number of the element that is at an address; IndexError where a device would fault."""
+        found = self.find(address)
+        if found is None or address + count * dtype.itemsize > found.end:
+            raise IndexError(f"{count} of {dtype} at {address:#x} are not in the memory of any array")
+        if found.device != cuda.Device.current:
+            raise IndexError(f"{address:#x} is on device {found.device}, and a kernel of {cuda.Device.current} uses it")
+        if address % alignment:
+            raise IndexError(f"{count} of {dtype} at {address:#x}, which must be a multiple of {alignment}")
+        return found.as_numbers(dtype), (address - found.start) // dtype.itemsize
+
+
+MEMORY = Memory()
+
+
+def memory(dtype: np.dtype[Any], width: int, at_once: bool) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """As ``memory`` of memory.py, for threads that run Python."""
+    alignment = dtype.itemsize * (width if at_once else 1)
+
+    def load(addresses: tuple[int, ...], i: int) -> tuple[tuple[Any, ...], ...]:
+        values = []
+        for address in addresses:
+            numbers, first = MEMORY.numbers_at(int(address + i), dtype, width, alignment)
+            values.append(tuple(numbers[first : first + width]))
+        return tuple(zip(*values, strict=True))
+
+    def store(addresses: tuple[int, ...], i: int, elements: tuple[tuple[Any, ...], ...]) -> None:
+        for address, values in zip(addresses, zip(*elements, strict=True), strict=False):
+            numbers, first = MEMORY.numbers_at(int(address + i), dtype, width, alignment)
+            numbers[first : first + width] = values
+
+    return load, store
+
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
@@ -23,6 +122,13 @@ class ndarray(np.ndarray):  # noqa: N801 CuPy's name
     def __array_finalize__(self, source: Any) -> None:
         """A view lives where its array does, and all else on the current device."""
         self._device_id = source._device_id if isinstance(source, ndarray) else cuda.Device.current
+        if self.flags.owndata:
+            MEMORY.add(self, self._device_id)
+        elif not isinstance(source, ndarray):
+            owner = self if source is None else source
+            while isinstance(owner.base, np.ndarray):
+                owner = owner.base
+            MEMORY.add(owner, self._device_id)
 
     @property
     def device(self) -> cuda.Device:  # type: ignore[override]

@@ -1,0 +1,107 @@
+"""The passes over gradients before an update: the sums of their squares, and the adding up of several gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastopt.kernels.contract import BLOCK, N_CHUNK, N_PLACE, Array, Chunk, Place, StepHyper
+from fastopt.kernels.driver import Loop
+from fastopt.kernels.intrinsics import at_address, record
+
+# --- what `bind` supplies ---------------------------------------------------------------------------------------------
+
+DTYPE: Any
+"""That of parameters and gradients."""
+UNSCALED: Callable[..., Any]
+"""``unscaled`` of elements.py, bound to the features."""
+CONDITIONED: Callable[..., Any]
+"""``conditioned`` of elements.py, bound to the features."""
+ZERO: Any
+OF_PARAMETERS: bool
+"""Whether the norm is that of the parameters instead."""
+APART: bool
+"""Whether a second sum has to find what is not finite."""
+MEASURE: bool
+"""Whether sums of squares are taken of the new sums."""
+STEP: StepHyper
+
+# --- the loops --------------------------------------------------------------------------------------------------------
+
+
+def squares(places, table, chunks, partials, first, last):
+    """The sum of the squares of each block's gradients; and 0, or NaN where one of them is not finite."""
+    # float64: squares of float32 are exact in it, and neither 1e30 nor 1e-30 leaves its range.
+    for c in range(first, last):
+        chunk = record(Chunk, chunks, c * N_CHUNK)
+        place = record(Place, places, chunk.place * N_PLACE)
+        step = record(StepHyper, table, chunk.group * table.shape[1])
+        block = chunk.block
+        for start in range(chunk.start, chunk.stop, BLOCK):
+            size = min(BLOCK, chunk.stop - start)
+            if OF_PARAMETERS:
+                x = at_address(DTYPE, place.p, start, size)
+            else:
+                x = at_address(DTYPE, place.g, chunk.grad + start - chunk.start, size)
+            total = 0.0
+            bad = ZERO
+            for i in range(size):
+                value = np.float64(CONDITIONED(step, x[i]))
+                total += value * value
+                if APART:
+                    bad += UNSCALED(step, x[i]) - UNSCALED(step, x[i])
+            partials[block, 0] = total
+            partials[block, 1] = bad if APART else total - total
+            block += 1
+
+
+def add(places, present, overwrite, weight, chunks, partials, first, last):
+    """Add weight times an array to a sum, and measure what the sum is then: see `fastopt.kernels.contract.Backend`."""
+    for c in range(first, last):
+        chunk = record(Chunk, chunks, c * N_CHUNK)
+        if present[chunk.place]:
+            place = record(Place, places, chunk.place * N_PLACE)
+            block = chunk.block
+            for start in range(chunk.start, chunk.stop, BLOCK):
+                size = min(BLOCK, chunk.stop - start)
+                total = at_address(DTYPE, place.p, start, size)
+                more = at_address(DTYPE, place.g, start, size)
+                if overwrite[chunk.place]:
+                    for i in range(size):
+                        total[i] = weight[0] * more[i]
+                else:
+                    for i in range(size):
+                        total[i] = total[i] + weight[0] * more[i]
+                if MEASURE:  # in a loop of its own: the block is in L1
+                    squared = 0.0
+                    bad = ZERO
+                    for i in range(size):
+                        x = np.float64(CONDITIONED(STEP, total[i]))
+                        squared += x * x
+                        bad += total[i] - total[i]
+                    partials[block, 0] = squared
+                    partials[block, 1] = bad
+                block += 1
+
+
+def blocks_of(chunks: Array) -> int:
+    """The number of blocks of a table of chunks that ends with its last block."""
+    if chunks.shape[0] == 0:
+        return 0
+    last = Chunk(*chunks[-1].tolist())
+    return last.block - (last.start - last.stop) // BLOCK
+
+
+class SquaresKernel:
+    """The norm of gradients, and whether all of them are finite."""
+
+    def __init__(self, loop: Loop):
+        self._loop = loop
+
+    def launch(self, places: Array, table: Array, chunks: Array, elements: int) -> Array:
+        """As `fastopt.kernels.contract.NormKernel`."""
+        partials = np.empty((blocks_of(chunks), 2))
+        self._loop.run(places, table, chunks, partials, elements=elements, units=chunks.shape[0])
+        return partials

@@ -1,0 +1,111 @@
+"""What the norm of the gradients decides about a step, on the device: the kernel, and its result until it is read."""
+
+# Kernels are typed by numba, for every dtype; `bind` supplies the upper-case constants.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from numba import float64
+
+from fastopt.kernels.contract import Array
+from fastopt.kernels.cuda.launcher import Launcher
+from fastopt.kernels.cuda.target import THREADS, cuda
+
+# --- what `bind` supplies ---------------------------------------------------------------------------------------------
+
+CLIP_COEFFICIENT: Callable[..., Any]
+"""`fastopt.kernels.contract.clip_coefficient`."""
+BLOCK_SUMS: Callable[..., Any]
+"""``block_sums`` of norms.py, as part of the kernel."""
+CLIPS: bool
+"""Whether gradients are clipped by norm."""
+SKIPS: bool
+"""Whether a step is skipped where not all gradients are finite."""
+CHOOSES: bool
+"""Whether the table is one of several candidates."""
+COEFFICIENT: int
+"""The column of `StepHyper.coefficient`."""
+PROCEEDS: int
+"""The column of `StepHyper.proceeds`."""
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+def decide(partials, blocks, factor, max_norm, known, candidates, rows, columns, skipped, table, result):
+    """Leave in `result` the norm of gradients, the coefficient that clips them, and whether all are finite; and put
+    into the table what follows from it. One block.
+
+    With SKIPS, `skipped` is how many steps were skipped; with CHOOSES, the table is the candidate for that number.
+    """
+    total = cuda.shared.array(THREADS, float64)
+    marks = cuda.shared.array(THREADS, float64)
+    s = 0.0
+    bad = 0.0
+    for block in range(cuda.threadIdx.x, blocks, cuda.blockDim.x):
+        s += partials[2 * block]
+        bad += partials[2 * block + 1]
+    total[cuda.threadIdx.x] = s
+    marks[cuda.threadIdx.x] = bad
+    BLOCK_SUMS(total, marks)
+    norm = factor * math.sqrt(total[0])
+    finite = 1.0 if marks[0] == 0.0 else 0.0
+    coefficient = 1.0
+    if CLIPS:
+        coefficient = CLIP_COEFFICIENT(norm, max_norm)
+    behind = 0
+    if SKIPS:
+        behind = skipped[0] - known
+    for row in range(cuda.threadIdx.x, rows, cuda.blockDim.x):
+        if CHOOSES:
+            for column in range(columns):
+                table[row * columns + column] = candidates[(behind * rows + row) * columns + column]
+        table[row * columns + COEFFICIENT] = coefficient
+        if SKIPS:
+            table[row * columns + PROCEEDS] = finite
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        result[0] = norm
+        result[1] = coefficient
+        result[2] = finite
+        if SKIPS and finite == 0.0:
+            skipped[0] += 1
+
+
+# --- the result -------------------------------------------------------------------------------------------------------
+
+
+class PendingDecision:
+    """As `fastopt.kernels.contract.Decision`."""
+
+    def __init__(self, backend: Launcher, result: Array):
+        """result : the norm, the coefficient, and whether all gradients are finite, as numbers on the device."""
+        self._backend = backend
+        self._result = result
+        self._event: Any = None
+        self._sent: Any = None
+
+    def send(self) -> None:
+        """As `fastopt.kernels.contract.Decision`: a copy to pinned memory, and an event after it."""
+        xp = self._backend.xp
+        self._sent = self._backend.pinned(3)
+        self._result.get(out=self._sent, blocking=False)
+        self._event = xp.cuda.Event(disable_timing=True)
+        self._event.record()
+
+    @property
+    def arrived(self) -> bool:
+        """As `fastopt.kernels.contract.Decision`."""
+        return self._event is not None and bool(self._event.done)
+
+    def read(self) -> tuple[float, float, bool]:
+        """As `fastopt.kernels.contract.Decision`."""
+        if self._event is None:
+            found = self._backend.host(self._result)
+        else:
+            self._event.synchronize()
+            found = self._sent
+        norm, coefficient, finite = found.tolist()
+        return norm, coefficient, finite == 1.0

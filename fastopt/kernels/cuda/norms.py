@@ -1,0 +1,167 @@
+"""The passes over gradients before an update: the sums of their squares, and the adding up of several gradients."""
+
+# Kernels are typed by numba, for every dtype; `bind` supplies the upper-case constants.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import float64
+
+from fastopt.kernels.contract import N_CHUNK, N_PLACE, Array, Chunk, Place, StepHyper
+from fastopt.kernels.cuda.launcher import Chunks, Launcher
+from fastopt.kernels.cuda.target import THREADS, cuda
+
+# --- what `bind` supplies ---------------------------------------------------------------------------------------------
+
+DTYPE: Any
+"""That of parameters and gradients."""
+UNSCALED: Callable[..., Any]
+"""``unscaled`` of elements.py, bound to the features."""
+CONDITIONED: Callable[..., Any]
+"""``conditioned`` of elements.py, bound to the features."""
+LOOP: Callable[..., Any]
+"""``loop`` of memory.py, with the element function of the kernel."""
+BLOCK_SUMS: Callable[..., Any]
+"""`block_sums`, as part of the kernel."""
+LEAVE_SUMS: Callable[..., Any]
+"""`leave_sums`, as part of the kernel."""
+UNPACK_PLACE: Callable[..., Any]
+UNPACK_CHUNK: Callable[..., Any]
+UNPACK_STEP: Callable[..., Any]
+ZERO: Any
+ITEMSIZE: int
+OF_PARAMETERS: bool
+"""Whether the norm is that of the parameters instead."""
+MEASURE: bool
+"""Whether sums of squares are taken of the new sums."""
+OVERWRITE: bool
+"""Whether the kernel does the sums that are overwritten, or those that are added to."""
+STEP: StepHyper
+
+# --- sums over a block of threads -------------------------------------------------------------------------------------
+
+
+def block_sums(left, right):
+    """The sums of what the threads of a block have put into two arrays, in their first elements.
+
+    A tree, so that the bits are the same every time.
+    """
+    cuda.syncthreads()
+    width = cuda.blockDim.x // 2
+    while width > 0:
+        if cuda.threadIdx.x < width:
+            left[cuda.threadIdx.x] += left[cuda.threadIdx.x + width]
+            right[cuda.threadIdx.x] += right[cuda.threadIdx.x + width]
+        cuda.syncthreads()
+        width //= 2
+
+
+def leave_sums(left, right, s, t, partials, block):
+    """Leave the sums of s and t over a block of threads in the line of a block of the partial sums."""
+    left[cuda.threadIdx.x] = s
+    right[cuda.threadIdx.x] = t
+    BLOCK_SUMS(left, right)
+    if cuda.threadIdx.x == 0:
+        partials[2 * block] = left[0]
+        partials[2 * block + 1] = right[0]
+    cuda.syncthreads()
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+
+def squared(values, step):
+    """The element function of `squares`, of (x,)."""
+    x = float64(CONDITIONED(step, values[0]))
+    u = UNSCALED(step, values[0])
+    return (), x * x, u - u
+
+
+def squares(places, table, columns, chunks, n, partials):
+    """The sum of the squares of each block's gradients; and 0, or NaN where one of them is not finite."""
+    total = cuda.shared.array(THREADS, float64)
+    marks = cuda.shared.array(THREADS, DTYPE)
+    c = cuda.blockIdx.x
+    while c < n:
+        chunk = Chunk(*UNPACK_CHUNK(chunks, N_CHUNK * c))
+        place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
+        step = StepHyper(*UNPACK_STEP(table, chunk.group * columns))
+        if OF_PARAMETERS:  # noqa: SIM108 a branch is pruned, an expression is not
+            x = place.p + ITEMSIZE * chunk.start
+        else:
+            x = place.g + ITEMSIZE * chunk.grad
+        s, bad = LOOP((x,), 0, chunk.stop - chunk.start, step, 0.0, ZERO)
+        LEAVE_SUMS(total, marks, s, bad, partials, chunk.block)
+        c += cuda.gridDim.x
+
+
+def added(values, factor):
+    """The element function of `add`, of (sum, more)."""
+    new = factor * values[1]
+    if not OVERWRITE:
+        new = values[0] + new
+    if MEASURE:
+        x = float64(CONDITIONED(STEP, new))
+        return (new,), x * x, new - new
+    return (new,), ZERO, ZERO
+
+
+def add(places, selected, weight, chunks, n, partials):
+    """Add to the sums of the selected parameters, or overwrite them: see `fastopt.kernels.contract.Backend.add`."""
+    total = cuda.shared.array(THREADS, float64)
+    marks = cuda.shared.array(THREADS, DTYPE)
+    factor = DTYPE(weight)
+    c = cuda.blockIdx.x
+    while c < n:
+        chunk = Chunk(*UNPACK_CHUNK(chunks, N_CHUNK * c))
+        if selected[chunk.place] != 0:
+            place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
+            buffers = (place.p + ITEMSIZE * chunk.start, place.g + ITEMSIZE * chunk.start)
+            if MEASURE:
+                s, bad = LOOP(buffers, 0, chunk.stop - chunk.start, factor, 0.0, ZERO)
+                LEAVE_SUMS(total, marks, s, bad, partials, chunk.block)
+            else:
+                LOOP(buffers, 0, chunk.stop - chunk.start, factor, ZERO, ZERO)
+        c += cuda.gridDim.x
+
+
+def sum_runs(grads, order, starts, runs, width, sums):
+    """Leave in each row of `sums` the sum of a run of rows of `grads`, in the order of the run."""
+    run = cuda.blockIdx.x
+    while run < runs:
+        column = cuda.threadIdx.x
+        while column < width:
+            s = ZERO
+            for k in range(starts[run], starts[run + 1]):
+                s += grads[order[k] * width + column]
+            sums[run * width + column] = s
+            column += cuda.blockDim.x
+        run += cuda.gridDim.x
+
+
+# --- the launch -------------------------------------------------------------------------------------------------------
+
+
+class SquaresKernel:
+    """The norm of gradients, and whether all of them are finite."""
+
+    def __init__(self, backend: Launcher, kernel: Any):
+        self._backend = backend
+        self._kernel = kernel
+
+    def launch(self, places: Array, table: Array, chunks: Array, elements: int) -> Array:
+        """As `fastopt.kernels.contract.NormKernel`."""
+        backend = self._backend
+        partials = self.launch_on(backend.places(places), backend.table(table), backend.chunks(chunks))
+        return partials.reshape(-1, 2)
+
+    def launch_on(self, places: Array, table: Array, found: Chunks) -> Array:
+        """The same, with tables that are on the device, where the sums stay as well, all in a row."""
+        backend, columns = self._backend, table.shape[1]
+        partials = backend.empty(2 * found.blocks)
+        backend.launch(
+            self._kernel, found.length, places, table.reshape(-1), columns, found.lines, found.length, partials
+        )
+        return partials
