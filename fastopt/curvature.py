@@ -1,4 +1,4 @@
-"""The largest eigenvalue of a loss's Hessian, from gradients alone: the curvature that bounds the learning rate."""
+"""The largest eigenvalue of a loss's Hessian, computed from gradients: the curvature that bounds the learning rate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ STEPS = {
     np.dtype(np.float32): float(np.finfo(np.float32).eps) ** (1 / 3),
     np.dtype(np.float64): float(np.finfo(np.float64).eps) ** (2 / 3),
 }
-"""How far to go for a difference, relative to the norm of the parameters.
+"""Length of a difference step, relative to the norm of the parameters.
 
-In float32 the cube root balances the error of rounding with that of the difference. It goes over many of the kinks of
-ReLU, which then count as the curvature that they make on average. In float64 the cube root (6e-6), and now and then the
-square root (1.5e-8) as well, would go over one or two, and such a jump over so short a way looks like a huge curvature:
-787 where the eigenvalue is 14, in a network on the digits. What is taken (4e-11) goes over none there, and leaves 5
-digits."""
+In float32 the cube root balances the rounding error and the difference error; its steps cross many ReLU kinks, which
+count as their average curvature. In float64 a step of 4e-11 crosses hardly any kink and leaves 5 digits; a longer step
+crosses a few, and one kink in a short step looks like a huge curvature."""
 
 
 def dominant_eigenvalue(
@@ -33,42 +31,43 @@ def dominant_eigenvalue(
     iterations: int = 20,
     rng: int | np.random.Generator | None = None,
 ) -> float:
-    """The eigenvalue of largest magnitude of the Hessian at `params`, by power iteration on differences of gradients.
+    """Return the Hessian's eigenvalue of largest magnitude at `params`, by power iteration on gradient differences.
 
     Formula: ``d = 2 h v``; ``y = grad(w + h v) - grad(w - h v)``, which is about ``H d``; ``lambda = d.y / d.d``;
     ``v = y / |y|``, and again; with ``h = s max(1, |w|)``, where `s` is 5e-3 in float32 and 4e-11 in float64.
 
     The result is the last Rayleigh quotient ``lambda``, in units of the loss over those of the parameters squared. No
-    Hessian is stored: an iteration costs two gradients, all that is kept is a few vectors of the size of the buffer,
-    and sums and differences are taken in float64. Where the loss has kinks, as with ReLU, the result in float32 is the
-    curvature over that distance, the kinks included; take float64 parameters (`pack(params, dtype=np.float64)`) for the
-    Hessian at the point itself.
+    Hessian is stored: an iteration costs two gradients and needs a few vectors of the size of the buffer, and sums and
+    differences are computed in float64. If the loss has kinks, as with ReLU, the float32 result is the average
+    curvature over the difference step, including the kinks; pass float64 parameters
+    (`pack(params, dtype=np.float64)`) for the Hessian at the point itself.
 
-    What it is for: gradient descent on a full batch falls towards a minimum in which the Hessian's largest eigenvalue
-    is ``lambda`` only where ``lr < 2 / lambda``, and ``1 / lambda`` is the usual choice.
+    Use: full-batch gradient descent converges to a minimum whose largest Hessian eigenvalue is ``lambda`` only if
+    ``lr < 2 / lambda``; ``1 / lambda`` is the usual choice.
 
     Args:
-        grad: function of the parameters that returns their gradients: it is given a tree of the structure of `params`
-            and returns one like it, of arrays of the same shapes and dtype (None for a gradient that is not there).
-            Called `2 * iterations` times; it must be the gradient of one function, so use the same rows every time.
-        params: where to take the Hessian: a tree of float32 or float64 arrays, as for `fastopt.pack`, of which `grad`
-            is given copies; or a `FlatParams`, such as `opt.flat`. Then `grad` is given `flat.params` itself, moved in
-            place, which layers that hold views of the buffer follow. Afterwards, also after an error, the parameters
-            have the bits that they had before. What `grad` writes into `flat.grads` stays there.
+        grad: function from the parameters to their gradients: its argument is a tree with the structure of `params`,
+            its result a tree like it, of arrays of the same shapes and dtype (None for a missing gradient). It is
+            called `2 * iterations` times and must be the gradient of one function: use the same rows in every call.
+        params: the point of the Hessian: a tree of float32 or float64 arrays, as for `fastopt.pack`, of which `grad`
+            receives copies; or a `FlatParams`, such as `opt.flat`. Then `grad` receives `flat.params` itself, changed
+            in place, so that layers that hold views of the buffer see the change. Afterwards, even after an error, the
+            parameters have their original bits. Values that `grad` writes into `flat.grads` stay there.
         iterations: int >= 1. The error falls as ``|lambda2 / lambda1|**(2 iterations)``: 20 suffice for 1 %
-            where the second largest magnitude is 9/10 of the largest. The result is never above the largest magnitude
-            (but for the error of the differences).
-        rng: the start vector: None (fresh entropy), an int seed >= 0, or a numpy.random.Generator, which is advanced.
+            if the second largest magnitude is 9/10 of the largest. The result never exceeds the largest magnitude
+            (except for the difference error).
+        rng: source of the start vector: None (fresh entropy), an int seed >= 0, or a numpy.random.Generator, which is
+            advanced.
 
     Returns:
-        The eigenvalue, negative where the loss curves down most; 0.0 where the gradient does not change at all. Where
-        one eigenvalue and its negative are both the largest, the iteration does not settle, and the result is some
-        value between the two.
+        The eigenvalue; negative if the loss curves downwards most, 0.0 if the gradient does not change. If one
+        eigenvalue and its negative both have the largest magnitude, the iteration does not converge, and the result
+        lies between the two.
 
     Raises:
         ValueError: `iterations` < 1; a parameter or a gradient that is not finite, or a gradient of another structure
-            or shape, by its path; parameters without an element.
-        TypeError: `grad` is not callable, a gradient is not an array or of another dtype; what `pack` refuses.
+            or shape, with its path; parameters without elements.
+        TypeError: `grad` is not callable, a gradient is not an array or has another dtype, or `pack` refuses `params`.
         RuntimeError: the parameters are on a device, and the CUDA backend cannot work here.
 
     >>> import numpy as np
@@ -78,26 +77,28 @@ def dominant_eigenvalue(
 
     Source: LeCun, Simard & Pearlmutter, "Automatic Learning Rate Maximization by On-Line Estimation of the Hessian's
     Eigenvectors" (NIPS 1992, https://papers.nips.cc/paper/1992/hash/30bb3825e8f631cc6075c0f87bb4978c-Abstract.html);
-    the product by differences and its exact rival: Pearlmutter, "Fast Exact Multiplication by the Hessian" (Neural
+    the product by differences and an exact alternative: Pearlmutter, "Fast Exact Multiplication by the Hessian" (Neural
     Computation 6, 1994, https://doi.org/10.1162/neco.1994.6.1.147).
     """
     if not callable(grad):
-        raise TypeError(f"grad must be a function of the parameters, found {type(grad).__name__}")
+        raise TypeError(f"grad: must be a function of the parameters, got {type(grad).__name__}")
     if isinstance(iterations, bool) or not isinstance(iterations, int | np.integer):
-        raise TypeError(f"iterations must be an int, found {type(iterations).__name__}")
+        raise TypeError(f"iterations: must be an int, got {type(iterations).__name__}")
     if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, found {iterations}")
+        raise ValueError(f"iterations: must be at least 1, got {iterations}")
     source = generator(rng)
     flat = params if isinstance(params, FlatParams) else pack(params)
     if not sum(flat.layout.sizes):
-        raise ValueError("params: there is no element in them; expected at least one")
+        raise ValueError("params: must have at least one element, got none")
     backend = get_backend(flat.backend)
-    kept = np.array(backend.host(flat.data))
+    kept = np.zeros(flat.size, flat.dtype)
+    for part, array in zip(flat.views(kept), flat.arrays, strict=True):
+        part[...] = backend.host(array)
     centre = kept.astype(np.float64)
     _check_finite(flat, centre, "parameter", "")
     step = STEPS[flat.dtype] * max(1.0, float(np.linalg.norm(centre)))
     direction = np.zeros_like(centre)
-    for part in flat.views(direction):  # none of it in the padding, which is no parameter
+    for part in flat.views(direction):  # leave the padding at 0: it holds no parameters
         part[...] = source.standard_normal(part.shape)
     direction /= np.linalg.norm(direction)
     eigenvalue = 0.0
@@ -105,7 +106,7 @@ def dominant_eigenvalue(
         for k in range(iterations):
             before, gradient_before = _look(grad, flat, centre - step * direction, k)
             after, gradient_after = _look(grad, flat, centre + step * direction, k)
-            # The way that was really gone, which in float32 is not quite 2 h v.
+            # The exact difference of the two rounded points; in float32 it differs slightly from 2 h v.
             moved = after - before
             change = gradient_after - gradient_before
             length = float(np.linalg.norm(change))
@@ -114,27 +115,37 @@ def dominant_eigenvalue(
             eigenvalue = float(moved @ change) / float(moved @ moved)
             direction = change / length
     finally:
-        backend.copy(flat.data, kept)
+        _move(flat, kept)
     return eigenvalue
+
+
+def _move(flat: FlatParams, point: NDArray[Any]) -> None:
+    """Write a point, a buffer with the layout of the parameters, into the parameters."""
+    backend = get_backend(flat.backend)
+    if not flat.in_place:
+        backend.copy(flat.data, point)
+        return
+    for array, part in zip(flat.arrays, flat.views(point), strict=True):
+        backend.copy(array, part)
 
 
 def _look(
     grad: Callable[[Any], Any], flat: FlatParams, point: NDArray[np.float64], iteration: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The point as the buffer can hold it, and the gradient there, both in float64."""
+    """Return the point, rounded to the buffer's dtype, and the gradient there, both in float64."""
     backend = get_backend(flat.backend)
     rounded = point.astype(flat.dtype)
-    backend.copy(flat.data, rounded)
+    _move(flat, rounded)
     gradient = np.zeros_like(point)
     leaves = flat.check_grads(grad(flat.params))
     for part, leaf in zip(flat.views(gradient), leaves, strict=True):
         if leaf is not None:
             part[...] = backend.host(leaf)
-    _check_finite(flat, gradient, "the gradient of", f"near the given point, in iteration {iteration + 1}")
+    _check_finite(flat, gradient, "gradient", f" near the given point, in iteration {iteration + 1}")
     return rounded.astype(np.float64), gradient
 
 
 def _check_finite(flat: FlatParams, buffer: NDArray[np.float64], what: str, when: str) -> None:
     for path, part in zip(flat.paths, flat.views(buffer), strict=True):
         if not np.isfinite(part).all():
-            raise ValueError(f"{what} {path!r} is not finite {when}".rstrip())
+            raise ValueError(f"{what} {path!r}: must be finite{when}, got NaN or infinity")

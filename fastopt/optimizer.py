@@ -1,63 +1,27 @@
-"""`Optimizer`: where a rule, a flat buffer and a backend meet. Groups, step() and state."""
+"""`Optimizer`: what people call. It checks its arguments, and leaves the step to the pipeline."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 
-from fastopt.kernels import get_backend
-from fastopt.kernels.contract import BLOCK, Adder, Asynchronous, Features, Kernel, NormKernel, Verdict
-from fastopt.rule import Flag, Matrixwise, Rule
-from fastopt.state import STATE_FORMAT, Snapshot, plain
-from fastopt.step.options import REDUCTION, Pending, StepInfo, Tail, norm_of, positive
-from fastopt.step.rows import RowSteps, check_indices, one_run
-from fastopt.step.table import EMA, WEIGHT_DECAY, Point, Table, hyper_of, is_normal
-from fastopt.storage.flat import FlatParams, match_overrides, pack
-
-MOST_AWAITED = 8
-"""Steps whose outcome is not known here while a device still works on them; then the first of them is waited for."""
-
-
-class Recorded(NamedTuple):
-    """A step that was captured in a CUDA graph."""
-
-    table: Any
-    """Where its hyperparameters are, on the device."""
-    rows: list[int]
-    scaled: bool
-    verdict: Verdict | None
-
-
-class Row:
-    """One row of the table: the parameters that share hyperparameters and the number of updates they have had."""
-
-    __slots__ = ("fixed", "lag", "rule", "scheduled", "values")
-
-    def __init__(self, rule: Rule, values: dict[str, Any], lag: int):
-        self.rule = rule
-        self.values = values
-        self.lag = lag
-        self.scheduled = tuple(name for name, value in values.items() if callable(value))
-        self.fixed = None if self.scheduled else Point.of(rule, values)
-
-    def at(self, step: int) -> Point:
-        """The hyperparameters at `step` (0 at the first update), schedules evaluated and checked."""
-        return self.fixed if self.fixed is not None else Point.of(self.rule, self.at_step(step))
-
-    def at_step(self, step: int) -> dict[str, Any]:
-        """The same by name."""
-        values = dict(self.values)
-        for name in self.scheduled:
-            values[name] = self.rule.check(name, values[name](step), f"at step {step}, schedule of ")
-        return values
+from fastopt.hyper import EMA, Flag
+from fastopt.rule import Rule, check_acting
+from fastopt.state import OptimizerState, Snapshot
+from fastopt.step.groups import GroupsView, check_change, mark_matrices, match_overrides
+from fastopt.step.info import StepInfo
+from fastopt.step.options import StepOptions
+from fastopt.step.pipeline import Pipeline
+from fastopt.storage.flat import FlatParams, pack
+from fastopt.storage.trees import adopt, handed_out
 
 
 class Optimizer:
@@ -66,10 +30,14 @@ class Optimizer:
     Args:
         params: a tree of NumPy arrays (float32 or float64), which is copied into one flat buffer, or a `FlatParams`,
             which is used as it is. Work with ``opt.params`` from then on: the same tree, whose leaves are views of the
-            buffer.
+            buffer. None leaves the parameters to the first call of `update`.
         rule: a `Rule`, made by `fastopt.rule`. The named optimizers (`fastopt.Adam`, ...) bring their own.
         backend: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        copy: False leaves the parameters in their own arrays, which are updated in place: C-contiguous, aligned and
+            writeable ones that do not overlap.
         overrides: ``{glob on parameter paths: {hyperparameter: value}}``; of two globs that match, the later one wins.
+            Besides the rule's hyperparameters, ``lr_scale`` multiplies the learning rate, or its schedule, and
+            ``frozen=True`` keeps parameters as they are.
         max_norm: > 0. Gradients are multiplied by ``min(1, max_norm / (norm + 1e-6))``, `norm` being the global one of
             all that this step is given.
         clip_value: > 0. Every element of a gradient is moved into [-clip_value, clip_value], before its norm is taken.
@@ -78,8 +46,10 @@ class Optimizer:
             one. `StepInfo` counts them.
         ema: decay rate, in (0, 1), of a moving average of the parameters: ``opt.ema``, which begins at the parameters
             and after every step moves towards them, ``e += (1 - ema) (p - e)``.
-        zero_grad: set ``opt.grads`` to 0 in the pass that reads them; after a step that was skipped, too.
+        zero_grad: set ``opt.grads`` to 0 in the pass that reads them; also after a step that was skipped. Gradients
+            that are passed to `step` are not written.
         maximize: go uphill.
+        grad_norm: measure the norm of the gradients in every step, for `StepInfo.grad_norm`.
         decoupled_weight_decay: whether ``weight_decay`` shrinks the parameters (``p *= 1 - lr weight_decay``) or is
             added to the gradient (L2); None leaves it to the rule.
         convention: of the named optimizers: ``"torch"``, ``"keras"`` or ``"optax"`` for the form and the defaults that
@@ -118,9 +88,10 @@ class Optimizer:
         super().__init_subclass__(**kwargs)
         if rules:
             cls.conventions = conventions or {}
-            cls.__init__ = _conventional(cls.__init__)  # type: ignore[method-assign]
+            signature = inspect.signature(cls.__init__)
+            cls.__init__ = _conventional(cls.__init__, signature)  # type: ignore[method-assign]
             Optimizer.classes[cls.__name__] = cls
-            for name, parameter in inspect.signature(cls.__init__).parameters.items():
+            for name, parameter in signature.parameters.items():
                 for rule in rules:
                     if name in rule.names() and parameter.default is not parameter.empty:
                         rule.defaults.setdefault(name, parameter.default)
@@ -128,12 +99,16 @@ class Optimizer:
 
     rules: ClassVar[tuple[Rule, ...]] = ()
 
+    rule: Rule
+    _pipeline: Pipeline | None
+
     def __init__(
         self,
         params: Any,
         rule: Rule,
         *,
         backend: str = "auto",
+        copy: bool = True,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         max_norm: float | None = None,
         clip_value: float | None = None,
@@ -141,84 +116,138 @@ class Optimizer:
         ema: float | None = None,
         zero_grad: bool = False,
         maximize: bool = False,
+        grad_norm: bool = False,
         decoupled_weight_decay: bool | None = None,
         **hyper: Any,
     ):
         if not isinstance(rule, Rule):
-            raise TypeError(f"rule: expected a Rule, made by @fastopt.rule(prepare), found {type(rule).__name__}")
-        self._tail = Tail.checked(max_norm, clip_value, nonfinite, ema, zero_grad, maximize)
-        self._sign, self._measures = self._tail.sign, self._tail.measures
+            raise TypeError(f"rule: must be a Rule, made by @fastopt.rule(prepare), got {type(rule).__name__}")
         if decoupled_weight_decay is not None:
             rule = rule.decaying(Flag().check("decoupled_weight_decay", decoupled_weight_decay))
-        self.rule = rule
-        self._values = rule.check_all(rule.complete(hyper))
+        own: dict[str, Any] = {
+            "rule": rule,
+            "_names": frozenset(name for name in rule.names() if name == "lr" or not hasattr(type(self), name)),
+            "_options": StepOptions.checked(max_norm, clip_value, nonfinite, ema, zero_grad, maximize, grad_norm),
+            "_base": rule.check_all(rule.complete(hyper)),
+            "_overrides": overrides or {},
+            "_backend": backend,
+            "_pipeline": None,
+        }
+        self.__dict__.update(own)
+        copies = Flag().check("copy", copy)
+        if params is not None:
+            self._begin(params, copies)
+
+    def _begin(self, params: Any, copies: bool) -> Pipeline:
+        """Take the parameters, and make the states."""
         if isinstance(params, FlatParams):
-            if backend not in ("auto", params.backend):
-                raise ValueError(f"backend={backend!r}: the parameters were packed for {params.backend!r}")
-            self.flat = params
+            if self._backend not in ("auto", params.backend):
+                raise ValueError(
+                    f"backend: must be {params.backend!r}, of the packed parameters, got {self._backend!r}"
+                )
+            flat = params
         else:
-            self.flat = pack(params, backend=backend)
-        self._backend = get_backend(self.flat.backend)
-        self._device: Asynchronous | None = self._backend if self._backend.asynchronous else None  # type: ignore[assignment]
-        # Whether the device decides what the gradients' norm decides; a product of matrices it cannot leave out.
-        self._late = self._device is not None and self._measures and nonfinite != "raise"
-        self._late = self._late and not (self._tail.skips and rule.matrixwise is not None)
-        changes = match_overrides(self.flat.paths, overrides or {})
-        if rule.matrixwise is not None:
-            for change, shape in zip(changes, self.flat.shapes, strict=True):
-                if len(shape) != 2:
-                    change.setdefault(rule.matrixwise.chosen, False)
-        self._changes = [
-            rule.check_all(change, f"overrides: {path}: ")
-            for path, change in zip(self.flat.paths, changes, strict=True)
+            flat = pack(params, backend=self._backend, copy=copies)
+        rule, changes = self.rule, match_overrides(flat.paths, self._overrides)
+        mark_matrices(rule, changes, flat.shapes)
+        checked = [
+            check_change(rule, change, f"overrides: {path}: ") for path, change in zip(flat.paths, changes, strict=True)
         ]
-        self._states = tuple(self.flat.new_buffer() for _ in rule.states)
-        self._numbers = tuple(self.flat.new_numbers() for _ in rule.numbers)
-        self._step_count = 0
-        self._missed = [0] * len(self.flat.paths)
-        # The rows and `unscale` of the step whose gradients are there.
-        self._last: tuple[list[int], float] | None = None
-        self._nonfinite = (0, 0)  # steps in a row, and in all, whose gradients were not finite
-        self._awaited: deque[tuple[StepInfo, Verdict]] = deque()  # counted as made; a device may have left them out
-        self._left_out = 0  # how many steps a device has, as far as is known here
-        self._recorded: Recorded | None = None
-        self._pending: Pending | None = None
-        self._held = ""  # the name of the context that holds the parameters elsewhere
-        self._build_rows()
-        self._average: np.ndarray | None = None
-        if self._tail.ema is not None:
-            self._average = self.flat.new_buffer()
-            self._average[...] = self.flat.data
         if rule.matrixwise is not None:
-            self._check_matrices(rule.matrixwise.chosen)
-        # How many steps the device has left out, counted there.
-        self._skips = self._backend.zeros(1, np.dtype(np.int64)) if self._late and self._tail.skips else None
-        self._begin_states()
-        self._begin_rows()
+            check_acting(rule.matrixwise, flat.paths, checked, self._base)
+        self._pipeline = Pipeline(rule, flat, self._options, self._base, checked)
+        return self._pipeline
 
-    def _begin_states(self) -> None:
-        if not self.rule.initial:
-            return
-        views, params = self._views(), self.flat.views(self.flat.data)
-        for name, value in self.rule.initial.items():
-            for k, view in enumerate(views[name]):
-                if value == "p":
-                    view[...] = params[k]
-                else:
-                    row = self._rows[self._row_of[k]]
-                    view[...] = row.at_step(0)[value] if isinstance(value, str) else value
+    # --- attributes: hyperparameters are alive, and what does not exist is refused ------------------------------------
 
-    def _begin_rows(self) -> None:
-        averages = () if self._average is None else (self._average,)
-        self._buffers = (*self._states, *averages, *self._numbers)
-        self._row_steps = RowSteps(self.rule, self.flat, self._buffers, self._tail.ema, self._row_kernel)
-        self._clocks = self._row_steps.clocks  # of the parameters some of whose rows are behind
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_names", ()):
+            value = self._hyper[name]
+            return value(self.step_count) if callable(value) else value
+        if hasattr(type(self), name):  # a property raised it
+            return object.__getattribute__(self, name)
+        raise AttributeError(f"{name}: {type(self).__name__} has no such attribute")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_names", ()):
+            pipeline = self._pipeline
+            if pipeline is not None:
+                pipeline.set_hyper(name, value)
+            else:
+                self._base.update(self.rule.check_all({name: value}))
+        elif hasattr(type(self), name) or any(name in inspect.get_annotations(kind) for kind in type(self).__mro__):
+            object.__setattr__(self, name, value)
+        else:
+            raise AttributeError(
+                f"{name}: must be a hyperparameter of rule {self.rule.name!r} ({', '.join(self.rule.names())}), to be "
+                f"set; options such as max_norm are given at construction"
+            )
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step (of parameters without an override); assign a number or a schedule.
+
+        Every other hyperparameter can be read and assigned likewise: ``opt.weight_decay = 0.01``.
+
+        Raises:
+            AttributeError: the rule has no ``lr``.
+            TypeError, ValueError: what is assigned is out of range.
+        """
+        if "lr" not in self._names:
+            raise AttributeError(f"lr: rule {self.rule.name!r} has no lr; it has {', '.join(self.rule.names())}")
+        value = self._hyper["lr"]
+        return float(value(self.step_count)) if callable(value) else float(value)
+
+    @lr.setter
+    def lr(self, value: Any) -> None:
+        self.lr  # noqa: B018 raises: `__setattr__` sets the lr of a rule that has one
+
+    @property
+    def _hyper(self) -> dict[str, Any]:
+        """The hyperparameters of parameters without an override."""
+        return self._base if self._pipeline is None else self._pipeline.groups.base
+
+    @property
+    def groups(self) -> GroupsView:
+        """The param groups: read and set hyperparameters of some parameters by a glob on their paths.
+
+        ``opt.groups["*.bias"].weight_decay = 0.0`` sets, ``del opt.groups["*.bias"].weight_decay`` takes back;
+        ``lr_scale`` and ``frozen`` as in `overrides`. ``for group in opt.groups`` goes over those there are.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.SGD({"W": np.ones((2, 2)), "b": np.zeros(2)}, lr=1.0)
+        >>> opt.groups["b"].frozen = True
+        >>> _ = opt.step({"W": np.ones((2, 2)), "b": np.ones(2)})
+        >>> opt.params["b"], len(opt.groups)
+        (array([0., 0.]), 2)
+        """
+        view = self.__dict__.get("_groups")
+        if view is None:
+            view = self.__dict__["_groups"] = GroupsView(self._running)
+        return view
 
     # --- what a user reads --------------------------------------------------------------------------------------------
 
     @property
+    def _running(self) -> Pipeline:
+        """The pipeline; RuntimeError before there are parameters."""
+        if self._pipeline is None:
+            raise RuntimeError(
+                "this optimizer has no parameters yet: pass them at construction, or call update(params, grads)"
+            )
+        return self._pipeline
+
+    @property
+    def flat(self) -> FlatParams:
+        """The parameters as `pack` laid them out: paths, shapes, buffers."""
+        return self._running.flat
+
+    @property
     def params(self) -> Any:
-        """The parameters: the tree given at construction, its leaves views of the flat buffer."""
+        """The parameters: the tree given at construction, its leaves views of the flat buffer, or the caller's arrays.
+
+        Assigning to an item writes into the leaf: ``opt.params["w"] = new``.
+        """
         return self.flat.params
 
     @property
@@ -229,69 +258,61 @@ class Optimizer:
     @property
     def step_count(self) -> int:
         """How many updates were made."""
-        self._settle()
-        return self._step_count
+        pipeline = self._pipeline
+        if pipeline is None:
+            return 0
+        pipeline.collect()
+        return pipeline.steps
 
     @property
-    def states(self) -> dict[str, Any]:
-        """The rule's state buffers by name, each as a tree of views."""
-        self.flush_rows()
-        return {name: self.flat.tree(views) for name, views in self._views().items() if name != EMA}
+    def states(self) -> Mapping[str, Any]:
+        """The rule's state buffers by name, each as a tree of views. Assigning to an item writes into the view."""
+        arrays = self.state.arrays
+        names = (*self.rule.states, *self.rule.numbers)
+        trees = {name: handed_out(self.flat.treespec, arrays[name], f"opt.states[{name!r}]") for name in names}
+        return MappingProxyType(trees)
 
     @property
     def ema(self) -> Any:
         """The moving average of the parameters, a tree of views; AttributeError unless ``ema=`` asked for one."""
-        if self._average is None:
+        arrays = self.state.arrays
+        if EMA not in arrays:
             raise AttributeError("ema: this optimizer keeps no average of its parameters; construct it with ema=0.999")
-        self.flush_rows()
-        return self.flat.tree(self.flat.views(self._average))
+        return handed_out(self.flat.treespec, arrays[EMA], "opt.ema")
 
     @property
-    def lr(self) -> float:
-        """The learning rate of the next step (of parameters without an override); assign a number or a schedule.
-
-        Raises:
-            AttributeError: the rule has no ``lr``.
-            TypeError, ValueError: what is assigned is out of range.
-        """
-        if "lr" not in self._values:
-            raise AttributeError(f"rule {self.rule.name!r} has no lr; it has {', '.join(self.rule.names())}")
-        self._settle()
-        value = self._values["lr"]
-        return float(value(self._step_count)) if callable(value) else float(value)
-
-    @lr.setter
-    def lr(self, value: Any) -> None:
-        if "lr" not in self._values:
-            raise AttributeError(f"rule {self.rule.name!r} has no lr; it has {', '.join(self.rule.names())}")
-        self._values = {**self._values, **self.rule.check_all({"lr": value}, step=self.step_count)}
-        self._build_rows()
+    def state(self) -> OptimizerState:
+        """Everything that a resumed run needs, typed; its arrays are views. For those who write formats."""
+        pipeline = self._running
+        pipeline.check_trees()
+        pipeline.flush_rows()
+        groups = pipeline.groups
+        return OptimizerState(
+            self.rule,
+            pipeline.flat,
+            pipeline.options,
+            pipeline.steps,
+            groups.missed,
+            dict(groups.base),
+            [dict(change) for change in groups.changes],
+            [groups.list[number] for number in groups.of],
+            pipeline.nonfinite,
+            pipeline.views(),
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
-        """An independent optimizer at the same point, on buffers of its own; rule and schedules are shared."""
-        self.flush_rows()
+        """An independent optimizer at the same point, on memory of its own; rule and schedules are shared."""
         twin = copy.copy(self)
         memo[id(self)] = twin
-        twin.flat = copy.deepcopy(self.flat, memo)
-        twin._states = tuple(twin.flat.new_buffer() for _ in self._states)
-        twin._numbers = tuple(twin.flat.new_numbers() for _ in self._numbers)
-        mine, theirs = (*self._states, *self._numbers), (*twin._states, *twin._numbers)
-        for own, copied in zip(mine, theirs, strict=True):
-            copied[...] = own
-        if self._average is not None:
-            twin._average = twin.flat.new_buffer()
-            twin._average[...] = self._average
-        twin._begin_rows()
-        twin._missed = list(self._missed)
-        twin._awaited, twin._left_out, twin._recorded = deque(), 0, None
-        twin._skips = None if self._skips is None else self._backend.zeros(1, self._skips.dtype)
-        twin._pending = copy.deepcopy(self._pending, memo)
-        twin._build_rows()
+        twin.__dict__["_base"] = dict(self._base)
+        twin.__dict__["_pipeline"] = copy.deepcopy(self._pipeline, memo)
+        twin.__dict__.pop("_groups", None)
         return twin
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={value!r}" for name, value in self._values.items())
-        return f"<{type(self).__name__}({values}) of {self.flat!r}, step {self.step_count}>"
+        values = ", ".join(f"{name}={value!r}" for name, value in self._hyper.items())
+        of = "no parameters yet" if self._pipeline is None else f"{self.flat!r}, step {self.step_count}"
+        return f"<{type(self).__name__}({values}) of {of}>"
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -299,9 +320,10 @@ class Optimizer:
         """Update every parameter and state in place, in one launch, or two where the gradients' norm is asked for.
 
         Args:
-            grads: a tree of arrays in the structure, shapes and dtype of the parameters, copied into ``opt.grads``.
-                None (the default) uses what is in ``opt.grads``. A None in the tree leaves that parameter, its state,
-                its average and its count of updates untouched (as torch does).
+            grads: a tree of arrays in the structure, shapes and dtype of the parameters. On the CPU they are read where
+                they are, and ``opt.grads`` is not written; arrays that cannot be read in place (strided ones, Fortran
+                order, NumPy scalars) are converted. None (the default) uses what is in ``opt.grads``. A None in the
+                tree leaves that parameter, its state, its average and its count of updates untouched (as torch does).
             grad_scale: what the loss was multiplied by, a positive finite number; gradients are multiplied by its
                 inverse.
             reduction: ``"mean"`` or ``"sum"`` of what `accumulate` was given; the mean is the sum divided by the sum of
@@ -323,76 +345,55 @@ class Optimizer:
         >>> opt.params["w"], opt.step_count
         (array([-1.,  0.]), 2)
         """
-        if self._held:
-            self._refuse_while_held("step")
-        if self._clocks:
-            self.flush_rows()
-        if self._awaited:
-            self._settle(MOST_AWAITED)
-        pending = self._pending
-        if reduction != "mean":
-            REDUCTION.check("reduction", reduction)
-        if pending is not None and grads is not None:
-            raise ValueError(
-                "grads: accumulated gradients are waiting; call step() without grads, or zero_grad() to drop them"
+        return (self._pipeline or self._running).step(grads, grad_scale, reduction)
+
+    def update(self, params: Any, grads: Any, grad_scale: float = 1.0) -> StepInfo:
+        """Update parameters that the caller owns, in place, by these gradients. Nothing is copied.
+
+        The first call fixes the structure, shapes and dtype, and makes the states; later calls may bring other arrays
+        like these. For an optimizer that was made without parameters, or with ``copy=False``.
+
+        Args:
+            params: a tree of C-contiguous, aligned, writeable arrays that do not overlap.
+            grads: as for `step`.
+            grad_scale: as for `step`.
+
+        Returns:
+            `StepInfo`.
+
+        Raises:
+            TypeError, ValueError: naming the parameter's path, before anything is changed.
+            FloatingPointError, RuntimeError: as for `step`; this optimizer has packed its own parameters.
+
+        >>> import numpy as np, fastopt
+        >>> params = {"W1": np.ones((2, 3)), "b1": np.zeros(3)}
+        >>> opt = fastopt.SGD(lr=0.5)
+        >>> _ = opt.update(params, {"W1": np.ones((2, 3)), "b1": np.ones(3)})
+        >>> params["b1"]
+        array([-0.5, -0.5, -0.5])
+        """
+        pipeline = self._pipeline
+        if pipeline is None:
+            pipeline = self._begin(params, copies=False)
+            try:
+                return pipeline.step(grads, grad_scale, "mean")
+            except BaseException:
+                if pipeline.steps == 0:
+                    self._pipeline = None  # the next first call may bring another structure
+                raise
+        if not pipeline.flat.in_place:
+            raise RuntimeError(
+                "update(): this optimizer has packed parameters of its own; call step(grads), or construct it without "
+                "parameters, or with copy=False"
             )
-        if type(grad_scale) is float and grad_scale == 1.0 and pending is None:
-            unscale = self._sign
-        else:
-            divisor = pending.weight if pending is not None and reduction == "mean" else 1.0
-            unscale = self._sign * self._table.unscale(grad_scale, divisor)
-        present = None
-        if grads is not None:
-            leaves = self.flat.check_grads(grads)
-            if any(leaf is None for leaf in leaves):
-                present = [leaf is not None for leaf in leaves]
-        elif pending is not None and not pending.present.all():
-            present = pending.present.tolist()
-        device = self._device
-        capturing = device is not None and device.capturing()
-        if capturing:
-            self._check_capture(present is not None or pending is not None)
-        if present is None:
-            rows, chunks = self._row_of, self._chunks
-        else:
-            rows = self._rows_of(present)
-            chunks = self._chunks_of(rows)
-        late = self._late and (present is None or not self._tail.skips)
-        if self._awaited and not late:
-            self._settle()
-        candidates = None
-        if self._awaited and self._tail.skips:
-            candidates = self._candidates(unscale)
-        elif not capturing:
-            self._write_table(unscale)
-        if grads is not None:
-            self.flat.copy_grads(leaves)
-        norm, coefficient, verdict = None, 1.0, None
-        table = self._table.array if device is None else device.table(self._table.array)
-        if self._measures:
-            partials, factor = self._partials(rows, pending, unscale, table)
-            if late:
-                verdict = self._judged(table, candidates, partials, factor)
-            else:
-                norm, finite = self._norm_of([partials], factor)
-                if not self._proceeds(finite, rows, unscale):
-                    return self._info(norm, skipped=True)
-                coefficient = self._tail.coefficient(norm)
-                self._table.clip(coefficient)
-                table = self._table.array
-        if self.rule.matrixwise is not None:
-            self._transform(self.rule.matrixwise, rows, table, scaled=unscale != 1.0)
-        kernel = self._kernel if unscale == self._sign else self._kernel_for(scaled=True)
-        kernel.launch(self.flat.data, self.flat.grad, self._buffers, table, chunks)
-        if capturing:
-            self._recorded = Recorded(table, rows, unscale != self._sign, verdict)
-            return self._info(norm, coefficient)
-        self._step_count += 1
-        self._pending = None
-        self._last = (rows, unscale)
-        if present is not None:
-            self._miss(present)
-        return self._info(norm, coefficient) if verdict is None else self._info_of(verdict)
+        steps, before = pipeline.steps, pipeline.flat.arrays
+        moved = pipeline.replace(params)
+        try:
+            return pipeline.step(grads, grad_scale, "mean")
+        except BaseException:
+            if moved and pipeline.steps == steps:
+                pipeline.replace(pipeline.flat.tree(before))
+            raise
 
     def prepare_replay(self, grad_scale: float = 1.0) -> StepInfo:
         """Count a step and send its hyperparameters to the device, before each replay of a captured ``step()``.
@@ -432,53 +433,7 @@ class Optimizer:
         Traceback (most recent call last):
         RuntimeError: prepare_replay(): no step() was captured in a CUDA graph
         """
-        self._refuse_while_held("prepare_replay")
-        recorded = self._recorded
-        if recorded is None:
-            raise RuntimeError("prepare_replay(): no step() was captured in a CUDA graph")
-        unscale = self._sign * self._table.unscale(grad_scale)
-        if unscale != self._sign and not recorded.scaled:
-            raise ValueError(
-                f"grad_scale={grad_scale!r}: the captured step had none; capture it with a grad_scale other than 1"
-            )
-        if self._table.array.shape != recorded.table.shape or self._row_of != recorded.rows:
-            raise RuntimeError("prepare_replay(): the groups are not those of the captured step: capture it again")
-        self._write_table(unscale)
-        self._backend.copy(recorded.table, self._table.array)
-        self._step_count += 1
-        self._last = (self._row_of, unscale)
-        return self._info() if recorded.verdict is None else self._info_of(recorded.verdict)
-
-    def _check_capture(self, partial: bool) -> None:
-        """Refuse to capture a step which the host decides about; partial: of gradients that are None or accumulated."""
-        if self._tail.waits:
-            raise ValueError(
-                f"nonfinite={self._tail.nonfinite!r}: such a step cannot be captured in a CUDA graph, because the host "
-                f"counts it; use 'propagate'"
-            )
-        if self.rule.matrixwise is not None:
-            raise TypeError(f"rule {self.rule.name!r}: its products of matrices cannot be captured in a CUDA graph")
-        if partial:
-            raise ValueError(
-                "grads: a step with accumulated gradients, or with None, cannot be captured in a CUDA graph"
-            )
-
-    def _judged(self, table: Any, candidates: np.ndarray | None, partials: Any, factor: float) -> Verdict:
-        """Have the device decide what the norm decides."""
-        assert self._device is not None
-        skipped = None if self._skips is None else (self._skips, self._left_out)
-        return self._device.judged(table, candidates, partials, factor, self._tail.max_norm, skipped)
-
-    def _settle(self, most: int = 0) -> None:
-        """Take in what a device has told of the steps before; wait until at most `most` of them are unknown."""
-        while self._awaited and (len(self._awaited) > most or self._awaited[0][1].arrived):
-            info, verdict = self._awaited.popleft()
-            norm, coefficient, finite = verdict.read()
-            skipped = self._count(finite)
-            self._step_count -= skipped
-            self._left_out += skipped
-            coefficient = 1.0 if skipped else coefficient  # nothing was clipped
-            info._tell(norm, coefficient, self._step_count - len(self._awaited), skipped, self._nonfinite)
+        return self._running.replay(grad_scale)
 
     def accumulate(self, grads: Any, weight: float = 1.0) -> None:
         """Add the gradients of a micro-batch to what the next ``step()`` will use.
@@ -502,34 +457,7 @@ class Optimizer:
         >>> opt.params["w"]
         array([-2.])
         """
-        self._refuse_while_held("accumulate")
-        number = positive("weight", weight)
-        if not is_normal(number, self.flat.dtype):
-            raise ValueError(f"weight={weight!r}: out of the range of {self.flat.dtype}")
-        leaves = self.flat.check_grads(grads)
-        for path, leaf in zip(self.flat.paths, leaves, strict=True):
-            if leaf is not None and self._backend.overlap(leaf, self.flat.grad):
-                raise ValueError(f"gradient {path!r} overlaps opt.grads, where the sum is kept: pass a copy")
-        pending = self._pending
-        if pending is None:
-            blocks = sum(-(-size // BLOCK) for size in self.flat.layout.sizes)
-            partials = self._backend.zeros(2 * blocks, np.dtype(np.float64)).reshape(blocks, 2)
-            pending = Pending(len(leaves), partials)
-        self._backend.add(
-            self.flat.grad,
-            leaves,
-            np.array(self.flat.offsets, np.int64),
-            ~pending.present,
-            number,
-            self._chunks_of(self._row_of, whole=True),
-            pending.partials,
-            Adder(self._measures and self._tail.clip_value is None, self._tail.nonfinite == "zero"),
-        )
-        pending.present |= [leaf is not None for leaf in leaves]
-        pending.weight += number
-        self._pending = pending
-
-    # --- rows ---------------------------------------------------------------------------------------------------------
+        self._running.accumulate(grads, weight)
 
     def step_rows(
         self, rows: Mapping[str, tuple[Any, np.ndarray]], grads: Any = None, grad_scale: float = 1.0
@@ -567,47 +495,7 @@ class Optimizer:
         array([[-1.5,  1.5],
                [ 0. ,  0. ]])
         """
-        self._refuse_while_held("step_rows")
-        if self._pending is not None:
-            raise ValueError("step_rows(): accumulated gradients are waiting; call step(), or zero_grad() to drop them")
-        touched = self._row_steps.check(rows, self._values_of)
-        unscale = self._sign * self._table.unscale(grad_scale)
-        leaves = [None] * len(self.flat.paths) if grads is None else self.flat.check_grads(grads)
-        for k in touched:
-            if leaves[k] is not None:
-                path = self.flat.paths[k]
-                raise ValueError(f"grads: holds a gradient for {path!r}, which is in rows, too; put None in its place")
-        for k in touched:
-            self._row_steps.wind(k)
-        present = [leaf is not None or k in touched for k, leaf in enumerate(leaves)]
-        mapped = self._row_of if all(present) else self._rows_of(present)
-        self._settle()
-        self._write_table(unscale)
-        self.flat.copy_grads(leaves)
-        chunks = self._dense_chunks(tuple(leaf is not None for leaf in leaves), mapped)
-        norm, coefficient = None, 1.0
-        if self._measures:
-            parts = [(self.flat.grad, chunks)]
-            parts += [(g.reshape(-1), one_run(g.size, mapped[k])) for k, (_, g) in touched.items()]
-            table = self._table.array
-            norm, finite = self._norm_of([self._measured(grad, part, unscale, table) for grad, part in parts])
-            if not self._proceeds(finite, mapped, unscale, {k: g for k, (_, g) in touched.items()}):
-                return self._info(norm, skipped=True)
-            coefficient = self._tail.coefficient(norm)
-            self._table.clip(coefficient)
-        if len(chunks):
-            kernel = self._kernel if unscale == self._sign else self._kernel_for(scaled=True)
-            kernel.launch(self.flat.data, self.flat.grad, self._buffers, self._table.array, chunks)
-        for k, (indices, row_grads) in touched.items():
-            row, line = self._rows[mapped[k]], self._table.array[mapped[k]]
-            flags = {**self._tail.flags, "unscale": unscale != 1.0, "zero_grad": False}
-            self._row_steps.update(k, indices, row_grads, line, flags)
-            self._clocks[k].tick(indices, line.copy(), self._step_count + 1 - row.lag, row.at(self._step_count))
-        self._step_count += 1
-        self._last = None  # opt.grads does not hold what this step used
-        if not all(present):
-            self._miss(present)
-        return self._info(norm, coefficient)
+        return self._running.step_rows(rows, grads, grad_scale)
 
     def read_rows(self, path: str, indices: Any) -> np.ndarray:
         """A copy of rows of a parameter, after they were brought up to date: what a forward pass looks up.
@@ -629,13 +517,7 @@ class Optimizer:
         array([[4., 5.],
                [0., 1.]])
         """
-        self._refuse_while_held("read_rows")
-        k = self.flat.matrix(path)
-        found = check_indices("indices", indices, self.flat.shapes[k][0], self._backend)
-        if k in self._clocks:
-            self._row_steps.catch_up(k, np.unique(found))
-        rows: np.ndarray = self.flat.views(self.flat.data)[k][self._backend.adopt(found)]
-        return rows
+        return self._running.read_rows(path, indices)
 
     def flush_rows(self) -> None:
         """Bring every row up to date that `step_rows` has left behind.
@@ -648,26 +530,7 @@ class Optimizer:
         >>> opt.params["embedding"].ravel()
         array([-1.5, -1. ])
         """
-        self._settle()
-        for k in list(self._clocks):
-            self._row_steps.stop(k)
-
-    def _values_of(self, k: int) -> dict[str, Any]:
-        """The hyperparameters of parameter number `k`."""
-        return self._rows[self._row_of[k]].values
-
-    def _row_kernel(self, flags: Mapping[str, bool], first: tuple[Any, type] | None) -> Kernel:
-        features = self.rule.features(decays=self._decays, scattered=True, **flags)
-        return self._backend.kernel(self.rule, self._hyper, self.flat.dtype, features, first)
-
-    def _dense_chunks(self, dense: tuple[bool, ...], rows: list[int]) -> np.ndarray:
-        """The chunks (whole ones) of some of the parameters: those that have an ordinary gradient, or are matrices."""
-        key = (id(rows), dense)
-        found = self._dense_tables.get(key)
-        if found is None:
-            only = [row if here else -1 for row, here in zip(rows, dense, strict=True)]
-            found = self._dense_tables[key] = (rows, self.flat.layout.chunks(only, layerwise=True))
-        return found[1]
+        self._running.flush_rows()
 
     def zero_grad(self) -> None:
         """Set ``opt.grads`` to zero, and forget what was accumulated.
@@ -679,221 +542,7 @@ class Optimizer:
         >>> opt.grads["w"]
         array([0.])
         """
-        self.flat.grad.fill(0)
-        self._pending = self._last = None
-
-    def _refuse_while_held(self, what: str) -> None:
-        if self._held:
-            raise RuntimeError(
-                f"{what}() inside `with opt.{self._held}()`: leave the block first, it restores the parameters"
-            )
-
-    def _partials(self, rows: list[int], pending: Pending | None, unscale: float, table: Any) -> tuple[Any, float]:
-        """The partial sums of the squares of the gradients, and what the norm has to be multiplied by yet."""
-        if pending is not None and self._tail.clip_value is None:
-            return pending.partials, abs(unscale)
-        return self._measured(self.flat.grad, self._chunks_of(rows, whole=True), unscale, table), 1.0
-
-    def _measured(self, grad: Any, chunks: np.ndarray, unscale: float, table: Any) -> Any:
-        """The partial sums of what is in a buffer, of which these are the chunks (whole ones)."""
-        return self._norm_kernel_for(scaled=unscale != 1.0).launch(grad, table, chunks)
-
-    def _norm_of(self, partials: list[Any], factor: float = 1.0) -> tuple[float, bool]:
-        """The norm of gradients, and whether all of them are finite."""
-        norm, finite = norm_of([self._backend.host(part) for part in partials])
-        return factor * norm, finite
-
-    def _norm_after(self, step: int) -> float | None:
-        """The norm of what is in ``opt.grads`` after the step of this number; None if it is gone."""
-        if step != self._step_count or self._tail.zero_grad or self._pending is not None or self._last is None:
-            return None
-        rows, unscale = self._last
-        self._table.condition(unscale)
-        # Any row will do: the table may have been laid out anew, and what a norm needs is the same in all.
-        chunks = self.flat.layout.chunks([min(row, 0) for row in rows], layerwise=True)
-        return self._norm_of([self._measured(self.flat.grad, chunks, unscale, self._table.array)])[0]
-
-    def _proceeds(
-        self, finite: bool, rows: list[int], unscale: float, touched: Mapping[int, np.ndarray] | None = None
-    ) -> bool:
-        """Whether to make the step, the gradients being finite or not; those of rows are `touched`, by parameter."""
-        nonfinite = self._tail.nonfinite
-        if nonfinite == "propagate":
-            return True
-        if not finite and nonfinite == "raise":
-            factor = self.flat.dtype.type(unscale)
-            with np.errstate(over="ignore", invalid="ignore"):
-                for k, view in enumerate(self.flat.views(self.flat.grad)):
-                    given = touched[k] if touched is not None and k in touched else view
-                    if rows[k] >= 0 and not np.isfinite(factor * given).all():
-                        raise FloatingPointError(
-                            f"gradient {self.flat.paths[k]!r} holds NaN or infinity; nothing was updated. "
-                            f"nonfinite='skip' would leave such steps out"
-                        )
-        if self._count(finite):
-            self._pending = None
-            if self._tail.zero_grad:
-                self.flat.grad.fill(0)
-            return False
-        return True
-
-    def _count(self, finite: bool) -> bool:
-        """Count a step whose gradients are finite or not; whether it is left out."""
-        consecutive, total = self._nonfinite
-        self._nonfinite = (0, total) if finite else (consecutive + 1, total + 1)
-        return not finite and self._tail.skips
-
-    def _info(self, norm: float | None = None, coefficient: float = 1.0, skipped: bool = False) -> StepInfo:
-        lr = self._values.get("lr")
-        return StepInfo(self._step_count, lr, self._norm_after, norm, coefficient, skipped, self._nonfinite)
-
-    def _info_of(self, verdict: Verdict) -> StepInfo:
-        """What a device knows of the step just launched, to be fetched when it is read."""
-        info = self._info()
-        if self._tail.waits:
-            verdict.send()
-            self._awaited.append((info, verdict))
-            info._fetch = lambda told: self._settle()
-        else:
-            step, nonfinite = self._step_count, self._nonfinite
-            info._fetch = lambda told: told._tell(*verdict.read()[:2], step, False, nonfinite)
-        return info
-
-    # --- groups -------------------------------------------------------------------------------------------------------
-
-    def _build_rows(self) -> None:
-        """Give every parameter its row: one per distinct set of hyperparameters and count of missed updates."""
-        self._rows: list[Row] = []
-        self._row_of: list[int] = []
-        known: dict[tuple[Any, ...], int] = {}
-        for change, missed in zip(self._changes, self._missed, strict=True):
-            values = {**self._values, **change}
-            key = (missed, *(id(value) if callable(value) else value for value in values.values()))
-            if key not in known:
-                known[key] = len(self._rows)
-                self._rows.append(Row(self.rule, values, missed))
-            self._row_of.append(known[key])
-        self._hyper = hyper_of(self.rule, self._rows[0].at(self._step_count))
-        self._decays = any(row.values[WEIGHT_DECAY] != 0.0 for row in self._rows)
-        self._lay_out_rows()
-        self._kernels: dict[bool, Kernel] = {}
-        self._norm_kernels: dict[bool, NormKernel] = {}
-        self._kernel = self._kernel_for(scaled=self._tail.maximize)
-
-    def _lay_out_rows(self) -> None:
-        self._table = Table(
-            self.rule,
-            self._hyper,
-            self.flat.dtype,
-            len(self._rows),
-            clip_value=self._tail.clip_value,
-            ema=self._tail.ema,
-        )
-        self._rows_present: dict[tuple[bool, ...], list[int]] = {}
-        self._chunk_tables: dict[tuple[int, bool], tuple[list[int], np.ndarray]] = {}
-        self._dense_tables: dict[tuple[int, tuple[bool, ...]], tuple[list[int], np.ndarray]] = {}
-        self._chunks: np.ndarray = self._chunks_of(self._row_of)
-
-    def _candidates(self, unscale: float) -> np.ndarray:
-        """The table of the next step for each number of steps that a device may have left out, and as yet not told."""
-        tables = np.empty((len(self._awaited) + 1, *self._table.array.shape), self._table.array.dtype)
-        for left_out, table in reversed(list(enumerate(tables))):  # the likeliest remains
-            self._write_table(unscale, left_out)
-            table[...] = self._table.array
-        return tables
-
-    def _write_table(self, unscale: float, left_out: int = 0) -> None:
-        """Fill the table for the next step, so many of those that are counted not having been made."""
-        t = self._step_count + 1 - left_out
-        write = self._table.write
-        for index, row in enumerate(self._rows):
-            write(index, t - row.lag, row.fixed or row.at(t - 1), unscale)
-
-    def _kernel_for(self, scaled: bool) -> Kernel:
-        kernel = self._kernels.get(scaled)
-        if kernel is None:
-            gated = self._late and self._tail.skips
-            features = self.rule.features(decays=self._decays, unscale=scaled, gated=gated, **self._tail.flags)
-            kernel = self._kernels[scaled] = self._backend.kernel(self.rule, self._hyper, self.flat.dtype, features)
-        return kernel
-
-    def _transform(self, whole: Matrixwise, rows: list[int], table: Any, scaled: bool) -> None:
-        """Make of the gradients of matrices what the update steps along."""
-        values = [row.at_step(self._step_count) for row in self._rows]
-        chosen = [row if row >= 0 and values[row][whole.chosen] else -1 for row in rows]
-        features = Features(unscale=scaled, **self._tail.conditioning, clip_norm=self._tail.max_norm is not None)
-        kernel = self._backend.kernel(whole.direction, self._hyper, self.flat.dtype, features)
-        chunks = self._dense_chunks(tuple(row >= 0 for row in chosen), rows)
-        kernel.launch(self.flat.data, self.flat.grad, self._states, table, chunks)
-        views = self.flat.views(self._states[self.rule.states.index(whole.state)])
-        for k, row in enumerate(chosen):
-            if row >= 0:
-                whole.transform(views[k], **values[row])
-
-    def _check_matrices(self, chosen: str) -> None:
-        for k, (path, shape) in enumerate(zip(self.flat.paths, self.flat.shapes, strict=True)):
-            if self._values_of(k)[chosen] and len(shape) != 2:
-                raise ValueError(f"{chosen}: parameter {path!r} is no matrix but of shape {shape}; set it False there")
-
-    def _norm_kernel_for(self, scaled: bool) -> NormKernel:
-        kernel = self._norm_kernels.get(scaled)
-        if kernel is None:
-            features = Features(unscale=scaled, **self._tail.conditioning)
-            kernel = self._backend.norm(self.flat.dtype, features)
-            self._norm_kernels[scaled] = kernel
-        return kernel
-
-    def _chunks_of(self, rows: list[int], whole: bool = False) -> np.ndarray:
-        """The chunks of parameters of these rows; `whole`: no chunk holds parts of two parameters."""
-        key = (id(rows), whole)
-        found = self._chunk_tables.get(key)
-        if found is None:  # the list is kept, so that its id is not given to another
-            layerwise = whole or self.rule.whole
-            found = self._chunk_tables[key] = (rows, self.flat.layout.chunks(rows, layerwise=layerwise))
-        return found[1]
-
-    def _rows_of(self, present: list[bool]) -> list[int]:
-        """The rows of the parameters that have a gradient, after splitting every row that only some of them share."""
-        mask = tuple(present)
-        rows = self._rows_present.get(mask)
-        if rows is None:
-            twins: dict[int, int] = {}
-            mixed = {self._row_of[k] for k, here in enumerate(mask) if here}
-            mixed &= {self._row_of[k] for k, here in enumerate(mask) if not here}
-            for k, here in enumerate(mask):
-                row = self._row_of[k]
-                if row in mixed and not here:
-                    if row not in twins:
-                        twins[row] = len(self._rows)
-                        self._rows.append(Row(self.rule, self._rows[row].values, self._rows[row].lag))
-                    self._row_of[k] = twins[row]
-            if twins:
-                self._lay_out_rows()
-            rows = [row if here else -1 for row, here in zip(self._row_of, mask, strict=True)]
-            self._rows_present[mask] = rows
-        return rows
-
-    def _miss(self, present: list[bool]) -> None:
-        """Count a missed update for every parameter without a gradient: its own step number stays behind."""
-        for k, here in enumerate(present):
-            if not here:
-                self._missed[k] += 1
-        for row in {self._row_of[k] for k, here in enumerate(present) if not here}:
-            self._rows[row].lag += 1
-
-    @contextmanager
-    def _moved(self, shift: Rule, context: str) -> Iterator[Any]:
-        """Hold the parameters where `shift`, a rule of the same states and hyperparameters, moves them.
-
-        context : the method that does so.
-        """
-        self._refuse_while_held(context)
-        self._settle()
-        self._write_table(1.0)
-        kernel = self._backend.kernel(shift, self._hyper, self.flat.dtype, Features())
-        with self._elsewhere(context):
-            kernel.launch(self.flat.data, self.flat.grad, self._states, self._table.array, self._chunks)
-            yield self.params
+        self._running.zero_grad()
 
     @contextmanager
     def swap_ema(self) -> Iterator[Any]:
@@ -911,23 +560,55 @@ class Optimizer:
         >>> opt.params["w"]
         array([4.])
         """
-        self._refuse_while_held("swap_ema")
-        if self._average is None:
+        pipeline = self._running
+        pipeline.refuse_while_held("swap_ema")
+        if pipeline.average is None:
             raise RuntimeError("swap_ema(): this optimizer keeps no average; construct it with ema=0.999")
-        with self._elsewhere("swap_ema"):
-            self.flat.data[...] = self._average
+        with pipeline.elsewhere("swap_ema"):
+            pipeline.put_params(pipeline.flat.views(pipeline.average))
             yield self.params
 
-    @contextmanager
-    def _elsewhere(self, context: str) -> Iterator[None]:
-        self.flush_rows()
-        backup = self.flat.data.copy()
-        self._held = context
-        try:
-            yield
-        finally:
-            self.flat.data[...] = backup
-            self._held = ""
+    def adopt(self, params: Any) -> None:
+        """Put the views of the parameters into the caller's own containers, in place of the arrays there.
+
+        Args:
+            params: a tree of dicts, lists or objects like that given at construction.
+
+        Raises:
+            TypeError, ValueError: another structure or shape, or a container that is immutable; nothing is changed.
+
+        >>> import numpy as np, fastopt
+        >>> params = {"w": np.zeros(2)}
+        >>> opt = fastopt.SGD(params, lr=1.0)
+        >>> opt.adopt(params)
+        >>> _ = opt.step({"w": np.ones(2)})
+        >>> params["w"]
+        array([-1., -1.])
+        """
+        adopt(params, self.flat.treespec, self.flat.arrays)
+
+    def add(self, params: Any, **hyper: Any) -> None:
+        """Add parameters, with states as at the beginning and hyperparameters of their own.
+
+        Their count of updates begins at 0. Those that are there go on as they are, in the same arrays.
+
+        Args:
+            params: a dict of new keys where the parameters are a dict, a list where they are a list; copied or used in
+                place as those are.
+            **hyper: the hyperparameters that differ from those of the optimizer, as in `overrides`.
+
+        Raises:
+            TypeError, ValueError: naming the path or hyperparameter; nothing is changed then.
+            RuntimeError: gradients have been accumulated; inside a ``with`` block that holds the parameters elsewhere.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.SGD({"w": np.zeros(1)}, lr=1.0)
+        >>> opt.add({"head": np.zeros(2)}, lr=0.5)
+        >>> _ = opt.step({"w": np.ones(1), "head": np.ones(2)})
+        >>> opt.params["w"], opt.params["head"]
+        (array([-1.]), array([-0.5, -0.5]))
+        """
+        self._running.add(params, hyper)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -944,29 +625,7 @@ class Optimizer:
         >>> sorted(opt.state_dict()["state"])
         ['m', 'v']
         """
-        self.flush_rows()
-        arrays = {
-            name: dict(zip(self.flat.paths, (self._backend.host(view).copy() for view in views), strict=True))
-            for name, views in self._views().items()
-        }
-        return {
-            "format": STATE_FORMAT,
-            "rule": self.rule.name,
-            **self._described(),
-            "state": {name: paths for name, paths in arrays.items() if name != EMA},
-            "ema": arrays.get(EMA),
-        }
-
-    def _described(self) -> dict[str, Any]:
-        """What of the state is no array."""
-        paths, (consecutive, total) = self.flat.paths, self._nonfinite
-        return {
-            "step": self._step_count,
-            "missed": {path: count for path, count in zip(paths, self._missed, strict=True) if count},
-            "hyper": plain(self._values),
-            "overrides": {path: plain(change) for path, change in zip(paths, self._changes, strict=True) if change},
-            "nonfinite": {"consecutive": consecutive, "total": total},
-        }
+        return self.state.as_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the optimizer that gave `state` stopped: states, step count, hyperparameters.
@@ -987,8 +646,29 @@ class Optimizer:
         >>> resumed.step_count
         1
         """
-        self._refuse_while_held("load_state_dict")
-        self._restore(Snapshot.of(state, self.rule, self.flat.paths, self._views(), self._values, self._changes))
+        self._running.refuse_while_held("load_state_dict")
+        self.restore(Snapshot.of(state, self.state))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue from a state that was checked against this optimizer: see `load_state_dict`.
+
+        Args:
+            snapshot: as `Snapshot.of` returned it.
+
+        >>> import numpy as np, fastopt
+        >>> from fastopt.state import Snapshot
+        >>> opt = fastopt.Adam({"w": np.ones(2)})
+        >>> snapshot = Snapshot.of(opt.state_dict(), opt.state)
+        >>> _ = opt.step({"w": np.ones(2)})
+        >>> opt.restore(snapshot)
+        >>> opt.step_count, opt.states["m"]["w"]
+        (0, array([0., 0.]))
+        """
+        pipeline = self._running
+        pipeline.flush_rows()  # the parameters are not part of the state, and keep what their rows have missed
+        pipeline.restore(snapshot.arrays, snapshot.step, snapshot.nonfinite)
+        pipeline.groups.base = dict(snapshot.values)
+        pipeline.groups.regroup(snapshot.changes, snapshot.missed)
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
         """Write the parameters and everything else that a resumed run needs to one file, a safetensors one.
@@ -1024,11 +704,10 @@ class Optimizer:
         >>> resumed.params["w"].round(6), resumed.step_count, resumed.lr
         (array([0.5]), 1, 0.5)
         """
-        from fastopt import checkpoint  # and safetensors, which only those need who save
+        from fastopt import checkpoint  # and safetensors, which is loaded by those who save
 
-        self._refuse_while_held("save")
-        self.flush_rows()
-        checkpoint.save(self, path, extra)
+        self._running.refuse_while_held("save")
+        checkpoint.save(self.state, type(self).__name__, path, extra)
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Continue from a file that `save` wrote: parameters, states, average, step count and hyperparameters.
@@ -1063,36 +742,16 @@ class Optimizer:
         """
         from fastopt import checkpoint
 
-        self._refuse_while_held("load")
-        return checkpoint.load(self, path)
-
-    def _restore(self, snapshot: Snapshot) -> None:
-        self.flush_rows()  # the parameters are not part of the state, and keep what their rows have missed
-        for name, views in self._views().items():
-            for view, array in zip(views, snapshot.arrays[name], strict=True):
-                self._backend.copy(view, array)
-        self._step_count = snapshot.step
-        self._missed = snapshot.missed
-        self._values = snapshot.values
-        self._changes = snapshot.changes
-        self._nonfinite = snapshot.nonfinite
-        self._pending = self._last = self._recorded = None
-        self._build_rows()
-
-    def _views(self) -> dict[str, list[np.ndarray]]:
-        """What the optimizer keeps for each parameter, by name: the rule's states, and the average."""
-        buffers = dict(zip(self.rule.states, self._states, strict=True))
-        if self._average is not None:
-            buffers[EMA] = self._average
-        views = {name: self.flat.views(buffer) for name, buffer in buffers.items()}
-        for name, numbers in zip(self.rule.numbers, self._numbers, strict=True):
-            views[name] = [numbers[k : k + 1].reshape(()) for k in range(numbers.size)]
-        return views
+        pipeline = self._running
+        pipeline.refuse_while_held("load")
+        found = checkpoint.load(self.state, type(self).__name__, path)
+        self.restore(found.snapshot)
+        pipeline.put_params(found.params)
+        return found.extra
 
 
-def _conventional(init: Callable[..., None]) -> Callable[..., None]:
+def _conventional(init: Callable[..., None], signature: inspect.Signature) -> Callable[..., None]:
     """The constructor `init` of a named optimizer with ``convention=``: other defaults for what is not given."""
-    signature = inspect.signature(init)
 
     @wraps(init)
     def constructor(self: Optimizer, *args: Any, convention: str | None = None, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""`Snapshot`: the state of an optimizer as plain data, held against the optimizer that is to continue from it."""
+"""`OptimizerState`, the state of an optimizer, and `Snapshot`, a saved state that was checked against an optimizer."""
 
 from __future__ import annotations
 
@@ -8,15 +8,78 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastopt.hyper import EMA
+from fastopt.kernels import get_backend
 from fastopt.rule import Rule
-from fastopt.step.table import EMA
+from fastopt.step.groups import ParamGroup, check_change
+from fastopt.step.options import StepOptions
+from fastopt.step.table import Table, hyper_of
+from fastopt.storage.flat import FlatParams
 
 STATE_FORMAT = 1
-"""Of `Optimizer.state_dict`, whose docstring tells what it holds."""
+"""The format of `Optimizer.state_dict`, see its docstring."""
+
+
+class OptimizerState(NamedTuple):
+    """The state of an optimizer, from `Optimizer.state`. Checkpoints and other frameworks read it."""
+
+    rule: Rule
+    flat: FlatParams
+    options: StepOptions
+    step: int
+    """The number of updates made."""
+    missed: list[int]
+    """For each parameter, the number of updates made without a gradient of the parameter."""
+    hyper: dict[str, Any]
+    """The hyperparameters of parameters without an override; schedules are not evaluated."""
+    overrides: list[dict[str, Any]]
+    """For each parameter, the hyperparameters that differ."""
+    groups: list[ParamGroup]
+    """For each parameter, its param group."""
+    nonfinite: tuple[int, int]
+    """The number of steps whose gradients were not finite: the latest consecutive ones, and all."""
+    arrays: dict[str, list[Any]]
+    """By state, and ``"ema"``: an array of the backend for each parameter. They are views, not copies."""
+
+    @property
+    def values(self) -> list[dict[str, Any]]:
+        """For each parameter, all hyperparameters at the next step, with schedules evaluated."""
+        return [group.at_step(self.step) for group in self.groups]
+
+    @property
+    def decays(self) -> bool:
+        """Whether any weights decay, now or by a schedule."""
+        return any(group.decays for group in self.groups)
+
+    def described(self) -> dict[str, Any]:
+        """Return everything except the arrays, as plain data."""
+        paths, (consecutive, total) = self.flat.paths, self.nonfinite
+        return {
+            "step": self.step,
+            "missed": {path: count for path, count in zip(paths, self.missed, strict=True) if count},
+            "hyper": plain(self.hyper),
+            "overrides": {path: plain(change) for path, change in zip(paths, self.overrides, strict=True) if change},
+            "nonfinite": {"consecutive": consecutive, "total": total},
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain data and copies of the arrays: see `Optimizer.state_dict`."""
+        host = get_backend(self.flat.backend).host
+        arrays = {
+            name: dict(zip(self.flat.paths, (host(array).copy() for array in views), strict=True))
+            for name, views in self.arrays.items()
+        }
+        return {
+            "format": STATE_FORMAT,
+            "rule": self.rule.name,
+            **self.described(),
+            "state": {name: paths for name, paths in arrays.items() if name != EMA},
+            "ema": arrays.get(EMA),
+        }
 
 
 class Snapshot(NamedTuple):
-    """A state that fits an optimizer: nothing can go wrong any more when it is put in place."""
+    """A saved state that fits an optimizer, so that restoring it cannot fail."""
 
     step: int
     missed: list[int]
@@ -26,58 +89,58 @@ class Snapshot(NamedTuple):
     nonfinite: tuple[int, int]
 
     @classmethod
-    def of(
-        cls,
-        state: Any,
-        rule: Rule,
-        paths: Sequence[str],
-        views: Mapping[str, Sequence[np.ndarray]],
-        values: Mapping[str, Any],
-        changes: Sequence[Mapping[str, Any]],
-    ) -> Snapshot:
-        """What `state`, as `Optimizer.state_dict` returned it, means to an optimizer.
+    def of(cls, state: Any, here: OptimizerState) -> Snapshot:
+        """Check a state from `Optimizer.state_dict` against the optimizer that will continue from it.
 
-        views : its own arrays by name, one for each path. values, changes : its hyperparameters, and those of each path
-            that differ.
-
-        Raises TypeError or ValueError that says what differs.
+        Raises TypeError or ValueError that names the difference.
         """
+        rule, paths, views, values, changes = here.rule, here.flat.paths, here.arrays, here.hyper, here.overrides
         keys = ("format", "rule", "step", "missed", "hyper", "overrides", "state")
         if not isinstance(state, Mapping) or not set(keys) <= set(state):
-            raise TypeError(f"state: expected what state_dict() returned, a dict of {', '.join(keys)}")
+            got = "another dict" if isinstance(state, Mapping) else type(state).__name__
+            raise TypeError(f"state: must be what state_dict() returned, a dict of {', '.join(keys)}, got {got}")
         for key in ("missed", "hyper", "overrides", "state"):
             if not isinstance(state[key], Mapping):
-                raise TypeError(f"state: {key!r} must be a dict, as state_dict() returned it")
-        if not all(isinstance(change, Mapping) for change in state["overrides"].values()):
-            raise TypeError("state: 'overrides' must hold a dict for each path, as state_dict() returned it")
+                raise TypeError(f"state: {key}: must be a dict, as from state_dict(), got {type(state[key]).__name__}")
+        for path, change in state["overrides"].items():
+            if not isinstance(change, Mapping):
+                raise TypeError(f"state: overrides of {path!r}: must be a dict, got {type(change).__name__}")
         if state["format"] != STATE_FORMAT:
-            raise ValueError(f"state: format {state['format']!r}; this version of fastopt reads format {STATE_FORMAT}")
+            raise ValueError(
+                f"state: format: must be {STATE_FORMAT} in this version of fastopt, got {state['format']!r}"
+            )
         if state["rule"] != rule.name:
-            raise ValueError(f"state: of rule {state['rule']!r}, but this optimizer runs rule {rule.name!r}")
+            raise ValueError(f"state: rule: must be {rule.name!r}, as in this optimizer, got {state['rule']!r}")
         step = _count(state["step"], "step")
         missed = {path: _count(count, f"missed[{path!r}]") for path, count in state["missed"].items()}
         overrides = state["overrides"]
         for what, named in (("missed", missed), ("overrides", overrides)):
             unknown = [path for path in named if path not in paths]
             if unknown:
-                raise ValueError(f"state: {what} names {unknown[0]!r}; the paths are {', '.join(paths)}")
+                raise ValueError(
+                    f"state: {what}: must name parameters, got {unknown[0]!r}; the paths are {', '.join(paths)}"
+                )
         late = [path for path, count in missed.items() if count > step]
         if late:
-            raise ValueError(f"state: missed[{late[0]!r}] is {missed[late[0]]}, more than the {step} steps made")
+            raise ValueError(f"state: missed[{late[0]!r}]: must be at most step={step}, got {missed[late[0]]}")
         restored = _values_from(rule, state["hyper"], values, "hyper: ", step)
         if set(restored) != set(values):
-            raise ValueError(f"state: hyper lacks {', '.join(sorted(set(values) - set(restored)))}")
-        average = state.get(EMA)  # absent from the states of older versions, as are the counters
+            lacking = ", ".join(sorted(set(values) - set(restored)))
+            raise ValueError(f"state: hyper: must hold all hyperparameters, got no {lacking}")
+        average = state.get(EMA)  # the states of older versions hold neither the average nor the counters
         if (average is None) != (EMA not in views):
-            there, here = ("no average", "one") if average is None else ("an average (ema)", "none")
-            raise ValueError(f"state: holds {there} of the parameters, but this optimizer keeps {here}")
+            raise ValueError(
+                "state: ema: must hold the average of the parameters, which this optimizer keeps, got None"
+                if average is None
+                else "state: ema: must be None, as this optimizer keeps no average of the parameters, got an average"
+            )
         arrays = {
             name: _arrays_from(state if name == EMA else state["state"], name, paths, own)
             for name, own in views.items()
         }
         counters = state.get("nonfinite", {"consecutive": 0, "total": 0})
         if not isinstance(counters, Mapping) or set(counters) != {"consecutive", "total"}:
-            raise TypeError("state: 'nonfinite' must hold 'consecutive' and 'total', as state_dict() returned it")
+            raise TypeError(f"state: nonfinite: must be a dict of 'consecutive' and 'total', got {counters!r}"[:500])
         return cls(
             step,
             [missed.get(path, 0) for path in paths],
@@ -94,8 +157,16 @@ class Snapshot(NamedTuple):
         )
 
 
+def try_step(here: OptimizerState, snapshot: Snapshot) -> None:
+    """Raise the error that the next step with these hyperparameters would raise, before they are restored."""
+    for change, missed in zip(snapshot.changes, snapshot.missed, strict=True):
+        point = ParamGroup(here.rule, snapshot.values, change, missed).point(snapshot.step)
+        table = Table(here.rule, hyper_of(here.rule, point), here.flat.dtype)
+        table.write(0, snapshot.step + 1 - missed, point, 1.0)
+
+
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters as data: of a schedule its repr."""
+    """Return hyperparameters as data: a schedule becomes its repr."""
     return {name: {"schedule": repr(value)} if callable(value) else value for name, value in values.items()}
 
 
@@ -107,34 +178,37 @@ def _values_from(
         if isinstance(value, Mapping):
             if not callable(present.get(name)):
                 raise ValueError(
-                    f"state: {where}{name} was the schedule {value.get('schedule')}; give {name}= a schedule here"
+                    f"state: {where}{name}: must be a schedule in this optimizer, as in the saved one "
+                    f"({value.get('schedule')}), got {present.get(name)!r}; construct it with the schedule"
                 )
             value = present[name]
         elif callable(present.get(name)):
             raise ValueError(
-                f"state: {where}{name} was {value!r}, but is a schedule here; construct the optimizer with "
-                f"{name}={value!r}, and assign the schedule after loading"
+                f"state: {where}{name}: must be {value!r} in this optimizer, as in the saved one, got a schedule; "
+                f"construct it with {name}={value!r}, and assign the schedule after loading"
             )
         values[name] = value
-    return rule.check_all(values, f"state: {where}", step)
+    return check_change(rule, values, f"state: {where}", step)
 
 
 def _arrays_from(
     stored: Mapping[str, Any], name: str, paths: Sequence[str], own: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
     if not isinstance(stored.get(name), Mapping) or set(stored[name]) != set(paths):
-        raise ValueError(f"state: {name!r} must hold an array for each of {', '.join(paths)}")
+        held = stored.get(name)
+        got = f"arrays for {list(held)}" if isinstance(held, Mapping) else type(held).__name__
+        raise ValueError(f"state: {name}: must hold an array for each of {', '.join(paths)}, got {got}")
     arrays = []
     for path, view in zip(paths, own, strict=True):
         array = stored[name][path]
         if not isinstance(array, np.ndarray) or array.dtype != view.dtype or array.shape != view.shape:
             found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-            raise ValueError(f"state: {name}[{path!r}]: expected {view.dtype} {view.shape}, found {found}")
+            raise ValueError(f"state: {name}[{path!r}]: must be {view.dtype} {view.shape}, got {found}")
         arrays.append(array)
     return arrays
 
 
 def _count(value: Any, name: str) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"state: {name} is {value!r}; expected an int from 0")
+        raise ValueError(f"state: {name}: must be an int from 0, got {value!r}")
     return int(value)

@@ -1,4 +1,4 @@
-"""The one list of optimizers that every property test runs over: an entry here, and a rule is fully tested."""
+"""The list of optimizers for all property tests: a rule with an entry here is fully tested."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ import numpy as np
 import fastopt
 from fastopt import reference
 
-SIZES = (0, 1, 7, 15, 16, 17, 1000, 100_003)  # around the widths of SIMD registers, and beyond one chunk
+SIZES = (0, 1, 7, 15, 16, 17, 1000, 100_003)  # around the widths of SIMD registers, and larger than a chunk
 DTYPES = (np.float32, np.float64)
 EVERYTHING: dict[str, Any] = {
     "max_norm": 0.5,
     "clip_value": 0.5,
     "nonfinite": "zero",
     "ema": 0.9,
-    "zero_grad": True,
     "maximize": True,
 }
-"""All options of the step at once. Tests that use these share their kernels."""
+"""All step options together. Tests that use them share their kernels."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer in one of its forms, and what it is called in the reference and in torch."""
+    """An optimizer in one of its forms, and its names in the reference and in torch."""
 
     optimizer: str
     options: dict[str, Any] = field(default_factory=dict)
     reference: str = ""
-    torch: str | None = None  # the class in torch.optim, where it has this form
-    torch_options: dict[str, Any] | None = None  # where they differ from `options`
-    lr: float = 0.1  # with which it converges on a quadratic from a distance of 10
+    torch: str | None = None  # the class in torch.optim, if torch has this form
+    torch_options: dict[str, Any] | None = None  # only if they differ from `options`
+    lr: float = 0.1  # converges on a quadratic from a distance of 10
 
     def __str__(self) -> str:
         return self.optimizer + "".join(f"-{name}={value}" for name, value in self.options.items())
@@ -41,7 +40,7 @@ class Case:
         return getattr(fastopt, self.optimizer)(params, **{**self.options, **more})
 
     def begin(self, p: np.ndarray, **more: Any) -> list[np.ndarray]:
-        """The states of the rule before the first step on `p`: arrays, and arrays of one number."""
+        """Return the states of the rule before the first step on `p`: arrays, and arrays of one number."""
         states = self.make({"w": p}, **more).states
         return [states[name]["w"].copy().reshape(-1) for name in (*self.rule.states, *self.rule.numbers)]
 
@@ -54,7 +53,7 @@ class Case:
 
 
 class Oracle:
-    """The reference of one case on one array, with the state it keeps."""
+    """The reference of one case on one array, with its state."""
 
     def __init__(self, name: str, p: np.ndarray, hyper: dict[str, Any]):
         self.p = p.copy()
@@ -127,6 +126,6 @@ BY_NAME = {str(case): case for case in CASES}
 
 
 def gradients(rng: np.random.Generator, size: int, dtype: Any) -> np.ndarray:
-    """Non-zero gradients of every magnitude from 1e-9 to 10."""
+    """Return non-zero gradients of all magnitudes from 1e-9 to 10."""
     magnitude = 10.0 ** rng.uniform(-9.0, 1.0, size)
     return (rng.choice([-1.0, 1.0], size) * magnitude).astype(dtype)

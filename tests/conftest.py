@@ -11,6 +11,22 @@ import pytest
 
 MODES = ("pool", "numba", "executor")
 
+QUICK = (
+    "test_bad_input",
+    "test_batches",
+    "test_door",
+    "test_flat",
+    "test_groups",
+    "test_house",
+    "test_import",
+    "test_optimizer",
+    "test_rows",
+    "test_rule_kinds",
+    "test_schedules",
+    "test_trees",
+)
+"""The files of ``pytest -m quick``: what a change of the step or of the storage breaks first."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests of the CUDA backend on a GPU")
@@ -23,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="fastopt-kernels-")
         os.environ["FASTOPT_CACHE_DIR"] = folder
         config.add_cleanup(lambda: shutil.rmtree(Path(folder), ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in QUICK:
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(autouse=True, scope="session")

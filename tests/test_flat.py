@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 import fastopt
 from fastopt import rules
-from fastopt.kernels.contract import ALIGNMENT, BLOCK
-from fastopt.storage.flat import NAMESPACE, Layout, match_overrides
+from fastopt.kernels.contract import ALIGNMENT, BLOCK, Chunk, Place
+from fastopt.step.groups import match_overrides
+from fastopt.storage.layout import Layout
+from fastopt.storage.trees import NAMESPACE
 
 # --- trees ------------------------------------------------------------------------------------------------------------
 
@@ -100,8 +102,9 @@ def test_any_tree_comes_back_in_its_own_types(tree, paths):
     assert flat.paths == paths
     leaves = [leaf.copy() for leaf in leaves_of(tree)]
     for packed in (flat.params, flat.grads):
-        assert optree.tree_structure(packed, namespace=NAMESPACE) == optree.tree_structure(tree, namespace=NAMESPACE)
-        assert type(packed) is type(tree)
+        plain = optree.tree_map(lambda leaf: leaf, packed, namespace=NAMESPACE)
+        assert optree.tree_structure(plain, namespace=NAMESPACE) == optree.tree_structure(tree, namespace=NAMESPACE)
+        assert isinstance(packed, type(tree))
     for leaf, param, grad in zip(leaves, leaves_of(flat.params), leaves_of(flat.grads), strict=True):
         assert param.dtype == grad.dtype == leaf.dtype
         assert param.shape == grad.shape == leaf.shape
@@ -247,11 +250,11 @@ def test_padding_is_zero_and_stays_zero(case):
         for grad in opt.grads:
             grad[...] = 1.0 + step
         opt.step()
-    for buffer in (opt.flat.data, *opt._states):
+    for buffer in (opt.flat.data, *opt._pipeline.states):
         assert (buffer[padding] == 0.0).all()
         assert np.isfinite(buffer).all()
     # Adadelta without eps never starts to move, but its states do.
-    changed = [opt.flat.data[~padding] != 1.0, *(state[~padding] != 0.0 for state in opt._states)]
+    changed = [opt.flat.data[~padding] != 1.0, *(state[~padding] != 0.0 for state in opt._pipeline.states)]
     assert any(each.all() for each in changed)
 
 
@@ -271,61 +274,144 @@ def test_layout_invariants(shapes, itemsize):
     assert all(offset * itemsize % ALIGNMENT == 0 for offset in (*layout.offsets, layout.size))
 
 
-@settings(deadline=None)
-@given(st.data(), shapes, st.sampled_from([4, 8]), st.booleans(), st.none() | st.integers(1, 20_000))
-def test_chunk_invariants(data, shapes, itemsize, layerwise, longest):
-    layout = Layout.of(shapes, itemsize)
-    rows = data.draw(st.lists(st.integers(-1, 2), min_size=len(shapes), max_size=len(shapes)))
-    chunks = layout.chunks(rows, layerwise=layerwise, longest=longest)
-    assert chunks.dtype == np.int64
-    assert chunks.shape[1:] == (5,)
-    assert chunks.flags.c_contiguous
-
-    wanted = np.full(layout.size, -1)
-    owner = np.full(layout.size, -1)
-    for k, (offset, size, row) in enumerate(zip(layout.offsets, layout.sizes, rows, strict=True)):
-        wanted[offset : offset + size] = row
-        owner[offset : offset + size] = k
-    found = np.full(layout.size, -1)
-    end = block = 0
-    for start, stop, row, param, first_block in chunks.tolist():
-        assert end <= start < stop  # in order, none empty, no overlap
-        assert (found[start:stop] == -1).all()
-        found[start:stop] = row
-        assert owner[start] >= param if not layerwise else (owner[start:stop] == param).all()
-        assert rows[param] == row
-        if longest is not None:
-            assert stop - start <= max(longest, BLOCK if layerwise else 16)
-        if layerwise:
-            assert (start - layout.offsets[param]) % BLOCK == 0  # so that partial sums do not depend on the chunks
-            assert first_block == block
-            block += -(-(stop - start) // BLOCK)
-        else:
-            assert start * itemsize % ALIGNMENT == 0
-        end = stop
-    assert (found == wanted).all()  # every element of every row once, padding and row -1 never
+def own_neighbours(layout: Layout, itemsize: int) -> list[bool]:
+    """Of parameters and gradients that are packed into one buffer each."""
+    at = np.array(layout.offsets, np.int64) * itemsize
+    return layout.neighbours(layout.places(at, at), itemsize)
 
 
-def test_neighbours_without_padding_between_are_joined():
-    layout = Layout.of([(16,), (32,), (5,), (16,)])
-    assert layout.chunks([0, 0, 0, 0]).tolist() == [[0, 53, 0, 0, 0], [64, 80, 0, 3, 1]]
-    assert layout.chunks([0, 1, 1, 1])[:, :4].tolist() == [[0, 16, 0, 0], [16, 53, 1, 1], [64, 80, 1, 3]]
-    assert layout.chunks([0, -1, 0, 0])[:, :4].tolist() == [[0, 16, 0, 0], [48, 53, 0, 2], [64, 80, 0, 3]]
-    assert layout.chunks([0, 0, 0, 0], layerwise=True)[:, :4].tolist() == [
-        [0, 16, 0, 0],
-        [16, 48, 0, 1],
-        [48, 53, 0, 2],
-        [64, 80, 0, 3],
+@given(shapes, st.integers(0, 2**40), st.integers(0, 2**40))
+def test_places_are_the_addresses_and_the_offsets(shapes, p, g):
+    layout = Layout.of(shapes)
+    at = np.arange(len(shapes)) + p
+    places = layout.places(at, g)
+    assert places.dtype == np.int64
+    assert places.flags.c_contiguous
+    assert [Place(*line) for line in places.tolist()] == [
+        Place(p + k, g, offset) for k, offset in enumerate(layout.offsets)
     ]
 
 
+@given(st.data(), shapes, st.sampled_from([4, 8]))
+def test_neighbours_follow_each_other_in_parameters_gradients_and_states(data, shapes, itemsize):
+    layout = Layout.of(shapes, itemsize)
+    columns = []
+    for _ in range(2):  # parameters and gradients, with a gap, an overlap or nothing before each
+        gaps = data.draw(st.lists(st.sampled_from([0, 0, 0, 4, -4]), min_size=len(shapes), max_size=len(shapes)))
+        at = 4096
+        column = []
+        for gap, size in zip(gaps, layout.sizes, strict=True):
+            column.append(at + gap)
+            at += gap + size * itemsize
+        columns.append(column)
+    places = layout.places(*(np.array(column, np.int64) for column in columns))
+    found = layout.neighbours(places, itemsize)
+    assert found == [False] + [
+        all(column[k] == column[k - 1] + layout.sizes[k - 1] * itemsize for column in columns)
+        and layout.offsets[k] == layout.offsets[k - 1] + layout.sizes[k - 1]
+        for k in range(1, len(shapes))
+    ]
+
+
+@settings(deadline=None)
+@given(st.data(), shapes, st.sampled_from([4, 8]), st.booleans(), st.none() | st.integers(1, 20_000))
+def test_chunk_invariants(data, shapes, itemsize, whole, longest):
+    layout = Layout.of(shapes, itemsize)
+    groups = data.draw(st.lists(st.integers(-1, 2), min_size=len(shapes), max_size=len(shapes)))
+    neighbours = data.draw(
+        st.none() | st.just(own_neighbours(layout, itemsize)) | st.tuples(*[st.booleans()] * len(shapes)).map(list)
+    )
+    chunks = layout.chunks(groups, neighbours=neighbours, whole=whole, longest=longest)
+    assert chunks.dtype == np.int64
+    assert chunks.shape[1:] == (len(Chunk._fields),)
+    assert chunks.flags.c_contiguous
+
+    # The elements of all parameters are numbered one after the other, as if there were no gaps.
+    first = [sum(layout.sizes[:k]) for k in range(len(shapes))]
+    owner = np.repeat(np.arange(len(shapes)), layout.sizes)
+    found = np.full(len(owner), -1)
+    end = block = 0
+    for chunk in map(Chunk._make, chunks.tolist()):
+        start, stop = first[chunk.place] + chunk.start, first[chunk.place] + chunk.stop
+        assert end <= start < stop  # in order, none empty, no overlap
+        assert chunk.start >= 0
+        assert chunk.grad == chunk.start
+        assert groups[chunk.place] == chunk.group
+        members = range(chunk.place, int(owner[stop - 1]) + 1)
+        if whole or neighbours is None:
+            assert list(members) == [chunk.place]  # what is not joined ends with its parameter
+        for k in members[1:]:
+            assert neighbours[k]
+            assert layout.sizes[k] > 0
+            assert groups[k] == chunk.group
+        unit = BLOCK if whole else 16
+        assert chunk.start % unit == 0  # partial sums do not depend on the chunks; vector loads start on a line
+        if longest is not None:
+            assert stop - start <= max(longest, unit)
+        assert chunk.block == block
+        block += -(-(stop - start) // BLOCK)
+        found[start:stop] = chunk.group
+        end = stop
+    assert found.tolist() == np.repeat(groups, layout.sizes).tolist()  # every element once, those of group -1 never
+
+
+@settings(deadline=None)
+@given(st.data(), shapes, st.integers(1, 20_000))
+def test_partial_sums_do_not_depend_on_the_length_of_chunks(data, shapes, longest):
+    layout = Layout.of(shapes)
+    groups = data.draw(st.lists(st.integers(-1, 2), min_size=len(shapes), max_size=len(shapes)))
+
+    def blocks(longest: int | None) -> list[tuple[int, int, int, int]]:
+        found = []
+        for chunk in map(Chunk._make, layout.chunks(groups, whole=True, longest=longest).tolist()):
+            for k, start in enumerate(range(chunk.start, chunk.stop, BLOCK)):
+                found.append((chunk.block + k, chunk.place, start, min(start + BLOCK, chunk.stop)))
+        return found
+
+    assert blocks(longest) == blocks(None)
+
+
+def test_a_chunk_goes_on_into_neighbours_of_its_group():
+    layout = Layout.of([(16,), (32,), (5,), (16,)])
+    neighbours = own_neighbours(layout, 4)
+    assert neighbours == [False, True, True, False]
+
+    def found(groups: list[int], **how: Any) -> list[tuple[int, int, int, int]]:
+        chunks = list(map(Chunk._make, layout.chunks(groups, **how).tolist()))
+        assert all(chunk.grad == chunk.start for chunk in chunks)
+        assert [chunk.block for chunk in chunks] == list(range(len(chunks)))
+        return [(chunk.place, chunk.start, chunk.stop, chunk.group) for chunk in chunks]
+
+    assert found([0, 0, 0, 0], neighbours=neighbours) == [(0, 0, 53, 0), (3, 0, 16, 0)]
+    assert found([0, 1, 1, 1], neighbours=neighbours) == [(0, 0, 16, 0), (1, 0, 37, 1), (3, 0, 16, 1)]
+    assert found([0, -1, 0, 0], neighbours=neighbours) == [(0, 0, 16, 0), (2, 0, 5, 0), (3, 0, 16, 0)]
+    alone = [(0, 0, 16, 0), (1, 0, 32, 0), (2, 0, 5, 0), (3, 0, 16, 0)]
+    assert found([0, 0, 0, 0]) == alone
+    assert found([0, 0, 0, 0], neighbours=neighbours, whole=True) == alone
+
+
+def test_an_empty_parameter_is_in_no_chunk():
+    layout = Layout.of([(16,), (0,), (16,)])
+    chunks = layout.chunks([0, 0, 0], neighbours=own_neighbours(layout, 4))
+    assert chunks[:, :3].tolist() == [[0, 0, 16], [2, 0, 16]]
+
+
+def test_packed_parameters_are_neighbours_and_those_of_the_caller_where_they_are():
+    flat = fastopt.pack([np.ones(8), np.ones(8), np.ones(3), np.ones(8)])
+    assert flat.neighbours == [False, True, True, False]
+    base = np.ones(24)
+    assert fastopt.pack([base[:8], base[8:16], base[16:]], copy=False).neighbours == [False, True, True]
+    assert fastopt.pack([base[8:16], base[:8], base[16:]], copy=False).neighbours == [False] * 3
+
+
 def test_nothing_to_do_is_an_empty_table():
-    for layout, rows in ((Layout.of([(0,)]), [0]), (Layout.of([(5,), (6,)]), [-1, -1])):
-        assert layout.chunks(rows).shape == (0, 5)
-        assert layout.chunks(rows).dtype == np.int64
+    for layout, groups in ((Layout.of([(0,)]), [0]), (Layout.of([(5,), (6,)]), [-1, -1])):
+        for whole in (False, True):
+            assert layout.chunks(groups, whole=whole).shape == (0, len(Chunk._fields))
+            assert layout.chunks(groups, whole=whole).dtype == np.int64
 
 
-def test_a_row_for_every_parameter_is_needed():
+def test_a_group_for_every_parameter_is_needed():
     with pytest.raises(ValueError, match="zip"):
         Layout.of([(5,), (6,)]).chunks([0])
 
@@ -351,28 +437,38 @@ def test_offsets_beyond_32_bits_are_exact(itemsize):
     assert vast.offsets == (0, 2**80)
 
 
-@pytest.mark.parametrize(("longest", "layerwise"), [(None, False), (2**28, False), (2**31 + 1, False), (2**24, True)])
-def test_chunks_beyond_32_bits_cover_every_parameter_once(longest, layerwise):
+@pytest.mark.parametrize(("longest", "whole"), [(None, False), (2**28, False), (2**31 + 1, False), (2**24, True)])
+def test_chunks_beyond_32_bits_cover_every_parameter_once(longest, whole):
     layout = Layout.of(HUGE)
-    chunks = layout.chunks([0, 1, 0, 1, 0, -1], layerwise=layerwise, longest=longest)
+    chunks = layout.chunks([0, 1, 0, 1, 0, -1], whole=whole, longest=longest)
     assert chunks.dtype == np.int64
-    starts, stops, rows, params, blocks = chunks.T
-    assert (starts < stops).all()
-    assert (stops[:-1] <= starts[1:]).all()
-    for k, (offset, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
-        own = (starts >= offset) & (stops <= offset + size)
+    of = Chunk(*chunks.T)
+    assert (of.start < of.stop).all()
+    assert (of.grad == of.start).all()
+    assert (np.diff(of.place) >= 0).all()
+    for k, size in enumerate(layout.sizes):
+        own = of.place == k
         if k == 5:
             assert not own.any()
             continue
-        assert starts[own][0] == offset
-        assert stops[own][-1] == offset + size
-        assert (stops[own][:-1] == starts[own][1:]).all()
-        assert (rows[own] == k % 2).all()
-        assert (params[own] == k).all()
-    assert int((stops - starts).sum()) == sum(layout.sizes[:5])
-    if layerwise:
-        lengths = (stops - starts + BLOCK - 1) // BLOCK
-        assert (blocks[1:] == np.cumsum(lengths)[:-1]).all()
+        assert of.start[own][0] == 0
+        assert of.stop[own][-1] == size
+        assert (of.stop[own][:-1] == of.start[own][1:]).all()
+        assert (of.group[own] == k % 2).all()
+    assert int((of.stop - of.start).sum()) == sum(layout.sizes[:5])
+    lengths = (of.stop - of.start + BLOCK - 1) // BLOCK
+    assert (of.block[1:] == np.cumsum(lengths)[:-1]).all()
+
+
+def test_a_joined_run_beyond_32_bits_counts_from_its_first_parameter():
+    layout = Layout.of([(2**31,), (2**32,), (5,)])
+    neighbours = own_neighbours(layout, 4)
+    assert neighbours == [False, True, True]
+    of = Chunk(*layout.chunks([0, 0, 0], neighbours=neighbours, longest=2**30).T)
+    assert not of.place.any()
+    assert of.start[0] == 0
+    assert (of.stop[:-1] == of.start[1:]).all()
+    assert of.stop[-1] == sum(layout.sizes)
 
 
 def sparse(size: int, dtype: Any) -> np.ndarray:
@@ -400,10 +496,12 @@ def test_kernels_reach_elements_beyond_32_bits(name):
     rule.update_(*alone, t=1)
 
     opt = fastopt.Optimizer([np.ones(1, np.float32)], rule)  # for its kernel, and its table as of the first step
-    opt._write_table(1.0)
-    chunks = np.array([[far, far + near, 0, 0, 0]], np.int64)
+    plan = opt._pipeline.plan
+    plan.write_table(opt._pipeline.groups, 1, 1.0)
+    chunks = np.array([Chunk(0, far, far + near, far, 0, 0)], np.int64)
     p, g, *states = buffers
-    opt._kernel.launch(p, g, tuple(states), opt._table.array, chunks)
+    places = np.array([Place(p.ctypes.data, g.ctypes.data, 0)], np.int64)
+    plan.kernel(scaled=False).launch(places, tuple(states), plan.table.array, chunks, near)
     for buffer, expected in zip(buffers, alone, strict=True):
         assert buffer[far:].tobytes() == expected.tobytes()
         assert not buffer[: 2 * BLOCK].any()  # where an index cut to 32 bits would have written

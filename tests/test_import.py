@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import pkgutil
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from scripts import run
 
 import fastopt
-from fastopt import rules
+from fastopt import optimizers, rules
 
 HEAVY = ("numba.cuda", "cupy", "torch", "matplotlib", "typer", "rich", "sklearn", "pandas", "scipy", "safetensors")
 MODULES = (
@@ -25,7 +27,10 @@ MODULES = (
     "fastopt.batches",
     "fastopt.curvature",
     "fastopt.reference",
+    "fastopt.bare",
+    "fastopt.hyper",
     *(f"fastopt.rules.{module.name}" for module in pkgutil.iter_modules(rules.__path__)),
+    *(f"fastopt.optimizers.{module.name}" for module in pkgutil.iter_modules(optimizers.__path__)),
 )
 
 
@@ -85,6 +90,44 @@ def test_a_rule_and_its_file_may_share_a_name():
     for name, rule in rules.ALL.items():
         assert getattr(rules, name) is rule
         assert rule.name == name
+
+
+def test_a_class_and_its_rules_stand_in_files_of_one_name():
+    files = {module.name for module in pkgutil.iter_modules(rules.__path__)}
+    assert files == {module.name for module in pkgutil.iter_modules(optimizers.__path__)}
+    for name, optimizer in optimizers.ALL.items():
+        file = optimizer.__module__.rpartition(".")[2]
+        assert {rule.__module__ for rule in optimizer.rules} == {f"fastopt.rules.{file}"}, name
+    assert {rule for optimizer in optimizers.ALL.values() for rule in optimizer.rules} == set(rules.ALL.values())
+
+
+# --- who imports whom -------------------------------------------------------------------------------------------------
+
+ARROWS = {
+    "hyper.py": set(),
+    "kernels/contract.py": set(),
+    "closed_forms/*.py": {"closed_forms"},
+    "rule.py": {"hyper", "closed_forms"},
+    "rules/*.py": {"rule", "rules", "hyper", "closed_forms"},
+}
+"""The mathematics, and what it may import of the package: no backend, and nothing that launches."""
+
+
+@pytest.mark.parametrize("files", ARROWS)
+def test_the_mathematics_imports_no_backend(files):
+    """Not even in a function, or for a type checker."""
+    package = Path(fastopt.__file__).parent
+    paths = sorted(package.glob(files))
+    assert paths
+    for path in paths:
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0
+                names = [f"fastopt.{alias.name}" for alias in node.names] if node.module == "fastopt" else [node.module]
+            found |= {name.split(".")[1] for name in names if name.startswith("fastopt.")}
+        assert found <= ARROWS[files], path.name
 
 
 def test_the_version_is_one():

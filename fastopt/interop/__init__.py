@@ -1,7 +1,7 @@
-"""States in the formats of other frameworks: to continue here what was begun in torch, optax or Keras, and back.
+"""Optimizer states in the formats of torch, optax and Keras: continue a run of those frameworks here, and vice versa.
 
-Nothing of these frameworks is imported: their states are read, and written, as plain containers of arrays. A state
-holds no parameters; those are copied as ever, ``opt.params["w"][...] = array``.
+The frameworks are not imported: their states are read and written as plain containers of arrays. A state holds no
+parameters; copy them separately with ``opt.params["w"][...] = array``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the formats share: whose array is whose, what may be taken over, and how it is put in place at once."""
+"""Shared by all formats: match arrays to parameters, check compatibility, and replace a state atomically."""
 
 from __future__ import annotations
 
@@ -8,63 +8,66 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastopt.hyper import WEIGHT_DECAY
 from fastopt.optimizer import Optimizer
-from fastopt.step.table import WEIGHT_DECAY
+from fastopt.step.groups import LR_SCALE
 
-# --- what is read -----------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def array_from(value: Any, where: str, like: np.ndarray) -> np.ndarray:
-    """Anything that NumPy reads as an array, not copied; an error where its dtype or shape is not that of `like`."""
+    """Return `value` as a NumPy array without a copy; raise unless its dtype and shape equal those of `like`."""
     array = _read(value, where)
     if array.dtype != like.dtype:
         raise TypeError(
-            f"{where}: expected dtype {like.dtype} as the parameter's, found {array.dtype}; convert it, or pack the "
+            f"{where}: must have the parameter's dtype, {like.dtype}, got {array.dtype}; convert it, or pack the "
             f"parameters with dtype={array.dtype.name!r}"
         )
     if array.shape != like.shape:
-        raise ValueError(f"{where}: expected shape {like.shape} as the parameter's, found {array.shape}")
+        raise ValueError(f"{where}: must have the parameter's shape, {like.shape}, got {array.shape}")
     return array
 
 
 def number_from(value: Any, where: str) -> Any:
-    """A hyperparameter as Python numbers: of a 0-d array or tensor its item, of a list or tuple a tuple."""
+    """Return a hyperparameter as Python numbers: the item of a 0-d array or tensor, a tuple for a list or tuple."""
     if isinstance(value, list | tuple):
         return tuple(number_from(item, f"{where}[{k}]") for k, item in enumerate(value))
     if value is None or isinstance(value, str | bool | int | float):
         return value
     array = _read(value, where)
     if array.size != 1:
-        raise ValueError(f"{where}: expected one number, found an array of shape {array.shape}")
+        raise ValueError(f"{where}: must be one number, got an array of shape {array.shape}")
     return array.reshape(()).item()
 
 
 def count_from(value: Any, where: str) -> int:
-    """A count of steps, which frameworks keep as an int, a float or a 0-d array of either."""
+    """Return a step count as an int; frameworks store an int, a float or a 0-d array."""
     number = number_from(value, where)
     if isinstance(number, bool) or not isinstance(number, int | float):
-        raise TypeError(f"{where}: expected a whole number from 0, found {value!r}")
+        raise TypeError(f"{where}: must be a whole number from 0, got {value!r}")
     if not (0 <= number < 2**63 and number == int(number)):
-        raise ValueError(f"{where}: expected a whole number from 0, found {value!r}")
+        raise ValueError(f"{where}: must be a whole number from 0, got {value!r}")
     return int(number)
 
 
 def mapping_from(value: Any, where: str, what: str) -> Mapping[Any, Any]:
-    """`value`; TypeError where it is no dict."""
+    """Return `value` if it is a dict; otherwise raise TypeError."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"{where}: expected {what}, found {type(value).__name__}")
+        raise TypeError(f"{where}: must be {what}, got {type(value).__name__}")
     return value
 
 
 def _read(value: Any, where: str) -> np.ndarray:
     try:
         return np.asarray(value)
-    except Exception as error:  # a foreign array may raise anything here: on a GPU, part of a graph, deleted
-        raise TypeError(f"{where}: not readable as a NumPy array ({error}); move it to the CPU and detach it") from None
+    except Exception as error:  # foreign arrays raise various errors: on a GPU, part of a graph, deleted
+        raise TypeError(
+            f"{where}: must be readable as a NumPy array, got an error ({error}); move it to the CPU and detach it"
+        ) from None
 
 
 def by_path(tree: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of a tree by path, ``"bn.gamma"`` as in `FlatParams.paths`; one of Nones has no leaf there."""
+    """Return the leaves of a tree by path, such as ``"bn.gamma"`` in `FlatParams.paths`; None is not a leaf."""
     children = fields_of(tree)
     if children is None and isinstance(tree, list | tuple):
         children = {str(k): child for k, child in enumerate(tree)}
@@ -77,7 +80,7 @@ def by_path(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def fields_of(node: Any) -> dict[str, Any] | None:
-    """What a dict, NamedTuple or object holds, by name; None for arrays, numbers, and plain lists and tuples."""
+    """Return the fields of a dict, NamedTuple or object by name; None for arrays, numbers, plain lists and tuples."""
     if isinstance(node, Mapping):
         return {str(name): value for name, value in node.items()}
     if isinstance(node, tuple) and hasattr(node, "_fields"):
@@ -89,113 +92,116 @@ def fields_of(node: Any) -> dict[str, Any] | None:
     return dict(vars(node))
 
 
-# --- whose it is ------------------------------------------------------------------------------------------------------
+# --- matching parameters ----------------------------------------------------------------------------------------------
 
 
 def order_of(opt: Optimizer, names: Any, what: str = "names") -> list[int]:
-    """The numbers of the parameters in the order of `names`, which must be their paths, each once."""
+    """Return the indices of the parameters in the order of `names`, which must be the paths, each once."""
     paths = opt.flat.paths
     if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"{what}: expected a list of the parameters' paths ({', '.join(paths)}), found {names!r}")
+        raise TypeError(f"{what}: must be a list of the parameters' paths ({', '.join(paths)}), got {names!r}")
     number_of = {path: k for k, path in enumerate(paths)}
     order: dict[str, int] = {}
     for name in names:
         if not isinstance(name, str) or name not in number_of:
-            raise ValueError(f"{what}: {name!r} is no parameter; the paths are {', '.join(paths)}")
+            raise ValueError(f"{what}: must be paths of parameters, {', '.join(paths)}, got {name!r}")
         if name in order:
-            raise ValueError(f"{what}: {name!r} is there twice; name every parameter once")
+            raise ValueError(f"{what}: must name every parameter once, got {name!r} twice")
         order[name] = number_of[name]
     lacking = [path for path in paths if path not in order]
     if lacking:
-        raise ValueError(f"{what}: {lacking[0]!r} is missing; name every parameter once")
+        raise ValueError(f"{what}: must name every parameter once, got no {lacking[0]!r}")
     return list(order.values())
 
 
 def views_of(opt: Optimizer) -> dict[str, list[np.ndarray]]:
-    """The arrays of the rule's states by name, all rows up to date: one for each parameter, no copies."""
-    opt.flush_rows()
-    views = opt._views()
-    return {name: views[name] for name in opt.rule.states}
+    """Return the arrays of the rule's states by name, one per parameter, not copied, after all rows caught up."""
+    arrays = opt.state.arrays
+    return {name: arrays[name] for name in opt.rule.states}
 
 
 def values_of(opt: Optimizer) -> list[dict[str, Any]]:
-    """The hyperparameters of each parameter at the next step, schedules evaluated."""
-    return [opt._rows[row].at_step(opt.step_count) for row in opt._row_of]
+    """Return the hyperparameters of each parameter at the next step, with schedules evaluated."""
+    return opt.state.values
+
+
+def given_values(opt: Optimizer) -> list[dict[str, Any]]:
+    """The hyperparameters of each parameter as they were given: schedules as they are."""
+    return [{**group.values, LR_SCALE: group.scale} for group in opt.state.groups]
 
 
 def rule_of(opt: Optimizer) -> str:
-    """The name of the rule; with its module if it is a user's own, which may have the name of one of ours."""
+    """Return the name of the rule; for a user's rule with its module, since the name may equal one of ours."""
     own = opt.rule.__module__.startswith("fastopt.rules.")
     return opt.rule.name if own else f"{opt.rule.__module__}.{opt.rule.name}"
 
 
-# --- whether it fits --------------------------------------------------------------------------------------------------
+# --- compatibility ----------------------------------------------------------------------------------------------------
 
 
 class Demand(NamedTuple):
-    """What a hyperparameter must be for the other framework to have this form, and why."""
+    """The value that the other framework requires of a hyperparameter, and the reason."""
 
     value: Any
     why: str
 
 
 EPS_PLACES = ("eps_inside", "eps_hat")
-"""Options that tell where eps stands: with eps = 0 they make no difference."""
+"""Options for the place of eps; they have no effect with eps = 0."""
 
 
 def check_forms(opt: Optimizer, other: str, demands: Mapping[str, Demand]) -> None:
-    """ValueError where a hyperparameter of some parameter is not what the form of `other` takes."""
+    """Raise ValueError if a parameter has a hyperparameter that the form of `other` does not support."""
     for path, values in zip(opt.flat.paths, values_of(opt), strict=True):
         for name, demand in demands.items():
             moot = name in EPS_PLACES and values["eps"] == 0.0
             if name in values and values[name] != demand.value and not moot:
                 raise ValueError(
-                    f"{other}: {demand.why}; parameter {path!r} has {name}={values[name]!r} here, expected "
-                    f"{demand.value!r}"
+                    f"{other}: {demand.why}; parameter {path!r} must have {name}={demand.value!r}, got {values[name]!r}"
                 )
 
 
 def check_same_for_all(opt: Optimizer, other: str) -> None:
-    """ValueError where hyperparameters differ between parameters; only the decoupled decay may be 0 for some."""
-    values = [opt._values_of(k) for k in range(len(opt.flat.paths))]
+    """Raise ValueError if hyperparameters differ between parameters, except a decoupled decay that is 0 for some."""
+    values = given_values(opt)
     decays = {each[WEIGHT_DECAY] for each in values if each[WEIGHT_DECAY] != 0.0}
     for path, each in zip(opt.flat.paths, values, strict=True):
         for name in each:
             masked = name == WEIGHT_DECAY and opt.rule.decoupled and len(decays) <= 1
             if each[name] != values[0][name] and not masked:
                 raise ValueError(
-                    f"{other}: has one {name} for all parameters, but {path!r} has {each[name]!r} and "
-                    f"{opt.flat.paths[0]!r} {values[0][name]!r} here (overrides)"
+                    f"{other}: supports one {name} for all parameters, but {path!r} has {each[name]!r} and "
+                    f"{opt.flat.paths[0]!r} has {values[0][name]!r} (overrides)"
                 )
 
 
 def check_one_count(opt: Optimizer, other: str) -> None:
-    """ValueError where a parameter has missed a step, in a format that counts steps once for all."""
-    for path, missed in zip(opt.flat.paths, opt._missed, strict=True):
+    """Raise ValueError if a parameter has missed a step, for a format with one step count for all parameters."""
+    for path, missed in zip(opt.flat.paths, opt.state.missed, strict=True):
         if missed:
             raise ValueError(
-                f"{other}: counts the steps once for all parameters, but {path!r} had no gradient in {missed} of "
-                f"{opt.step_count} steps here, and corrects its bias by its own count"
+                f"{other}: has one step count for all parameters, but {path!r} had no gradient in {missed} of "
+                f"{opt.step_count} steps here, and its bias correction uses its own count"
             )
 
 
 def check_uphill(opt: Optimizer, other: str) -> None:
-    """ValueError for an optimizer that maximizes."""
-    if opt._tail.maximize:
+    """Raise ValueError for an optimizer that maximizes."""
+    if opt.state.options.maximize:
         raise ValueError(f"{other}: has no maximize; negate the loss, and construct the optimizer without it")
 
 
 def decays(opt: Optimizer) -> bool:
-    """Whether weight decay makes any difference, now or by a schedule."""
-    return any(callable(value) or value != 0.0 for value in (row.values[WEIGHT_DECAY] for row in opt._rows))
+    """Whether weight decay has an effect, now or later through a schedule."""
+    return opt.state.decays
 
 
 def is_scheduled(opt: Optimizer, name: str) -> bool:
     """Whether the hyperparameter of parameters without an override is a schedule."""
-    return callable(opt._values.get(name))
+    return callable(opt.state.hyper.get(name))
 
 
-# --- how it is put in place -------------------------------------------------------------------------------------------
+# --- replacing the state ----------------------------------------------------------------------------------------------
 
 
 def put(
@@ -206,10 +212,10 @@ def put(
     values: Sequence[Mapping[str, Any]] | None = None,
     first: int = 0,
 ) -> None:
-    """Continue from copies of these states, and these counts and hyperparameters, all checked; the rest stays.
+    """Replace states (with copies), counts and hyperparameters by these checked ones; the rest stays.
 
-    arrays : by state, one for each parameter. missed : updates without a gradient, of each. values : hyperparameters of
-    each; those of parameter number `first` become the optimizer's own, and what differs elsewhere its overrides.
+    arrays : by state, one array per parameter. missed : number of updates without a gradient, per parameter. values :
+    hyperparameters per parameter; those of parameter `first` become the optimizer's own, differing ones its overrides.
     """
     paths = opt.flat.paths
     state = opt.state_dict()
@@ -217,19 +223,22 @@ def put(
     state["missed"] = {path: count for path, count in zip(paths, missed, strict=True) if count}
     state["state"].update({name: dict(zip(paths, views, strict=True)) for name, views in arrays.items()})
     if values is not None:
-        _settle(opt, state["hyper"], state["overrides"], values, first)
+        for change in state["overrides"].values():
+            change.pop(LR_SCALE, None)  # the rates that were read are what they are
+        _set_hyperparameters(opt, state["hyper"], state["overrides"], values, first)
     opt.load_state_dict(state)
 
 
-def _settle(
+def _set_hyperparameters(
     opt: Optimizer,
     hyper: dict[str, Any],
     overrides: dict[str, dict[str, Any]],
     values: Sequence[Mapping[str, Any]],
     first: int,
 ) -> None:
+    given = given_values(opt)
     for name in values[first]:
-        now = [opt._values_of(k)[name] for k in range(len(values))]
+        now = [each[name] for each in given]
         free = [k for k, value in enumerate(now) if not callable(value)]  # a schedule stays
         if all(values[k][name] == now[k] for k in free):
             continue
@@ -245,18 +254,20 @@ def _settle(
 
 
 def missed_before(opt: Optimizer, step: int) -> list[int]:
-    """The updates that parameters have missed, where a format does not tell: those of a run that was at this step."""
-    return list(opt._missed) if opt.step_count == step else [0] * len(opt.flat.paths)
+    """Return the missed updates per parameter for a format without them: those of this optimizer if at this step."""
+    return opt.state.missed if opt.step_count == step else [0] * len(opt.flat.paths)
 
 
-def walk(node: Any, where: str, is_state: Callable[[dict[str, Any]], bool]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The parts of nested containers that `is_state` knows by their fields, with the place of each."""
+def states_in(
+    node: Any, where: str, is_state: Callable[[dict[str, Any]], bool]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the parts of nested containers whose fields satisfy `is_state`, with the path of each."""
     fields = fields_of(node)
     if fields is not None and is_state(fields):
         yield where, fields
     elif fields is not None:
         for name, child in fields.items():
-            yield from walk(child, f"{where}.{name}", is_state)
+            yield from states_in(child, f"{where}.{name}", is_state)
     elif isinstance(node, list | tuple):
         for k, child in enumerate(node):
-            yield from walk(child, f"{where}[{k}]", is_state)
+            yield from states_in(child, f"{where}[{k}]", is_state)

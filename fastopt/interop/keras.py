@@ -1,4 +1,4 @@
-"""States of Keras 3's optimizers, the variables of ``optimizer.variables``: both ways, without Keras."""
+"""Convert states to and from ``optimizer.variables`` of Keras 3, without importing Keras."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ CLASSES = (
     *("sgd", "rm_sprop", "adam", "adam_w", "nadam", "adamax", "adagrad", "adadelta", "adafactor", "ftrl", "lion"),
     *("lamb", "muon", "schedule_free_adam_w"),
 )
-"""What optimizers call themselves where the user gives no name, a number after it apart."""
+"""Default names of Keras optimizers, without their number suffix."""
 
 # --- Keras' forms -----------------------------------------------------------------------------------------------------
 
 
 class Form(NamedTuple):
-    """A class of Keras: its name, what it calls itself, and its variables.
+    """A Keras class: its name, its default instance name, and its variables.
 
-    blocks : one after the other; in each, parameter by parameter, our states by the ending of Keras' name.
+    blocks : consecutive blocks; each holds, parameter by parameter, our states by the suffix of Keras' name.
     """
 
     optimizer: str
     name: str
     blocks: tuple[Mapping[str, str], ...] = ()
     counts: bool = False
-    """Whether the step counts in the formula, and not only in a schedule."""
+    """Whether the formula uses the step count, not only a schedule."""
 
 
 SQUARES, BUFFER, MEAN = {"velocity": "square_avg"}, {"momentum": "buf"}, {"average_gradient": "grad_avg"}
@@ -91,48 +91,47 @@ DEMANDS = {
 
 
 def _form_of(opt: Optimizer) -> Form:
-    """The form; ValueError where Keras has none that is the same."""
+    """Return the form; raise ValueError if Keras has no equal form."""
     form = FORMS.get(rule_of(opt))
     if form is None:
         hint = ", whose Nesterov has lr inside: SGD(momentum=, nesterov=True, lr_inside=True)"
         raise ValueError(
-            f"keras.optimizers: no optimizer computes what rule {rule_of(opt)!r} does"
-            f"{hint if 'nesterov' in opt.rule.name else ''}; the formats that are known are those of "
-            f"{', '.join(DEMANDS)}"
+            f"keras.optimizers: no optimizer computes the same as rule {rule_of(opt)!r}"
+            f"{hint if 'nesterov' in opt.rule.name else ''}; the supported formats are those of {', '.join(DEMANDS)}"
         )
     other = f"keras.optimizers.{form.optimizer}"
     check_forms(opt, other, DEMANDS[form.optimizer])
     check_uphill(opt, other)
     if not opt.rule.decoupled and decays(opt):
         raise ValueError(
-            f"{other}: decays the weights directly, not by the gradient (L2); construct the optimizer with "
+            f"{other}: decays the weights directly, not through the gradient (L2); construct the optimizer with "
             f"decoupled_weight_decay=True"
         )
     check_same_for_all(opt, other)
     return form
 
 
-# --- there ------------------------------------------------------------------------------------------------------------
+# --- to Keras ---------------------------------------------------------------------------------------------------------
 
 
 def to_keras_state(opt: Optimizer, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """The state of an optimizer as ``{v.path: v.numpy() for v in optimizer.variables}`` of Keras 3, in Keras' order.
+    """Return the optimizer's state as ``{v.path: v.numpy() for v in optimizer.variables}`` of Keras 3, in Keras' order.
 
-    The class: SGD and Momentum (lr_inside) are Keras' SGD; RMSprop, Adam and AdamW those of their names, all of them in
-    the form that ``convention="keras"`` sets. Weight decay is decoupled in all of Keras; ``overrides`` may leave
-    parameters out of it.
+    SGD and Momentum (lr_inside) become Keras' SGD; RMSprop, Adam and AdamW become the Keras classes of the same name,
+    all in the form of ``convention="keras"``. Weight decay is always decoupled in Keras; ``overrides`` may exclude
+    parameters from it.
 
     Args:
         opt: the optimizer. It is not changed, and shares no memory with the result.
         names: the paths of all parameters in Keras' order, that of ``model.trainable_variables``; None for that of
-            ``opt.flat.paths``, which is that of the sorted keys of a dict.
+            ``opt.flat.paths``, which sorts the keys of a dict.
 
     Returns:
-        ``"adam/iteration"``, ``"adam/learning_rate"`` (not where lr is a schedule, as in Keras), and the states:
-        ``"adam/dense_kernel_momentum"`` of the parameter ``"dense.kernel"``.
+        ``"adam/iteration"``, ``"adam/learning_rate"`` (missing if lr is a schedule, as in Keras), and the states, such
+        as ``"adam/dense_kernel_momentum"`` of the parameter ``"dense.kernel"``.
 
     Raises:
-        TypeError, ValueError: `names` that are not the paths, two parameters that would have one name, or a form that
+        TypeError, ValueError: `names` that are not the paths, two parameters with the same Keras name, or a form that
             Keras does not have.
 
     >>> import numpy as np, fastopt
@@ -142,7 +141,7 @@ def to_keras_state(opt: Optimizer, names: Sequence[str] | None = None) -> dict[s
     >>> {name: array.tolist() for name, array in to_keras_state(opt).items() if array.ndim == 0 or "mom" in name}
     {'adam/iteration': 1, 'adam/learning_rate': 0.0010000000474974513, 'adam/w_momentum': [0.1..., 0.1...]}
 
-    Into an optimizer of Keras that was built for the same variables::
+    To load it into a Keras optimizer built for the same variables::
 
         for variable, array in zip(optimizer.variables, to_keras_state(opt, names).values(), strict=True):
             variable.assign(array)
@@ -161,7 +160,10 @@ def to_keras_state(opt: Optimizer, names: Sequence[str] | None = None) -> dict[s
             for kind, ours in block.items():
                 key = f"{form.name}/{stems[k]}_{kind}"
                 if key in state:
-                    raise ValueError(f"parameter {opt.flat.paths[k]!r}: another would be {key!r}, too; rename one")
+                    raise ValueError(
+                        f"parameter {opt.flat.paths[k]!r}: must have its own name in Keras, got {key!r} twice; "
+                        "rename the parameter"
+                    )
                 state[key] = views[ours][k].copy()
     return state
 
@@ -171,34 +173,34 @@ def _stems(opt: Optimizer) -> list[str]:
 
 
 def _stem(path: str) -> str:
-    """Of what Keras calls the variables that belong to the parameter of this path."""
+    """Return the stem of Keras' variable names for the parameter with this path."""
     return path.replace("/", "_").replace(".", "_")
 
 
-# --- and back ---------------------------------------------------------------------------------------------------------
+# --- from Keras -------------------------------------------------------------------------------------------------------
 
 
 def from_keras_state(
     opt: Optimizer, variables: Mapping[str, Any] | Sequence[Any], names: Sequence[str] | None = None
 ) -> None:
-    """Continue a run of Keras 3: its states, its count of steps and its learning rate take the place of those here.
+    """Continue a run of Keras 3: replace the states, the step count and the learning rate by those of Keras.
 
-    Keras keeps no other hyperparameters there: construct the optimizer with those of the run, which ``convention=
-    "keras"`` makes easy. Where lr is a schedule here it stays. The parameters, and the moving average of them, stay as
-    they are.
+    Keras' variables hold no other hyperparameters: construct the optimizer with those of the run, most easily with
+    ``convention="keras"``. If lr is a schedule here, the schedule stays. The parameters and their moving average do not
+    change.
 
     Args:
-        opt: an optimizer of the same form (see `to_keras_state`), of which nothing is changed if anything is wrong.
+        opt: an optimizer of the same form (see `to_keras_state`). It is unchanged after an error.
         variables: ``{v.path: v.numpy() for v in optimizer.variables}`` (or by ``v.name``), or the list
-            ``[v.numpy() for v in optimizer.variables]``. Arrays are copied, and may be anything that ``np.asarray``
-            reads, in the dtype of the parameters.
-        names: the paths of the parameters here in Keras' order, that of ``model.trainable_variables``. None: of a dict,
-            the names in it, where ``"dense_kernel_momentum"`` belongs to the parameter ``"dense.kernel"``; of a list,
-            the order of ``opt.flat.paths``: mind that this is that of the sorted keys of a dict.
+            ``[v.numpy() for v in optimizer.variables]``. Arrays are copied; pass anything that ``np.asarray`` reads, in
+            the dtype of the parameters.
+        names: the paths of the parameters in Keras' order, that of ``model.trainable_variables``. With None, a dict is
+            matched by its names, where ``"dense_kernel_momentum"`` belongs to the parameter ``"dense.kernel"``, and a
+            list by the order of ``opt.flat.paths``, which sorts the keys of a dict.
 
     Raises:
-        TypeError, ValueError: that say where and what: variables of another class or form (amsgrad, centered, momentum,
-            averages, accumulated gradients), other names, shapes, dtypes or counts, a learning rate out of range.
+        TypeError, ValueError: variables of another class or form (amsgrad, centered, momentum, averages, accumulated
+            gradients), other names, shapes, dtypes or counts, or a learning rate out of range; the message names them.
 
     >>> import numpy as np, fastopt
     >>> from fastopt.interop import from_keras_state
@@ -215,15 +217,15 @@ def from_keras_state(
         found, where = _by_place(opt, form, variables, order)
     else:
         raise TypeError(
-            f"variables: expected a dict by path or a list of arrays, as of optimizer.variables, found "
+            f"variables: must be a dict by path or a list of arrays, as of optimizer.variables, got "
             f"{type(variables).__name__}"
         )
-    views = opt.flat.views(opt.flat.data)
+    views = opt.flat.arrays
     step = count_from(found[ITERATION], where[ITERATION])
     values = None
     if RATE in found:
         rate = opt.rule.check("lr", number_from(found[RATE], where[RATE]), f"{where[RATE]}: ")
-        # Keras keeps it in float32: a rate that only differs by that stays.
+        # Keras stores the rate in float32: keep a rate that differs only by this rounding.
         if not is_scheduled(opt, "lr") and rate not in (opt.lr, float(np.float32(opt.lr))):
             values = [{"lr": rate} for _ in views]
     arrays: dict[str, list[np.ndarray]] = {
@@ -238,7 +240,7 @@ def from_keras_state(
 
 
 Found = tuple[dict[Any, Any], dict[Any, str]]
-"""What was found and where: the iteration, the learning rate, and (kind, number of the parameter)."""
+"""Values and their origins, by key: the iteration, the learning rate, and (kind, index of the parameter)."""
 
 
 def _by_place(opt: Optimizer, form: Form, variables: Sequence[Any], order: Sequence[int] | None) -> Found:
@@ -247,9 +249,8 @@ def _by_place(opt: Optimizer, form: Form, variables: Sequence[Any], order: Seque
     heads = [ITERATION, RATE][: len(variables) - len(keys)]
     if len(variables) != len(heads) + len(keys) or not heads:
         raise ValueError(
-            f"variables: expected {len(keys)} states of {len(opt.flat.paths)} parameters, as this optimizer "
-            f"({opt.rule.name}) keeps them, after the iteration and, unless it is a schedule, the learning rate; found "
-            f"{len(variables)} variables"
+            f"variables: must be the iteration, the learning rate unless it is a schedule, and {len(keys)} states of "
+            f"{len(opt.flat.paths)} parameters, as in this optimizer ({opt.rule.name}), got {len(variables)} variables"
         )
     found: dict[Any, Any] = dict(zip([*heads, *keys], variables, strict=True))
     return found, {key: f"variables[{place}]" for place, key in enumerate(found)}
@@ -263,25 +264,25 @@ def _by_name(opt: Optimizer, form: Form, variables: Mapping[str, Any], order: Se
     parsed: list[tuple[str, str, str]] = []
     for key, value in variables.items():
         if not isinstance(key, str):
-            raise TypeError(f"variables: expected the variables' paths as keys, found {key!r}")
+            raise TypeError(f"variables: must have the variables' paths as keys, got {key!r}")
         own, _, last = key.rpartition("/")
         _check_class(opt, form, key, re.sub(r"_\d+$", "", own))
         if last in (ITERATION, RATE):
             if last in found:
-                raise ValueError(f"variables[{key!r}]: there is another {last}; give the variables of one optimizer")
+                raise ValueError(f"variables[{key!r}]: must be the only {last}; pass the variables of one optimizer")
             found[last], where[last] = value, f"variables[{key!r}]"
             continue
         kind = next((kind for kind in kinds if last.endswith(f"_{kind}")), None)
         if kind is None:
             raise ValueError(
-                f"variables[{key!r}]: no variable that this optimizer ({opt.rule.name}) keeps; its names end in "
+                f"variables[{key!r}]: must be a state of this optimizer ({opt.rule.name}), whose names end in "
                 f"{', '.join(f'_{kind}' for kind in kinds) or 'nothing: it has no states'}"
             )
         stem = last[: -len(kind) - 1]
         stems.setdefault(stem, len(stems))
         parsed.append((key, kind, stem))
     if ITERATION not in found:
-        raise ValueError(f"variables: lacks {form.name + '/' + ITERATION!r}; found {', '.join(variables)}")
+        raise ValueError(f"variables: must have {form.name + '/' + ITERATION!r}, got {', '.join(variables)}")
     number_of = _numbers(opt, form, list(stems), order)
     for key, kind, stem in parsed:
         place = (kind, number_of[stem])
@@ -289,28 +290,29 @@ def _by_name(opt: Optimizer, form: Form, variables: Mapping[str, Any], order: Se
     for kind in kinds:
         for stem, k in number_of.items():
             if (kind, k) not in found:
-                raise ValueError(f"variables: lacks '{form.name}/{stem}_{kind}'; found {', '.join(variables)}")
+                raise ValueError(f"variables: must have '{form.name}/{stem}_{kind}', got {', '.join(variables)}")
     return found, where
 
 
 def _check_class(opt: Optimizer, form: Form, key: str, name: str) -> None:
-    # The variables of Keras' RMSprop with momentum have the names of Adam's.
+    # Check the class: Keras' RMSprop with momentum has the same variable names as Adam.
     same = ("adam", "adam_w")
     if name in CLASSES and name != form.name and not (name in same and form.name in same):
         raise ValueError(
-            f"variables[{key!r}]: of a Keras optimizer {name!r}, but this one ({opt.rule.name}) is {form.optimizer}"
+            f"variables[{key!r}]: must be of Keras' {form.optimizer}, as this optimizer ({opt.rule.name}) is, got "
+            f"{name!r}"
         )
 
 
 def _numbers(opt: Optimizer, form: Form, stems: Sequence[str], order: Sequence[int] | None) -> dict[str, int]:
-    """The number of the parameter by what Keras calls its variables."""
+    """Return the index of the parameter by the stem of Keras' variable names."""
     if not form.blocks:
         return {}
     paths = opt.flat.paths
     if len(stems) != len(paths):
         raise ValueError(
-            f"variables: has states of {len(stems)} parameters ({', '.join(stems)}), but this optimizer has "
-            f"{len(paths)}: {', '.join(paths)}"
+            f"variables: must have states of {len(paths)} parameters, {', '.join(paths)}, got {len(stems)}: "
+            f"{', '.join(stems)}"
         )
     if order is not None:
         return dict(zip(stems, order, strict=True))
@@ -318,7 +320,7 @@ def _numbers(opt: Optimizer, form: Form, stems: Sequence[str], order: Sequence[i
     numbers = {stem: own.index(_stem(stem)) for stem in stems if own.count(_stem(stem)) == 1}
     if sorted(numbers.values()) != list(range(len(paths))):
         raise ValueError(
-            f"variables: has states of {', '.join(stems)}, which are not the names of the parameters here "
-            f"({', '.join(paths)}); give names=, the paths here in Keras' order"
+            f"variables: must have states of the parameters {', '.join(paths)}, got {', '.join(stems)}; "
+            f"give names=, the paths here in Keras' order"
         )
     return numbers

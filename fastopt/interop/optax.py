@@ -1,4 +1,4 @@
-"""States of optax's optimizers (``optax.adam(...).init(params)`` and what follows): both ways, without jax."""
+"""Convert states to and from optax (``optax.adam(...).init(params)`` and later states), without importing jax."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastopt.hyper import WEIGHT_DECAY
 from fastopt.interop.core import (
     Demand,
     array_from,
@@ -21,33 +22,32 @@ from fastopt.interop.core import (
     missed_before,
     put,
     rule_of,
+    states_in,
     views_of,
-    walk,
 )
 from fastopt.optimizer import Optimizer
-from fastopt.step.table import WEIGHT_DECAY
 
 # --- optax's forms ----------------------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
-    """One transformation of a chain that keeps arrays: the name of its state, and our states by its fields."""
+    """A transformation of a chain with array states: the name of its state, and our states by its fields."""
 
     name: str
     fields: Mapping[str, str]
     counts: bool = False
     sign: float = 1.0
-    """By which our states differ: where the learning rate comes before, what optax gathers is the way down."""
+    """Sign between optax's states and ours: a transformation after the learning rate accumulates descent steps."""
 
 
 class Form(NamedTuple):
-    """An optimizer: its name, and what stands before and after the transformation by the learning rate."""
+    """An optimizer: its name, and the transformations before and after the learning rate."""
 
     optimizer: str
     before: Part | None
     after: Part | None = None
-    tail: bool = False
-    """Whether there is a place after the learning rate."""
+    ends_with_slot: bool = False
+    """Whether the chain has an entry after the learning rate."""
 
 
 VELOCITY = Part("TraceState", {"trace": "velocity"})
@@ -63,19 +63,19 @@ FORMS = {
     "momentum": Form("sgd", VELOCITY),
     "nesterov": Form("sgd", VELOCITY),
     "adagrad": Form("adagrad", Part("ScaleByRssState", {"sum_of_squares": "sum_sq"})),
-    "rmsprop": Form("rmsprop", SQUARES, tail=True),
-    "rmsprop_centered": Form("rmsprop", CENTERED, tail=True),
-    "rmsprop_momentum": Form("rmsprop", SQUARES, BUFFER, tail=True),
-    "rmsprop_centered_momentum": Form("rmsprop", CENTERED, BUFFER, tail=True),
+    "rmsprop": Form("rmsprop", SQUARES, ends_with_slot=True),
+    "rmsprop_centered": Form("rmsprop", CENTERED, ends_with_slot=True),
+    "rmsprop_momentum": Form("rmsprop", SQUARES, BUFFER, ends_with_slot=True),
+    "rmsprop_centered_momentum": Form("rmsprop", CENTERED, BUFFER, ends_with_slot=True),
     "adam": Form("adam", MOMENTS),
     "adamw": Form("adamw", MOMENTS),
 }
 
 WHY_NOT = {
-    "amsgrad": "optax.amsgrad keeps the largest bias-corrected nu, and this rule the largest uncorrected one",
-    "adamw_amsgrad": "optax.amsgrad keeps the largest bias-corrected nu, and this rule the largest uncorrected one",
-    "nesterov_lookahead": "optax has Nesterov's reformulated form only",
-    "nadam": "optax.nadam is without the momentum schedule of this rule",
+    "amsgrad": "optax.amsgrad keeps the largest bias-corrected nu, but this rule the largest uncorrected one",
+    "adamw_amsgrad": "optax.amsgrad keeps the largest bias-corrected nu, but this rule the largest uncorrected one",
+    "nesterov_lookahead": "optax has only Nesterov's reformulated form",
+    "nadam": "optax.nadam does not have the momentum schedule of this rule",
 }
 
 DEMANDS = {
@@ -97,46 +97,46 @@ DEMANDS = {
 DEMANDS["adamw"] = DEMANDS["adam"]
 
 FIELDS = {"mu", "nu", "trace", "sum_of_squares", "nu_max", "e_g", "e_x"}
-"""Fields by which a state that keeps arrays for parameters is known, also of those that are refused."""
+"""Fields that identify a state with arrays per parameter, including states that are refused."""
 
 
 def _form_of(opt: Optimizer) -> Form:
-    """The form; ValueError where optax has none that is the same."""
+    """Return the form; raise ValueError if optax has no equal form."""
     form = FORMS.get(rule_of(opt))
     if form is None:
-        why = WHY_NOT.get(opt.rule.name, f"the formats that are known are those of {', '.join(DEMANDS)}")
-        raise ValueError(f"optax: no optimizer computes what rule {rule_of(opt)!r} does: {why}")
+        why = WHY_NOT.get(opt.rule.name, f"the supported formats are those of {', '.join(DEMANDS)}")
+        raise ValueError(f"optax: no optimizer computes the same as rule {rule_of(opt)!r}: {why}")
     if form.optimizer in ("adam", "adamw"):
         form = form._replace(optimizer="adamw" if opt.rule.decoupled else "adam")
     other = f"optax.{form.optimizer}"
     check_forms(opt, other, DEMANDS[form.optimizer])
     check_uphill(opt, other)
     if form.optimizer != "adamw" and opt.rule.decoupled and decays(opt):
-        raise ValueError(f"{other}: has no decoupled weight decay, which in optax is adamw's")
+        raise ValueError(f"{other}: has no decoupled weight decay; in optax only adamw has it")
     check_same_for_all(opt, other)
     return form
 
 
-# --- there ------------------------------------------------------------------------------------------------------------
+# --- to optax ---------------------------------------------------------------------------------------------------------
 
 
 def to_optax_state(opt: Optimizer) -> tuple[Any, ...]:
-    """The state of an optimizer as the optimizer of optax keeps it: tuples and dicts in place of its NamedTuples.
+    """Return the optimizer's state as optax stores it, with tuples and dicts instead of optax's NamedTuples.
 
-    The optimizer: SGD, Momentum (heavy_ball) and Nesterov (reformulated) are optax.sgd; Adagrad, RMSprop, Adam and
-    AdamW those of their names, as ``convention="optax"`` sets them. Weight decay in the gradient (L2) is, in optax,
-    ``chain(add_decayed_weights(weight_decay), sgd(lr))``, and the state one of that chain; AdamW may leave parameters
-    out of the decay (``mask``). Where lr or weight_decay is a schedule it must be one there, too.
+    SGD, Momentum (heavy_ball) and Nesterov (reformulated) become optax.sgd; Adagrad, RMSprop, Adam and AdamW become the
+    optax optimizers of the same name, in the form of ``convention="optax"``. L2 weight decay is, in optax,
+    ``chain(add_decayed_weights(weight_decay), sgd(lr))``, and the result is the state of that chain; AdamW may exclude
+    parameters from the decay (``mask``). If lr or weight_decay is a schedule here, it must be a schedule in optax.
 
     Args:
         opt: the optimizer. It is not changed, and shares no memory with the result.
 
     Returns:
-        The state, its leaves NumPy arrays, in optax's order: the trees of parameters in it are of the structure of
+        The state in optax's order, with NumPy arrays as leaves: trees of parameters have the structure of
         ``opt.params``, ``count`` is an int32. An ``EmptyState()`` is an empty tuple.
 
     Raises:
-        ValueError: a form that optax does not have; it says which and why.
+        ValueError: a form that optax does not have; the message gives the reason.
 
     >>> import numpy as np, fastopt
     >>> from fastopt.interop import to_optax_state
@@ -145,7 +145,7 @@ def to_optax_state(opt: Optimizer) -> tuple[Any, ...]:
     >>> to_optax_state(opt)
     ({'count': array(1, dtype=int32), 'mu': {'w': array([0.1, 0.1])}, 'nu': {'w': array([0.001, 0.001])}}, ())
 
-    As a state of optax::
+    To convert it to a state of optax::
 
         state = jax.tree.unflatten(jax.tree.structure(tx.init(params)), jax.tree.leaves(to_optax_state(opt)))
     """
@@ -157,7 +157,7 @@ def to_optax_state(opt: Optimizer) -> tuple[Any, ...]:
     if form.optimizer == "adamw":
         chain.append(decay)
     chain.append(rate)
-    if form.tail:
+    if form.ends_with_slot:
         chain.append(_state(opt, form, form.after))
     if form.optimizer != "adamw" and decays(opt):
         return (decay, tuple(chain))
@@ -181,26 +181,26 @@ def _signed(array: np.ndarray, sign: float) -> np.ndarray:
     return np.negative(array) if sign < 0.0 else array.copy()
 
 
-# --- and back ---------------------------------------------------------------------------------------------------------
+# --- from optax -------------------------------------------------------------------------------------------------------
 
 
 def from_optax_state(opt: Optimizer, state: Any, step: int | None = None) -> None:
-    """Continue a run of optax: its states and its count of steps take the place of those here.
+    """Continue a run of optax: replace the states and the step count by those of optax.
 
-    optax keeps no hyperparameters in its state: construct the optimizer with those of the run, which ``convention=
-    "optax"`` makes easy. The parameters, and the moving average of them, stay as they are. Whatever else a chain holds
-    (clipping, masks, injected hyperparameters) is looked through.
+    An optax state holds no hyperparameters: construct the optimizer with those of the run, most easily with
+    ``convention="optax"``. The parameters and their moving average do not change. Other parts of a chain (clipping,
+    masks, injected hyperparameters) are ignored.
 
     Args:
-        opt: an optimizer of the same form (see `to_optax_state`), of which nothing is changed if anything is wrong.
-        state: what ``tx.init`` or ``tx.update`` returned, or the same in plain tuples and dicts. States are known by
-            their fields, trees of parameters by their paths; arrays are copied, and may be anything that ``np.asarray``
-            reads, in the dtype of the parameters.
-        step: how many steps were made, from 0, for what counts none: rmsprop, adagrad and sgd without a schedule. None:
-            what a schedule has counted, else ``step_count`` as it is.
+        opt: an optimizer of the same form (see `to_optax_state`). It is unchanged after an error.
+        state: the state that ``tx.init`` or ``tx.update`` returned, or the same in plain tuples and dicts. States are
+            identified by their fields, trees of parameters by their paths. Arrays are copied; pass anything that
+            ``np.asarray`` reads, in the dtype of the parameters.
+        step: number of steps made, from 0, for states without a count: rmsprop, adagrad and sgd without a schedule.
+            None means the count of a schedule, or else the present ``step_count``.
 
     Raises:
-        TypeError, ValueError: that say where and what: a state of another form, other paths, shapes, dtypes or counts.
+        TypeError, ValueError: a state of another form, other paths, shapes, dtypes or counts; the message names them.
 
     >>> import numpy as np, fastopt
     >>> from fastopt.interop import from_optax_state
@@ -211,14 +211,14 @@ def from_optax_state(opt: Optimizer, state: Any, step: int | None = None) -> Non
     """
     form = _form_of(opt)
     parts = [part for part in (form.before, form.after) if part is not None]
-    found = list(walk(state, "state", lambda fields: bool(FIELDS & set(fields)) or set(fields) == {"count"}))
+    found = list(states_in(state, "state", lambda fields: bool(FIELDS & set(fields)) or set(fields) == {"count"}))
     kept = [(where, fields) for where, fields in found if set(fields) != {"count"}]
     expected = [{*part.fields, *(["count"] if part.counts else [])} for part in parts]
     if [set(fields) for _, fields in kept] != expected:
         raise ValueError(
-            f"state: of optax.{form.optimizer}, as this optimizer ({opt.rule.name}) is, "
+            f"state: must be of optax.{form.optimizer}, as this optimizer ({opt.rule.name}) is, and have "
             + _listed([(part.name, sorted(fields)) for part, fields in zip(parts, expected, strict=True)])
-            + " was expected, and found "
+            + ", got "
             + _listed([(where, sorted(fields)) for where, fields in kept])
         )
     arrays: dict[str, list[np.ndarray]] = {}
@@ -245,7 +245,7 @@ def _steps(opt: Optimizer, counted: Sequence[tuple[str, Any]], given: int | None
     where, value = counted[0]
     count = count_from(value, where)
     if asked is not None and asked != count:
-        raise ValueError(f"step={given!r}: {where} is {count}; leave step= out")
+        raise ValueError(f"step: must be {count} as in {where}, got {given!r}; omit step")
     return count
 
 
@@ -255,10 +255,10 @@ def _leaves(opt: Optimizer, tree: Any, where: str, sign: float) -> list[np.ndarr
     for path in (*paths, *leaves):
         if path not in leaves or path not in paths:
             raise ValueError(
-                f"{where}: {'has no array for' if path in paths else 'has an array for'} {path!r}; the parameters are "
-                f"{', '.join(paths)}, and it holds {', '.join(leaves) or 'none'}"
+                f"{where}: must have an array for each of {', '.join(paths)} and no other, got "
+                f"{', '.join(leaves) or 'none'}; {path!r} is {'missing' if path in paths else 'unknown'}"
             )
-    views = opt.flat.views(opt.flat.data)
+    views = opt.flat.arrays
     return [
         _signed(array_from(leaves[path], f"{where} of {path!r}", view), sign)
         for path, view in zip(paths, views, strict=True)

@@ -1,4 +1,4 @@
-"""States in the format of ``torch.optim.Optimizer.state_dict()`` (torch 2): both ways, without torch."""
+"""Convert states to and from ``torch.optim.Optimizer.state_dict()`` (torch 2), without importing torch."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ KEYS = {
     "RAdam": "lr betas eps weight_decay maximize foreach capturable decoupled_weight_decay differentiable",
     "Adamax": "lr betas eps weight_decay foreach maximize differentiable capturable",
 }
-"""What a group of each class holds, in torch's order. Those of AdamW are those of Adam."""
+"""Keys of a param group of each class, in torch's order. AdamW has the keys of Adam."""
 
 IMPLEMENTATION = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
-"""How torch computes, not what."""
+"""Options of torch that select an implementation, not a result."""
 
 FLAGS = ("nesterov", "amsgrad", "centered", "decoupled_weight_decay")
-"""Forms of an optimizer that are on or off."""
+"""Boolean options that select the form of an optimizer."""
 
 MARKS = set(" ".join(KEYS.values()).split()) | {"etas", "lambd", "alpha", "t0", "max_iter", "ns_steps", "beta2_decay"}
-"""Keys that belong to some classes. Others (``initial_lr``, a name) are notes of a scheduler or the user."""
+"""Keys that belong to certain classes. Other keys (``initial_lr``, a name) come from a scheduler or the user."""
 
 FREE = {*IMPLEMENTATION, "decoupled_weight_decay", "maximize"}
-"""What groups of older versions may lack."""
+"""Keys that groups of older versions may lack."""
 
 
 class Form(NamedTuple):
-    """What torch calls the form of a rule: its class, its states by our names, the flags that are on."""
+    """The form of a rule in torch: its class, its states by our names, and the flags that are on."""
 
     optimizer: str
     states: Mapping[str, str]
@@ -106,13 +106,13 @@ DEMANDS = {
 
 
 def _form_of(opt: Optimizer) -> tuple[Form, str]:
-    """The form, and its class with the module, for messages; ValueError where torch has no such form."""
+    """Return the form, and its qualified class name for messages; raise ValueError if torch has no such form."""
     form = FORMS.get(rule_of(opt))
     if form is None:
         hint = "; its Nesterov is form='reformulated'" if opt.rule.name == "nesterov_lookahead" else ""
         raise ValueError(
-            f"torch.optim: no optimizer computes what rule {rule_of(opt)!r} does{hint}; the formats that are known "
-            f"are those of {', '.join(KEYS)} and AdamW"
+            f"torch.optim: no optimizer computes the same as rule {rule_of(opt)!r}{hint}; the supported formats are "
+            f"those of {', '.join(KEYS)} and AdamW"
         )
     name = f"torch.optim.{'AdamW' if form.optimizer == 'Adam' and opt.rule.decoupled else form.optimizer}"
     check_forms(opt, name, DEMANDS.get(form.optimizer, {}))
@@ -122,31 +122,31 @@ def _form_of(opt: Optimizer) -> tuple[Form, str]:
         for path, values in zip(opt.flat.paths, values_of(opt), strict=True):
             if values["momentum"] == 0.0 and values.get("dampening", 0.0) != 0.0:
                 raise ValueError(
-                    f"{name}: dampens nothing where momentum is 0; parameter {path!r} has "
-                    f"dampening={values['dampening']} here, expected 0"
+                    f"{name}: ignores dampening if momentum is 0; parameter {path!r} must have dampening=0, got "
+                    f"{values['dampening']}"
                 )
     return form, name
 
 
-# --- there ------------------------------------------------------------------------------------------------------------
+# --- to torch ---------------------------------------------------------------------------------------------------------
 
 
 def to_torch_state(opt: Optimizer, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The state of an optimizer as ``torch.optim.Optimizer.state_dict()`` returns it, with NumPy arrays for tensors.
+    """Return the optimizer's state in the form of ``torch.optim.Optimizer.state_dict()``, with NumPy arrays.
 
-    The class: SGD, Momentum (heavy_ball) and Nesterov (reformulated) are torch's SGD; Adagrad, Adadelta, RMSprop, Adam,
-    AdamW, NAdam, RAdam and Adamax are those of their name. Parameters that share hyperparameters form a group, in the
-    order in which `names` has the first of each; torch's optimizer must have been built with the same groups. A
-    schedule is there as its present value.
+    SGD, Momentum (heavy_ball) and Nesterov (reformulated) become torch's SGD; Adagrad, Adadelta, RMSprop, Adam, AdamW,
+    NAdam, RAdam and Adamax become the torch classes of the same name. Parameters that share hyperparameters form a
+    group, ordered by the first of its members in `names`; torch's optimizer must have the same groups. A schedule is
+    replaced by its present value.
 
     Args:
         opt: the optimizer. It is not changed, and shares no memory with the result.
-        names: the paths of all parameters in torch's order; None for that of ``opt.flat.paths``, which is that of the
-            sorted keys of a dict, and may not be torch's.
+        names: the paths of all parameters in torch's order; None for that of ``opt.flat.paths``, which sorts the keys
+            of a dict and may differ from torch's.
 
     Returns:
         ``{"state": {index: {name: array}}, "param_groups": [...]}``. A parameter that never had a gradient has no
-        state. Gradient clipping and the moving average of the parameters have no place in it.
+        state. Gradient clipping and the moving average of the parameters are not included.
 
     Raises:
         TypeError, ValueError: `names` that are not the paths, or a form that torch does not have.
@@ -161,7 +161,7 @@ def to_torch_state(opt: Optimizer, names: Sequence[str] | None = None) -> dict[s
     >>> state["param_groups"][0]["params"], state["param_groups"][0]["lr"]
     ([0, 1], 0.001)
 
-    torch wants tensors::
+    To convert the arrays to tensors for torch::
 
         state["state"] = {
             k: {name: torch.as_tensor(array) for name, array in arrays.items()} for k, arrays in state["state"].items()
@@ -195,7 +195,7 @@ def _group(opt: Optimizer, form: Form, values: Mapping[str, Any]) -> dict[str, A
         **IMPLEMENTATION,
         **values,
         "decoupled_weight_decay": opt.rule.decoupled,
-        "maximize": opt._tail.maximize,
+        "maximize": opt.state.options.maximize,
     }
     return {key: known[key] for key in KEYS[form.optimizer].split()}
 
@@ -203,7 +203,7 @@ def _group(opt: Optimizer, form: Form, values: Mapping[str, Any]) -> dict[str, A
 def _state(
     opt: Optimizer, form: Form, k: int, values: Mapping[str, Any], views: Mapping[str, Sequence[np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    count = opt.step_count - opt._missed[k]
+    count = opt.step_count - opt.state.missed[k]
     if not form.states or (count == 0 and form.optimizer != "Adagrad"):  # torch's Adagrad has its states from the start
         return {}
     state = {}
@@ -214,32 +214,32 @@ def _state(
     return {**state, **{theirs: views[ours][k].copy() for ours, theirs in form.states.items()}}
 
 
-# --- and back ---------------------------------------------------------------------------------------------------------
+# --- from torch -------------------------------------------------------------------------------------------------------
 
 
 def from_torch_state(
     opt: Optimizer, state_dict: Mapping[str, Any], names: Sequence[str] | None = None, step: int | None = None
 ) -> None:
-    """Continue a run of ``torch.optim``: its states, counts of steps and hyperparameters take the place of those here.
+    """Continue a run of ``torch.optim``: replace the states, step counts and hyperparameters by those of torch.
 
-    The first group's hyperparameters become the optimizer's, and what differs in others its overrides; where there is a
-    schedule here it stays. The parameters themselves, and the moving average of them, are not part of the state and
-    stay as they are, too.
+    The first group's hyperparameters become the optimizer's own, and differing ones of other groups become overrides. A
+    schedule of this optimizer stays. The parameters and their moving average are not part of the state and do not
+    change.
 
     Args:
-        opt: an optimizer of the same form (see `to_torch_state`), of which nothing is changed if anything is wrong.
-        state_dict: what ``state_dict()`` of torch's optimizer returned. Its arrays are copied: CPU tensors, NumPy
+        opt: an optimizer of the same form (see `to_torch_state`). It is unchanged after an error.
+        state_dict: the result of ``state_dict()`` of torch's optimizer. Its arrays are copied: CPU tensors, NumPy
             arrays, or anything that ``np.asarray`` reads, in the dtype of the parameters.
-        names: the paths of the parameters here in torch's order, that of its groups one after another. None: the names
-            that torch keeps (``param_names``) if it was built with them, else the order of ``opt.flat.paths``: mind
-            that this is that of the sorted keys of a dict.
-        step: how many steps were made, from 0, which schedules and ``step_count`` go by; None for the largest count of
-            a parameter. torch's SGD counts none: None then leaves ``step_count`` as it is, or makes it 1 if it is 0 and
-            there are velocities, since what dampening does depends on whether a parameter had its first step.
+        names: the paths of the parameters in torch's order, that of its groups one after another. None means torch's
+            own names (``param_names``) if the state has them, or else the order of ``opt.flat.paths``, which sorts the
+            keys of a dict.
+        step: number of steps made, from 0, for schedules and ``step_count``; None means the largest count of a
+            parameter. torch's SGD has no counts: None then keeps ``step_count``, or sets it to 1 if it is 0 and there
+            are velocities, because dampening depends on whether a parameter had its first step.
 
     Raises:
-        TypeError, ValueError: that say where and what: a state of another class or form (amsgrad, centered, nesterov,
-            momentum, decoupled decay, maximize), other shapes, dtypes, names or counts, a number out of range.
+        TypeError, ValueError: a state of another class or form (amsgrad, centered, nesterov, momentum, decoupled decay,
+            maximize), other shapes, dtypes, names or counts, or a number out of range; the message names them.
 
     >>> import numpy as np, fastopt
     >>> from fastopt.interop import from_torch_state, to_torch_state
@@ -253,7 +253,7 @@ def from_torch_state(
     form, name = _form_of(opt)
     root = mapping_from(state_dict, "state_dict", "a dict of 'state' and 'param_groups'")
     if "state" not in root or "param_groups" not in root:
-        raise ValueError(f"state_dict: expected 'state' and 'param_groups', found {', '.join(map(repr, root))}")
+        raise ValueError(f"state_dict: must have 'state' and 'param_groups', got {', '.join(map(repr, root))}")
     groups = _groups_of(root["param_groups"])
     number_of = _numbers(opt, groups, names)
     values: list[dict[str, Any]] = [{} for _ in opt.flat.paths]
@@ -276,26 +276,25 @@ def from_torch_state(
 def _groups_of(found: Any) -> list[Mapping[str, Any]]:
     where = "state_dict['param_groups']"
     if not isinstance(found, list | tuple) or not found:
-        raise TypeError(f"{where}: expected a list of at least one group, found {found!r}"[:500])
+        raise TypeError(f"{where}: must be a list of at least one group, got {found!r}"[:500])
     groups = [mapping_from(group, f"{where}[{g}]", "a dict") for g, group in enumerate(found)]
     for g, group in enumerate(groups):
         if not isinstance(group.get("params"), list | tuple) or not group["params"]:
-            raise ValueError(f"{where}[{g}]['params']: expected a list of indices, found {group.get('params')!r}")
+            raise ValueError(f"{where}[{g}]['params']: must be a list of indices, got {group.get('params')!r}")
     return groups
 
 
 def _numbers(opt: Optimizer, groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> dict[Any, int]:
-    """The number of the parameter here by torch's index."""
+    """Return the index of the parameter here by torch's index."""
     paths = opt.flat.paths
     indices = list(chain.from_iterable(group["params"] for group in groups))
     if not all(type(index) is int for index in indices) or sorted(indices) != list(range(len(indices))):
         raise ValueError(
-            f"state_dict['param_groups']: expected the indices 0, 1, ... in 'params', each once, found {indices}"
+            f"state_dict['param_groups']: must have the indices 0, 1, ... in 'params', each once, got {indices}"
         )
     if len(indices) != len(paths):
         raise ValueError(
-            f"state_dict['param_groups']: holds {len(indices)} parameters, but this optimizer has {len(paths)}: "
-            f"{', '.join(paths)}"
+            f"state_dict['param_groups']: must hold {len(paths)} parameters, {', '.join(paths)}, got {len(indices)}"
         )
     if names is not None:
         return dict(enumerate(order_of(opt, names)))
@@ -306,53 +305,53 @@ def _numbers(opt: Optimizer, groups: Sequence[Mapping[str, Any]], names: Sequenc
         own = group.get("param_names")
         if not isinstance(own, list | tuple) or len(own) != len(group["params"]):
             raise ValueError(
-                f"state_dict['param_groups'][{g}]['param_names']: expected a name for each of {group['params']}, found "
+                f"state_dict['param_groups'][{g}]['param_names']: must have a name for each of {group['params']}, got "
                 f"{own!r}; give names="
             )
         kept += own
-    order = order_of(opt, kept, "param_names of state_dict['param_groups'], in place of which names= may be given")
+    order = order_of(opt, kept, "param_names of state_dict['param_groups'] (names= replaces them)")
     return dict(zip(indices, order, strict=True))
 
 
 def _hyper_of(opt: Optimizer, form: Form, name: str, group: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A group's hyperparameters, as far as the rule has them; ValueError where it is of another class or form."""
+    """Return the group's hyperparameters that the rule has; raise ValueError for another class or form."""
     own = set(KEYS[form.optimizer].split())
     foreign = sorted((MARKS - own) & set(group))
     lacking = sorted(own - FREE - set(group))
     if foreign or lacking:
         others = [other for other, keys in KEYS.items() if _fits(set(keys.split()), group)]
         raise ValueError(
-            f"{where}: not of {name}, as this optimizer is: "
-            + " and ".join(
-                f"{verb} {', '.join(keys)}" for verb, keys in (("it has", foreign), ("it lacks", lacking)) if keys
-            )
+            f"{where}: must be of {name}, as this optimizer is, got a group that "
+            + " and ".join(f"{verb} {', '.join(keys)}" for verb, keys in (("has", foreign), ("lacks", lacking)) if keys)
             + (f"; it may be of torch.optim.{' or '.join(others)}" if others else "")
         )
     here = {flag: flag in form.flags for flag in FLAGS}
-    here |= {"decoupled_weight_decay": opt.rule.decoupled, "maximize": opt._tail.maximize}
-    idle = "momentum" in group and number_from(group["momentum"], f"{where}['momentum']") == 0.0
+    here |= {"decoupled_weight_decay": opt.rule.decoupled, "maximize": opt.state.options.maximize}
+    without_momentum = "momentum" in group and number_from(group["momentum"], f"{where}['momentum']") == 0.0
     for flag, expected in here.items():
-        # A group without momentum is the same with Nesterov's; older versions of AdamW do not tell of themselves.
-        untold = flag == "decoupled_weight_decay" and flag not in group
-        if flag not in own or (flag == "nesterov" and idle) or untold:
+        # Nesterov has no effect without momentum; older versions of AdamW do not store decoupled_weight_decay.
+        unknown = flag == "decoupled_weight_decay" and flag not in group
+        if flag not in own or (flag == "nesterov" and without_momentum) or unknown:
             continue
         flagged = bool(number_from(group.get(flag, False), f"{where}[{flag!r}]"))
         if flagged != expected:
             raise ValueError(
-                f"{where}[{flag!r}]: is {flagged}, but this optimizer has {flag}={expected}; construct it with "
-                f"{flag}={flagged}"
+                f"{where}[{flag!r}]: must be {expected}, as in this optimizer, got {flagged}; construct the optimizer "
+                f"with {flag}={flagged}"
             )
     values = {}
     for key in opt.rule.names():
         if key in own:
             values[key] = opt.rule.check(key, number_from(group[key], f"{where}[{key!r}]"), f"{where}: ")
-    if idle and "dampening" in values:
-        values["dampening"] = 0.0  # which torch does not look at then
+    if without_momentum and "dampening" in values:
+        values["dampening"] = 0.0  # torch ignores dampening without momentum
     for key in ("momentum", "dampening"):
-        if key in own and key not in values and number_from(group[key], f"{where}[{key!r}]") != 0.0 and not idle:
+        if key not in own or key in values:
+            continue
+        if number_from(group[key], f"{where}[{key!r}]") != 0.0 and not without_momentum:
             raise ValueError(
-                f"{where}[{key!r}]: is {group[key]!r}, but this optimizer has no {key}; construct fastopt."
-                f"{form.optimizer}(..., {key}={group[key]!r})"
+                f"{where}[{key!r}]: must be 0, because this optimizer has no {key}, got {group[key]!r}; construct "
+                f"fastopt.{form.optimizer}(..., {key}={group[key]!r})"
             )
     return values
 
@@ -364,21 +363,21 @@ def _fits(keys: set[str], group: Mapping[str, Any]) -> bool:
 def _check_momentum(opt: Optimizer, form: Form, name: str, values: Sequence[Mapping[str, Any]]) -> None:
     if "momentum" in opt.rule.hyperparameters and all(each["momentum"] == 0.0 for each in values):
         raise ValueError(
-            f"state_dict['param_groups']: momentum is 0 in every group of {name}, but this optimizer keeps momentum; "
-            f"construct fastopt.{form.optimizer}(..., momentum=0)"
+            f"state_dict['param_groups']: must have momentum in a group of {name}, as this optimizer has, got 0 in "
+            f"every group; construct fastopt.{form.optimizer}(..., momentum=0)"
         )
 
 
 def _states_of(
     opt: Optimizer, form: Form, found: Any, number_of: Mapping[Any, int], values: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The checked states of each parameter by torch's names; empty for one that never had a gradient."""
-    views = opt.flat.views(opt.flat.data)
+    """Return the checked states of each parameter by torch's names; empty for one that never had a gradient."""
+    views = opt.flat.arrays
     states: list[dict[str, Any]] = [{} for _ in views]
     for index, entry in mapping_from(found, "state_dict['state']", "a dict by index").items():
         where = f"state_dict['state'][{index!r}]"
         if index not in number_of:
-            raise ValueError(f"{where}: no group has a parameter of this index; they have 0 to {len(number_of) - 1}")
+            raise ValueError(f"{where}: must have an index of a parameter, 0 to {len(number_of) - 1}, got {index!r}")
         k = number_of[index]
         where += f" (parameter {opt.flat.paths[k]!r})"
         given = {key: value for key, value in mapping_from(entry, where, "a dict by name").items() if value is not None}
@@ -389,14 +388,14 @@ def _states_of(
         unknown = [key for key in given if key not in (*form.states.values(), *counts, *extra)]
         if unknown:
             raise ValueError(
-                f"{where}: has {unknown[0]!r}, which this optimizer ({opt.rule.name}) does not keep; it keeps "
-                f"{', '.join((*counts, *form.states.values())) or 'none'}"
+                f"{where}: must hold the states of this optimizer ({opt.rule.name}), "
+                f"{', '.join((*counts, *form.states.values())) or 'none'}, got {unknown[0]!r}"
             )
         # torch keeps no velocity for a group without momentum.
-        idle = "momentum_buffer" if values[k].get("momentum") == 0.0 else None
-        lacking = [key for key in (*counts, *form.states.values()) if key not in given and key != idle]
+        optional = "momentum_buffer" if values[k].get("momentum") == 0.0 else None
+        lacking = [key for key in (*counts, *form.states.values()) if key not in given and key != optional]
         if lacking:
-            raise ValueError(f"{where}: lacks {lacking[0]!r}; found {', '.join(map(repr, given))}")
+            raise ValueError(f"{where}: must have {lacking[0]!r}, got {', '.join(map(repr, given))}")
         for key in given:
             if key == "step":
                 states[k][key] = count_from(given[key], f"{where}[{key!r}]")
@@ -408,28 +407,28 @@ def _states_of(
 
 
 def _check_product(found: Any, count: int, values: Mapping[str, Any], where: str) -> None:
-    # torch multiplies it up in float32, step by step; here it follows from the count. As it only enters as 1 - product
-    # the difference of roundings is no matter, but that of other hyperparameters is.
+    # torch accumulates the product in float32; here it follows from the count. The formula uses 1 - product, so
+    # rounding does not matter, but other hyperparameters do.
     number = number_from(found, where)
     expected = product(count, values["betas"][0], values["momentum_decay"])
     if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number - expected) <= 1e-5:
         raise ValueError(
-            f"{where}: is {number!r}, but {count} steps with betas={values['betas']} and "
-            f"momentum_decay={values['momentum_decay']} make {expected:.7g}; a run in which these have changed "
-            f"cannot be continued here"
+            f"{where}: must be {expected:.7g} after {count} steps with betas={values['betas']} and "
+            f"momentum_decay={values['momentum_decay']}, got {number!r}; a run that changed these cannot be continued "
+            f"here"
         )
 
 
 def _counts(
     opt: Optimizer, form: Form, states: Sequence[Mapping[str, Any]], given: int | None
 ) -> tuple[int, list[int]]:
-    """The steps made, and how many of them each parameter has missed."""
+    """Return the number of steps, and the number that each parameter has missed."""
     asked = None if given is None else count_from(given, "step")
     if form.optimizer == "SGD":
         moving = [bool(state) for state in states]
         step = asked if asked is not None else max(opt.step_count, int(any(moving)))
         if step < int(any(moving)):
-            raise ValueError(f"step={given!r}: there are velocities in state_dict, so at least 1 step was made")
+            raise ValueError(f"step: must be at least 1, because state_dict has velocities, got {given!r}")
         kept = missed_before(opt, step) if asked is None else [0] * len(states)
         if not form.states:
             return step, kept
@@ -437,11 +436,11 @@ def _counts(
     counts = [int(state.get("step", 0)) for state in states]
     step = max(counts) if asked is None else asked
     if step < max(counts):
-        raise ValueError(f"step={given!r}: a parameter has had {max(counts)} steps in state_dict, so at least that")
+        raise ValueError(f"step: must be at least {max(counts)}, the largest count in state_dict, got {given!r}")
     return step, [step - count for count in counts]
 
 
 def _initial(opt: Optimizer, name: str, k: int, values: Mapping[str, Any]) -> np.ndarray:
-    """What a state begins at."""
+    """Return the initial array of a state."""
     value = opt.rule.initial.get(name, 0.0)
     return np.full(opt.flat.shapes[k], values[value] if isinstance(value, str) else value, opt.flat.dtype)

@@ -1,33 +1,33 @@
-"""`Table` turns hyperparameters into the numbers that a kernel reads: one row per group, in the compute dtype."""
+"""`Table` turns hyperparameters into the numbers that a kernel reads: a row per param group, in the compute dtype."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastopt.kernels.contract import StepHyper
+from fastopt.hyper import WEIGHT_DECAY
+from fastopt.kernels.contract import N_STEP, StepHyper
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule
 
-EMA = "ema"
-"""The name of the moving average of the parameters among the arrays of an optimizer."""
-WEIGHT_DECAY = "weight_decay"
-UNSCALE, CLIP_VALUE, COEFFICIENT = (StepHyper._fields.index(name) for name in ("unscale", "clip_value", "coefficient"))
+UNSCALE, COEFFICIENT, KEEP, WEIGHT_DECAY_COLUMN = (
+    StepHyper._fields.index(name) for name in ("unscale", "coefficient", "keep", "weight_decay")
+)
 
 
 def is_normal(number: float, dtype: np.dtype[Any]) -> bool:
-    """Whether a positive number is in the range of `dtype`, and not below its normal numbers."""
+    """Return whether a positive number is in the range of the normal numbers of `dtype`."""
     return float(np.finfo(dtype).tiny) <= number <= float(np.finfo(dtype).max)
 
 
 class Point(NamedTuple):
-    """Hyperparameters at one step, arranged for `Table.write`: what the loop applies, and what `prepare` is given."""
+    """Hyperparameters at one step, arranged for `Table.write`: those of the loop, and the arguments of `prepare`."""
 
     weight_decay: float
     keep: float
@@ -42,15 +42,15 @@ class Point(NamedTuple):
 
 
 def hyper_of(rule: Rule, point: Point) -> Any:
-    """The NamedTuple that the rule's `prepare` returns; TypeError where it is none."""
+    """Return the type of NamedTuple that the rule's `prepare` returns; raise TypeError for any other type."""
     prepared = rule.prepare(1, *point.arguments)
     if not isinstance(prepared, tuple) or not hasattr(prepared, "_fields"):
-        raise TypeError(f"prepare of rule {rule.name!r} must return a NamedTuple, found {type(prepared).__name__}")
+        raise TypeError(f"prepare of rule {rule.name!r}: must return a NamedTuple, got {type(prepared).__name__}")
     return type(prepared)
 
 
 class Table:
-    """The rows of hyperparameters of one rule. This is the one place where host float64 becomes the compute dtype."""
+    """The rows of hyperparameters of one rule. Only here, float64 of the host becomes the compute dtype."""
 
     def __init__(
         self,
@@ -62,16 +62,16 @@ class Table:
         clip_value: float | None = None,
         ema: float | None = None,
     ):
-        """`hyper`: the NamedTuple that `prepare` returns, as `hyper_of` tells."""
+        """`hyper`: the type of NamedTuple that `prepare` returns, from `hyper_of`."""
         self.rule = rule
         self._clip_value = 0.0 if clip_value is None else clip_value
-        self._fresh = 0.0 if ema is None else 1.0 - ema
+        self._ema_weight = 0.0 if ema is None else 1.0 - ema
         for name, value, number in (
             ("clip_value", clip_value, self._clip_value),
-            ("ema", ema, self._fresh),
+            ("ema", ema, self._ema_weight),
         ):
             if value is not None and not is_normal(number, dtype):
-                raise ValueError(f"{name}={value!r}: out of the range of {dtype}")
+                raise ValueError(f"{name}: must be in the range of {dtype}, got {value!r}")
         width = len(StepHyper._fields) + len(hyper._fields)
         self.array = np.zeros((rows, width), dtype)
         row = struct.Struct(f"={width}{'f' if dtype.itemsize == 4 else 'd'}")
@@ -80,9 +80,9 @@ class Table:
         self._stride = row.size
 
     def write(self, row: int, t: int, point: Point, unscale: float) -> None:
-        """Write what update number `t` with these hyperparameters needs into `row`.
+        """Write the numbers of update `t` with these hyperparameters into `row`.
 
-        Raises ValueError where a number is not finite in the compute dtype; the row is then as it was.
+        Raises ValueError where a number is not finite in the compute dtype; the row is then unchanged.
         """
         decay, keep, arguments = point
         prepared = self.rule.prepare(t, *arguments)
@@ -90,30 +90,51 @@ class Table:
             if not isfinite(keep + sum(prepared)):
                 raise OverflowError
             self._pack_into(
-                self._rows, row * self._stride, unscale, self._clip_value, 1.0, decay, keep, self._fresh, 1.0, *prepared
+                self._rows,
+                row * self._stride,
+                unscale,
+                self._clip_value,
+                1.0,
+                decay,
+                keep,
+                self._ema_weight,
+                1.0,
+                *prepared,
             )
         except OverflowError:
             raise ValueError(
-                f"hyperparameters of rule {self.rule.name!r} at step {t} leave the range of {self.array.dtype}: "
-                f"weight_decay={decay}, {prepared}"
+                f"hyperparameters of rule {self.rule.name!r} at step {t}: must be in the range of {self.array.dtype}, "
+                f"got weight_decay={decay}, {prepared}"
             ) from None
 
-    def condition(self, unscale: float) -> None:
-        """Write what a measuring launch needs, and nothing else."""
+    def heads(self, points: Sequence[Point]) -> np.ndarray:
+        """Return the fields of `StepHyper` for rows of these hyperparameters: a line each, in float64."""
+        heads = np.empty((len(points), N_STEP))
+        heads[:] = (1.0, self._clip_value, 1.0, 0.0, 0.0, self._ema_weight, 1.0)
+        heads[:, WEIGHT_DECAY_COLUMN] = [point.weight_decay for point in points]
+        heads[:, KEEP] = [point.keep for point in points]
+        return heads
+
+    def write_heads(self, heads: np.ndarray, unscale: float) -> list[int]:
+        """Write these fields of all rows; return the rows whose numbers leave the range of the dtype."""
+        with np.errstate(over="ignore"):
+            self.array[:, :N_STEP] = heads
         self.array[:, UNSCALE] = unscale
-        self.array[:, CLIP_VALUE] = self._clip_value
+        finite = np.isfinite(self.array[:, :N_STEP])
+        return [] if finite.all() else np.flatnonzero(~finite.all(axis=1)).tolist()
 
     def clip(self, coefficient: float) -> None:
         """Multiply all gradients by `coefficient` in the next launch."""
         self.array[:, COEFFICIENT] = coefficient
 
     def unscale(self, grad_scale: Any, divisor: float = 1.0) -> float:
-        """1 / (grad_scale divisor); an error unless it is a positive finite number in the compute dtype."""
+        """Return 1 / (grad_scale divisor); raise an error unless it is a positive normal number of the dtype."""
         if not isinstance(grad_scale, Real | np.floating) or isinstance(grad_scale, bool):
-            raise TypeError(f"grad_scale={grad_scale!r}: expected a positive finite number")
+            raise TypeError(f"grad_scale: must be a positive finite number, got {grad_scale!r}")
         number = float(grad_scale)
         if isfinite(number) and number > 0.0 and is_normal(1.0 / (number * divisor), self.array.dtype):
             return 1.0 / (number * divisor)
         raise ValueError(
-            f"grad_scale={grad_scale!r}: expected a positive finite number whose inverse is one in {self.array.dtype}"
+            f"grad_scale: must be a positive finite number whose inverse is a normal number of {self.array.dtype}, got "
+            f"{grad_scale!r}"
         )

@@ -1,12 +1,9 @@
-"""`pack` lays a tree of arrays out in one aligned buffer: offsets, views, chunks, and the checks at the door."""
+"""`pack` and `FlatParams`: a tree of parameters, in one aligned buffer or in the caller's arrays."""
 
 from __future__ import annotations
 
-import dataclasses
-import fnmatch
-import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,93 +11,43 @@ import numpy as np
 import optree
 
 from fastopt.kernels import get_backend, place_of
-from fastopt.kernels.contract import ALIGNMENT, BLOCK, Backend
-
-NAMESPACE = "fastopt"
-"""The optree namespace in which fastopt registers plain dataclasses; optree's global registrations are seen too."""
+from fastopt.kernels.contract import Backend
+from fastopt.lazy import lazy
+from fastopt.storage.door import Door, is_masked, overlapping, usable_array
+from fastopt.storage.layout import Layout
+from fastopt.storage.trees import flatten, handed_out, leaves_like, plain
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
-MIN_CHUNK = 1024
-MAX_CHUNK = 32_768
-CHUNKS = 64
-"""A buffer is cut into about CHUNKS pieces of MIN_CHUNK to MAX_CHUNK elements: enough of them to share out evenly among
-threads, each long enough to hide the cost of starting a loop (10-20 ns)."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each parameter lies in the flat buffer. Pure arithmetic on Python ints: it allocates nothing."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    sizes: tuple[int, ...]
-    offsets: tuple[int, ...]
-    size: int
-
-    @classmethod
-    def of(cls, shapes: Sequence[tuple[int, ...]], itemsize: int = 4) -> Layout:
-        """Lay out parameters of these shapes, each on a 64-byte boundary; the gaps between them are padding."""
-        step = ALIGNMENT // itemsize
-        sizes = tuple(math.prod(shape) for shape in shapes)
-        offsets = []
-        end = 0
-        for size in sizes:
-            offsets.append(end)
-            end += -(-size // step) * step
-        return cls(tuple(tuple(shape) for shape in shapes), sizes, tuple(offsets), end)
-
-    def chunks(self, rows: Sequence[int], *, layerwise: bool = False, longest: int | None = None) -> np.ndarray:
-        """The work of one launch: an int64 array with a line (start, stop, row, param, block) per chunk.
-
-        Args:
-            rows: for each parameter the row of its hyperparameters in the table, or -1 to leave it out.
-            layerwise: chunks then end with their parameter, are whole numbers of `BLOCK`, and `block` numbers their
-                first partial sum. Otherwise neighbours of one row are joined where no padding lies between them.
-            longest: the length of the longest chunk; chosen from the size where it is None.
-
-        No chunk covers padding, so padding stays zero whatever the rule.
-        """
-        if longest is None:
-            longest = min(max(self.size // CHUNKS, MIN_CHUNK), MAX_CHUNK)
-        unit = BLOCK if layerwise else ALIGNMENT // 4
-        longest = max(unit, longest // unit * unit)
-        lines: list[tuple[int, int, int, int, int]] = []
-        block = 0
-        for start, stop, row, param in self._runs(rows, join=not layerwise):
-            pieces = -(-(stop - start) // longest)
-            piece = -(-(stop - start) // (pieces * unit)) * unit
-            for first in range(start, stop, piece):
-                last = min(first + piece, stop)
-                lines.append((first, last, row, param, block))
-                block += -(-(last - first) // BLOCK)
-        return np.array(lines, np.int64).reshape(-1, 5)
-
-    def _runs(self, rows: Sequence[int], join: bool) -> list[tuple[int, int, int, int]]:
-        runs: list[tuple[int, int, int, int]] = []
-        for param, (offset, size, row) in enumerate(zip(self.offsets, self.sizes, rows, strict=True)):
-            if size == 0 or row < 0:
-                continue
-            if join and runs and runs[-1][1] == offset and runs[-1][2] == row:
-                runs[-1] = (runs[-1][0], offset + size, row, runs[-1][3])
-            else:
-                runs.append((offset, offset + size, row, param))
-        return runs
-
 
 class FlatParams:
-    """A tree of parameters, and one of their gradients, whose leaves are views of two flat buffers. Made by `pack`.
+    """A tree of parameters and a tree of their gradients. Made by `pack`.
+
+    By default, the leaves of `params` are views of one flat buffer. With ``copy=False`` they are the caller's own
+    arrays. The leaves of `grads` are always views of a buffer of this object.
 
     Attributes:
-        params, grads: trees of the structure given to `pack`; writing to a leaf writes to the buffer.
-        data, grad: the 1-D buffers. Every parameter starts on a 64-byte boundary; the padding between is zero.
+        params, grads: trees of the structure given to `pack`; writing to a leaf writes to what the optimizer uses.
+        arrays: the leaves of `params`, in the order of `paths`.
+        data, grad: the 1-D buffers. Every parameter starts on a 64-byte boundary; the padding between is zero. With
+            ``copy=False`` there is no `data`.
+        in_place: whether the parameters are in the caller's own arrays (``copy=False``).
         paths: the parameters' names, such as ``"bn.gamma"``, in buffer order.
-        shapes, offsets: of each parameter, in elements.
-        size: elements of the buffer, padding included.
-        dtype, backend: float32 or float64; ``"cpu"``.
+        shapes, offsets: the shape of each parameter, and its offset in a buffer, in elements.
+        size: the elements of a buffer, including padding.
+        dtype, backend: float32 or float64; ``"cpu"`` or ``"cuda"``.
+        device: the number of the device on which the arrays are; None on the CPU.
     """
 
     def __init__(
-        self, leaves: Sequence[np.ndarray], paths: Sequence[str], treespec: Any, dtype: np.dtype[Any], backend: str
+        self,
+        leaves: Sequence[Any],
+        paths: Sequence[str],
+        treespec: Any,
+        dtype: np.dtype[Any],
+        backend: str,
+        *,
+        copy: bool = True,
     ):
         self._backend = get_backend(backend)
         self.layout = Layout.of([leaf.shape for leaf in leaves], dtype.itemsize)
@@ -108,34 +55,108 @@ class FlatParams:
         self.dtype = dtype
         self.backend = backend
         self.treespec = treespec
-        self.data = self.new_buffer()
-        self.grad = self.new_buffer()
-        self._device = self._backend.device_of(self.data)
-        views = self.views(self.data)
-        for view, leaf in zip(views, leaves, strict=True):
-            self._backend.copy(view, leaf)
-        self.params = self.tree(views)
-        self._grad_views = self.views(self.grad)
-        self.grads = self.tree(self._grad_views)
+        self.in_place = not copy
+        self._grad_arrays: list[Any] | None = None
+        self.grad_buffers: list[Any] = []
+        self.arrays = list(leaves)
+        self._buffers: list[Any] = []
+        if copy:
+            buffer = self.new_buffer()
+            self._buffers = [buffer]
+            self.arrays = self.views(buffer)
+            for view, leaf in zip(self.arrays, leaves, strict=True):
+                self._backend.copy(view, leaf)
+        self.device = self._backend.device_of(self.arrays[0])
+        self.params = handed_out(treespec, self.arrays, "opt.params")
+        self.addresses = self.addresses_of(self.arrays)
+        self._door_of_params: Door | None = None
 
-    # What these are the class tells, under Attributes.
+    # Documented in the class docstring.
     shapes = property(lambda self: self.layout.shapes)
     offsets = property(lambda self: self.layout.offsets)
     size = property(lambda self: self.layout.size)
 
+    @property
+    def data(self) -> Any:
+        """The buffer of the parameters; AttributeError where they are in the caller's arrays or in several buffers."""
+        if len(self._buffers) != 1:
+            found = f"{len(self._buffers)} buffers"
+            raise AttributeError(f"data: the parameters must be in one buffer, got {found}; use `arrays` or `params`")
+        return self._buffers[0]
+
+    @property
+    def grad_arrays(self) -> list[Any]:
+        """The leaves of `grads`, in the order of `paths`; their buffer is made on first access."""
+        if self._grad_arrays is None:
+            buffer = self.new_buffer()
+            self.grad_buffers = [buffer]
+            self._grad_arrays = self.views(buffer)
+        return self._grad_arrays
+
+    @property
+    def grad(self) -> Any:
+        """The buffer of gradients, zeros at first; AttributeError where there are several (`Optimizer.add`)."""
+        self.grad_arrays  # noqa: B018 makes the buffer
+        if len(self.grad_buffers) > 1:
+            raise AttributeError("grad: the gradients must be in one buffer, got several, after add(); use `grads`")
+        return self.grad_buffers[0]
+
+    @lazy
+    def grads(self) -> Any:
+        """The gradients as a tree of views of their buffer."""
+        return handed_out(self.treespec, self.grad_arrays, "opt.grads")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatParams:
-        """A copy with buffers of its own, whose leaves are views of them."""
-        twin = FlatParams(self.views(self.data), self.paths, self.treespec, self.dtype, self.backend)
+        """Return a copy with its own arrays."""
+        leaves = [array.copy() for array in self.arrays] if self.in_place else self.arrays
+        twin = FlatParams(leaves, self.paths, self.treespec, self.dtype, self.backend, copy=not self.in_place)
         memo[id(self)] = twin
-        twin.grad[...] = self.grad
+        if self._grad_arrays is not None:
+            for view, array in zip(twin.grad_arrays, self._grad_arrays, strict=True):
+                view[...] = array
+        return twin
+
+    def extended(self, params: Any) -> FlatParams:
+        """Return these parameters together with others, which get a buffer of their own or stay in their arrays.
+
+        Args:
+            params: a dict of trees to add to a dict, or a list of trees to add to a list.
+
+        Returns:
+            A `FlatParams` that shares its arrays with this one.
+
+        Raises:
+            TypeError, ValueError: as `pack`; a key that is there already, parameters that are not in a dict or list.
+            RuntimeError: as `pack`.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.ones(2)})
+        >>> flat.extended({"b": np.zeros(1)}).paths
+        ('b', 'w')
+        """
+        others = pack(params, backend=self.backend, copy=not self.in_place)
+        if others.dtype != self.dtype:
+            raise TypeError(f"params: must have dtype {self.dtype} as the other parameters, got {others.dtype}")
+        merged = _merged(plain(self.params), plain(others.params))
+        leaves, treespec, paths = flatten(merged)
+        if self.in_place:
+            addresses = self.addresses_of(leaves)
+            _check_apart(addresses, np.array([leaf.nbytes for leaf in leaves], np.int64), paths)
+        twin = FlatParams(leaves, paths, treespec, self.dtype, self.backend, copy=False)
+        twin.in_place = self.in_place
+        twin._buffers = [*self._buffers, *others._buffers]
+        grads = _merged(plain(self.grads), plain(others.grads))
+        twin._grad_arrays = flatten(grads)[0]
+        twin.grad_buffers = [*self.grad_buffers, *others.grad_buffers]
         return twin
 
     def __repr__(self) -> str:
         count = sum(self.layout.sizes)
-        return f"<FlatParams: {len(self.paths)} parameters, {count:,} elements of {self.dtype}, on {self.backend}>"
+        where = f"{self.backend}, in place" if self.in_place else self.backend
+        return f"<FlatParams: {len(self.paths)} parameters, {count:,} elements of {self.dtype}, on {where}>"
 
     def new_buffer(self) -> np.ndarray:
-        """Another buffer of zeros with this layout, for a state.
+        """Return a new buffer of zeros with this layout, for a state.
 
         >>> import numpy as np, fastopt
         >>> fastopt.pack({"w": np.ones(3)}).new_buffer()
@@ -144,7 +165,7 @@ class FlatParams:
         return self._backend.zeros(self.layout.size, self.dtype)
 
     def new_numbers(self) -> np.ndarray:
-        """A buffer of one zero for each parameter, in float64: a sum of squares leaves the range of float32.
+        """Return a buffer of one zero per parameter, in float64: a sum of squares may leave the range of float32.
 
         >>> import numpy as np, fastopt
         >>> fastopt.pack({"w": np.ones(3), "b": np.ones(1)}).new_numbers()
@@ -153,13 +174,13 @@ class FlatParams:
         return self._backend.zeros(len(self.paths), np.dtype(np.float64))
 
     def views(self, buffer: np.ndarray) -> list[np.ndarray]:
-        """The parameters' parts of a buffer.
+        """Return the parameters' parts of a buffer.
 
         Args:
             buffer: 1-D, of `size` elements, such as `data` or what `new_buffer` returned.
 
         Returns:
-            A list of views of it in the parameters' shapes, in the order of `paths`.
+            A list of views of the buffer in the parameters' shapes, in the order of `paths`.
 
         >>> import numpy as np, fastopt
         >>> flat = fastopt.pack({"w": np.ones(2), "b": np.zeros(1)})
@@ -176,7 +197,7 @@ class FlatParams:
         """Put leaves into the structure of the parameters.
 
         Args:
-            leaves: anything, one for each parameter, in the order of `paths`.
+            leaves: any objects, one per parameter, in the order of `paths`.
 
         Returns:
             A tree like `params`.
@@ -194,64 +215,161 @@ class FlatParams:
             path: one of `paths`.
 
         Returns:
-            Its number, an int from 0.
+            The index of the parameter in `paths`.
 
         Raises:
-            ValueError: there is no such path, or the parameter is not 2-D.
+            ValueError: `path` is not one of `paths`, or the parameter is not 2-D.
 
         >>> import numpy as np, fastopt
         >>> fastopt.pack({"W": np.ones((2, 3)), "b": np.ones(3)}).matrix("W")
         0
         """
         if path not in self.paths:
-            raise ValueError(f"{path!r} is no parameter; the paths are {', '.join(self.paths)}")
+            raise ValueError(f"{path!r}: must be the path of a parameter; the paths are {', '.join(self.paths)}")
         k = self.paths.index(path)
         if len(self.shapes[k]) != 2:
-            raise ValueError(f"parameter {path!r}: expected 2-D for row-wise steps, found shape {self.shapes[k]}")
+            raise ValueError(f"parameter {path!r}: must be 2-D for row-wise steps, got shape {self.shapes[k]}")
         return k
 
+    # --- what the kernels read ----------------------------------------------------------------------------------------
+
+    def addresses_of(self, arrays: Sequence[Any]) -> np.ndarray:
+        """The addresses of arrays, int64.
+
+        Args:
+            arrays: a list of arrays of the backend, of any shapes.
+
+        Returns:
+            A NumPy array of shape (len(arrays),).
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.ones(3), "b": np.ones(1)})
+        >>> flat.addresses_of(flat.arrays) - flat.addresses_of([flat.data])
+        array([ 0, 64])
+        """
+        return np.array([self._backend.address(array) for array in arrays], np.int64)
+
+    @lazy
+    def places(self) -> np.ndarray:
+        """A line of `fastopt.kernels.contract.Place` per parameter, for the gradients in `grad`."""
+        return self.layout.places(self.addresses, self.addresses_of(self.grad_arrays))
+
+    @lazy
+    def neighbours(self) -> list[bool]:
+        """For each parameter, whether it follows the one before without a gap, in `places`."""
+        return self.layout.neighbours(self.places, self.dtype.itemsize)
+
+    def replace(self, params: Any, apart_from: Sequence[Any] = ()) -> bool:
+        """Update other arrays from now on, of the same structure, shapes and dtype; only where they stay in place.
+
+        Args:
+            params: a tree like that given to `pack`.
+            apart_from: a list of buffers of the backend, of any shape, that the arrays must not overlap.
+
+        Returns:
+            Whether the new arrays are at other addresses than the old ones.
+
+        Raises:
+            TypeError, ValueError: naming the path: an array that `pack` refuses, or another structure or shape.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.zeros(2)}, copy=False)
+        >>> other = {"w": np.ones(2)}
+        >>> flat.replace(other), flat.replace(other)
+        (True, False)
+        >>> flat.params["w"] is other["w"]
+        True
+        """
+        leaves = self.leaves_like(params, "params")
+        arrays = list(leaves)
+        if self.device is None:
+            addresses = np.empty(len(self.paths), np.int64)
+            if self._door_of_params is None:
+                self._door_of_params = Door(self.layout.shapes, self.dtype, writeable=True)
+            if self._door_of_params.admit(arrays, addresses, self.paths):
+                k = next(k for k, array in enumerate(arrays) if array is None)
+                raise TypeError(f"parameter {self.paths[k]!r}: must be a NumPy array, got None")
+        else:
+            arrays = [
+                _check_leaf(path, leaf, self._backend, None) for path, leaf in zip(self.paths, leaves, strict=True)
+            ]
+            for path, shape, array in zip(self.paths, self.shapes, arrays, strict=True):
+                if (array.shape, array.dtype) != (shape, self.dtype):
+                    raise ValueError(
+                        f"parameter {path!r}: must have shape {shape} and dtype {self.dtype}, got {array.shape} and "
+                        f"{array.dtype}"
+                    )
+            _check_updatable(self.paths, leaves, arrays, self._backend)
+            leaves, addresses = arrays, self.addresses_of(arrays)
+        if (addresses == self.addresses).all():
+            return False
+        everything = [*arrays, *apart_from]
+        sizes = np.array([array.nbytes for array in everything], np.int64)
+        own = [f"the optimizer's own buffer {k}" for k in range(len(apart_from))]
+        _check_apart(np.concatenate([addresses, self.addresses_of(apart_from)]), sizes, (*self.paths, *own))
+        self.arrays, self.addresses = leaves, addresses
+        self.params = handed_out(self.treespec, leaves, "opt.params")
+        self.__dict__.pop("places", None)
+        self.__dict__.pop("neighbours", None)
+        return True
+
+    def zero_grad(self) -> None:
+        """Set `grad` to zero.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.ones(2)})
+        >>> flat.grads["w"] = np.ones(2)
+        >>> flat.zero_grad()
+        >>> flat.grads["w"]
+        array([0., 0.])
+        """
+        for buffer in self.grad_buffers:
+            buffer.fill(0)
+
     def check_grads(self, grads: Any) -> list[Any]:
-        """Hold a tree of gradients against the parameters.
+        """Check a tree of gradients against the parameters.
 
         Args:
             grads: a tree like `params`, of arrays of the shapes and the dtype of the parameters, or None.
 
         Returns:
-            A list of its leaves, an array or None for each parameter.
+            A list of the leaves, an array or None for each parameter.
 
         Raises:
-            TypeError, ValueError: naming the path: another structure, type, dtype or shape, an array that overlaps the
-                buffers.
+            TypeError, ValueError: another structure, type, dtype or shape; or an array that overlaps the parameters, or
+                the part of the gradient buffer that belongs to another parameter. The error names the path.
 
         >>> import numpy as np, fastopt
         >>> flat = fastopt.pack({"w": np.ones(2), "b": np.zeros(1)})
         >>> flat.check_grads({"w": np.array([1.0, 2.0]), "b": None})
         [None, array([1., 2.])]
         """
-        leaves = self._leaves_like(grads)
-        kind, overlap, device = self._backend.array_type, self._backend.overlap, self._device
+        leaves = self.leaves_like(grads)
+        kind, overlap, device = self._backend.array_type, self._backend.overlap, self.device
         leaf: Any
-        for k, (path, view, leaf) in enumerate(zip(self.paths, self._grad_views, leaves, strict=True)):
+        for k, (path, view, leaf) in enumerate(zip(self.paths, self.grad_arrays, leaves, strict=True)):
             if leaf is None or leaf is view:
                 continue
-            if type(leaf) is not kind or leaf.dtype != self.dtype or leaf.shape != view.shape:
+            if device is None:
+                leaf = leaves[k] = usable_array(leaf, view.shape, self.dtype, f"gradient {path!r}", writeable=False)
+            elif type(leaf) is not kind or leaf.dtype != self.dtype or leaf.shape != view.shape:
                 leaf = leaves[k] = self._check_gradient(path, leaf, view)
             if device is not None:
-                _check_device(f"gradient {path!r}", leaf, self._backend, device, "its parameter on device")
-            if overlap(leaf, self.grad) and not self._same_memory(leaf, view):
+                _check_device(f"gradient {path!r}", leaf, self._backend, device, "as its parameter")
+            if any(overlap(leaf, own) for own in self.grad_buffers) and not self._same_memory(leaf, view):
                 raise ValueError(
-                    f"gradient {path!r} overlaps the gradient buffer in another place than its own: pass a copy, "
-                    f"or write into opt.grads and call step() without gradients"
+                    f"gradient {path!r}: must not overlap the gradient buffer in another place than its own; pass a "
+                    f"copy, or write into opt.grads and call step() without gradients"
                 )
-            if overlap(leaf, self.data):
-                raise ValueError(f"gradient {path!r} overlaps the parameters: pass a copy")
+            if any(overlap(leaf, own) for own in self._buffers or self.arrays):
+                raise ValueError(f"gradient {path!r}: must not overlap the parameters in memory; pass a copy")
         return leaves
 
     def copy_grads(self, leaves: Sequence[Any]) -> None:
         """Copy gradients into `grad`.
 
         Args:
-            leaves: what `check_grads` returned; the place of a None is left as it is.
+            leaves: the list that `check_grads` returned. The gradient of a None does not change.
 
         >>> import numpy as np, fastopt
         >>> flat = fastopt.pack({"w": np.ones(2), "b": np.zeros(1)})
@@ -259,7 +377,7 @@ class FlatParams:
         >>> flat.grads["w"]
         array([1., 2.])
         """
-        for view, leaf in zip(self._grad_views, leaves, strict=True):
+        for view, leaf in zip(self.grad_arrays, leaves, strict=True):
             if leaf is not None and leaf is not view:
                 view[...] = leaf
 
@@ -267,34 +385,71 @@ class FlatParams:
         return self._backend.address(a) == self._backend.address(b) and bool(a.strides == b.strides)
 
     def _check_gradient(self, path: str, leaf: Any, view: Any) -> Any:
-        """A gradient as an array of the backend; an error where it is none, or not like the parameter."""
+        """Return a gradient as an array of the backend; raise an error if it does not match the parameter."""
         array: Any = leaf if isinstance(leaf, self._backend.array_type) else None
         if array is None and not isinstance(leaf, np.ndarray):
-            array = _adopted(f"gradient {path!r}", leaf, self._backend)  # another library's, that lies where it should
+            array = _adopted(
+                f"gradient {path!r}", leaf, self._backend
+            )  # an array of another library on the same backend
         if array is None:
             raise TypeError(
-                f"gradient {path!r}: expected {named(self._backend.array_type)} or None, found {named(type(leaf))}"
+                f"gradient {path!r}: must be {named(self._backend.array_type)} or None, got {named(type(leaf))}"
                 f"{_hint(leaf)}"
             )
         if array.dtype != view.dtype:
             raise TypeError(
-                f"gradient {path!r}: expected dtype {view.dtype.str!r} as the parameter's, found {array.dtype.str!r}; "
+                f"gradient {path!r}: must have dtype {view.dtype.str!r} as its parameter, got {array.dtype.str!r}; "
                 f"use grad.astype({view.dtype.name!r})"
             )
         if array.shape != view.shape:
-            raise ValueError(f"gradient {path!r}: expected shape {view.shape} as the parameter's, found {array.shape}")
+            raise ValueError(f"gradient {path!r}: must have shape {view.shape} as its parameter, got {array.shape}")
         return array
 
-    def _leaves_like(self, tree: Any) -> list[Any]:
+    def leaves_like(self, tree: Any, what: str = "grads") -> list[Any]:
+        """The leaves of a tree like `params`.
+
+        Args:
+            tree: of the structure of the parameters; None in the place of a parameter is a leaf.
+            what: the name of the tree in the error.
+
+        Returns:
+            A list of the leaves as they are, in the order of `paths`.
+
+        Raises:
+            ValueError: the tree has another structure.
+
+        >>> import numpy as np, fastopt
+        >>> fastopt.pack({"w": np.ones(3), "b": np.ones(1)}).leaves_like({"b": None, "w": "anything"})
+        [None, 'anything']
+        """
+        if "grads" in self.__dict__ and tree is self.grads:
+            return list(self.grad_arrays)
         try:
-            leaves: list[Any] = self.treespec.flatten_up_to(tree)
+            return leaves_like(self.treespec, tree)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"grads: not the structure of the parameters ({', '.join(self.paths)}): {error}") from None
-        return leaves
+            found = re.sub(r"; \w+: .*", "", str(error), flags=re.DOTALL)[:500]  # without the arrays themselves
+            raise ValueError(
+                f"{what}: must have the structure of the parameters ({', '.join(self.paths)}): {found}"
+            ) from None
+
+
+def _merged(tree: Any, more: Any) -> Any:
+    """Return two dicts, or two lists, as one."""
+    if isinstance(tree, dict) and isinstance(more, dict):
+        for key in more:
+            if key in tree:
+                raise ValueError(f"params[{key!r}]: must be a new key, got one that exists already")
+        return {**tree, **more}
+    if isinstance(tree, list) and isinstance(more, list):
+        return [*tree, *more]
+    raise TypeError(
+        f"params: must be a dict to add to a dict, or a list to add to a list, got {type(more).__name__} for "
+        f"{type(tree).__name__}"
+    )
 
 
 def _adopted(name: str, array: Any, backend: Backend) -> Any:
-    """`array` as one of the backend, None where it is none; an error that begins with `name`."""
+    """Return `array` as an array of the backend, or None; errors begin with `name`."""
     try:
         return backend.adopt(array)
     except ValueError as error:
@@ -309,31 +464,34 @@ def _check_device(name: str, array: Any, backend: Backend, expected: int | None,
     found = backend.device_of(array)
     if found != expected:
         raise ValueError(
-            f"{name}: is on device {found}, and {whose} {expected}; bring all arrays to one device, and make it the "
-            f"current one by `with cupy.cuda.Device({found}):`"
+            f"{name}: must be on device {expected}, {whose}, got an array on device {found}; move all arrays to one "
+            f"device, and make it the current device by `with cupy.cuda.Device({found}):`"
         )
 
 
 def named(kind: type) -> str:
-    """A kind of array, as errors call it."""
+    """Return the name of a type of array, for errors."""
     return "a NumPy array" if kind is np.ndarray else f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 
-def pack(params: Any, *, backend: str = "auto", dtype: Any = None) -> FlatParams:
-    """Copy a tree of arrays into one flat buffer and return it with trees of views on it.
+def pack(params: Any, *, backend: str = "auto", dtype: Any = None, copy: bool = True) -> FlatParams:
+    """Copy a tree of arrays into one flat buffer; or, with ``copy=False``, use its arrays in place.
 
     Args:
-        params: any tree (dict, list, tuple, NamedTuple, dataclass, whatever optree knows) whose leaves are NumPy arrays
-            of one dtype, float32 or float64. Empty and 0-d arrays are welcome.
-        backend: ``"cpu"``, ``"cuda"``, or ``"auto"``: the one that the arrays live on.
-        dtype: float32 or float64 to convert to; None keeps the arrays' own.
+        params: any tree (dict, list, tuple, NamedTuple, dataclass, any type known to optree) whose leaves are NumPy
+            arrays of one dtype, float32 or float64. Arrays may be empty or 0-d.
+        backend: ``"cpu"``, ``"cuda"``, or ``"auto"``, the backend of the arrays.
+        dtype: float32 or float64 to convert to; None keeps the arrays' dtype.
+        copy: False keeps the parameters in the given arrays, which are then updated in place. They must be
+            C-contiguous, aligned and writeable, and must not overlap in memory.
 
     Returns:
         `FlatParams`.
 
     Raises:
-        TypeError, ValueError: naming the parameter's path: a leaf that is no array, another dtype (integer, complex,
-            object, mixed), a tree without arrays, two parameters of one path.
+        TypeError, ValueError: a leaf that is not an array, another dtype (integer, complex, object, mixed), a tree
+            without arrays, two parameters of one path; with ``copy=False``, an array that cannot be updated in place.
+            The error names the path of the parameter.
         RuntimeError: the backend cannot work here.
 
     >>> import numpy as np, fastopt
@@ -344,111 +502,94 @@ def pack(params: Any, *, backend: str = "auto", dtype: Any = None) -> FlatParams
     >>> float(flat.data[0])
     5.0
     """
-    leaves, treespec = _flatten(params)
-    paths = [_path(accessor) for accessor in treespec.accessors()]
+    leaves, treespec, paths = flatten(params)
     if not leaves:
-        raise ValueError("params: the tree holds no arrays; expected at least one parameter")
+        raise ValueError("params: must hold at least one array, got a tree without any")
     doubled = sorted({path for path, following in pairwise(sorted(paths)) if path == following})
     if doubled:
-        raise ValueError(f"parameter {doubled[0]!r}: two parameters have this path; rename one of their keys")
+        raise ValueError(f"parameter {doubled[0]!r}: must have a path of its own, got two of this path; rename one key")
     first_use: dict[int, str] = {}
     for path, leaf in zip(paths, leaves, strict=True):
         if first_use.setdefault(id(leaf), path) != path:
             raise ValueError(
-                f"parameters {first_use[id(leaf)]!r} and {path!r} are one and the same array, and would no longer be "
-                f"after packing: keep it in the tree once, or pass a copy"
+                f"parameters {first_use[id(leaf)]!r} and {path!r}: must be two arrays, got one and the same (tied); "
+                f"keep it in the tree once, or pass a copy"
             )
     try:
         wanted = None if dtype is None else np.dtype(dtype)
     except TypeError:
         wanted = np.dtype(object)
     if wanted is not None and wanted not in DTYPES:
-        raise TypeError(f"dtype={dtype!r}: expected float32 or float64")
+        raise TypeError(f"dtype: must be float32 or float64, got {dtype!r}")
     if backend == "auto":
         backend = "cuda" if "cuda" in map(place_of, leaves) else "cpu"
     memory = get_backend(backend)
-    leaves = [_check_leaf(path, leaf, memory, wanted) for path, leaf in zip(paths, leaves, strict=True)]
-    found = wanted or leaves[0].dtype
-    for path, leaf in zip(paths, leaves, strict=True):
-        if wanted is None and leaf.dtype != found:
+    arrays = [_check_leaf(path, leaf, memory, wanted) for path, leaf in zip(paths, leaves, strict=True)]
+    found = arrays[0].dtype if wanted is None else wanted
+    for path, leaf in zip(paths, arrays, strict=True):
+        if leaf.dtype != found and (wanted is None or not copy):
             raise TypeError(
-                f"parameter {path!r} is {leaf.dtype} but {paths[0]!r} is {found}: all parameters need one dtype; "
-                f"convert them, or pass dtype= to convert all"
+                f"parameter {path!r}: must have dtype {found} as {paths[0]!r}, got {leaf.dtype}; convert it, or pass "
+                f"dtype= to convert all"
+                if copy
+                else f"parameter {path!r}: must have dtype {found}, got {leaf.dtype}; with copy=False nothing is "
+                f"converted"
             )
-    return FlatParams(leaves, paths, treespec, np.dtype(found), backend)
+    if not copy:
+        _check_updatable(paths, leaves, arrays, memory)
+    return FlatParams(arrays, paths, treespec, np.dtype(found), backend, copy=copy)
+
+
+def _check_updatable(paths: Sequence[str], given: Sequence[Any], arrays: Sequence[Any], memory: Backend) -> None:
+    """Refuse arrays that cannot be updated where they are. arrays : what was given, as arrays of the backend."""
+    for path, leaf, array in zip(paths, given, arrays, strict=True):
+        if memory.name == "cpu":
+            usable_array(array, array.shape, array.dtype, f"parameter {path!r}", writeable=True)
+        elif place_of(leaf) != memory.name:
+            raise TypeError(
+                f"parameter {path!r}: must be an array of the device to be updated in place, got {named(type(leaf))}"
+            )
+        elif not array.flags.c_contiguous:
+            raise ValueError(f"parameter {path!r}: must be C-contiguous, got strides {array.strides}")
+    addresses = np.array([memory.address(array) for array in arrays], np.int64)
+    _check_apart(addresses, np.array([array.nbytes for array in arrays], np.int64), paths)
+
+
+def _check_apart(addresses: np.ndarray, sizes: np.ndarray, paths: Sequence[str]) -> None:
+    """Refuse parameters that share memory."""
+    pair = overlapping(addresses, sizes)
+    if pair is not None:
+        raise ValueError(
+            f"parameters {paths[pair[0]]!r} and {paths[pair[1]]!r}: must not overlap in memory (tied weights, or views "
+            f"of one array); keep one of them in the tree"
+        )
 
 
 def _check_leaf(path: str, given: Any, memory: Backend, wanted: np.dtype[Any] | None) -> Any:
+    if is_masked(given):
+        raise TypeError(f"parameter {path!r}: must be an array without a mask, got a masked array; use .filled(0)")
     leaf = _adopted(f"parameter {path!r}", given, memory)
     if leaf is None:
         of_device = place_of(given) == "cuda"
         hint = "; backend='cuda' takes arrays of a GPU" if of_device and memory.name == "cpu" else ""
         raise TypeError(
-            f"parameter {path!r}: expected a NumPy array, found {type(given).__name__}; use np.asarray(...), "
-            f"or for a torch tensor on the CPU tensor.numpy(){hint}{_hint(given) if of_device else ''}"
+            f"parameter {path!r}: must be a NumPy array, got {type(given).__name__}; use np.asarray(...), or "
+            f"tensor.numpy() for a torch tensor on the CPU{hint}{_hint(given) if of_device else ''}"
         )
-    _check_device(f"parameter {path!r}", leaf, memory, memory.device, "the current device is")
+    _check_device(f"parameter {path!r}", leaf, memory, memory.device, "the current one")
     if leaf.dtype in DTYPES or (wanted is not None and leaf.dtype.kind == "f" and leaf.dtype.isnative):
         return leaf
     raise TypeError(
-        f"parameter {path!r}: expected float32 or float64 in native byte order, found dtype {leaf.dtype.str!r}; "
+        f"parameter {path!r}: must have dtype float32 or float64 in native byte order, got {leaf.dtype.str!r}; "
         f"convert it with astype"
     )
 
 
-def _flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Flatten with optree; a plain dataclass, which optree takes for a leaf, is registered and opened."""
-    while True:
-        leaves, treespec = optree.tree_flatten(tree, namespace=NAMESPACE)
-        closed = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
-        if not closed:
-            return leaves, treespec
-        for kind in closed:
-            _register_dataclass(kind)
-
-
-def _register_dataclass(kind: type) -> None:
-    names = tuple(field.name for field in dataclasses.fields(kind) if field.init)
-
-    def flatten(instance: Any) -> tuple[tuple[Any, ...], None, tuple[str, ...]]:
-        return tuple(getattr(instance, name) for name in names), None, names
-
-    def unflatten(_: Any, children: Any) -> Any:
-        return kind(**dict(zip(names, children, strict=True)))
-
-    optree.register_pytree_node(kind, flatten, unflatten, path_entry_type=optree.GetAttrEntry, namespace=NAMESPACE)
-
-
-def _path(accessor: Any) -> str:
-    """ "bn.gamma" of an optree accessor; "params" for a tree that is one bare array."""
-    names = [str(getattr(entry, "field", entry.entry)) for entry in accessor]
-    return ".".join(names) or "params"
-
-
-def match_overrides(paths: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each path the hyperparameters that `overrides` sets; of two globs that match, the later one wins.
-
-    Raises ValueError for a glob that matches no path, TypeError where `overrides` is not a mapping of mappings.
-    """
-    if not isinstance(overrides, Mapping):
-        raise TypeError(f"overrides: expected a dict of glob -> hyperparameters, found {type(overrides).__name__}")
-    found: list[dict[str, Any]] = [{} for _ in paths]
-    for glob, values in overrides.items():
-        if not isinstance(glob, str) or not isinstance(values, Mapping):
-            raise TypeError(f"overrides[{glob!r}]: expected a dict of hyperparameters under a glob on parameter paths")
-        matches = [k for k, path in enumerate(paths) if fnmatch.fnmatchcase(path, glob)]
-        if not matches:
-            raise ValueError(f"overrides[{glob!r}] matches no parameter; the paths are {', '.join(paths)}")
-        for k in matches:
-            found[k].update(values)
-    return found
-
-
 def check_vectors(given: Mapping[str, Any], *, read_only: str) -> tuple[Backend, list[Any]]:
-    """The backend of bare arrays, and the arrays as its own; an error where a kernel would compute garbage on them.
+    """Return the backend of bare arrays, and the arrays as its own; raise an error for arrays that a kernel cannot use.
 
-    All must be of one place (NumPy's, or of the current device), 1-D, contiguous, aligned, native float32 or float64 of
-    one dtype and length, and none may overlap another; all but the one called `read_only` must be writeable.
+    All arrays must be NumPy arrays or on the current device, 1-D, contiguous, aligned, of one length and one dtype:
+    native float32 or float64. They must not overlap. All but the one called `read_only` must be writeable.
     """
     names = list(given)
     places = {name: place_of(array) for name, array in given.items()}
@@ -459,46 +600,46 @@ def check_vectors(given: Mapping[str, Any], *, read_only: str) -> tuple[Backend,
         if places[name] != place and isinstance(array, np.ndarray):
             other = next(other for other in names if places[other] == place)
             raise TypeError(
-                f"{name} is a NumPy array, and {other}, {named(type(given[other]))}, is on a device: pass all arrays "
-                f"on the CPU, or all on one device"
+                f"{name}: must be on a device, as {other} ({named(type(given[other]))}) is, got a NumPy array; pass "
+                f"all arrays on the CPU, or all on one device"
             )
         own = array if isinstance(array, np.ndarray) else _adopted(name, array, backend)
         if own is None or places[name] != place:
             expected = "NumPy array" if place == "cpu" else "array of the device"
-            raise TypeError(f"{name}: expected a 1-D {expected}, found {type(array).__name__}{_hint(array)}")
+            raise TypeError(f"{name}: must be a 1-D {expected}, got {type(array).__name__}{_hint(array)}")
         arrays[name] = own
     first = arrays[names[0]]
     for name, array in arrays.items():
         if array.dtype not in DTYPES:
             raise TypeError(
-                f"{name}: expected float32 or float64 in native byte order, found dtype {array.dtype.str!r}; "
+                f"{name}: must have dtype float32 or float64 in native byte order, got {array.dtype.str!r}; "
                 f"convert it with astype"
             )
         if array.ndim != 1:
-            raise ValueError(f"{name}: expected a 1-D array, found shape {array.shape}; pass a view by reshape(-1)")
+            raise ValueError(f"{name}: must be 1-D, got shape {array.shape}; pass a view by reshape(-1)")
         if array.dtype != first.dtype:
-            raise TypeError(f"{name}: expected dtype {first.dtype} as that of {names[0]}, found {array.dtype}")
+            raise TypeError(f"{name}: must have dtype {first.dtype} as {names[0]}, got {array.dtype}")
         if array.size != first.size:
-            raise ValueError(f"{name}: expected {first.size} elements as in {names[0]}, found {array.size}")
+            raise ValueError(f"{name}: must have {first.size} elements as {names[0]}, got {array.size}")
         if not array.flags.c_contiguous:
-            raise ValueError(
-                f"{name}: expected a contiguous array, found strides {array.strides}; pass a contiguous one"
-            )
+            raise ValueError(f"{name}: must be contiguous, got strides {array.strides}; pass a contiguous array")
         if backend.address(array) % array.itemsize:
-            raise ValueError(f"{name}: expected an aligned array; its address is no multiple of {array.itemsize} bytes")
+            raise ValueError(
+                f"{name}: must be aligned to {array.itemsize} bytes, got address {backend.address(array):#x}"
+            )
         if name != read_only and not _writeable(given[name]):
-            raise ValueError(f"{name}: is read-only, and would be written in place; pass a writeable array")
-        _check_device(name, array, backend, backend.device, "the current device is")
+            raise ValueError(f"{name}: must be writeable, to be updated in place, got a read-only array")
+        _check_device(name, array, backend, backend.device, "the current one")
     if first.size > 0:
         begins = sorted((backend.address(array), name) for name, array in arrays.items())
         for (begin, name), (following, other) in pairwise(begins):
             if begin + first.nbytes > following:
-                raise ValueError(f"{name} and {other} overlap in memory; pass arrays that share none")
+                raise ValueError(f"{name} and {other}: must not overlap in memory; pass arrays that share none")
     return backend, list(arrays.values())
 
 
 def _writeable(array: Any) -> bool:
-    flags = getattr(array, "flags", None)  # CuPy's have no such flag: all of its arrays are
+    flags = getattr(array, "flags", None)  # CuPy's arrays have no such flag: all are writeable
     if hasattr(flags, "c_contiguous"):
         return bool(getattr(flags, "writeable", True))
     return not array.__cuda_array_interface__["data"][1]

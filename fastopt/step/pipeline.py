@@ -1,0 +1,685 @@
+"""`Pipeline`: the steps of one optimizer. A step is: plan, check, decide, launch, commit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from fastopt.hyper import EMA
+from fastopt.kernels import get_backend
+from fastopt.kernels.contract import BLOCK, Adder, Decision
+from fastopt.rule import Rule, check_acting
+from fastopt.step.device import MOST_IN_FLIGHT, DeviceSteps, Recorded
+from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_matrices, mark_matrices
+from fastopt.step.info import StepInfo
+from fastopt.step.norms import Pending, norm_of
+from fastopt.step.options import REDUCTION, StepOptions, positive
+from fastopt.step.plan import Plan
+from fastopt.step.rows import RowSteps, check_indices, one_run
+from fastopt.step.table import is_normal
+from fastopt.storage.flat import FlatParams
+from fastopt.storage.intake import Intake
+from fastopt.storage.trees import replaced, watched
+
+
+class Pipeline:
+    """The parameters, states, param groups and plan of one optimizer, and what makes its steps.
+
+    Args:
+        rule: checked, with the weight decay that it is to have.
+        flat: the parameters.
+        options: what surrounds the rule in a step.
+        base: all hyperparameters of the rule, checked.
+        changes: for each parameter those that differ, checked.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        flat: FlatParams,
+        options: StepOptions,
+        base: Mapping[str, Any],
+        changes: Sequence[Mapping[str, Any]],
+    ):
+        self.rule = rule
+        self.names = frozenset((*rule.names(), LR_SCALE, FROZEN))
+        """What can be set for some parameters."""
+        self.flat = flat
+        self.options = options
+        self.sign, self.measures, self.size = options.sign, options.measures, flat.size
+        self.backend = get_backend(flat.backend)
+        self.device: DeviceSteps | None = None
+        if self.backend.asynchronous:
+            self.device = DeviceSteps(self.backend, rule, options)  # type: ignore[arg-type]
+        self.groups = Groups(rule, base, changes, [0] * len(flat.paths))
+        check_matrices(rule, self.groups, flat.paths, flat.shapes)
+        self.steps = 0
+        """How many were made; on a device, how many were launched."""
+        self.nonfinite = (0, 0)
+        """Steps in a row, and in all, whose gradients were not finite."""
+        self.pending: Pending | None = None
+        self.held = ""
+        """The name of the context that holds the parameters elsewhere."""
+        self.plan = self._planned()
+        self._make_states()
+        self._initialise(range(len(flat.paths)))
+        self._collect_buffers()
+
+    def _make_states(self) -> None:
+        """Make buffers of zeros, and an average that is at the parameters."""
+        flat = self.flat
+        self.states = tuple(flat.new_buffer() for _ in self.rule.states)
+        self.per_tensor = tuple(flat.new_numbers() for _ in self.rule.numbers)
+        self.average: Any = None
+        if self.options.ema is not None:
+            self.average = flat.new_buffer()
+            for view, array in zip(flat.views(self.average), flat.arrays, strict=True):
+                view[...] = array
+
+    def _initialise(self, parameters: Sequence[int]) -> None:
+        """Give states that do not begin at 0 their first values."""
+        views = self.views()
+        for name, value in self.rule.initial.items():
+            for k in parameters:
+                values = self.groups.list[self.groups.of[k]].at_step(self.steps) if value != "p" else {}
+                first = self.flat.arrays[k] if value == "p" else values[value] if isinstance(value, str) else value
+                views[name][k][...] = first
+
+    def _collect_buffers(self) -> None:
+        averages = () if self.average is None else (self.average,)
+        self.buffers = (*self.states, *averages, *self.per_tensor)
+        self._locate()
+        self.rows = RowSteps(self.rule, self.flat, (*self.states, *averages), self.options.ema)
+        self.clocks = self.rows.clocks  # of the parameters some of whose rows are behind
+        self.watched = watched(self.flat.params)
+        """Whether the trees of parameters and gradients have containers that cannot refuse another leaf."""
+
+    def _locate(self) -> None:
+        """Take the addresses of the parameters, which may have moved: see `FlatParams.replace`."""
+        self.addresses = self.flat.addresses
+        averages = () if self.average is None else (self.average,)
+        self.places_of_params = self.flat.layout.places(self.addresses, self.addresses)
+        """For kernels that read no gradients."""
+        self.intake = Intake(self.flat, self.backend, (*self.states, *averages))
+        self.plan.forget_chunks()
+
+    def _planned(self) -> Plan:
+        gated = self.device is not None and self.device.gated
+        return Plan(self.rule, self.flat, self.options, self.groups, self.backend, step=self.steps, gated=gated)
+
+    def check_trees(self) -> None:
+        """Refuse to go on with a leaf in a tree that was handed out which is not the one that the optimizer uses."""
+        if not self.watched:
+            return
+        flat = self.flat
+        given = [("opt.params", flat.params, flat.arrays)]
+        if "grads" in flat.__dict__:  # it was asked for
+            given.append(("opt.grads", flat.grads, flat.grad_arrays))
+        for name, tree, leaves in given:
+            path = replaced(tree, leaves, flat.paths)
+            if path is not None:
+                raise ValueError(
+                    f"{name}: {path!r} must be the array that the optimizer handed out, got another one; write into "
+                    f"the array, as in array[...] = value"
+                )
+
+    def current_plan(self) -> Plan:
+        """The plan for the groups, and the parameters where they are."""
+        if self.addresses is not self.flat.addresses:
+            self._locate()
+        if self.plan.version != self.groups.version:
+            self.plan = self._planned()
+        return self.plan
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def step(self, grads: Any, grad_scale: float, reduction: str) -> StepInfo:
+        """Make a step: see `Optimizer.step`."""
+        if self.held:
+            self.refuse_while_held("step")
+        if self.watched:
+            self.check_trees()
+        if self.clocks:
+            self.flush_rows()
+        device = self.device
+        if device is not None:
+            device.check_place(self.flat.device)  # before a buffer of gradients is made
+            self.collect(MOST_IN_FLIGHT)
+        plan = self.plan
+        if plan.version != self.groups.version or self.addresses is not self.flat.addresses:
+            plan = self.current_plan()
+        pending = self.pending
+        if reduction != "mean":
+            REDUCTION.check("reduction", reduction)
+        if type(grad_scale) is float and grad_scale == 1.0 and pending is None:
+            unscale = self.sign
+        else:
+            divisor = pending.weight if pending is not None and reduction == "mean" else 1.0
+            unscale = self.sign * plan.table.unscale(grad_scale, divisor)
+        # Check.
+        kept = present = None
+        own = grads is None or device is not None
+        if grads is None:
+            places = self.flat.places
+            if pending is not None and not pending.present.all():
+                present = pending.present.tolist()
+        elif pending is not None:
+            raise ValueError(
+                "grads: must be None while accumulated gradients are waiting; call step() without grads, or "
+                "zero_grad() to drop them"
+            )
+        else:
+            places, present, kept = self.intake.take(grads)
+        if self.groups.frozen:
+            present = self._without_frozen(present)
+        if device is not None and device.backend.capturing():
+            device.check_capture(self.rule, present is not None or pending is not None)
+        rows: Sequence[int] = plan.of
+        if present is not None:
+            rows = self._rows_of(present)
+            plan = self.plan
+        if device is not None:
+            return self._step_on_device(device, plan, places, present, rows, unscale)
+        plan.write_table(self.groups, self.steps + 1, unscale)
+        norm, coefficient = None, 1.0
+        if self.measures:
+            norm, coefficient, proceeds = self.decide(plan, places, rows, unscale, present, kept, own=own)
+            if not proceeds:
+                return self._info(norm, skipped=True)
+        # Launch.
+        if self.rule.matrixwise is not None:
+            self._transform(plan, places, rows, plan.table.array, scaled=unscale != 1.0)
+        kernel = plan.usual if own and unscale == self.sign else plan.kernel(scaled=unscale != 1.0, own=own)
+        chunks = plan.joined if own and present is None else plan.chunks(rows, apart=not own)
+        kernel.launch(places, self.buffers, plan.table.array, chunks, self.size)
+        return self.commit(present, norm, coefficient)
+
+    def decide(
+        self,
+        plan: Plan,
+        places: np.ndarray,
+        rows: Sequence[int],
+        unscale: float,
+        present: list[bool] | None,
+        grads: Any,
+        *,
+        own: bool,
+    ) -> tuple[float, float, bool]:
+        """Measure the gradients, and decide what their norm decides.
+
+        own : whether the gradients are in our buffer. grads : those that are not, for errors.
+
+        Returns the norm, the coefficient of clipping, which is written into the table, and whether there is a step.
+        """
+        partials, factor = self._partials(plan, places, rows, unscale, apart=not own)
+        norm, finite = norm_of([self.backend.host(partials)])
+        norm *= factor
+        coefficient, proceeds = 1.0, self._proceeds(finite, present, grads, unscale, own=own)
+        if proceeds:
+            coefficient = self.options.coefficient(norm)
+            plan.table.clip(coefficient)
+        return norm, coefficient, proceeds
+
+    def commit(self, present: Sequence[bool] | None, norm: float | None = None, coefficient: float = 1.0) -> StepInfo:
+        """Count the step that was launched. present : which parameters had a gradient; None: all."""
+        self.steps += 1
+        self.pending = None
+        if present is not None:
+            self.groups.miss(present)
+        return StepInfo(self.steps, self.groups.base.get("lr"), norm, coefficient, False, self.nonfinite)
+
+    def _step_on_device(
+        self,
+        device: DeviceSteps,
+        plan: Plan,
+        places: np.ndarray,
+        present: list[bool] | None,
+        rows: Sequence[int],
+        unscale: float,
+    ) -> StepInfo:
+        """From the table of hyperparameters on, where the device decides."""
+        decides = device.decides and (present is None or not self.options.skips)
+        capturing = device.backend.capturing()
+        if device.in_flight and not decides:
+            self.collect()
+        candidates = None
+        if device.in_flight and self.options.skips:
+            candidates = self._candidates(plan, unscale)
+        elif not capturing:
+            plan.write_table(self.groups, self.steps + 1, unscale)
+        norm, coefficient, decision = None, 1.0, None
+        table = device.backend.table(plan.table.array)
+        if self.measures and decides:
+            partials, factor = self._partials(plan, places, rows, unscale, table=table)
+            decision = device.decide(table, candidates, partials, factor)
+        elif self.measures:
+            norm, coefficient, proceeds = self.decide(plan, places, rows, unscale, present, None, own=True)
+            if not proceeds:
+                return self._info(norm, skipped=True)
+            table = plan.table.array
+        scaled = unscale != 1.0
+        if self.rule.matrixwise is not None:
+            self._transform(plan, places, rows, table, scaled=scaled)
+        plan.kernel(scaled=scaled).launch(places, self.buffers, table, plan.chunks(rows), self.size)
+        if capturing:
+            device.recorded = Recorded(table, rows, scaled, decision)
+            return self._info(norm, coefficient)
+        info = self.commit(present, norm, coefficient)
+        return info if decision is None else self._in_flight(info, decision)
+
+    def replay(self, grad_scale: float) -> StepInfo:
+        """Count a captured step that is about to be replayed: see `Optimizer.prepare_replay`."""
+        self.refuse_while_held("prepare_replay")
+        device = self.device
+        if device is None or device.recorded is None:
+            raise RuntimeError("prepare_replay(): no step() was captured in a CUDA graph")
+        recorded, plan = device.recorded, self.current_plan()
+        unscale = self.sign * plan.table.unscale(grad_scale)
+        if unscale != self.sign and not recorded.scaled:
+            raise ValueError(
+                f"grad_scale: must be 1 as in the captured step, got {grad_scale!r}; capture a step with another one"
+            )
+        if plan.table.array.shape != recorded.table.shape or plan.of != recorded.rows:
+            raise RuntimeError("prepare_replay(): the groups are not those of the captured step: capture it again")
+        plan.write_table(self.groups, self.steps + 1, unscale)
+        self.backend.copy(recorded.table, plan.table.array)
+        info = self.commit(None)
+        return info if recorded.decision is None else self._in_flight(info, recorded.decision)
+
+    def _candidates(self, plan: Plan, unscale: float) -> np.ndarray:
+        """The table of the next step for each number of steps in flight that the device may have skipped."""
+        assert self.device is not None
+        tables = np.empty((len(self.device.in_flight) + 1, *plan.table.array.shape), plan.table.array.dtype)
+        for skipped, table in reversed(list(enumerate(tables))):  # the most likely one remains
+            plan.write_table(self.groups, self.steps + 1 - skipped, unscale)
+            table[...] = plan.table.array
+        return tables
+
+    def _without_frozen(self, present: list[bool] | None) -> list[bool]:
+        moving = [not self.groups.list[number].frozen for number in self.groups.of]
+        return moving if present is None else [here and free for here, free in zip(present, moving, strict=True)]
+
+    def _rows_of(self, present: list[bool]) -> Sequence[int]:
+        """The rows of the table of the parameters that are present, after splitting every group of which some are."""
+        mask = tuple(present)
+        rows = self.plan.rows.get(mask)
+        if rows is None:
+            self.groups.split([k for k, here in enumerate(mask) if here])
+            plan = self.current_plan()
+            rows = plan.rows[mask] = [row if here else -1 for row, here in zip(plan.of, mask, strict=True)]
+        return rows
+
+    def _partials(
+        self,
+        plan: Plan,
+        places: np.ndarray,
+        rows: Sequence[int],
+        unscale: float,
+        *,
+        apart: bool = False,
+        table: Any = None,
+    ) -> tuple[Any, float]:
+        """The partial sums of the squares of the gradients, and a factor of the norm that is not in them."""
+        if self.pending is not None and self.options.clip_value is None:
+            return self.pending.partials, abs(unscale)
+        kernel = plan.norm_kernel(scaled=unscale != 1.0)
+        chunks = plan.chunks(rows, whole=True, apart=apart)
+        table = plan.table.array if table is None else table
+        return kernel.launch(places, table, chunks, self.size), 1.0
+
+    def _transform(self, plan: Plan, places: np.ndarray, rows: Sequence[int], table: Any, *, scaled: bool) -> None:
+        """Turn the gradients of matrices into the directions of their update."""
+        whole = self.rule.matrixwise
+        assert whole is not None
+        values = [group.at_step(self.steps) for group in self.groups.list]
+        chosen = tuple([row >= 0 and bool(values[row][whole.chosen]) for row in rows])
+        kernel = plan.direction_kernel(scaled=scaled)
+        kernel.launch(places, self.states, table, plan.dense_chunks(chosen, rows), self.size)
+        views = self.flat.views(self.states[self.rule.states.index(whole.state)])
+        for k, here in enumerate(chosen):
+            if here:
+                whole.transform(views[k], **values[rows[k]])
+
+    def _proceeds(self, finite: bool, present: Sequence[bool] | None, grads: Any, unscale: float, *, own: bool) -> bool:
+        """Whether to make the step.
+
+        grads : a gradient per parameter, for the error; None: those in our buffer. own : they are in our buffer.
+        """
+        nonfinite = self.options.nonfinite
+        if nonfinite == "propagate":
+            return True
+        if not finite and nonfinite == "raise":
+            factor = self.flat.dtype.type(unscale)
+            found = self.flat.grad_arrays if grads is None else grads
+            with np.errstate(over="ignore", invalid="ignore"):
+                for k, grad in enumerate(found):
+                    if (present is None or present[k]) and grad is not None and not np.isfinite(factor * grad).all():
+                        raise FloatingPointError(
+                            f"gradient {self.flat.paths[k]!r} holds NaN or infinity; nothing was updated. "
+                            f"nonfinite='skip' would skip such steps"
+                        )
+        if self._count(finite):
+            self.pending = None
+            if own and self.options.zero_grad:
+                self.flat.zero_grad()
+            return False
+        return True
+
+    def _count(self, finite: bool) -> bool:
+        """Count a step whose gradients are finite or not; return whether it is skipped."""
+        consecutive, total = self.nonfinite
+        self.nonfinite = (0, total) if finite else (consecutive + 1, total + 1)
+        return not finite and self.options.skips
+
+    def _info(self, norm: float | None = None, coefficient: float = 1.0, skipped: bool = False) -> StepInfo:
+        return StepInfo(self.steps, self.groups.base.get("lr"), norm, coefficient, skipped, self.nonfinite)
+
+    # --- steps in flight on a device ----------------------------------------------------------------------------------
+
+    def _in_flight(self, info: StepInfo, decision: Decision) -> StepInfo:
+        """The info of the step just launched, whose results are fetched from the device when they are read."""
+        assert self.device is not None
+        if self.options.waits:
+            decision.send()
+            self.device.in_flight.append((info, decision))
+            info.await_results(lambda pending: self.collect())
+        else:
+            step, nonfinite = self.steps, self.nonfinite
+            info.await_results(lambda pending: pending.complete(*decision.read()[:2], step, False, nonfinite))
+        return info
+
+    def collect(self, most: int = 0) -> None:
+        """Take the results of steps in flight; wait until at most `most` of them are still in flight."""
+        device = self.device
+        if device is None:
+            return
+        while device.in_flight and (len(device.in_flight) > most or device.in_flight[0][1].arrived):
+            info, decision = device.in_flight.popleft()
+            norm, coefficient, finite = decision.read()
+            skipped = self._count(finite)
+            self.steps -= skipped
+            device.known_skips += skipped
+            coefficient = 1.0 if skipped else coefficient  # nothing was clipped
+            info.complete(norm, coefficient, self.steps - len(device.in_flight), skipped, self.nonfinite)
+
+    # --- gradients that are accumulated -------------------------------------------------------------------------------
+
+    def accumulate(self, grads: Any, weight: float) -> None:
+        """Add gradients to those of the next step: see `Optimizer.accumulate`."""
+        self.refuse_while_held("accumulate")
+        if self.device is not None:
+            self.device.check_place(self.flat.device)
+        number = positive("weight", weight)
+        if not is_normal(number, self.flat.dtype):
+            raise ValueError(f"weight: must be in the range of {self.flat.dtype}, got {weight!r}")
+        flat, plan = self.flat, self.current_plan()
+        given = self.intake.take_to_add(grads)
+        pending = self.pending
+        if pending is None:
+            blocks = sum(-(-size // BLOCK) for size in flat.layout.sizes)
+            partials = self.backend.zeros(2 * blocks, np.dtype(np.float64)).reshape(blocks, 2)
+            pending = Pending(len(flat.paths), partials)
+        present = np.ones(len(flat.paths), np.bool_) if given.present is None else np.array(given.present)
+        self.backend.add(
+            given.places,
+            present,
+            ~pending.present,
+            number,
+            plan.chunks(plan.of, whole=True),
+            pending.partials,
+            Adder(self.measures and self.options.clip_value is None, self.options.nonfinite == "zero"),
+            flat.dtype,
+        )
+        pending.present |= present
+        pending.weight += number
+        self.pending = pending
+
+    def zero_grad(self) -> None:
+        """Zero our buffer of gradients, and drop what was accumulated."""
+        self.flat.zero_grad()
+        self.pending = None
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def step_rows(
+        self, rows: Mapping[str, tuple[Any, np.ndarray]], grads: Any = None, grad_scale: float = 1.0
+    ) -> StepInfo:
+        """Make a step in which only some rows have a gradient: see `Optimizer.step_rows`."""
+        self.refuse_while_held("step_rows")
+        if self.device is not None:
+            self.device.check_place(self.flat.device)
+        if self.pending is not None:
+            raise ValueError("step_rows(): accumulated gradients are waiting; call step(), or zero_grad() to drop them")
+        plan = self.current_plan()
+        touched = self.rows.check(rows, self.groups.values_of)
+        unscale = self.sign * plan.table.unscale(grad_scale)
+        own = self.device is not None
+        places, leaves = self.places_of_params, [None] * len(self.flat.paths)
+        if grads is not None:
+            places, _, leaves = self.intake.take(grads)
+        for k in touched:
+            if leaves[k] is not None:
+                path = self.flat.paths[k]
+                raise ValueError(f"grads: must be None for {path!r}, which is in rows as well")
+            if self.groups.list[self.groups.of[k]].frozen:
+                raise ValueError(f"rows[{self.flat.paths[k]!r}]: must not be frozen; set frozen=False before")
+        for k in touched:
+            self.rows.start_clock(k, plan)
+        dense = [leaf is not None for leaf in leaves]
+        if self.groups.frozen:
+            dense = self._without_frozen(dense)
+        present = [here or k in touched for k, here in enumerate(dense)]
+        mapped = plan.of if all(present) else self._rows_of(present)
+        plan = self.plan
+        self.collect()
+        plan.write_table(self.groups, self.steps + 1, unscale)
+        chunks = plan.dense_chunks(tuple(dense), mapped)
+        norm, coefficient = None, 1.0
+        table = plan.table.array
+        if self.measures:
+            measure = plan.norm_kernel(scaled=unscale != 1.0)
+            parts = [measure.launch(places, table, chunks, self.size)]
+            for k, (_, g) in touched.items():
+                run, run_chunks = one_run(self.backend.address(g), g.size, mapped[k])
+                parts.append(measure.launch(run, table, run_chunks, g.size))
+            norm, finite = norm_of([self.backend.host(part) for part in parts])
+            found = [touched[k][1] if k in touched else leaf for k, leaf in enumerate(leaves)]
+            if not self._proceeds(finite, present, found, unscale, own=own):
+                return self._info(norm, skipped=True)
+            coefficient = self.options.coefficient(norm)
+            plan.table.clip(coefficient)
+        if len(chunks):
+            kernel = plan.kernel(scaled=unscale != 1.0, own=own)
+            kernel.launch(places, self.buffers, table, chunks, self.size)
+        for k, (indices, row_grads) in touched.items():
+            group, line = self.groups.list[mapped[k]], table[mapped[k]]
+            flags = {**self.options.flags, "unscale": unscale != 1.0, "zero_grad": False}
+            self.rows.update(k, indices, row_grads, line, flags, plan)
+            self.clocks[k].tick(indices, line.copy(), self.steps + 1 - group.missed, group.point(self.steps))
+        return self.commit(None if all(present) else present, norm, coefficient)
+
+    def read_rows(self, path: str, indices: Any) -> np.ndarray:
+        """Rows of a parameter, brought up to date: see `Optimizer.read_rows`."""
+        self.refuse_while_held("read_rows")
+        k = self.flat.matrix(path)
+        found = check_indices("indices", indices, self.flat.shapes[k][0], self.backend)
+        if k in self.clocks:
+            self.rows.catch_up(k, np.unique(found), self.current_plan())
+        rows: np.ndarray = self.flat.arrays[k][self.backend.adopt(found)]
+        return rows
+
+    def flush_rows(self) -> None:
+        """Bring every row up to date that row-wise steps have left behind."""
+        self.collect()
+        for k in list(self.clocks):
+            self.rows.stop(k, self.plan)
+
+    # --- hyperparameters ----------------------------------------------------------------------------------------------
+
+    def set_hyper(self, name: str, value: Any, members: tuple[int, ...] | None = None) -> None:
+        """Set a hyperparameter of the optimizer, or of some of its parameters.
+
+        Raises TypeError or ValueError where the value is out of range; nothing is changed then.
+        """
+        if self.clocks and name != "lr":
+            self.flush_rows()
+        elif self.device is not None:
+            self.collect()
+        if name in (LR_SCALE, FROZEN):
+            checked = check_change(self.rule, {name: value}, "")[name]
+        elif callable(value):
+            checked = self.rule.check_all({name: value}, step=self.steps)[name]
+        else:
+            checked = self.rule.check(name, value)
+        if members is None:
+            self.groups.assign(name, checked)
+            return
+        if self.rule.matrixwise is not None:
+            changes = self.groups.changes
+            paths = [self.flat.paths[k] for k in members]
+            check_acting(
+                self.rule.matrixwise, paths, [{**changes[k], name: checked} for k in members], self.groups.base
+            )
+        self.groups.override(members, name, checked)
+
+    def release_hyper(self, name: str, members: tuple[int, ...]) -> None:
+        """Let some parameters have the optimizer's hyperparameter again."""
+        self.flush_rows()
+        self.groups.release(members, name)
+
+    def add(self, params: Any, hyper: Mapping[str, Any]) -> None:
+        """Add parameters, with states as at the beginning: see `Optimizer.add`."""
+        self.refuse_while_held("add")
+        if self.pending is not None:
+            raise RuntimeError("add(): accumulated gradients are waiting; call step(), or zero_grad() to drop them")
+        self.flush_rows()
+        before, old, old_numbers = self.flat, self.views(), {path: k for k, path in enumerate(self.flat.paths)}
+        flat = before.extended(params)
+        added = [k for k, path in enumerate(flat.paths) if path not in old_numbers]
+        changes, missed = self.groups.changes, self.groups.missed
+        new_changes = [changes[old_numbers[path]] if path in old_numbers else dict(hyper) for path in flat.paths]
+        mark_matrices(self.rule, [new_changes[k] for k in added], [flat.shapes[k] for k in added])
+        for k in added:
+            new_changes[k] = check_change(self.rule, new_changes[k], f"{flat.paths[k]}: ", self.steps)
+        if self.rule.matrixwise is not None:
+            check_acting(self.rule.matrixwise, flat.paths, new_changes, self.groups.base)
+        groups = Groups(
+            self.rule,
+            self.groups.base,
+            new_changes,
+            [missed[old_numbers[path]] if path in old_numbers else self.steps for path in flat.paths],
+        )
+        check_matrices(self.rule, groups, flat.paths, flat.shapes)
+        groups.version = self.groups.version + 1
+        saved = dict(self.__dict__)
+        try:
+            self.flat, self.groups, self.size = flat, groups, flat.size
+            self.plan = self._planned()
+            self._make_states()
+            for name, views in self.views().items():
+                for path, view in zip(flat.paths, views, strict=True):
+                    if path in old_numbers:
+                        view[...] = old[name][old_numbers[path]]
+            self._initialise(added)
+            self._collect_buffers()
+        except BaseException:
+            self.__dict__.update(saved)
+            raise
+
+    # --- parameters held elsewhere ------------------------------------------------------------------------------------
+
+    def refuse_while_held(self, what: str) -> None:
+        """Raise RuntimeError inside a ``with`` block that holds the parameters elsewhere."""
+        if self.held:
+            raise RuntimeError(
+                f"{what}() inside `with opt.{self.held}()`: leave the block first, it restores the parameters"
+            )
+
+    @contextmanager
+    def moved(self, shift: Rule, context: str) -> Iterator[Any]:
+        """Hold the parameters where `shift`, a rule of the same states and hyperparameters, moves them.
+
+        context : the method that does so.
+        """
+        self.refuse_while_held(context)
+        if self.device is not None:
+            self.device.check_place(self.flat.device)
+        self.collect()
+        plan = self.current_plan()
+        plan.write_table(self.groups, self.steps + 1, 1.0)
+        kernel = plan.moved_kernel(shift)
+        with self.elsewhere(context):
+            chunks = plan.chunks(plan.of, whole=True)
+            kernel.launch(self.places_of_params, self.states, plan.table.array, chunks, self.size)
+            yield self.flat.params
+
+    @contextmanager
+    def elsewhere(self, context: str) -> Iterator[None]:
+        """Restore the parameters at the end of the block."""
+        self.flush_rows()
+        backup = [array.copy() for array in self.flat.arrays]
+        self.held = context
+        try:
+            yield
+        finally:
+            self.put_params(backup)
+            self.held = ""
+
+    def put_params(self, arrays: Sequence[Any]) -> None:
+        """Write values into the parameters."""
+        for own, array in zip(self.flat.arrays, arrays, strict=True):
+            self.backend.copy(own, array)
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def views(self) -> dict[str, list[Any]]:
+        """What is kept for each parameter, by name: the rule's states, and the average."""
+        buffers = dict(zip(self.rule.states, self.states, strict=True))
+        if self.average is not None:
+            buffers[EMA] = self.average
+        views = {name: self.flat.views(buffer) for name, buffer in buffers.items()}
+        for name, numbers in zip(self.rule.numbers, self.per_tensor, strict=True):
+            views[name] = [numbers[k : k + 1].reshape(()) for k in range(numbers.size)]
+        return views
+
+    def replace(self, params: Any) -> bool:
+        """Update other arrays from now on: see `FlatParams.replace`."""
+        if self.clocks:
+            self.flush_rows()
+        self.refuse_while_held("update")
+        own = (*self.buffers, *self.flat.grad_buffers)
+        return self.flat.replace(params, own)
+
+    def restore(self, arrays: Mapping[str, Sequence[Any]], steps: int, nonfinite: tuple[int, int]) -> None:
+        """Continue from copies of these arrays, which are those of `views` by name and parameter."""
+        for name, views in self.views().items():
+            for view, array in zip(views, arrays[name], strict=True):
+                self.backend.copy(view, array)
+        self.steps = steps
+        self.nonfinite = nonfinite
+        self.pending = None
+        if self.device is not None:
+            self.device.recorded = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+        """A pipeline at the same point, on memory of its own; the rule and schedules are shared."""
+        self.flush_rows()
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.flat = copy.deepcopy(self.flat, memo)
+        twin._make_states()
+        averages = ((self.average, twin.average),) if self.average is not None else ()
+        mine, theirs = (*self.states, *self.per_tensor), (*twin.states, *twin.per_tensor)
+        for own, copied in (*zip(mine, theirs, strict=True), *averages):
+            copied[...] = own
+        twin.groups = Groups(self.rule, self.groups.base, self.groups.changes, self.groups.missed)
+        twin.pending = copy.deepcopy(self.pending, memo)
+        if self.device is not None:
+            twin.device = DeviceSteps(self.device.backend, self.rule, self.options)
+        twin.plan = twin._planned()
+        twin._collect_buffers()
+        return twin

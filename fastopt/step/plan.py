@@ -1,0 +1,147 @@
+"""`Plan`: what a step needs that stays from one step to the next: the table, the chunks, the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastopt.kernels.contract import Backend, Features, Kernel, NormKernel
+from fastopt.lazy import lazy
+from fastopt.step.features import features_of
+from fastopt.step.groups import Groups
+from fastopt.step.options import StepOptions
+from fastopt.step.table import Table, hyper_of
+from fastopt.storage.flat import FlatParams
+
+if TYPE_CHECKING:
+    from fastopt.rule import Rule
+    from fastopt.step.many import ManyGroups
+
+MANY = 64
+"""Param groups. From here on `prepare` is compiled, which takes 0.2-0.3 s: Python takes 1.25 us per group and step."""
+
+
+class Plan:
+    """The table of hyperparameters, the tables of chunks, and the kernels, for the param groups as they are.
+
+    A new value of a hyperparameter leaves it as it is. Where a group is split, or weights begin to decay, it is made
+    again: `version` is then no longer that of the groups.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        flat: FlatParams,
+        options: StepOptions,
+        groups: Groups,
+        backend: Backend,
+        *,
+        step: int,
+        gated: bool,
+    ):
+        """gated : whether a device decides if there is a step."""
+        self.version = groups.version
+        self.rule = rule
+        self.flat = flat
+        self.options = options
+        self.backend = backend
+        self.of = list(groups.of)
+        """The row of the table of each parameter."""
+        self._decays = groups.decays
+        self._gated = gated
+        self.hyper = hyper_of(rule, groups.list[0].point(step))
+        self.table = Table(
+            rule, self.hyper, flat.dtype, len(groups.list), clip_value=options.clip_value, ema=options.ema
+        )
+        self.rows: dict[tuple[bool, ...], list[int]] = {}
+        """For parameters that are there the row of the table, and -1 for the others."""
+        self._chunks: dict[tuple[int, bool, bool], tuple[Sequence[int], np.ndarray]] = {}
+        self._dense: dict[tuple[int, tuple[bool, ...]], tuple[Sequence[int], np.ndarray]] = {}
+        self._kernels: dict[tuple[bool, bool], Kernel] = {}
+        self._many: ManyGroups | None = None
+        self._norms: dict[bool, NormKernel] = {}
+        self.usual = self.kernel(scaled=options.maximize)
+        """The kernel of steps without grad_scale, for gradients in our buffer."""
+
+    def write_table(self, groups: Groups, t: int, unscale: float) -> None:
+        """Write the row of every group for update number `t`, less those that the group has missed."""
+        if len(groups.list) < MANY:
+            write = self.table.write
+            for row, group in enumerate(groups.list):
+                write(row, t - group.missed, group.fixed or group.point(t - 1), unscale)
+            return
+        if self._many is None or self._many.changes != groups.changes_made:
+            from fastopt.step.many import ManyGroups  # and numba, which is loaded by those who make steps
+
+            self._many = ManyGroups(self.table, groups, self.hyper, t - 1)
+        self._many.write(t, unscale)
+
+    @lazy
+    def joined(self) -> np.ndarray:
+        """The chunks of all parameters, for gradients in our buffer."""
+        return self.chunks(self.of)
+
+    def forget_chunks(self) -> None:
+        """Lay out the chunks again: the parameters may be neighbours elsewhere."""
+        self._chunks.clear()
+        self.__dict__.pop("joined", None)
+
+    def chunks(self, rows: Sequence[int], *, whole: bool = False, apart: bool = False) -> np.ndarray:
+        """The chunks of parameters of these rows.
+
+        whole : each is part of one parameter, and has partial sums of its own.
+        apart : the gradients are not neighbours where the parameters are.
+        """
+        whole = whole or apart or self.rule.whole
+        key = (id(rows), whole, apart)
+        found = self._chunks.get(key)
+        if found is None:  # the list is kept, so that its id is not given to another
+            neighbours = None if whole else self.flat.neighbours
+            found = self._chunks[key] = (rows, self.flat.layout.chunks(rows, neighbours=neighbours, whole=whole))
+        return found[1]
+
+    def dense_chunks(self, dense: tuple[bool, ...], rows: Sequence[int]) -> np.ndarray:
+        """The chunks (whole ones) of some of these parameters: those with an ordinary gradient, or matrices."""
+        key = (id(rows), dense)
+        found = self._dense.get(key)
+        if found is None:
+            only = [row if here else -1 for row, here in zip(rows, dense, strict=True)]
+            found = self._dense[key] = (rows, self.flat.layout.chunks(only, whole=True))
+        return found[1]
+
+    def kernel(self, *, scaled: bool, own: bool = True) -> Kernel:
+        """The update. scaled : gradients are multiplied by `StepHyper.unscale`. own : they are in our buffer."""
+        kernel = self._kernels.get((scaled, own))
+        if kernel is None:
+            flags = {**self.options.flags, "zero_grad": self.options.zero_grad and own}
+            kernel = self._kernels[scaled, own] = self._made(None, unscale=scaled, gated=self._gated, **flags)
+        return kernel
+
+    def row_kernel(self, flags: Mapping[str, bool], first: tuple[Any, type] | None) -> Kernel:
+        """The update of scattered rows."""
+        return self._made(first, scattered=True, **flags)
+
+    def moved_kernel(self, shift: Rule) -> Kernel:
+        """The update by `shift`, a rule of the same states and hyperparameters, without options."""
+        return self.backend.kernel(shift, self.hyper, self.flat.dtype, Features())
+
+    def direction_kernel(self, *, scaled: bool) -> Kernel:
+        """The update that leaves the direction of matrices in a state."""
+        assert self.rule.matrixwise is not None
+        clips = self.options.max_norm is not None
+        features = Features(unscale=scaled, **self.options.conditioning, clip_norm=clips)
+        return self.backend.kernel(self.rule.matrixwise.direction, self.hyper, self.flat.dtype, features)
+
+    def norm_kernel(self, *, scaled: bool) -> NormKernel:
+        """The pass over gradients that measures them."""
+        kernel = self._norms.get(scaled)
+        if kernel is None:
+            features = Features(unscale=scaled, **self.options.conditioning)
+            kernel = self._norms[scaled] = self.backend.norm(self.flat.dtype, features)
+        return kernel
+
+    def _made(self, first: tuple[Any, type] | None, **flags: bool) -> Kernel:
+        features = features_of(self.rule, decays=self._decays, **flags)
+        return self.backend.kernel(self.rule, self.hyper, self.flat.dtype, features, first)
