@@ -87,7 +87,7 @@ def test_code_blocks_run_and_print_what_they_say(name, capsys, tmp_path, monkeyp
 
 
 def test_there_is_code_to_run():
-    assert sum(name.startswith("README.md") for name in UNITS) == 5
+    assert sum(name.startswith("README.md") for name in UNITS) == 6
     pages = {f"docs/{name}.md" for name in ("index", "embedding", "rules", "numerics", "batchnorm", "checkpoints")}
     assert pages <= set(UNITS)
     assert {"torch"} in [needed for _, needed in UNITS.values()]
@@ -183,6 +183,19 @@ def test_the_house_names_what_is_there():
     command = re.search(r"```text\nfastopt/cli/\n(.*?)```", text, flags=re.DOTALL).group(1)
     files = {path.name for path in (ROOT / "fastopt" / "cli").rglob("*.py")} - {"__init__.py"}
     assert set(re.findall(r"\w+\.py", command)) == files
+
+
+def test_the_walk_through_a_step_leads_to_functions_that_are_there():
+    text = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    walk = re.search(r"## A step, in five words\n(.*?)\n## ", text, flags=re.DOTALL).group(1)
+    stations = re.findall(r"^\d\. \*\*(\w+)\*\*: \[`([\w.]+)`\]\(api/(\w+)\.md#([\w.]+)\)", walk, flags=re.MULTILINE)
+    assert [word for word, *_ in stations] == ["Plan", "Check", "Decide", "Launch", "Commit"]
+    for _, name, page, anchor in stations:
+        module, owner, function = anchor.rsplit(".", 2)
+        assert name == f"{owner}.{function}"
+        assert callable(getattr(getattr(importlib.import_module(module), owner), function))
+        shown = (ROOT / "docs" / "api" / f"{page}.md").read_text(encoding="utf-8")
+        assert f"::: {module}" in shown
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
