@@ -1,6 +1,6 @@
-"""The bars that the speed has to clear, in one table; `python bench/report.py --bars` tells which the results clear.
+"""The performance bars in one table; `python bench/report.py --bars` shows which of them the stored results clear.
 
-All are medians of ratios within the rounds of one interleaved run, but for the few that are times.
+All bars are medians of ratios within the rounds of one interleaved run, except the few that are times.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ Results = Mapping[str, Stored]
 
 
 class Bar(NamedTuple):
-    """A demand on what was measured."""
+    """A required value of a measurement."""
 
     work: str
     demand: str
-    """What the number is."""
+    """Name of the measured number."""
     least: bool
-    """Whether the bar is the least it may be; else the most."""
+    """Whether the bar is a minimum; otherwise it is a maximum."""
     bar: float
     measured: Callable[[Results], float]
-    """KeyError where it was not measured."""
+    """Return the measured number; raise KeyError if it was not measured."""
 
     def holds(self, value: float) -> bool:
-        """Whether the bar is cleared."""
+        """Whether `value` clears the bar."""
         return value >= self.bar if self.least else value <= self.bar
 
 
 def times(file: str, title: str, name: str) -> Callable[[Results], float]:
-    """How many times as long as fastopt a contestant takes."""
+    """Return a function for a contestant's time as a multiple of fastopt's."""
 
     def measured(stored: Results) -> float:
         found = stored[file].results[title].times(name)
@@ -57,13 +57,13 @@ def best_rival(file: str, title: str) -> Callable[[Results], float]:
 
 
 def over(title: str, name: str) -> Callable[[Results], float]:
-    """How many times as long as a contestant fastopt takes, in company."""
+    """Return a function for fastopt's time in company as a multiple of a contestant's."""
     against = times("company", title, name)
     return lambda stored: 1.0 / against(stored)
 
 
 def worst_of_the_others(stored: Results) -> float:
-    """The least share of its limit of an optimizer other than Adam, at 30M in float32."""
+    """Return the lowest share of its limit among optimizers other than Adam, at 30M in float32."""
 
     def is_meant(result: Result) -> bool:
         facts = result.facts
@@ -167,7 +167,7 @@ BARS = (
 
 
 def table(stored: Results) -> str:
-    """Every bar, what was measured, and whether it holds."""
+    """Return a table of every bar, the measured number, and whether the bar holds."""
     lines = ["| work | measure | bar | measured | holds |", "|---|---|---:|---:|---|"]
     for bar in BARS:
         asked = f"{'>=' if bar.least else '<='} {bar.bar:g}"

@@ -1,4 +1,4 @@
-"""BatchNorm forward and backward against the passes over memory it cannot do without, torch and plain NumPy."""
+"""BatchNorm forward and backward against the minimum of passes over memory, torch and plain NumPy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A step in company: between NumPy's matrix products, beside busy processes, and alone.
 
-The same step by fastopt as it is, on one thread, on OpenMP's threads (as numba launches them), and by torch; and,
-between the products, no step at all.
+The contestants are fastopt unchanged, on one thread and on OpenMP's threads (launched by numba), torch, and, between
+the products, no step.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ CASES: dict[str, Callable[[], Any]] = {
 
 
 TURNS = 5
-"""Of each contestant, whatever the scale: iterations beside busy processes have two speeds, and a turn mostly one."""
+"""Turns of each contestant at every --scale: iterations beside busy processes have two speeds, a turn usually one."""
 
 BUSY = (0, 1, 2, 4)
-"""Processes beside."""
+"""Numbers of busy processes beside the measured one."""
 
 ALONE = {"Adam 4M": 4_000_000, "Adam 30M": 30_000_000}
-"""Those that are measured alone and not in company."""
+"""Steps that are measured only alone, not in company."""
 
 
 def title_of(name: str, busy: int) -> str:

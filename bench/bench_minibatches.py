@@ -1,6 +1,6 @@
-"""fastopt.minibatches: gathering rows against `X[rows]` and other ways, epochs against a loop by hand.
+"""fastopt.minibatches: gathering rows against `X[rows]` and other methods, epochs against a hand-written loop.
 
-Every call gathers other rows: none is of rows that were touched just before.
+Every call gathers different rows, so no call reads rows that were just used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastopt.measure import compare
 
 Array = NDArray[Any]
 
-DATA_BYTES = 128 * 2**20  # beyond the caches, as real data is
+DATA_BYTES = 128 * 2**20  # larger than the caches, like real data
 MOST_ROWS = 1_000_000
 
 
@@ -39,7 +39,7 @@ def by_kernel(X: Array, rows: Array) -> Array:
 
 
 WAYS: dict[str, Callable[[Array, Array], Array]] = {
-    "X[rows]": lambda X, rows: X[rows],  # a function as all others are: a call takes as long as a small batch
+    "X[rows]": lambda X, rows: X[rows],  # a function like the others: a call costs as much as a small batch
     "np.take": lambda X, rows: np.take(X, rows, axis=0),
     "take into out": lambda X, rows: X.take(rows, 0, np.empty((rows.size, *X.shape[1:]), X.dtype), "clip"),
     "njit kernel": by_kernel,
@@ -47,13 +47,13 @@ WAYS: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def data(width: int | None, dtype: str) -> Array:
-    """An array of DATA_BYTES (or MOST_ROWS rows), 1-D if `width` is None."""
+    """Return an array of DATA_BYTES (or MOST_ROWS rows), 1-D if `width` is None."""
     rows = min(MOST_ROWS, DATA_BYTES // ((width or 1) * np.dtype(dtype).itemsize))
     return np.ones((rows,) if width is None else (rows, width), dtype)
 
 
 def random_rows(count: int, batch: int) -> Iterator[Array]:
-    """Batches of row numbers, epoch after epoch, without end."""
+    """Yield batches of row numbers, epoch after epoch, endlessly."""
     order = np.random.default_rng(0).permutation(count)
     return itertools.cycle([order[start : start + batch] for start in range(0, count - batch + 1, batch)])
 
@@ -70,7 +70,7 @@ def test_gather(measure, width, dtype, batch):
         ours = WAYS["np.take"] if _gathers_by_take(X) else WAYS["X[rows]"]
         ways = {"fastopt": (lambda X, rows: X.take(rows, 0)) if _gathers_by_take(X) else ours, **WAYS}
         if width is None:
-            del ways["njit kernel"]  # which is for rows
+            del ways["njit kernel"]  # this kernel needs rows
         calls = {name: lambda way=way: way(X, next(rows)) for name, way in ways.items()}
         return compare(title, calls, width=width, batch=batch, dtype=dtype, **options)
 

@@ -1,7 +1,7 @@
 """The cost of a step of Adam against its size, from 100 to 100 million parameters, and against the number of threads.
 
-Where the driver stops to run a loop on one thread (`SERIAL_BELOW`) is not obeyed here by the contestants named after
-threads: their curves tell where it would be best.
+The contestants named after threads ignore `SERIAL_BELOW`, the size below which the driver uses one thread: their curves
+show the best value of it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODE = DRIVER.choose()
 
 
 def thread_counts(most: int) -> list[int]:
-    """1, 2, 4, ... and all."""
+    """Return 1, 2, 4, ... and `most`."""
     return sorted({min(2**k, most) for k in range(most.bit_length() + 1)})
 
 
@@ -52,7 +52,7 @@ def on_threads(count: int, serial_below: int, mode: str | None) -> Callable[[], 
 
 
 def scale(title: str, size: int, **options: Any) -> Result:
-    """A step as it is, its limit, and the same step on each number of threads."""
+    """Compare the default step, its limit, and the same step on each number of threads."""
     work = Work("Adam", ((size,),))
     check_memory(work, 2)
     optimizer = of_fastopt(work).optimizer

@@ -1,6 +1,6 @@
-"""What a new process waits for: `import fastopt`, and its first step with and without a folder of compiled kernels.
+"""The startup cost of a new process: `import fastopt`, and the first step with and without cached kernels.
 
-Every sample is a process of its own; those of the contestants take turns.
+Every sample is a new process; the processes of the contestants take turns.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ print(json.dumps({"import": torch_there - start, "first step": time.perf_counter
 """
 MISSING = {} if find_spec("torch") else {"torch": "torch is not installed"}
 SAMPLES: dict[str, dict[str, list[float]]] = {}
-"""What was measured, by the moment and by the contestant: the cases share their processes."""
+"""Measured seconds by moment and contestant; the cases share their processes."""
 
 
 def process(code: str, cache: str = "") -> dict[str, float]:
-    """Run `code` in a new process; the moments it prints, and the time of the whole."""
+    """Run `code` in a new process; return the moments that it prints, and the time of the whole process."""
     path = os.pathsep.join([str(Path(fastopt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     surroundings = {**os.environ, "PYTHONPATH": path, "FASTOPT_CACHE_DIR": cache}
     start = time.perf_counter()
@@ -58,12 +58,12 @@ def process(code: str, cache: str = "") -> dict[str, float]:
 
 
 def gather(seconds: float, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each moment, of each contestant."""
+    """Return the seconds of each moment, by contestant."""
     samples: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as cache:
         contestants = {"fastopt": (OURS, ""), "cached": (OURS, cache)} | ({} if MISSING else {"torch": (TORCHS, "")})
         for code, folder in contestants.values():
-            process(code, folder)  # brings the files into memory, and fills the folder
+            process(code, folder)  # loads the files into memory, and fills the cache
         stop = time.perf_counter() + seconds
         while time.perf_counter() < stop or len(samples["import"]["fastopt"]) < rounds:
             for name, (code, folder) in contestants.items():
@@ -74,7 +74,7 @@ def gather(seconds: float, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 def moment_of(title: str, moment: str, *, seconds: float, rounds: int) -> Result:
     if not SAMPLES:
-        SAMPLES.update(gather(seconds, min(rounds, 3)))  # torch's processes take seconds each
+        SAMPLES.update(gather(seconds, min(rounds, 3)))  # each process of torch takes seconds
     times = dict(SAMPLES[moment])
     if moment == "import":
         times["numba"] = SAMPLES["numba"]["fastopt"]
@@ -82,15 +82,15 @@ def moment_of(title: str, moment: str, *, seconds: float, rounds: int) -> Result
 
 
 def test_import(measure: Any) -> None:
-    """`import fastopt` after `import numba`; beside it numba itself, and torch."""
+    """Measure `import fastopt` after `import numba`, and the imports of numba and torch."""
     measure(moment_of, "import fastopt, over numba", "import", seconds=15.0)
 
 
 def test_first_step(measure: Any) -> None:
-    """Adam on 1,000 parameters: making it, and its first step."""
+    """Measure the construction and the first step of Adam on 1,000 parameters."""
     measure(moment_of, "first step of a process", "first step", seconds=15.0)
 
 
 def test_whole_process(measure: Any) -> None:
-    """Python's start, the imports, the optimizer, the first step, the end."""
+    """Measure Python's start, the imports, the optimizer, the first step and the exit."""
     measure(moment_of, "whole process", "whole process", seconds=15.0)

@@ -17,7 +17,7 @@ LEFT_OUT = dict.fromkeys(RIVALS.keys() - set(FEW), "left out at this size: Adam 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in fastopt.Optimizer.classes}
 CASES |= {"Adam amsgrad": ("Adam", {"amsgrad": True}), "RMSprop centered": ("RMSprop", {"centered": True})}
 CASES |= {"Muon vectors": ("Muon", {})}
-MATRICES = {"1k": (32, 32), "100k": (316, 316), "1M": (1000, 1000)}  # what Muon makes orthogonal
+MATRICES = {"1k": (32, 32), "100k": (316, 316), "1M": (1000, 1000)}  # Muon orthogonalizes matrices
 
 
 def title_of(name: str, size: str, dtype: str) -> str:
@@ -27,7 +27,7 @@ def title_of(name: str, size: str, dtype: str) -> str:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_adam(measure, size, dtype):
-    """Everyone, at every size."""
+    """Compare all rivals at every size."""
     work = Work("Adam", ((SIZES[size],),), dtype)
     measure(compare_step, title_of("Adam", size, dtype), work, seconds=3 * SECONDS[size], size=work.size)
 
@@ -43,7 +43,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("name", "size", "dtype"), OTHERS)
 def test_other(measure, name, size, dtype):
-    """The rivals that compute the same, up to 1M; above, the limit and torch's fused kernels."""
+    """Compare all rivals up to 1M; above, only the limit and torch's fused kernels."""
     optimizer, options = CASES[name]
     work = Work(optimizer, (MATRICES[size] if name == "Muon" else (SIZES[size],),), dtype, options)
     few = SIZES[size] > SIZES["1M"]
@@ -54,6 +54,6 @@ def test_other(measure, name, size, dtype):
         FEW if few else tuple(RIVALS),
         seconds=SECONDS[size],
         size=work.size,
-        limit=name != "Muon",  # its time is that of products of matrices
+        limit=name != "Muon",  # Muon's time is that of its matrix products
         left_out=LEFT_OUT if few else {},
     )

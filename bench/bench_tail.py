@@ -1,6 +1,6 @@
-"""The tail of a step (unscale, clip by norm, AdamW, moving average, zero the gradients) against torch's sequence.
+"""A step with all options (unscale, clip by norm, AdamW, moving average, zero the gradients) against torch's sequence.
 
-Gradients are written anew before each sample, for every contestant, outside of what is timed.
+Before each sample every contestant rewrites its gradients, outside the timed part.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MISSING = {} if torch else {"torch": "torch is not installed"}
 
 
 class Tail(NamedTuple):
-    """A way to make the whole step."""
+    """A contestant that makes the whole step."""
 
     step: Callable[[], object]
     write: Callable[[], object]
-    """Puts the gradients where they are read."""
+    """Write the gradients to where the step reads them."""
     params: Callable[[], list[np.ndarray]]
 
 
@@ -98,7 +98,7 @@ def test_accumulate(measure, size):
 
 @pytest.mark.parametrize("share", [0.01, 0.001])
 def test_rows(measure, share):
-    """Adam on (1,000,000, 64), a share of whose rows has a gradient: row-wise against dense steps."""
+    """Compare row-wise with dense steps of Adam on (1,000,000, 64), where a share of the rows has a gradient."""
     rows, columns = 1_000_000, 64
 
     def case(title: str, **options: Any) -> Any:
@@ -108,7 +108,7 @@ def test_rows(measure, share):
         for optimizer in (dense, rowwise):
             optimizer.grads["embedding"][...] = params["embedding"]
             optimizer.step()
-            optimizer._step_count = 2000  # far from the first steps, in which Adam makes missed steps one by one
+            optimizer._step_count = 2000  # far from the first steps, where Adam makes missed steps one at a time
         count = int(share * rows)
         batches = [rng.choice(rows, count, replace=False) for _ in range(256)]
         grads = rng.standard_normal((count, columns), np.float32)
@@ -117,7 +117,7 @@ def test_rows(measure, share):
         def step_rows() -> None:
             rowwise.step_rows({"embedding": (batches[next(turn) % len(batches)], grads)})
 
-        for _ in range(200):  # the ages of the rows are then mixed
+        for _ in range(200):  # mix the ages of the rows
             step_rows()
         return compare(title, {"fastopt": step_rows, "dense step": dense.step}, **options)
 

@@ -1,10 +1,10 @@
-"""What the benchmarks share: how a case is measured and kept, and the tables at the end.
+"""Shared by the benchmarks: measuring and storing a case, and the final tables.
 
     pytest bench --benchmark-only                       everything, in ten minutes on two cores
     pytest bench --benchmark-only --scale 0.1 --most 1e6   a trial
 
-The columns of pytest-benchmark itself tell how long each case took to measure. What was measured, by turns and with
-its spread, stands in the tables below them and in the ``extra_info`` of ``--benchmark-json=FILE``.
+The columns of pytest-benchmark show the duration of each case. The interleaved measurements with their spread are in
+the tables below and in the ``extra_info`` of ``--benchmark-json=FILE``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ PACKAGES = ("numba", "numpy", "jax", *sorted({rival.package for rival in RIVALS.
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastopt")
-    group.addoption("--scale", type=float, default=1.0, metavar="FACTOR", help="times the seconds of every case")
-    group.addoption("--most", type=float, default=1e9, metavar="N", help="leave out cases of more parameters")
+    group.addoption("--scale", type=float, default=1.0, metavar="FACTOR", help="factor on the seconds of every case")
+    group.addoption("--most", type=float, default=1e9, metavar="N", help="skip cases with more parameters")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,21 +42,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == FOLDER:
-            item.add_marker(pytest.mark.filterwarnings("default"))  # a rival's warning is no error of ours
+            item.add_marker(pytest.mark.filterwarnings("default"))  # a rival's warning must not fail a case
 
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Result]:
-    """``measure(function, *arguments, seconds=..., size=...)`` keeps the Result that the function returns.
+    """Return ``measure(function, *arguments, seconds=..., size=...)``, which stores the Result of the function.
 
-    The function is given its share of the seconds, and the rounds; a case that needs more memory than is free is
-    skipped, and so is one of more parameters than ``--most``.
+    `measure` passes scaled seconds and rounds to the function. It skips a case that needs more than the free memory, or
+    has more parameters than ``--most``.
     """
     scale, most = request.config.getoption("--scale"), request.config.getoption("--most")
 
     def measure(function: Callable[..., Result], *arguments: Any, seconds: float, size: int = 0, **more: Any) -> Result:
         if size > most:
-            pytest.skip(f"{size} parameters, and --most is {most:g}")
+            pytest.skip(f"{size} parameters, but --most is {most:g}")
         more |= {"seconds": scale * seconds, "rounds": max(2, min(ROUNDS, round(scale * ROUNDS)))}
         try:
             result = benchmark.pedantic(function, args=arguments, kwargs=more, rounds=1, iterations=1)
@@ -72,7 +72,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Res
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     absent: dict[str, None] = {}
     for name, results in config.stash[RESULTS].items():
-        terminalreporter.section(f"{name}: microseconds per call; in brackets, how many times as long as fastopt")
+        terminalreporter.section(f"{name}: microseconds per call; in brackets, as a multiple of fastopt's")
         for result in results:
             terminalreporter.write_line(line_of(result))
             absent |= dict.fromkeys(reason for reason in result.absent.values() if "not installed" in reason)
@@ -89,7 +89,7 @@ def line_of(result: Result) -> str:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """What a reader has to know of the run; `report.py --store` keeps this, and nothing that the plugin found out."""
+    """Add the facts about the run; `report.py --store` stores these, and none that the plugin collects."""
     versions = {"fastopt": fastopt.__version__, **{name: machine.version_of(name) for name in PACKAGES}}
     output_json["fastopt"] = {
         "date": datetime.date.today().isoformat(),

@@ -1,23 +1,24 @@
-"""What fastopt does on a GPU, against torch, CuPy and a copy of memory, timed by CUDA events in interleaved rounds.
+"""Measure fastopt on a GPU against torch, CuPy and a copy of memory, by CUDA events in interleaved rounds.
 
     python bench/gpu.py                     all lines; the table, and JSON under bench/results/gpu-<device>.json
     python bench/gpu.py --quick             smaller sizes and less time; nothing is stored
-    python bench/gpu.py --only "Adam 25M"   the lines whose title holds this
+    python bench/gpu.py --only "Adam 25M"   the lines whose title contains this text
 
-torch with CUDA is a rival where it is installed. All contestants run on one stream. A sample is the time between two
-events around several calls, so it is that of the device, or of the host where launching takes longer: what a training
-loop would wait for. The copy moves as many bytes as the step it stands beside (7 x 4 for each parameter of Adam: p, g,
-m and v are read, p, m and v written), so that its time over ours is our share of what this memory can do.
+torch with CUDA is a rival if it is installed. All contestants run on one stream. A sample is the time between two
+events around several calls: the device's time, or the host's if launching takes longer, as in a training loop. The copy
+moves as many bytes as the step on its line (7 x 4 for each parameter of Adam: p, g, m and v are read, p, m and v
+written), so its time divided by ours is our share of the memory's speed.
 
-Every kind of kernel, with tails and odd addresses, for NVIDIA's compute-sanitizer (of the CUDA toolkit; minutes each):
+To run every kind of kernel, with remainders and odd addresses, under NVIDIA's compute-sanitizer (in the CUDA toolkit;
+minutes each):
 
     compute-sanitizer --tool memcheck --leak-check full --error-exitcode 1 python bench/gpu.py --sanitize
     compute-sanitizer --tool racecheck --error-exitcode 1 python bench/gpu.py --sanitize
     compute-sanitizer --tool synccheck --error-exitcode 1 python bench/gpu.py --sanitize
     compute-sanitizer --tool initcheck --error-exitcode 1 python bench/gpu.py --sanitize
 
-There CuPy's memory pool is off, whose blocks would hide accesses that are out of bounds, and every result is held
-against the CPU's. The exit code is 1 where one differs, a line failed or a bar that was measured does not hold, and 2
+Under --sanitize CuPy's memory pool is off, because its blocks would hide out-of-bounds accesses, and every result is
+compared with the CPU's. The exit code is 1 if a result differs, a line fails or a measured bar does not hold, and 2
 without a GPU.
 """
 
@@ -54,22 +55,22 @@ Call = Callable[[], object]
 
 @dataclass
 class Line:
-    """Those who do one piece of work. The first is fastopt."""
+    """The contestants of one piece of work. The first is fastopt."""
 
     title: str
     contestants: dict[str, Call]
     bytes: int = 0
-    """What the work has to move, at least; 0 where it is not about memory."""
+    """Minimum number of bytes that the work moves; 0 if memory is not its limit."""
     before: dict[str, Call] = field(default_factory=dict)
-    """What a contestant needs done before a sample."""
+    """Functions to call before a contestant's sample."""
     missing: dict[str, str] = field(default_factory=dict)
-    """Who is not here, and why."""
+    """Reasons of missing contestants, by name."""
     outcomes: dict[str, Any] = field(default_factory=dict)
-    """What contestants leave behind, to be compared."""
+    """Arrays that the contestants change, for comparison."""
 
 
 class Result(NamedTuple):
-    """A line that was measured."""
+    """A measured line."""
 
     title: str
     bytes: int
@@ -77,16 +78,16 @@ class Result(NamedTuple):
     missing: dict[str, str]
 
     def times(self, rival: str) -> float | None:
-        """How many times as long as fastopt a rival takes."""
+        """Return a rival's time as a multiple of fastopt's."""
         return self.seconds[rival].ratio if rival in self.seconds else None
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
-# Functions of the array module, torch (None where it is missing) and the size.
+# Functions of the array module, torch (None if it is missing) and the size.
 
 
 def standard_normal(xp: Any, shape: Any, seed: int = 0) -> Any:
-    """Made on the host in pieces: the same numbers everywhere."""
+    """Draw the numbers on the host, part by part: they are the same everywhere."""
     array = xp.empty(shape, np.float32)
     flat, rng, piece = array.reshape(-1), np.random.default_rng(seed), 1 << 22
     for start in range(0, flat.size, piece):
@@ -136,7 +137,7 @@ def many(xp: Any, torch: Any, title: str, count: int, size: int) -> Line:
 
 
 def tail(xp: Any, torch: Any, title: str, n: int, tensors: int = 20) -> Line:
-    """Unscale, clip by norm, AdamW, moving average, zero the gradients."""
+    """Compare whole steps: unscale, clip by norm, AdamW, moving average, zero the gradients."""
     sizes = [n // tensors] * tensors
     g = standard_normal(xp, sum(sizes))
     pieces = [g[k * sizes[0] : (k + 1) * sizes[0]] for k in range(tensors)]
@@ -165,7 +166,7 @@ def tail(xp: Any, torch: Any, title: str, n: int, tensors: int = 20) -> Line:
 
 
 def batchnorm(xp: Any, torch: Any, title: str, shape: tuple[int, ...], axis: int) -> list[Line]:
-    """The forward pass in training, and both passes. Copies of x, twice for both: what they have to move at least."""
+    """Compare the forward pass in training, and both passes, with one and two copies of x, the minimum they move."""
     x, dy = standard_normal(xp, shape), standard_normal(xp, shape, seed=1)
     channels = shape[axis]
     gamma, beta = standard_normal(xp, channels, seed=2), standard_normal(xp, channels, seed=3)
@@ -214,7 +215,7 @@ def torch_batchnorm(torch: Any, arrays: Sequence[Any], axis: int) -> tuple[Call,
 
 
 def graph(xp: Any, torch: Any, title: str, n: int) -> Line:
-    """A step that was captured in a CUDA graph, with what it needs from the host before each replay."""
+    """Compare a step captured in a CUDA graph, including the host's preparation of each replay."""
     g = standard_normal(xp, n)
     opt, plain = (fastopt.Adam({"w": xp.asarray(np.ones(n, np.float32))}, lr=LR) for _ in range(2))
     for each in (opt, plain):
@@ -241,12 +242,12 @@ def graph(xp: Any, torch: Any, title: str, n: int) -> Line:
                 step()
             line.contestants["torch"] = theirs.replay
         except RuntimeError as error:
-            line.missing["torch"] = f"it cannot be captured: {str(error).splitlines()[0]}"
+            line.missing["torch"] = f"cannot be captured: {str(error).splitlines()[0]}"
     return line
 
 
 def lines(quick: bool) -> Iterator[tuple[str, Callable[[Any, Any], list[Line]]]]:
-    """The work, by title; it is made when its turn has come, for its memory is large."""
+    """Yield the work by title, as functions: a line needs much memory and is made only when it is measured."""
     sizes = {"1k": 1_000, "100k": 100_000, "1M": 1_000_000, "25M": 25_000_000, "100M": 100_000_000}
     for name in ("1k", "1M") if quick else sizes:
         yield f"Adam {name}", lambda xp, torch, name=name: [adam(xp, torch, f"Adam {name}", sizes[name])]
@@ -271,7 +272,7 @@ def lines(quick: bool) -> Iterator[tuple[str, Callable[[Any, Any], list[Line]]]]
 
 
 class EventClock:
-    """Seconds that a number of calls take on the current stream, between two events."""
+    """Measures the seconds of a number of calls on the current stream, between two events."""
 
     def __init__(self, xp: Any):
         self._cuda = xp.cuda
@@ -290,7 +291,7 @@ class EventClock:
 def timed(
     line: Line, clock: Callable[[Call, int], float], seconds: float = 1.0, rounds: int = ROUNDS
 ) -> dict[str, Spread]:
-    """Seconds per call of each contestant: in a round each of them has a sample; the next goes the other way round."""
+    """Return the seconds per call of each contestant, from rounds of one sample each, in alternating order."""
 
     def prepare(name: str) -> None:
         if name in line.before:
@@ -298,7 +299,7 @@ def timed(
 
     repeats = {}
     for name, call in line.contestants.items():
-        for _ in range(3):  # the first compiles, the second fills memory pools
+        for _ in range(3):  # the first call compiles, the second fills memory pools
             prepare(name)
             took = clock(call, 1)
         repeats[name] = min(MOST_REPEATS, max(1, round(SAMPLE / max(took, 1e-7))))
@@ -308,7 +309,7 @@ def timed(
     while time.perf_counter() < stop or len(times[order[0]]) < rounds:
         for name in order:
             call, repeat = line.contestants[name], repeats[name]
-            clock(call, 1)  # what stays in a cache is there again, after the others have had their turn
+            clock(call, 1)  # refill the caches, which the other contestants have used
             prepare(name)
             times[name].append(clock(call, repeat) / repeat)
         order.reverse()
@@ -316,22 +317,22 @@ def timed(
     return {name: Spread.of(found, first) for name, found in times.items()}
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 class Bar(NamedTuple):
-    """How many times as long as fastopt a rival has to take."""
+    """The minimum of a rival's time as a multiple of fastopt's."""
 
     title: str
     rival: str
     least: float
 
     def verdict(self, results: Mapping[str, Result]) -> tuple[float | None, str]:
-        """The value, None where it was not measured; and whether the bar holds."""
+        """Return the value, None if it was not measured, and whether the bar holds."""
         result = results.get(self.title)
         value = None if result is None else result.times(self.rival)
         if value is None:
-            why = "the line was left out" if result is None else result.missing.get(self.rival, "it has no such rival")
+            why = "the line was skipped" if result is None else result.missing.get(self.rival, "it has no such rival")
             return None, f"not measured: {why}"
         return value, "holds" if value >= self.least else "does not hold"
 
@@ -344,11 +345,11 @@ BARS = (
     ),
     Bar("Adam 1000 x 64", "torch fused", 5.0),
 )
-"""Those of a GPU; "copy": the share of the rate at which this device copies its own memory."""
+"""The bars of a GPU; "copy": the share of the rate at which this device copies its own memory."""
 
 
 def table(results: Sequence[Result]) -> str:
-    """The lines in columns; the first contestant of each is fastopt."""
+    """Return the lines as a table; the first contestant of each is fastopt."""
     rows = [("", "", "us", "10 % .. 90 %", "x ours", "GB/s")]
     for result in results:
         for k, (name, spread) in enumerate(result.seconds.items()):
@@ -373,19 +374,19 @@ def _us(seconds: float) -> str:
 
 
 def bars(results: Sequence[Result]) -> str:
-    """A sentence for each bar."""
+    """Return a sentence for each bar."""
     by_title = {result.title: result for result in results}
-    told = []
+    sentences = []
     for bar in BARS:
         value, verdict = bar.verdict(by_title)
         what = "share of the copy rate" if bar.rival == "copy" else f"the time of {bar.rival} over ours"
         found = "" if value is None else f" {value:.2f},"
-        told.append(f"{bar.title}, {what}:{found} at least {bar.least:g}: {verdict}")
-    return "\n".join(told)
+        sentences.append(f"{bar.title}, {what}:{found} at least {bar.least:g}: {verdict}")
+    return "\n".join(sentences)
 
 
 def report(results: Sequence[Result], device: Mapping[str, Any], quick: bool) -> dict[str, Any]:
-    """What is stored: nothing that names the machine, but the device."""
+    """Return the content to store; it identifies the device but not the machine."""
     by_title = {result.title: result for result in results}
     return {
         "date": datetime.date.today().isoformat(),
@@ -410,12 +411,12 @@ def _version(package: str) -> str | None:
 
 
 def file_of(device: str) -> Path:
-    """Where the results of a device are kept."""
+    """Return the file for the results of a device."""
     return RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
 def describe(xp: Any) -> dict[str, Any]:
-    """The current device."""
+    """Return the facts about the current device."""
     runtime = xp.cuda.runtime
     found = runtime.getDeviceProperties(runtime.getDevice())
     return {
@@ -442,17 +443,19 @@ SANITIZED: dict[str, tuple[str, dict[str, Any]]] = {
     "norms before": ("LARS", {"weight_decay": 0.1}),
     "norms and numbers": ("NovoGrad", {"weight_decay": 0.1}),
 }
-"""An optimizer of each kind of loop, and the flags that change its kernels."""
-TAILS = ((1,), (33,), (4095,), (4097,), (3, 1367), (0,))
-"""Shapes around the widths of loads, of blocks of threads, and of a chunk (4096)."""
+"""An optimizer for each kind of loop, and the flags that change its kernels."""
+ODD_SHAPES = ((1,), (33,), (4095,), (4097,), (3, 1367), (0,))
+"""Shapes around the widths of loads, of thread blocks, and of a chunk (4096)."""
 SIZE = 4099
-"""Of bare arrays."""
+"""Size of bare arrays."""
 SHAPES = (((5, 3), 1), ((7, 37), 1), ((3, 5, 7, 7), 1), ((5, 7, 3, 33), -1), ((1031, 1), 1))
-"""Of BatchNorm's x, and the axis of its channels."""
+"""Shapes of BatchNorm's x, and the axis of its channels."""
 
 
-def sanitized(shapes: Sequence[tuple[int, ...]] = TAILS, dtypes: Sequence[Any] = (np.float32, np.float64)) -> list[str]:
-    """A few launches of every kind of kernel; the names of those whose results are not the CPU's."""
+def sanitized(
+    shapes: Sequence[tuple[int, ...]] = ODD_SHAPES, dtypes: Sequence[Any] = (np.float32, np.float64)
+) -> list[str]:
+    """Launch every kind of kernel a few times; return the names of those whose results differ from the CPU's."""
     found: dict[str, bool] = {}
     for dtype in dtypes:
         for name, (kind, options) in SANITIZED.items():
@@ -498,7 +501,7 @@ def _rows(dtype: Any, place: str) -> list[Any]:
 
 
 def _bare(dtype: Any, place: str) -> list[Any]:
-    """Arrays that begin at odd addresses, and end with the memory they are of."""
+    """Update arrays that start at odd addresses and end at the end of their allocation."""
     found = []
     for rule in (fastopt.rules.adam, fastopt.rules.lamb):
         for skip in (0, 1, 3):
@@ -525,7 +528,7 @@ def _batchnorm(dtype: Any, place: str) -> list[Any]:
 
 @contextmanager
 def one_stream(xp: Any, torch: Any) -> Iterator[None]:
-    """CuPy, our kernels and torch on one stream, which is not the default one: that cannot be captured in a graph."""
+    """Use one stream for CuPy, our kernels and torch; not the default stream, which a graph cannot capture."""
     stream = xp.cuda.Stream(non_blocking=True)
     of_torch = nullcontext() if torch is None else torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr))
     with stream, of_torch:
@@ -533,7 +536,7 @@ def one_stream(xp: Any, torch: Any) -> Iterator[None]:
 
 
 def find_torch() -> tuple[Any, str]:
-    """torch with CUDA, or None and what is missing."""
+    """Return torch with CUDA, or None and the reason."""
     try:
         import torch
     except ImportError:
@@ -542,7 +545,7 @@ def find_torch() -> tuple[Any, str]:
 
 
 def measure(xp: Any, torch: Any, why: str, options: argparse.Namespace) -> list[Result]:
-    """Every line that is asked for, in turn."""
+    """Measure every requested line, one after the other."""
     results = []
     clock = EventClock(xp)
     for title, make in lines(options.quick):
@@ -555,9 +558,9 @@ def measure(xp: Any, torch: Any, why: str, options: argparse.Namespace) -> list[
                     line.missing["torch fused" if title.startswith("Adam") else "torch"] = why
                 seconds = timed(line, clock, options.seconds)
                 results.append(Result(line.title, line.bytes, seconds, line.missing))
-        except Exception as error:  # too little memory, above all; what was measured is not to be lost
-            told = " ".join(str(error).split())[:100]
-            results.append(Result(title, 0, {}, {"fastopt": f"failed: {type(error).__name__}: {told}"}))
+        except Exception as error:  # mostly too little memory; keep the lines measured so far
+            reason = " ".join(str(error).split())[:100]
+            results.append(Result(title, 0, {}, {"fastopt": f"failed: {type(error).__name__}: {reason}"}))
         xp.get_default_memory_pool().free_all_blocks()
         if torch is not None:
             torch.cuda.empty_cache()
@@ -565,13 +568,15 @@ def measure(xp: Any, torch: Any, why: str, options: argparse.Namespace) -> list[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code."""
+    """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, little time; stores nothing by itself")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only lines with this in their title")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only lines whose title contains TEXT")
     parser.add_argument("--seconds", type=float, metavar="NUMBER", help="for each line (2, with --quick 0.3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to store (bench/results/gpu-<device>.json)")
-    parser.add_argument("--sanitize", action="store_true", help="what compute-sanitizer is to run, see above")
+    parser.add_argument(
+        "--sanitize", action="store_true", help="run every kind of kernel for compute-sanitizer, see above"
+    )
     options = parser.parse_args(arguments)
     options.seconds = options.seconds or (0.3 if options.quick else 2.0)
     try:
@@ -581,7 +586,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     xp = backend.xp
     if xp.__name__ != "cupy":
-        print("bench/gpu.py needs a GPU: numba's simulator (NUMBA_ENABLE_CUDASIM) is none", file=sys.stderr)
+        print("bench/gpu.py needs a GPU: numba's simulator (NUMBA_ENABLE_CUDASIM) is not enough", file=sys.stderr)
         return 2
     if options.sanitize:
         xp.cuda.set_allocator(None)
@@ -593,7 +598,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with one_stream(xp, torch):
         results = measure(xp, torch, why, options)
     if not results:
-        print(f"--only {options.only!r}: no line has that in its title", file=sys.stderr)
+        print(f"--only: must be part of a line's title, got {options.only!r}", file=sys.stderr)
         return 2
     print(f"{device['name']}\n\n{table(results)}\n\n{bars(results)}")
     path = options.json or (None if options.quick or options.only else file_of(device["name"]))

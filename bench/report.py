@@ -1,9 +1,9 @@
-"""Writes what is generated: in the README the table of optimizers and the headlines of the measurements stored under
-bench/results, docs/performance.md with all of them and its charts, and in fastopt/__init__.py the names of the
-optimizers, for type checkers.
+"""Write the generated texts: the README's table of optimizers and headline measurements (from bench/results), the page
+docs/performance.md with all measurements and charts, and, for type checkers, the names of the optimizers in
+fastopt/__init__.py.
 
-    python bench/report.py                 write them anew
-    python bench/report.py --store FILE    first distil FILE, the JSON of a benchmark run, into bench/results
+    python bench/report.py                 write all of these
+    python bench/report.py --store FILE    first extract FILE, the JSON of a benchmark run, to bench/results
     python bench/report.py --bars          print which of the bars hold, and write nothing
 """
 
@@ -31,7 +31,7 @@ IMAGES = ROOT / "docs" / "images"
 
 
 def paragraph(doc: str, start: str) -> str:
-    """The paragraph of a docstring that begins with `start`, on one line."""
+    """Return the paragraph of a docstring that begins with `start`, on one line."""
     lines = [line.strip() for line in doc.splitlines()]
     first = next(k for k, line in enumerate(lines) if line.startswith(start))
     last = next((k for k in range(first, len(lines)) if not lines[k]), len(lines))
@@ -39,7 +39,7 @@ def paragraph(doc: str, start: str) -> str:
 
 
 def optimizers() -> str:
-    """The table of every registered optimizer, from its docstring and its rules."""
+    """Return the table of all registered optimizers, from their docstrings and rules."""
     rows = ["| optimizer | formula | states | source |", "|---|---|---|---|"]
     for name, optimizer in sorted(fastopt.Optimizer.classes.items(), key=lambda item: item[0].lower()):
         doc = optimizer.__doc__ or ""
@@ -48,7 +48,7 @@ def optimizers() -> str:
         cells = ", ".join(f"{state}" if state in always else f"({state})" for state in states) or "none"
         formula = paragraph(doc, "Formula:").replace("``", "`").replace("|", r"\|")
         rows.append(f"| `{name}` | {formula} | {cells} | {paragraph(doc, 'Source:')} |")
-    return "\n".join(rows) + "\n\nStates in brackets are kept only where an option asks for them."
+    return "\n".join(rows) + "\n\nStates in brackets exist only if an option requires them."
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -64,54 +64,56 @@ HEADLINES = {
         "backward 64x64x56x56",
     ),
 }
-"""What the README shows of each file."""
+"""Titles of each file that the README shows."""
 
 PREFIXES = {"batchnorm": "BatchNorm ", "tail": "unscale, clip, AdamW, EMA, zero_grad: "}
-"""What makes their titles plain outside of their sections."""
+"""Prefixes that make titles clear outside their sections."""
 
 SECTIONS = {
     "step": (
         "One step",
-        "Every optimizer, by size and dtype. `limit` reads and writes the same buffers with one multiply-add a value; "
-        "that of a rule with norms has its passes. Muon, whose time is that of products of matrices, has none.",
+        "Every optimizer, by size and dtype. `limit` reads and writes the same buffers with one multiply-add per "
+        "value; the limit of a rule with norms has the passes of the rule. Muon has no limit: its time is that of its "
+        "matrix products.",
     ),
     "company": (
         "In company",
-        "A step where it lives: after two products of NumPy's, 256 x 512 by 512 x 512 in float32, alone, and beside "
-        "other processes that compute all the time. `one thread` is our serial kernel, `OpenMP` our kernel on numba's "
-        "OpenMP threads, `no step` the products alone. Medians of five turns; below each iteration its parts, and the "
-        "mean and the 99th percentile of the steps. OpenMP's threads spin on after a step, beside the threads of the "
-        "products: all of the iteration takes longer, not the step alone.",
+        "A step after two NumPy products, 256 x 512 by 512 x 512 in float32, alone, and beside busy processes. `one "
+        "thread` is our serial kernel, `OpenMP` our kernel on numba's OpenMP threads, `no step` the products alone. "
+        "Times are medians of five turns; below each iteration are its parts, and the mean and the 99th percentile of "
+        "the steps. OpenMP's threads keep spinning after a step and compete with the threads of the products, which "
+        "slows the whole iteration, not only the step.",
     ),
     "many_tensors": (
         "Many tensors",
-        "Adam on many small tensors, and with a learning rate of its own for 500 of them.",
+        "Adam on many small tensors, and with a separate learning rate for 500 of them.",
     ),
     "tail": (
         "The whole step",
         "`tail`: unscale, clip by norm, AdamW, moving average, zero the gradients, against torch's sequence of calls. "
-        "`accumulate`: a micro-batch added, and measured in the same pass. Rows: Adam on an embedding few of whose "
-        "rows have a gradient, against dense steps.",
+        "`accumulate`: add a micro-batch and measure the norm in the same pass. Rows: Adam on an embedding in which "
+        "few rows have a gradient, against dense steps.",
     ),
     "batchnorm": (
         "BatchNorm",
-        "float32. `limit` is a copy forward, and backward two reads and a write.",
+        "float32. `limit` is a copy for forward, and two reads and a write for backward.",
     ),
-    "minibatches": ("Mini-batches", "Rows gathered from 128 MiB of data, and epochs against a loop by hand."),
+    "minibatches": ("Mini-batches", "Rows gathered from 128 MiB of data, and epochs against a hand-written loop."),
     "scaling": (
         "Size and threads",
-        "Adam from 100 to 100 million parameters. `fastopt` is the step as it is, which takes to all threads from "
-        "the switch on; the others are held to their number of threads at every size.",
+        "Adam from 100 to 100 million parameters. `fastopt` is the default step, which uses all threads from the "
+        "switch on; the others use their number of threads at every size.",
     ),
     "startup": (
         "A new process",
-        "`cached` is fastopt with `FASTOPT_CACHE_DIR`, beside it numba, which it imports, and torch.",
+        "`cached` is fastopt with `FASTOPT_CACHE_DIR`; numba, which fastopt imports, and torch are shown for "
+        "comparison.",
     ),
 }
 
 
 def speed(stored: Mapping[str, Stored]) -> str:
-    """The headlines of what is stored, for the README."""
+    """Return the headline measurements, for the README."""
     rows = [
         (file, stored[file].results[title])
         for file, titles in HEADLINES.items()
@@ -121,10 +123,11 @@ def speed(stored: Mapping[str, Stored]) -> str:
     if not rows:
         return "No measurements are stored."
     lines = [
-        f"Microseconds, all Python included, in float32 on {machine_of(next(iter(stored.values())))}. Each line was "
-        "measured in one run, the contestants taking turns; in brackets, how many times as long as fastopt. `limit` "
-        "moves the same bytes and computes next to nothing: what this memory allows. Everything measured, with charts: "
-        "[docs/performance.md](docs/performance.md). Your own machine: `fastopt bench`.",
+        f"Microseconds, including all Python, in float32 on {machine_of(next(iter(stored.values())))}. Each line was "
+        "measured in one run, in which the contestants take turns; brackets show the time as a multiple of fastopt's. "
+        "`limit` moves the same bytes and computes almost nothing: it is the limit of this memory. See "
+        "[docs/performance.md](docs/performance.md) for all measurements with charts. Measure your own machine with "
+        "`fastopt bench`.",
         *caveats(stored.values()),
         "",
         "| | fastopt | limit | torch | numpy | the fastest other |",
@@ -142,7 +145,7 @@ def speed(stored: Mapping[str, Stored]) -> str:
 
 
 def machine_of(stored: Stored) -> str:
-    """The machine, the versions and the date of a run."""
+    """Return the machine, the versions and the date of a run."""
     run = stored.run
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     caches = ", ".join(
@@ -152,7 +155,7 @@ def machine_of(stored: Stored) -> str:
 
 
 def caveats(stored: Iterable[Stored]) -> list[str]:
-    """What is to be said against them, each once."""
+    """Return the reservations about the measurements, each once."""
     return list(dict.fromkeys(f"**{caveat}**" for each in stored for caveat in each.caveats()))
 
 
@@ -165,25 +168,24 @@ def cell(result: Result, name: str) -> str:
 
 
 def figures(number: float) -> str:
-    """Three figures or more."""
+    """Format with at least three significant figures."""
     return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:,.0f}"
 
 
 def performance(stored: Mapping[str, Stored]) -> str:
-    """The page docs/performance.md."""
+    """Return the page docs/performance.md."""
     lines = [
         "<!-- generated by bench/report.py, do not edit -->",
         "",
         "# Performance",
         "",
-        "Each line was measured in one run, the contestants taking turns (A B C, C B A, ...): in a turn one runs warm, "
-        "and then the fastest of up to eight samples counts. Times are medians of the rounds in microseconds, all "
-        "Python included; behind ours, between which times 8 of 10 rounds lie, and the bytes that have to be moved "
-        "over the time. In brackets stands how many times as long as fastopt a contestant takes, the median of the "
-        "ratios within a round. Memory that is freed is kept for the next array (as far as glibc does so), and whoever "
-        "can uses as many threads as fastopt. Tests hold the rivals to the "
-        "parameters that fastopt computes, where they are installed; DeepSpeed's, which take too long to build, were "
-        "compared by hand.",
+        "Each line was measured in one run, in which the contestants take turns (A B C, C B A, ...): in a turn a "
+        "contestant warms up, and then the fastest of up to eight samples counts. Times are medians of the rounds in "
+        "microseconds, including all Python; after fastopt's time come the range of 8 of 10 rounds, and the bytes to "
+        "move divided by the time. Brackets show a contestant's time as a multiple of fastopt's, the median of the "
+        "ratios within a round. Freed memory is kept for the next array (as far as glibc does so), and rivals use as "
+        "many threads as fastopt if they can. Tests compare the parameters of installed rivals with those of fastopt; "
+        "DeepSpeed's, which take too long to build, were compared by hand.",
         "",
         "Measure your own machine with `fastopt bench`, or all of this with `pytest bench --benchmark-only`.",
     ]
@@ -202,7 +204,7 @@ def performance(stored: Mapping[str, Stored]) -> str:
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """A row for each result, a column for each contestant."""
+    """Return a table with a row per result and a column per contestant."""
     names = list(dict.fromkeys(name for result in results for name in result.seconds if name != "fastopt"))
     moved = any(result.bytes is not None for result in results)
     head = ["", "fastopt", "8 of 10", *(["GB/s"] if moved else []), *names]
@@ -220,7 +222,7 @@ def table(results: Sequence[Result]) -> list[str]:
 
 
 def parts_of(result: Result) -> dict[str, dict[str, str]]:
-    """By label the cells of the parts of an iteration; none for what has no parts."""
+    """Return the cells for the parts of an iteration, by label; empty for a result without parts."""
     parts = result.facts.get("parts")
     if parts is None:
         return {}
@@ -240,7 +242,7 @@ def parts_of(result: Result) -> dict[str, dict[str, str]]:
 
 
 class Chart(NamedTuple):
-    """A picture: of which file of results, what it is called, what it shows, and how it is drawn."""
+    """A chart: its file of results, its file name, its alternative text, and the function that draws it."""
 
     of: str
     file: str
@@ -323,7 +325,7 @@ CHARTS = (
 
 
 def digest_of(stored: Stored) -> str:
-    """What a picture carries to tell what it was drawn from."""
+    """Return the digest that identifies the data of a chart."""
     content = [stored.run, [result.record() for result in stored.results.values()]]
     return "sha256 " + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -335,18 +337,18 @@ def draw(stored: Mapping[str, Stored], folder: Path) -> None:
             chart.draw(folder / chart.file, stored[chart.of], digest_of(stored[chart.of]))
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def names() -> str:
-    """Where type checkers find the optimizers, which the package finds by itself."""
+    """Return the imports of the optimizers for type checkers; the package itself finds them at run time."""
     modules = {name: optimizer.__module__ for name, optimizer in fastopt.Optimizer.classes.items()}
-    ours = sorted((module, name) for name, module in modules.items() if module.startswith("fastopt.rules."))
+    ours = sorted((module, name) for name, module in modules.items() if module.startswith("fastopt.optimizers."))
     return "\n".join(f"    from {module} import {name} as {name}" for module, name in ours)
 
 
 def render(readme: str) -> str:
-    """`readme` with its generated parts made anew."""
+    """Return `readme` with its generated parts replaced."""
     for name, text in (("optimizers", optimizers()), ("speed", speed(load()))):
         start = f"<!-- {name}: generated by bench/report.py, do not edit -->"
         readme = replaced(readme, f"{start}\n\n", text, f"\n\n<!-- end of {name} -->")
@@ -354,14 +356,14 @@ def render(readme: str) -> str:
 
 
 def render_init(source: str) -> str:
-    """`source`, that of the package, with its generated part made anew."""
+    """Return the source of the package with its generated part replaced."""
     return replaced(
         source, "    # generated by bench/report.py, do not edit\n", names(), "\n    # end of what is generated\n"
     )
 
 
 def replaced(text: str, start: str, new: str, end: str) -> str:
-    """`text` with `new` in place of what stands between `start` and `end`."""
+    """Return `text` with `new` between `start` and `end`."""
     before, rest = text.split(start)
     _, after = rest.split(end)
     return f"{before}{start}{new}{end}{after}"

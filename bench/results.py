@@ -1,4 +1,4 @@
-"""The measurements stored under bench/results: one JSON for each file of benchmarks, and what they are of."""
+"""The measurements stored under bench/results: one JSON file per file of benchmarks, with facts about the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastopt.measure import Result
 FOLDER = Path(__file__).resolve().parent / "results"
 FILES = ("step", "company", "many_tensors", "tail", "batchnorm", "minibatches", "scaling", "startup")
 BUSY = 0.5
-"""Load per core before the run from which the machine counts as busy."""
+"""Load per core before the run above which the machine counts as busy."""
 
 
 class Stored(NamedTuple):
@@ -20,20 +20,20 @@ class Stored(NamedTuple):
     run: dict[str, Any]
     """Date, machine, threads, load, scale, versions."""
     results: dict[str, Result]
-    """By title."""
+    """Results by title."""
 
     def caveats(self) -> list[str]:
-        """What is to be said against the figures."""
+        """Return reservations about the numbers."""
         found = []
         if self.run["scale"] < 1:
-            found.append(f"Taken in a trial, with {self.run['scale']:g} of the time that a measurement takes.")
+            found.append(f"Measured in a trial, with {self.run['scale']:g} of the time of a full measurement.")
         if self.run["load"] > BUSY * self.run["machine"]["cores"]:
             found.append(f"The machine was busy with other work (load {self.run['load']:g} before the run).")
         return found
 
 
 def load(folder: Path = FOLDER) -> dict[str, Stored]:
-    """What is stored, by file."""
+    """Return the stored measurements, by file."""
     stored = {}
     for name in FILES:
         path = folder / f"{name}.json"
@@ -45,9 +45,10 @@ def load(folder: Path = FOLDER) -> dict[str, Stored]:
 
 
 def store(path: Path, folder: Path = FOLDER) -> list[str]:
-    """Keep of a benchmark run what the tables need, nothing that names the machine; the files that were written.
+    """Store the part of a benchmark run that the tables need, without anything that identifies the machine.
 
-    path : the JSON of ``pytest --benchmark-json=FILE``. Files of benchmarks that were not part of the run stay.
+    Return the names of the written files. path : the JSON of ``pytest --benchmark-json=FILE``. Files of benchmarks
+    outside the run stay.
     """
     run = json.loads(path.read_text(encoding="utf-8"))
     records: dict[str, list[dict[str, Any]]] = {}
@@ -55,10 +56,10 @@ def store(path: Path, folder: Path = FOLDER) -> list[str]:
         name = Path(entry["fullname"].split("::")[0]).stem.removeprefix("bench_")
         records.setdefault(name, []).append({key: entry["extra_info"][key] for key in Result._fields})
     if unknown := sorted(records.keys() - set(FILES)):
-        raise ValueError(f"{path}: bench_{unknown[0]}.py is not known; name it in FILES of bench/results.py")
+        raise ValueError(f"{path}: must be of files in FILES, got bench_{unknown[0]}.py; add it in bench/results.py")
     folder.mkdir(exist_ok=True)
     for name, of_file in records.items():
-        lines = ",\n".join("  " + json.dumps(record) for record in of_file)  # a line for each: diffs can be read
+        lines = ",\n".join("  " + json.dumps(record) for record in of_file)  # one per line, for readable diffs
         head = json.dumps(run["fastopt"], indent=1)[:-2]
         (folder / f"{name}.json").write_text(f'{head},\n "results": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     return sorted(records)

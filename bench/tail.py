@@ -1,4 +1,4 @@
-"""The whole tail of a step as torch makes it, on any device: what the benchmarks of the tail compare with."""
+"""torch's sequence of calls for a step with all options, on any device: the rival of bench_tail.py and gpu.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SCALE, MAX_NORM, EMA, LR, DECAY = 1024.0, 1.0, 0.999, 1e-3, 0.01
 
 
 def torch_sequence(torch: Any, grads: Sequence[Any]) -> tuple[Callable[[], None], Callable[[], None], list[Any]]:
-    """Unscale, clip, AdamW, moving average, zero the gradients: the step, what writes the gradients, the parameters."""
+    """Return the step (unscale, clip, AdamW, moving average, zero), a function to write gradients, the parameters."""
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones_like(grad)) for grad in grads])
     params = list(model.parameters())
     for param in params:

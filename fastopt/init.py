@@ -1,18 +1,17 @@
-"""Weight initialisation, in place: constants and random draws written into arrays that already exist.
+"""In-place weight initialisation: constants and random draws, written into existing arrays.
 
     >>> import numpy as np
     >>> from fastopt import init
     >>> W = init.he_normal_(np.empty((784, 256), np.float32), rng=0)   # 784 inputs, 256 outputs
     >>> b = init.zeros_(np.empty(256, np.float32))
 
-Each function fills the array it is given and returns it. The array is a NumPy array of float32 or float64, writeable,
-of any memory layout: views and transposes are filled through, so `init.he_normal_(opt.params["W1"])` writes straight
-into the optimizer's buffer. Values are drawn in the array's own dtype. `rng=` is None (fresh entropy), an int seed, or
-a `numpy.random.Generator`, which is advanced; the same seed gives the same values for the same shape and dtype,
-whatever the memory layout.
+Each function fills its array argument and returns it. Pass a writeable NumPy array of float32 or float64, of any memory
+layout. Views and transposes work: `init.he_normal_(opt.params["W1"])` writes directly into the optimizer's buffer.
+Values are drawn in the array's own dtype. `rng=` is None (fresh entropy), an int seed, or a `numpy.random.Generator`,
+which is advanced; the same seed gives the same values for the same shape and dtype, in any memory layout.
 
-Shapes are read by one convention, that of `fans`: (fan_in, fan_out) for matrices and (out_channels, in_channels,
-*spatial) for convolution kernels.
+Shapes follow the convention of `fans`: (fan_in, fan_out) for matrices and (out_channels, in_channels, *spatial) for
+convolution kernels.
 """
 
 from __future__ import annotations
@@ -30,30 +29,28 @@ __all__ = ["fans", "he_normal_", "he_uniform_", "normal_", "xavier_normal_", "xa
 
 Weights = TypeVar("Weights", bound=NDArray[np.floating[Any]])
 
-# Elements drawn at a time into an array that cannot be filled directly: 256 KiB of float32, which stays in the L2
-# cache.
+# Elements per draw for an array that the generator cannot fill directly: 256 KiB of float32 fit into the L2 cache.
 BLOCK = 65536
 
 
 class _Sampler(Protocol):
-    """The two ways `Generator.standard_normal` and `Generator.random` are called here."""
+    """The common signature of `Generator.standard_normal` and `Generator.random`."""
 
     def __call__(self, size: Any = ..., dtype: Any = ..., out: Any = ...) -> Any: ...
 
 
 def fans(shape: Sequence[int]) -> tuple[int, int]:
-    """How many inputs each output of a weight array sums, and how many outputs each input feeds: (fan_in, fan_out).
+    """Return (fan_in, fan_out) of a weight array: the number of inputs per output, and of outputs per input.
 
     Formula: of ``(n_in, n_out)``: ``fan_in = n_in``, ``fan_out = n_out``; of ``(c_out, c_in, k1, k2, ...)``:
     ``fan_in = c_in k1 k2 ...``, ``fan_out = c_out k1 k2 ...``
 
     Args:
         shape: two ints, (fan_in, fan_out), for a matrix used as `x @ W`; three or more, (out_channels, in_channels,
-            *spatial), for a convolution kernel. Note that a matrix stored the other way round, (out, in) as torch does,
-            must be passed as `W.T`.
+            *spatial), for a convolution kernel. Pass a matrix stored as (out, in), as in torch, as `W.T`.
 
     Returns:
-        (fan_in, fan_out), as ints >= 0; 0 only where an axis of `shape` is 0.
+        (fan_in, fan_out), as ints >= 0; 0 only if an axis of `shape` is 0.
 
     Raises:
         ValueError: `shape` has fewer than two axes, or a negative one.
@@ -67,13 +64,13 @@ def fans(shape: Sequence[int]) -> tuple[int, int]:
     try:
         sizes = tuple(operator.index(n) for n in shape)
     except TypeError:
-        raise TypeError(f"shape must be a sequence of ints such as (784, 256), found {shape!r}") from None
+        raise TypeError(f"shape: must be a sequence of ints such as (784, 256), got {shape!r}") from None
     if any(n < 0 for n in sizes):
-        raise ValueError(f"shape must not have a negative axis, found {sizes}")
+        raise ValueError(f"shape: must have axes >= 0, got {sizes}")
     if len(sizes) < 2:
         raise ValueError(
-            f"shape must have at least two axes to have a fan-in and a fan-out, found {sizes}; "
-            "a vector that is really a matrix has the shape (fan_in, fan_out)"
+            f"shape: must have at least two axes, a fan-in and a fan-out, got {sizes}; "
+            "give a matrix stored as a vector the shape (fan_in, fan_out)"
         )
     if len(sizes) == 2:
         return sizes[0], sizes[1]
@@ -82,7 +79,7 @@ def fans(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def zeros_(w: Weights) -> Weights:
-    """Fill with zeros: the usual start of biases and of BatchNorm's beta; hidden weights would all stay equal.
+    """Fill with zeros: the usual initial value of biases and BatchNorm's beta; hidden weights would all stay equal.
 
     Formula: ``w = 0``
 
@@ -105,17 +102,17 @@ def zeros_(w: Weights) -> Weights:
 
 
 def normal_(w: Weights, std: float = 0.01, mean: float = 0.0, rng: int | np.random.Generator | None = None) -> Weights:
-    """Fill with normal draws of a given spread.
+    """Fill with normal draws of a given standard deviation.
 
     Formula: ``w ~ N(mean, std^2)``
 
-    A fixed `std` suits one or two layers (embeddings, logistic regression). Through many layers the activations vanish
-    or explode, because the spread they need depends on the width: use `xavier_normal_` or `he_normal_` there.
+    A fixed `std` suits one or two layers (embeddings, logistic regression). In many layers the activations vanish or
+    explode, because the required deviation depends on the width: use `xavier_normal_` or `he_normal_` there.
 
     Args:
         w: float32 or float64 array of any shape and layout; filled in place.
         std: standard deviation; finite, >= 0.
-        mean: centre; finite.
+        mean: mean; finite.
         rng: None, an int seed >= 0, or a numpy.random.Generator.
 
     Returns:
@@ -138,12 +135,12 @@ def xavier_uniform_(w: Weights, gain: float = 1.0, rng: int | np.random.Generato
 
     Formula: ``w ~ U[-a, a]``, ``a = gain sqrt(6 / (fan_in + fan_out))``
 
-    The variance ``2 / (fan_in + fan_out)`` is the compromise between keeping the variance of the activations on the way
-    forward, ``1 / fan_in``, and that of the gradients on the way back, ``1 / fan_out``.
+    The variance ``2 / (fan_in + fan_out)`` is a compromise: ``1 / fan_in`` preserves the variance of the activations in
+    the forward pass, ``1 / fan_out`` that of the gradients in the backward pass.
 
     Args:
-        w: float32 or float64 array of at least two axes, read as `fans` says; any layout; filled in place.
-        gain: factor on the spread; finite, > 0. 1 for linear and sigmoid layers; 5/3 is usual for deep tanh networks.
+        w: float32 or float64 array of at least two axes (see `fans`); any layout; filled in place.
+        gain: factor on the deviation; finite, > 0. 1 for linear and sigmoid layers; usually 5/3 for deep tanh networks.
         rng: None, an int seed >= 0, or a numpy.random.Generator.
 
     Returns:
@@ -170,8 +167,8 @@ def xavier_normal_(w: Weights, gain: float = 1.0, rng: int | np.random.Generator
     Formula: ``w ~ N(0, s^2)``, ``s = gain sqrt(2 / (fan_in + fan_out))``
 
     Args:
-        w: float32 or float64 array of at least two axes, read as `fans` says; any layout; filled in place.
-        gain: factor on the spread; finite, > 0. 1 for linear and sigmoid layers; 5/3 is usual for deep tanh networks.
+        w: float32 or float64 array of at least two axes (see `fans`); any layout; filled in place.
+        gain: factor on the deviation; finite, > 0. 1 for linear and sigmoid layers; usually 5/3 for deep tanh networks.
         rng: None, an int seed >= 0, or a numpy.random.Generator.
 
     Returns:
@@ -198,9 +195,9 @@ def he_uniform_(w: Weights, negative_slope: float = 0.0, rng: int | np.random.Ge
     Formula: ``w ~ U[-a, a]``, ``a = sqrt(3) s``, ``s = sqrt(2 / ((1 + negative_slope^2) fan_in))``
 
     Args:
-        w: float32 or float64 array of at least two axes, read as `fans` says; any layout; filled in place.
-        negative_slope: slope of the activation left of 0; finite. 0 for ReLU (a gain of sqrt(2)), 0.01 for the usual
-            leaky ReLU, 1 for no activation at all.
+        w: float32 or float64 array of at least two axes (see `fans`); any layout; filled in place.
+        negative_slope: slope of the activation below 0; finite. 0 for ReLU (a gain of sqrt(2)), 0.01 for the usual
+            leaky ReLU, 1 without an activation.
         rng: None, an int seed >= 0, or a numpy.random.Generator.
 
     Returns:
@@ -226,12 +223,12 @@ def he_normal_(w: Weights, negative_slope: float = 0.0, rng: int | np.random.Gen
 
     Formula: ``w ~ N(0, s^2)``, ``s = sqrt(2 / ((1 + negative_slope^2) fan_in))``
 
-    A ReLU drops half of the second moment of a centred input; twice the variance of a linear layer makes up for it.
+    A ReLU drops half of the second moment of a centred input; twice the variance of a linear layer compensates for it.
 
     Args:
-        w: float32 or float64 array of at least two axes, read as `fans` says; any layout; filled in place.
-        negative_slope: slope of the activation left of 0; finite. 0 for ReLU (a gain of sqrt(2)), 0.01 for the usual
-            leaky ReLU, 1 for no activation at all.
+        w: float32 or float64 array of at least two axes (see `fans`); any layout; filled in place.
+        negative_slope: slope of the activation below 0; finite. 0 for ReLU (a gain of sqrt(2)), 0.01 for the usual
+            leaky ReLU, 1 without an activation.
         rng: None, an int seed >= 0, or a numpy.random.Generator.
 
     Returns:
@@ -253,26 +250,26 @@ def he_normal_(w: Weights, negative_slope: float = 0.0, rng: int | np.random.Gen
 
 
 def generator(rng: int | np.random.Generator | None) -> np.random.Generator:
-    """What `rng=` means in fastopt: None is fresh entropy, an int is a seed, a Generator is used as it is and advanced.
+    """Return the generator of an `rng=` argument: None is fresh entropy, an int a seed, a Generator is used unchanged.
 
     Raises:
-        TypeError: `rng` is none of these. numpy.random.RandomState is refused: its streams differ.
+        TypeError: `rng` has another type, such as numpy.random.RandomState, whose streams differ.
         ValueError: a negative seed.
     """
     if rng is None or isinstance(rng, np.random.Generator):
         return np.random.default_rng(rng)
     if isinstance(rng, bool | np.bool_) or not isinstance(rng, int | np.integer):
         raise TypeError(
-            f"rng must be None, an int seed or a numpy.random.Generator, found {type(rng).__name__}; "
-            "numpy.random.default_rng(seed) makes a Generator"
+            f"rng: must be None, an int seed or a numpy.random.Generator, got {type(rng).__name__}; "
+            "use numpy.random.default_rng(seed)"
         )
     if rng < 0:
-        raise ValueError(f"rng must be a seed >= 0, found {int(rng)}")
+        raise ValueError(f"rng: must be a seed >= 0, got {int(rng)}")
     return np.random.default_rng(int(rng))
 
 
 def _xavier_std(w: NDArray[Any], gain: float) -> float:
-    """Glorot & Bengio's standard deviation; also the door check of the two functions that use it."""
+    """Return Glorot & Bengio's standard deviation; also check the arguments of both Xavier functions."""
     _check_weights(w)
     factor = _number("gain", gain, above=0.0)
     fan_in, fan_out = _fans_of(w)
@@ -280,18 +277,18 @@ def _xavier_std(w: NDArray[Any], gain: float) -> float:
 
 
 def _he_std(w: NDArray[Any], negative_slope: float) -> float:
-    """He et al.'s standard deviation; also the door check of the two functions that use it."""
+    """Return He et al.'s standard deviation; also check the arguments of both He functions."""
     _check_weights(w)
     slope = _number("negative_slope", negative_slope)
     fan_in, _ = _fans_of(w)
-    # hypot and two roots instead of 1 + slope**2: a huge slope must give a tiny spread, not an overflow.
+    # Use hypot and two roots instead of 1 + slope**2, which overflows for a huge slope.
     return math.sqrt(2.0) / math.hypot(1.0, slope) / math.sqrt(fan_in) if w.size else 0.0
 
 
 def _fans_of(w: NDArray[Any]) -> tuple[int, int]:
     if w.ndim < 2:
         raise ValueError(
-            "w must have at least two axes, (fan_in, fan_out) or (out_channels, in_channels, *spatial), found shape "
+            "w: must have at least two axes, (fan_in, fan_out) or (out_channels, in_channels, *spatial), got shape "
             f"{w.shape}; fill biases with zeros_ or normal_, or pass a view with two axes: w.reshape(fan_in, fan_out)"
         )
     return fans(w.shape)
@@ -299,20 +296,14 @@ def _fans_of(w: NDArray[Any]) -> tuple[int, int]:
 
 def _check_weights(w: object) -> None:
     if not isinstance(w, np.ndarray):
-        raise TypeError(
-            f"w must be a NumPy array to be filled in place, found {type(w).__name__}; "
-            "make one with np.empty(shape, np.float32)"
-        )
+        raise TypeError(f"w: must be a NumPy array, got {type(w).__name__}; pass np.empty(shape, np.float32)")
     if w.dtype != np.float32 and w.dtype != np.float64:
         raise TypeError(
-            f"w must be float32 or float64 in native byte order, found {w.dtype.str!r}; "
+            f"w: must be float32 or float64 in native byte order, got {w.dtype.str!r}; "
             "convert it with w.astype(np.float32)"
         )
     if not w.flags.writeable:
-        raise ValueError(
-            "w must be writeable to be filled in place, found a read-only array; "
-            "pass w.copy() and keep what is returned"
-        )
+        raise ValueError("w: must be writeable, got a read-only array; pass w.copy() and keep the returned array")
 
 
 def _number(name: str, value: object, at_least: float = -math.inf, above: float = -math.inf) -> float:
@@ -320,13 +311,13 @@ def _number(name: str, value: object, at_least: float = -math.inf, above: float 
         f" >= {at_least:g}" if at_least > -math.inf else f" > {above:g}" if above > -math.inf else ""
     )
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {expected}, found {value!r}")
+        raise TypeError(f"{name}: must be {expected}, got {value!r}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not (math.isfinite(number) and number >= at_least and number > above):
-        raise ValueError(f"{name} must be {expected}, found {value!r}")
+        raise ValueError(f"{name}: must be {expected}, got {value!r}")
     return number
 
 
@@ -339,12 +330,12 @@ def _draw_uniform(w: Weights, bound: float, rng: np.random.Generator) -> Weights
 
 
 def _draw(w: Weights, sampler: _Sampler, scale: float, shift: float) -> Weights:
-    """Fill `w`, in the order of its indices, with `scale * draw + shift`."""
+    """Fill `w`, in index order, with `scale * draw + shift`."""
     if w.flags.c_contiguous and w.flags.aligned:
         _scale(sampler(dtype=w.dtype, out=w), scale, shift)
     else:
-        # The generator can also fill a Fortran-ordered array directly, but in the order of memory: a transposed weight
-        # would then get other values from the same seed.
+        # The generator would fill a Fortran-ordered array in memory order, so that a transposed weight would get other
+        # values from the same seed.
         for block in _blocks(w):
             block[...] = _scale(sampler(size=block.shape, dtype=w.dtype), scale, shift)
     return w
@@ -358,7 +349,7 @@ def _scale(w: Weights, scale: float, shift: float) -> Weights:
 
 
 def _blocks(w: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Views that cover `w` in the order of its indices, of at most BLOCK elements each."""
+    """Yield views that cover `w` in index order, of at most BLOCK elements each."""
     if w.size <= BLOCK:
         yield w
         return

@@ -1,28 +1,26 @@
 """Every optimizer and BatchNorm in plain NumPy: the oracle of the tests and the NumPy side of the benchmarks.
 
-The module imports nothing of fastopt, so that a mistake in a compiled rule cannot also be here. Each function writes
-its formula as the paper (or, where there are several forms in use, as the framework named) prints it; no constant is
-folded and no term is rearranged. Speed was not a consideration.
+The module imports nothing from fastopt, so a mistake in a compiled rule cannot be in this file as well. Each function
+writes its formula as printed in the paper, or, if several forms are in use, as in the named framework; no constant is
+folded and no term is rearranged. The code is not optimized for speed.
 
-All optimizers are called alike, ``optimizer(p, g, state, t, **hyperparameters) -> None``:
+All optimizers have the same signature, ``optimizer(p, g, state, t, **hyperparameters) -> None``:
 
 - ``p`` parameter, float32 or float64 of any shape, updated in place;
-- ``g`` gradient of the loss, the shape of ``p``, only read (another dtype is rounded to that of ``p`` first);
-- ``state`` dictionary of arrays like ``p`` (the "v" of NovoGrad is one number), updated in place, made by
-  `init_state`;
+- ``g`` gradient of the loss, the shape of ``p``, only read (another dtype is first rounded to that of ``p``);
+- ``state`` dictionary of arrays like ``p`` (NovoGrad's "v" is one number), updated in place, returned by `init_state`;
 - ``t`` number of this update, a Python int, 1 at the first.
 
 Everything is computed in the dtype of ``p``, except the norms of whole tensors (LAMB, LARS, NovoGrad, Muon), which are
-taken in float64. Hyperparameters are Python numbers: a NumPy float64 scalar would lift the arithmetic of float32 arrays
-to float64 before the result is stored. Their ranges are not checked here. What is checked (``t``, shapes, dtypes, the
-states present, ``form`` and its like) is checked before anything is written, and raises ValueError or TypeError naming
-the argument.
+computed in float64. Hyperparameters are Python numbers: a NumPy float64 scalar would promote the arithmetic of float32
+arrays to float64. Their ranges are not checked. ``t``, shapes, dtypes, the names of the states and options such as
+``form`` are checked before anything is written; a bad one raises ValueError or TypeError with the argument's name.
 
 `batchnorm_forward` and `batchnorm_backward`, at the end of the file, take and return arrays.
 
-In the formulas ``g`` is the gradient after L2 weight decay, ``g + weight_decay * p``, except where the formula itself
-says what weight_decay does. In the units of hyperparameters [p] stands for the unit of the parameter and [g] for that
-of the gradient, which is [loss]/[p]; what has no unit is a pure number.
+In the formulas ``g`` is the gradient after L2 weight decay, ``g + weight_decay * p``, unless the formula contains
+weight_decay. In the units of hyperparameters [p] stands for the unit of the parameter and [g] for that of the gradient,
+which is [loss]/[p]; a hyperparameter without a unit is a pure number.
 
 >>> import numpy as np
 >>> from fastopt import reference
@@ -79,34 +77,34 @@ State: TypeAlias = dict[str, Array]
 
 
 def _gradient(p: Array, g: Array, t: int, weight_decay: float = 0.0) -> Array:
-    """Check the arguments all optimizers share, and return g + weight_decay * p in the dtype of p."""
+    """Check the arguments that all optimizers share, and return g + weight_decay * p in the dtype of p."""
     if p.dtype not in (np.float32, np.float64):
-        raise TypeError(f"p has dtype {p.dtype}, expected float32 or float64: convert it with p.astype(numpy.float64)")
+        raise TypeError(f"p: must be float32 or float64, got {p.dtype}; convert it with p.astype(numpy.float64)")
     if g.shape != p.shape:
-        # NumPy would broadcast a (1,) gradient without a word, and an oracle must not guess.
-        raise ValueError(f"g has shape {g.shape}, expected the shape of p, {p.shape}: reshape the gradient")
+        # NumPy would silently broadcast a (1,) gradient, and an oracle must not guess.
+        raise ValueError(f"g: must have the shape of p, {p.shape}, got {g.shape}; reshape the gradient")
     if not isinstance(t, int):
-        # beta ** numpy.int64 is a numpy.float64, which would lift float32 arithmetic to float64.
-        raise TypeError(f"t is {t!r} of type {type(t).__name__}, expected a Python int: pass int(t)")
+        # beta ** numpy.int64 is a numpy.float64, which would promote float32 arithmetic to float64.
+        raise TypeError(f"t: must be a Python int, got {t!r} of type {type(t).__name__}; pass int(t)")
     if t < 1:
-        raise ValueError(f"t is {t}, expected at least 1: the first update is t = 1")
+        raise ValueError(f"t: must be at least 1, got {t}; the first update is t = 1")
     g = g.astype(p.dtype, copy=False)
     return g + weight_decay * p if weight_decay else g
 
 
 def _states(state: State, p: Array, *names: str, numbers: tuple[str, ...] = ()) -> list[Array]:
-    """Return the named states, once each is known to be an array like p, or one number where it is in numbers."""
+    """Return the named states after a check that each is an array like p, or one number if it is in `numbers`."""
     for name in names:
         if name not in state:
             raise ValueError(
-                f"state has no {name!r} (found {sorted(state)}): make it by init_state with the same hyperparameters"
+                f"state: must have {name!r}, got {sorted(state)}; use init_state with the same hyperparameters"
             )
         s = state[name]
         shape, like = ((), "one number for all of p") if name in numbers else (p.shape, "like p")
         if s.shape != shape or s.dtype != p.dtype:
             raise ValueError(
-                f"state {name!r} is {s.dtype} of shape {s.shape}, expected {p.dtype} of shape {shape} {like}: "
-                "make it by init_state from this p"
+                f"state {name!r}: must be {p.dtype} of shape {shape} ({like}), got {s.dtype} of shape {s.shape}; "
+                "use init_state with this p"
             )
     return [state[name] for name in names]
 
@@ -118,7 +116,7 @@ def _root(v: Array, eps: float, eps_inside: bool) -> Array:
 
 
 def _norm(x: Array) -> float:
-    """Return the Euclidean norm over all of x, taken in float64."""
+    """Return the Euclidean norm over all of x, computed in float64."""
     return float(np.linalg.norm(x.astype(np.float64)))
 
 
@@ -131,8 +129,8 @@ def _adam_moments(
     m[...] = b1 * m + (1 - b1) * g
     v[...] = b2 * v + (1 - b2) * g**2
     if amsgrad:
-        # The maximum of the raw second moment; its correction comes after, as in torch. Correcting first would let the
-        # maximum be reached at t = 1, where the correction is largest.
+        # Take the maximum of the raw second moment and correct it afterwards, as in torch: the corrected moment would
+        # reach its maximum at t = 1, where the correction is largest.
         v_max[0][...] = np.maximum(v_max[0], v)
         v = v_max[0]
     if not bias_correction:
@@ -177,14 +175,14 @@ def sgd(
     """Stochastic gradient descent, with the momentum of torch.optim.SGD.
 
         momentum = 0:   p = p - lr g
-        otherwise:      v = g                                     at t = 1, whatever the dampening
-                        v = momentum v + (1 - dampening) g        after
+        otherwise:      v = g                                     at t = 1, for any dampening
+                        v = momentum v + (1 - dampening) g        for t > 1
                         p = p - lr v                              or, nesterov, p = p - lr (g + momentum v)
-        lr_inside:      v = -lr g                                 at t = 1, whatever the dampening
-                        v = momentum v - lr (1 - dampening) g     after
+        lr_inside:      v = -lr g                                 at t = 1, for any dampening
+                        v = momentum v - lr (1 - dampening) g     for t > 1
                         p = p + v                                 or, nesterov, p = p + momentum v - lr g
 
-    lr_inside changes nothing while lr is constant, nor without momentum.
+    lr_inside has no effect while lr is constant or without momentum.
 
     lr [p]/[g]; momentum and dampening no unit; weight_decay [g]/[p]. State: "velocity", [g], or [p] with lr_inside;
     only with momentum.
@@ -228,7 +226,7 @@ def momentum(
         "lr_inside":    v = momentum v - lr g                p = p + v
 
     lr [p]/[g]; momentum no unit; weight_decay [g]/[p]. State: "velocity", [g], or [p] in the form "lr_inside".
-    "ema" is "heavy_ball" with lr (1 - momentum) in place of lr; "lr_inside" is "heavy_ball" as long as lr is constant.
+    "ema" is "heavy_ball" with lr (1 - momentum) instead of lr; "lr_inside" is "heavy_ball" while lr is constant.
 
     Source: B. T. Polyak, Some methods of speeding up the convergence of iteration methods, USSR Comput. Math. Math.
     Phys. 4 (1964), the heavy ball; I. Sutskever et al., On the importance of initialization and momentum in deep
@@ -241,7 +239,7 @@ def momentum(
     ([0.375], [1.5])
     """
     if form not in ("heavy_ball", "ema", "lr_inside"):
-        raise ValueError(f"form is {form!r}, expected one of 'heavy_ball', 'ema', 'lr_inside'")
+        raise ValueError(f"form: must be one of 'heavy_ball', 'ema', 'lr_inside', got {form!r}")
     g = _gradient(p, g, t, weight_decay)
     (v,) = _states(state, p, "velocity")
     if form == "heavy_ball":
@@ -271,11 +269,11 @@ def nesterov(
         "reformulated":   v = momentum v + g        p = p - lr (g + momentum v)      g is the gradient at p
         "lookahead":      v = momentum v + lr g     p = p - v                        g is the gradient at p - momentum v
 
-    For "lookahead" the caller evaluates g at the look-ahead point; p is handed over where it was, not shifted. The L2
-    term of weight_decay is taken at that p.
+    For "lookahead" the caller evaluates g at the look-ahead point but passes the unshifted p. The L2 term of
+    weight_decay uses the unshifted p.
 
-    With constant lr and no weight decay both walk the same path: the p of "reformulated" are the look-ahead points
-    p - momentum v of "lookahead", and the v of "lookahead" is lr times the other.
+    With constant lr and no weight decay both forms follow the same path: the p of "reformulated" are the look-ahead
+    points p - momentum v of "lookahead", and the v of "lookahead" is lr times the other.
 
     lr [p]/[g]; momentum no unit; weight_decay [g]/[p]. State: "velocity", [g], or [p] in the form "lookahead".
 
@@ -290,7 +288,7 @@ def nesterov(
     ([0.625], [1.0])
     """
     if form not in ("reformulated", "lookahead"):
-        raise ValueError(f"form is {form!r}, expected one of 'reformulated', 'lookahead'")
+        raise ValueError(f"form: must be one of 'reformulated', 'lookahead', got {form!r}")
     g = _gradient(p, g, t, weight_decay)
     (v,) = _states(state, p, "velocity")
     if form == "reformulated":
@@ -321,8 +319,8 @@ def adagrad(
         p = p - lr_t g / (sqrt(s) + eps)        or, eps_inside, / sqrt(s + eps)
 
     lr [p]; lr_decay no unit; eps [g], or [g]^2 with eps_inside; weight_decay [g]/[p]. State: "sum_sq" [g]^2, which
-    starts at initial_accumulator_value: init_state reads that argument, this function only accepts it, so that one
-    set of hyperparameters serves both.
+    starts at initial_accumulator_value: only init_state uses that argument; this function accepts it so that both take
+    the same hyperparameters.
 
     Source: J. Duchi, E. Hazan, Y. Singer, Adaptive subgradient methods for online learning and stochastic optimization,
     JMLR 12 (2011), section 1.1, and Figure 1 for eps outside of the root; lr_decay as in torch.optim.Adagrad.
@@ -354,11 +352,11 @@ def adadelta(
     """Adadelta.
 
         s = rho s + (1 - rho) g^2
-        d = sqrt(r + eps) / sqrt(s + eps) g         r from the update before
+        d = sqrt(r + eps) / sqrt(s + eps) g         r from the previous update
         p = p - lr d
         r = rho r + (1 - rho) d^2
 
-    lr and rho no unit (the paper has lr = 1); eps is added to [g]^2 and to [p]^2 alike; weight_decay [g]/[p].
+    lr and rho no unit (the paper has lr = 1); eps is added both to [g]^2 and to [p]^2; weight_decay [g]/[p].
     States: "square_avg" is s [g]^2, "acc_delta" is r [p]^2.
 
     Source: M. D. Zeiler, ADADELTA: an adaptive learning rate method, 2012, https://arxiv.org/abs/1212.5701, Algorithm
@@ -401,15 +399,15 @@ def rmsprop(
         otherwise:      b = momentum b + g / d ;  p = p - lr b
                         or, lr_inside, b = momentum b + lr g / d ;  p = p - b
 
-    v - a^2 is a variance, which rounding can make negative; the maximum keeps the root real.
+    Rounding can make the variance v - a^2 negative; the maximum keeps the root real.
 
     lr [p]; alpha and momentum no unit; eps [g], or [g]^2 with eps_inside; weight_decay [g]/[p]. States: "square_avg"
     is v [g]^2; "grad_avg" is a [g], if centered; "buf" is b, no unit, or [p] with lr_inside, with momentum.
 
     Source: T. Tieleman, G. Hinton, Lecture 6.5 of Neural Networks for Machine Learning, Coursera 2012; centered (with
     eps inside) is A. Graves, Generating sequences with recurrent neural networks, 2013,
-    https://arxiv.org/abs/1308.0850, Eqs. (38)-(41), but for its momentum, which is the one of torch.optim.RMSprop
-    here, or, lr_inside, that of keras.optimizers.RMSprop and optax.rmsprop.
+    https://arxiv.org/abs/1308.0850, Eqs. (38)-(41), except for the momentum, which is that of torch.optim.RMSprop, or,
+    lr_inside, that of keras.optimizers.RMSprop and optax.rmsprop.
 
     >>> p = np.array([1.0]); state = init_state("rmsprop", p)
     >>> rmsprop(p, np.array([-4.0]), state, 1, lr=0.25, alpha=0.75, eps=0.0)
@@ -461,16 +459,16 @@ def adam(
         p = p - lr m_hat / (sqrt(v_hat) + eps)          or, eps_inside, / sqrt(v_hat + eps)
         eps_hat:    p = p - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)      or, eps_inside, / sqrt(v + eps)
 
-    bias_correction=False: m_hat = m, v_hat = v, and eps_hat changes nothing. amsgrad: v_max = max(v_max, v), and v_max
-    takes the place of v in v_hat and in the line of eps_hat.
+    bias_correction=False: m_hat = m, v_hat = v, and eps_hat has no effect. amsgrad: v_max = max(v_max, v), and v_max
+    replaces v in v_hat and in the line of eps_hat.
 
     lr [p]; betas no unit; eps [g], or [g]^2 with eps_inside; weight_decay [g]/[p]. States: "m" [g], "v" [g]^2, and with
     amsgrad "v_max" [g]^2.
 
     Source: D. P. Kingma, J. Ba, Adam: a method for stochastic optimization, ICLR 2015,
-    https://arxiv.org/abs/1412.6980, Algorithm 1, and the end of section 2 for eps_hat (in keras.optimizers.Adam, too);
+    https://arxiv.org/abs/1412.6980, Algorithm 1, and the end of section 2 for eps_hat (also in keras.optimizers.Adam);
     AMSGrad is S. J. Reddi, S. Kale, S. Kumar, On the convergence of Adam and beyond, ICLR 2018, Algorithm 2, with the
-    bias correction of torch.optim.Adam, which the paper has not.
+    bias correction of torch.optim.Adam, which the paper does not have.
 
     >>> p = np.array([1.0, 1.0]); state = init_state("adam", p)
     >>> adam(p, np.array([4.0, -0.5]), state, 1, lr=0.25, betas=(0.5, 0.75), eps=0.0)
@@ -500,7 +498,7 @@ def adamw(
     """Adam with decoupled weight decay: the decay does not pass through the moments.
 
         p = (1 - lr weight_decay) p
-        p = p - lr m_hat / (sqrt(v_hat) + eps)          with m_hat and v_hat as in adam, of the bare gradient
+        p = p - lr m_hat / (sqrt(v_hat) + eps)          with m_hat and v_hat as in adam, of the gradient without decay
 
     lr [p]; weight_decay 1/[p], so that lr weight_decay is the fraction of p lost per update; betas, eps, eps_inside,
     eps_hat, bias_correction and amsgrad as in `adam`.
@@ -534,11 +532,11 @@ def lamb(
 ) -> None:
     """LAMB: Adam's direction, with a length proportional to that of the parameter. p is one whole parameter tensor.
 
-        u = m_hat / (sqrt(v_hat) + eps) + weight_decay p          with m_hat and v_hat as in adam, of the bare gradient
-        ratio = |p| / |u|                                         Euclidean norms over all of p; 1 where either is 0
+        u = m_hat / (sqrt(v_hat) + eps) + weight_decay p          m_hat, v_hat as in adam, of the gradient without decay
+        ratio = |p| / |u|                                         Euclidean norms over all of p; 1 if either is 0
         p = p - lr ratio u
 
-    bias_correction=False: m_hat = m, v_hat = v. The norms are taken in float64 whatever the dtype of p.
+    bias_correction=False: m_hat = m, v_hat = v. The norms are computed in float64 for any dtype of p.
 
     lr no unit: it is the fraction of |p| moved per update; betas no unit; eps [g]; weight_decay 1/[p]. States: "m" [g],
     "v" [g]^2.
@@ -583,7 +581,7 @@ def nadam(
     lr [p]; betas and momentum_decay no unit; eps [g]; weight_decay [g]/[p]. States: "m" [g], "v" [g]^2.
 
     Source: T. Dozat, Incorporating Nesterov momentum into Adam, ICLR 2016 workshop,
-    https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ, Algorithm 2, with b1 in the place of mu_t in m, as in
+    https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ, Algorithm 2, with b1 instead of mu_t in m, as in
     torch.optim.NAdam.
 
     >>> p = np.array([1.0]); state = init_state("nadam", p)
@@ -613,7 +611,7 @@ def radam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """RAdam: Adam that leaves out the second moment until there are enough gradients in it, and then eases it in.
+    """RAdam: Adam that ignores the second moment until it has enough gradients, and then phases it in.
 
         m = b1 m + (1 - b1) g            m_hat = m / (1 - b1^t)
         v = b2 v + (1 - b2) g^2
@@ -623,12 +621,12 @@ def radam(
                      p = p - lr m_hat r sqrt(1 - b2^t) / (sqrt(v) + eps)
         otherwise:   p = p - lr m_hat
 
-    lr [p], and [p]/[g] where rho is at most 5; betas no unit; eps [g]; weight_decay [g]/[p]. States: "m" [g], "v"
+    lr [p], and [p]/[g] while rho is at most 5; betas no unit; eps [g]; weight_decay [g]/[p]. States: "m" [g], "v"
     [g]^2.
 
     Source: L. Liu et al., On the variance of the adaptive learning rate and beyond, ICLR 2020,
-    https://arxiv.org/abs/1908.03265, Algorithm 2, with the bound 5 of torch.optim.RAdam where the paper has 4, and with
-    its eps, which the paper has not.
+    https://arxiv.org/abs/1908.03265, Algorithm 2, with the bound 5 of torch.optim.RAdam instead of the paper's 4, and
+    with torch's eps, which the paper does not have.
 
     >>> p = np.array([1.0]); state = init_state("radam", p)
     >>> radam(p, np.array([4.0]), state, 1, lr=0.125)  # rho = 1: a step of plain gradient descent
@@ -662,13 +660,13 @@ def adamax(
     eps_inside: bool = True,
     weight_decay: float = 0.0,
 ) -> None:
-    """Adamax: Adam with a decaying maximum of the gradients in the place of their mean square.
+    """Adamax: Adam with a decaying maximum of the gradients instead of their mean square.
 
         m = b1 m + (1 - b1) g
         eps_inside:    u = max(b2 u, |g| + eps)      p = p - lr / (1 - b1^t) m / u
         otherwise:     u = max(b2 u, |g|)            p = p - lr / (1 - b1^t) m / (u + eps)
 
-    lr [p]; betas no unit; eps [g], inside of the maximum or not; weight_decay [g]/[p]. States: "m" [g], "u" [g].
+    lr [p]; betas no unit; eps [g], inside the maximum or not; weight_decay [g]/[p]. States: "m" [g], "u" [g].
 
     Source: D. P. Kingma, J. Ba, Adam: a method for stochastic optimization, ICLR 2015,
     https://arxiv.org/abs/1412.6980, Algorithm 2, which has no eps; eps_inside as in torch.optim.Adamax, the other form
@@ -701,7 +699,7 @@ def lion(
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
 ) -> None:
-    """Lion: steps of one length, along the sign of an average of the gradients.
+    """Lion: steps of constant size along the sign of an average of the gradients.
 
         p = (1 - lr weight_decay) p
         p = p - lr sign(b1 m + (1 - b1) g)          sign(0) = 0
@@ -736,14 +734,14 @@ def adabelief(
     eps: float = 1e-16,
     weight_decay: float = 0.0,
 ) -> None:
-    """AdaBelief: Adam with the mean square of what the first moment did not foresee.
+    """AdaBelief: Adam with the mean square of the gradient's deviation from the first moment.
 
         p = (1 - lr weight_decay) p
         m = b1 m + (1 - b1) g                         m_hat = m / (1 - b1^t)
-        s = b2 s + (1 - b2) (g - m)^2 + eps           s_hat = s / (1 - b2^t)        m is the new one
+        s = b2 s + (1 - b2) (g - m)^2 + eps           s_hat = s / (1 - b2^t)        with the new m
         p = p - lr m_hat / (sqrt(s_hat) + eps)
 
-    lr [p]; betas no unit; eps is added to [g]^2 and to [g] alike; weight_decay 1/[p]. States: "m" [g], "s" [g]^2.
+    lr [p]; betas no unit; eps is added both to [g]^2 and to [g]; weight_decay 1/[p]. States: "m" [g], "s" [g]^2.
 
     Source: J. Zhuang et al., AdaBelief optimizer: adapting stepsizes by the belief in observed gradients, NeurIPS 2020,
     https://arxiv.org/abs/2010.07468, Algorithm 2, with decoupled weight decay.
@@ -783,7 +781,7 @@ def adan(
         p = (p - lr (m_hat + b2 v_hat) / (sqrt(n_hat) + eps)) / (1 + lr weight_decay)
         prev_grad = g
 
-    lr [p]; betas no unit, each the fraction kept, which is 1 minus that of the paper; eps [g]; weight_decay 1/[p].
+    lr [p]; betas no unit, each the kept fraction, which is 1 minus the paper's beta; eps [g]; weight_decay 1/[p].
     States: "m" [g], "v" [g], "n" [g]^2, "prev_grad" [g].
 
     Source: X. Xie et al., Adan: adaptive Nesterov momentum algorithm for faster optimizing deep models, 2022,
@@ -832,7 +830,7 @@ def ademamix(
                                 b3_t = min(exp(ln b1 ln b3 / ((1 - t/T) ln b3 + t/T ln b1)), b3)
         otherwise:              alpha_t = alpha,  b3_t = b3
 
-    lr [p]; betas and alpha no unit; eps [g]; warmup_steps in updates, with which b1 must be above 0; weight_decay
+    lr [p]; betas and alpha no unit; eps [g]; warmup_steps in updates (a warm-up needs b1 > 0); weight_decay
     1/[p]. States: "m1" [g], "m2" [g], "v" [g]^2.
 
     Source: M. Pagliardini, P. Ablin, D. Grangier, The AdEMAMix optimizer: better, faster, older, 2024,
@@ -875,12 +873,12 @@ def lars(
     """LARS: momentum on steps whose length is proportional to that of the parameter. p is one whole parameter tensor.
 
         ratio = trust_coefficient |p| / (|g| + weight_decay |p| + eps)      Euclidean norms over all of p and g, the
-                                                                            bare gradient; 1 where |p| or |g| is 0
+                                                                            gradient without decay; 1 if |p| or |g| is 0
         d = ratio (g + weight_decay p)
         v = momentum v + lr d
         p = p - v                                                           or, nesterov, p = p - (lr d + momentum v)
 
-    v = 0 before the first update. The norms are taken in float64 whatever the dtype of p.
+    v = 0 before the first update. The norms are computed in float64 for any dtype of p.
 
     lr, momentum and trust_coefficient no unit; eps [g]; weight_decay [g]/[p]. State: "velocity" is v [p].
 
@@ -917,11 +915,11 @@ def novograd(
     """NovoGrad: momentum on gradients divided by an average of their norm. p is one whole parameter tensor.
 
         v = |g|^2                                     at t = 1; Euclidean norm over all of g
-        v = b2 v + (1 - b2) |g|^2                     after
+        v = b2 v + (1 - b2) |g|^2                     for t > 1
         m = b1 m + (g / (sqrt(v) + eps) + weight_decay p)
         p = p - lr m
 
-    m = 0 before the first update. |g|^2 is taken in float64 and then rounded to the dtype of p.
+    m = 0 before the first update. |g|^2 is computed in float64 and then rounded to the dtype of p.
 
     lr [p]; betas no unit; eps [g]; weight_decay 1/[p]. States: "m", no unit; "v" [g]^2, one number of shape ().
 
@@ -956,7 +954,7 @@ def yogi(
     bias_correction: bool = True,
     weight_decay: float = 0.0,
 ) -> None:
-    """Yogi: Adam whose second moment goes towards g^2 by steps of a size that does not depend on how far off it is.
+    """Yogi: Adam whose second moment approaches g^2 in steps whose size does not depend on the distance.
 
         m = b1 m + (1 - b1) g                                m_hat = m / (1 - b1^t)
         v = v - (1 - b2) sign(v - g^2) g^2                   v_hat = v / (1 - b2^t)
@@ -965,10 +963,10 @@ def yogi(
     bias_correction=False: m_hat = m, v_hat = v.
 
     lr [p]; betas no unit; eps [g]; weight_decay [g]/[p]. States: "m" [g]; "v" [g]^2, which starts at
-    initial_accumulator_value: init_state reads that argument, this function only accepts it.
+    initial_accumulator_value: only init_state uses that argument.
 
     Source: M. Zaheer, S. Reddi, D. Sachan, S. Kale, S. Kumar, Adaptive methods for nonconvex optimization, NeurIPS
-    2018, Algorithm 2, with the bias correction of Adam, which the paper has not.
+    2018, Algorithm 2, with the bias correction of Adam, which the paper does not have.
 
     >>> p = np.array([1.0]); state = init_state("yogi", p, initial_accumulator_value=0.0)
     >>> yogi(p, np.array([4.0]), state, 1, lr=0.25, betas=(0.5, 0.75), eps=0.0)
@@ -996,7 +994,7 @@ def rprop(
     step_sizes: tuple[float, float] = (1e-6, 50.0),
     weight_decay: float = 0.0,
 ) -> None:
-    """Rprop: a step size per element, which grows while the gradient keeps its sign and shrinks when it changes.
+    """Rprop: a step size per element that grows while the gradient keeps its sign and shrinks when the sign changes.
 
         prev_grad g > 0:   s = etas[1] s
         prev_grad g < 0:   s = etas[0] s,  and then g = 0
@@ -1005,14 +1003,14 @@ def rprop(
         prev_grad = g
 
     lr [p]; etas no unit; step_sizes [p]; weight_decay [g]/[p]. States: "prev_grad" [g]; "step_size" is s [p], which
-    starts at lr: init_state reads that argument, this function only accepts it.
+    starts at lr: only init_state uses that argument.
 
     Source: M. Riedmiller, H. Braun, A direct adaptive method for faster backpropagation learning: the RPROP algorithm,
-    IEEE Int. Conf. on Neural Networks 1993, without taking a step back where the sign changed, as in torch.optim.Rprop.
+    IEEE Int. Conf. on Neural Networks 1993, without a step back when the sign changes, as in torch.optim.Rprop.
 
     >>> p = np.array([1.0]); state = init_state("rprop", p, lr=0.25)
     >>> for t, g in ((1, 4.0), (2, 1.0), (3, -1.0)):
-    ...     rprop(p, np.array([g]), state, t, lr=0.25, etas=(0.5, 2.0))  # 0.25, 0.5, and none as the sign changed
+    ...     rprop(p, np.array([g]), state, t, lr=0.25, etas=(0.5, 2.0))  # 0.25, 0.5, none after the sign change
     >>> p.tolist(), state["step_size"].tolist(), state["prev_grad"].tolist()
     ([0.25], [0.25], [0.0])
     """
@@ -1038,18 +1036,18 @@ def schedule_free_adamw(
     warmup_steps: int = 0,
     weight_decay: float = 0.0,
 ) -> None:
-    """Schedule-free AdamW: an average of the points takes the place of a falling lr. p is y, where g is taken.
+    """Schedule-free AdamW: an average of the points replaces a falling lr. p is y, the point of the gradient.
 
-        s_i = sqrt(1 - b2^i) min(1, i / warmup_steps)        sqrt(1 - b2^i) where warmup_steps = 0
+        s_i = sqrt(1 - b2^i) min(1, i / warmup_steps)        sqrt(1 - b2^i) if warmup_steps = 0
         c = s_t^2 / (s_1^2 + ... + s_t^2)
-        x = (y - (1 - b1) z) / b1                            the x of the update before
+        x = (y - (1 - b1) z) / b1                            the x of the previous update
         v = b2 v + (1 - b2) g^2
         z = z - lr s_t (g / (sqrt(v) + eps) + weight_decay y)
         x = (1 - c) x + c z
         y = (1 - b1) z + b1 x
 
-    x is what is to be used in the end; `schedule_free_eval` returns it. With a constant lr the c are those of
-    the paper, which has lr^2 in each term of the fraction.
+    x is the result; `schedule_free_eval` returns it. With a constant lr, c equals that of the paper, which has lr^2 in
+    each term of the fraction.
 
     lr [p]; betas no unit, the first above 0; eps [g]; warmup_steps in updates; weight_decay 1/[p]. States: "z" [p],
     which starts as a copy of p; "v" [g]^2.
@@ -1074,14 +1072,14 @@ def schedule_free_adamw(
 
 
 def schedule_free_eval(p: Array, state: State, *, betas: tuple[float, float] = (0.9, 0.999)) -> Array:
-    """Return x of `schedule_free_adamw`, the average to be used in the end, from p, which is y, and the state.
+    """Return x of `schedule_free_adamw`, the average that is its result, from p, which is y, and the state.
 
         x = (y - (1 - b1) z) / b1
 
-    betas as in the updates. Returns an array of the shape of p. Raises ValueError where the first is 0, as y is z then,
-    or where the state is not of p.
+    betas as in the updates. Returns an array of the shape of p. Raises ValueError if the first beta is 0, because then
+    y is z, or if the state does not fit p.
 
-    Source: A. Defazio et al., The road less scheduled, NeurIPS 2024, https://arxiv.org/abs/2405.15682, Algorithm 1, its
+    Source: A. Defazio et al., The road less scheduled, NeurIPS 2024, https://arxiv.org/abs/2405.15682, Algorithm 1,
     first line for y, solved for x.
 
     >>> schedule_free_eval(np.array([1.0]), {"z": np.array([4.0])}, betas=(0.75, 0.999)).tolist()
@@ -1090,13 +1088,13 @@ def schedule_free_eval(p: Array, state: State, *, betas: tuple[float, float] = (
     (z,) = _states(state, p, "z")
     b1 = betas[0]
     if b1 <= 0:
-        raise ValueError(f"betas is {betas}, expected the first above 0: otherwise p has no part of the average")
+        raise ValueError(f"betas: must have a first value above 0, got {betas}; with 0, p does not contain the average")
     x: Array = (p - (1 - b1) * z) / b1
     return x
 
 
 def _newton_schulz(u: Array, steps: int, coefficients: tuple[float, float, float], eps: float) -> Array:
-    """Return u with its singular values driven towards 1 by a polynomial of odd degree, applied steps times."""
+    """Return u with its singular values driven towards 1 by an odd polynomial, applied `steps` times."""
     a, b, c = coefficients
     X: Array = u / max(_norm(u), eps)
     if u.shape[0] > u.shape[1]:
@@ -1126,9 +1124,9 @@ def muon(
     orthogonal: bool | None = None,
     weight_decay: float = 0.1,
 ) -> None:
-    """Muon: momentum made orthogonal, for a matrix; AdamW for all else. p is one whole parameter tensor.
+    """Muon: orthogonalized momentum for a matrix, AdamW for other shapes. p is one whole parameter tensor.
 
-        orthogonal (None: where p has two axes):
+        orthogonal (None: if p has two axes):
             p = (1 - lr weight_decay) p
             m = momentum m + (1 - momentum) g
             u = m                                     or, nesterov, u = (1 - momentum) g + momentum m
@@ -1143,14 +1141,14 @@ def muon(
         otherwise:
             adamw with adamw_lr, adamw_betas, adamw_eps and weight_decay
 
-    A matrix with more rows than columns is transposed before the loop and back after it. The loop is in the dtype of p;
-    |u| is taken in float64.
+    A matrix with more rows than columns is transposed before the loop and back after it. The loop uses the dtype of p;
+    |u| is computed in float64.
 
     lr and adamw_lr [p]; momentum, ns_coefficients and adamw_betas no unit; eps and adamw_eps [g]; weight_decay 1/[p].
-    States: "m" [g]; "v" is X at the end of the loop, no unit, or, not orthogonal, that of AdamW [g]^2.
+    States: "m" [g]; "v" is X at the end of the loop, no unit, or, if not orthogonal, AdamW's "v" [g]^2.
 
     Source: K. Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024,
-    https://kellerjordan.github.io/posts/muon/; the average of m and the decay as in torch.optim.Muon, which has the
+    https://kellerjordan.github.io/posts/muon/; the average of m and the decay as in torch.optim.Muon, which runs the
     loop in bfloat16; "match_rms_adamw" is J. Liu et al., Muon is scalable for LLM training, 2025,
     https://arxiv.org/abs/2502.16982, section 2.2.
 
@@ -1161,9 +1159,9 @@ def muon(
     ([[1.0, -0.4], [-0.3, 1.0]], [[0.0, 4.0], [3.0, 0.0]], [[0.0, 0.8], [0.6, 0.0]])
     """
     if adjust_lr not in ("original", "match_rms_adamw"):
-        raise ValueError(f"adjust_lr is {adjust_lr!r}, expected one of 'original', 'match_rms_adamw'")
+        raise ValueError(f"adjust_lr: must be one of 'original', 'match_rms_adamw', got {adjust_lr!r}")
     if orthogonal and p.ndim != 2:
-        raise ValueError(f"p has shape {p.shape}, expected two axes with orthogonal=True: reshape it to a matrix")
+        raise ValueError(f"p: must have two axes with orthogonal=True, got shape {p.shape}; reshape it to a matrix")
     g = _gradient(p, g, t)
     if orthogonal is None:
         orthogonal = p.ndim == 2
@@ -1177,7 +1175,7 @@ def muon(
     u = (1 - momentum) * g + momentum * m if nesterov else m
     v[...] = _newton_schulz(u, ns_steps, ns_coefficients, eps)
     if adjust_lr == "original":
-        adjust = math.sqrt(max(1, rows / max(columns, 1)))  # no column, nothing to move
+        adjust = math.sqrt(max(1, rows / max(columns, 1)))  # without columns the value does not matter
     else:
         adjust = 0.2 * math.sqrt(max(rows, columns))
     p -= lr * adjust * v
@@ -1210,10 +1208,10 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
 
 
 def init_state(name: str, p: Array, **hyper: Any) -> State:
-    """Return the state of an optimizer before its first update: the arrays these hyperparameters call for, like p.
+    """Return the state of an optimizer before its first update: the arrays like p that these hyperparameters require.
 
     ``name`` is a key of OPTIMIZERS; ``hyper`` any of its hyperparameters, the others have their defaults. All states
-    are zero, but for "sum_sq" of Adagrad and "v" of Yogi, which are ``initial_accumulator_value`` ([g]^2), "step_size"
+    are zero, except "sum_sq" of Adagrad and "v" of Yogi, which are ``initial_accumulator_value`` ([g]^2), "step_size"
     of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape ().
 
     Returns a dictionary of arrays by name, which the optimizer updates in place. Raises ValueError for an unknown name,
@@ -1225,11 +1223,11 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
     ['grad_avg', 'square_avg']
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(map(repr, OPTIMIZERS))}")
+        raise ValueError(f"name: must be one of {', '.join(map(repr, OPTIMIZERS))}, got {name!r}")
     parameters = inspect.signature(OPTIMIZERS[name]).parameters.values()
     values = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
     if unknown := sorted(hyper.keys() - values.keys()):
-        raise TypeError(f"{name} has no hyperparameter {unknown[0]!r}, expected some of {', '.join(values)}")
+        raise TypeError(f"hyperparameter of {name}: must be one of {', '.join(values)}, got {unknown[0]!r}")
     values.update(hyper)
 
     initial: dict[str, float | Array]
@@ -1289,7 +1287,7 @@ def batchnorm_forward(
     activation: str | None = None,
     residual: Array | None = None,
 ) -> tuple[Array, dict[str, Any]]:
-    """Batch normalisation over all axes but `axis`, and what `batchnorm_backward` needs.
+    """Return batch normalisation over all axes except `axis`, and the values that `batchnorm_backward` needs.
 
         mean = sum(x) / m               training; m values per channel
         var  = sum((x - mean)^2) / m
@@ -1300,12 +1298,12 @@ def batchnorm_forward(
 
         xhat = (x - mean) / sqrt(var + eps)
         y    = gamma xhat + beta
-        y    = y + residual             where there is one
+        y    = y + residual             if given
         y    = max(y, 0)                activation = "relu"
 
     x [x], residual [y], gamma [y], beta [y], running_mean [x], running_var and eps [x]^2, momentum no unit. The
-    running statistics are updated in place; gamma, beta and they have shape (C,), residual that of x, whose channels
-    are on `axis`, 1 or -1.
+    running statistics are updated in place. gamma, beta and the running statistics have shape (C,); residual has the
+    shape of x, whose channels are on `axis`, 1 or -1.
 
     Returns y, in the shape of x, and the dictionary that `batchnorm_backward` takes.
 
@@ -1326,7 +1324,7 @@ def batchnorm_forward(
             running_var[...] = (1 - momentum) * running_var + momentum * var * m / (m - 1)
     else:
         if running_mean is None or running_var is None:
-            raise ValueError("running_mean and running_var are needed where training is False")
+            raise ValueError("running_mean and running_var: must be given with training=False, got None")
         mean, var = running_mean.copy(), running_var.copy()
     inv_std = 1 / np.sqrt(var + eps)
     xhat = (x - mean.reshape(along)) * inv_std.reshape(along)
@@ -1340,7 +1338,7 @@ def batchnorm_forward(
     if activation == "relu":
         y = np.maximum(y, 0)
     elif activation is not None:
-        raise ValueError(f"activation is {activation!r}, expected None or 'relu'")
+        raise ValueError(f"activation: must be None or 'relu', got {activation!r}")
     cache = {
         "x": x,
         "y": y,
@@ -1358,7 +1356,7 @@ def batchnorm_forward(
 
 
 def batchnorm_backward(dy: Array, cache: dict[str, Any]) -> dict[str, Array]:
-    """The gradients of a loss L with respect to all that entered `batchnorm_forward`; dy = dL/dy.
+    """Return the gradients of a loss L with respect to the inputs of `batchnorm_forward`; dy = dL/dy.
 
     The chain rule, one line of the forward pass at a time, from the last to the first (dv stands for dL/dv):
 
@@ -1371,13 +1369,12 @@ def batchnorm_backward(dy: Array, cache: dict[str, Any]) -> dict[str, Array]:
         var = sum((x - mean)^2) / m         dx += dvar 2 (x - mean) / m,  dmean += -dvar 2 sum(x - mean) / m
         mean = sum(x) / m                   dx += dmean / m
 
-    The last three lines are those of training; otherwise mean and var are constants. The sums run over the m values of
+    The last three lines apply in training only; otherwise mean and var are constants. The sums run over the m values of
     a channel. A ReLU has gradient 0 at 0.
 
-    Returns a dict of ``"dx"``, ``"dgamma"``, ``"dbeta"`` and ``"dresidual"``, all of them, whatever the forward pass
-    was given.
+    Returns a dict of ``"dx"``, ``"dgamma"``, ``"dbeta"`` and ``"dresidual"``, always all four.
 
-    Source: S. Ioffe, C. Szegedy, ICML 2015, section 3, where the same derivatives are printed.
+    Source: S. Ioffe, C. Szegedy, ICML 2015, section 3, which prints the same derivatives.
 
     >>> y, cache = batchnorm_forward(np.array([[0.0], [1.0], [5.0]]), np.array([2.0]))
     >>> bool(abs(batchnorm_backward(np.array([[1.0], [2.0], [4.0]]), cache)["dx"].sum()) < 1e-12)  # y ignores a shift

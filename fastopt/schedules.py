@@ -1,6 +1,6 @@
 """Learning-rate schedules: pure functions of the step number, which is 0 at the first update.
 
-Every name here is called once, with its settings, and gives an object that is called with a step and returns a float:
+Call a schedule once with its settings to get an object; call the object with a step to get a float:
 
     >>> from fastopt import schedules
     >>> lr = schedules.warmup(schedules.cosine(0.1, 0.0, steps=90), steps=9)
@@ -9,13 +9,12 @@ Every name here is called once, with its settings, and gives an object that is c
     >>> [round(lr(t), 6) for t in (0, 4, 9, 54, 99, 500)]
     [0.01, 0.05, 0.1, 0.05, 0.0, 0.0]
 
-A schedule holds its settings and nothing else: asking for step 7 twice, or before step 3, gives the same number, so a
-run that is resumed at step `t` needs no more than `t`. Schedules compare equal when their settings do, can be hashed,
-copied and pickled, and cannot be changed after they are made (`dataclasses.replace` makes an altered one).
-They serve any hyperparameter, not only the learning rate; since no hyperparameter of this library is negative, neither
-are the values here.
+A schedule holds only its settings: step 7 has the same value at every call and in any order of calls, so a run that
+resumes at step `t` needs only `t`. Schedules are equal if their settings are equal. They can be hashed, copied and
+pickled, and they are immutable (`dataclasses.replace` returns a changed copy). A schedule fits any hyperparameter, not
+only the learning rate. Its values are >= 0, like all hyperparameters of this library.
 
-The classes carry lower-case names because they are called the way functions are, as `functools.partial` is.
+The classes have lower-case names because they are called like functions, as `functools.partial` is.
 """
 
 # ruff: noqa: N801
@@ -47,34 +46,33 @@ __all__ = [
 
 
 class Schedule:
-    """What the schedules of this module have in common: the check of the step and of the settings.
+    """Base class of the schedules of this module; it checks the step and the settings.
 
-    Calling a schedule with `step`, an int >= 0 (NumPy integers too), returns a float.
-    A negative step raises ValueError, anything that is not an integer TypeError.
-    To write your own schedule no class is needed: any function of the step will do.
+    Call a schedule with `step`, an int >= 0 (also a NumPy integer), to get a float.
+    A negative step raises ValueError; a step that is not an integer raises TypeError.
+    Your own schedule needs no class: pass any function of the step.
     """
 
     __slots__ = ()
 
     def __call__(self, step: int) -> float:
-        """The value at `step`, which is 0 at the first update."""
+        """Return the value at `step`, which is 0 at the first update."""
         if type(step) is not int or step < 0:
             step = _checked_step(step)
         return self._at(step)
 
     def _at(self, step: int) -> float:
-        """The formula itself, for a step already known to be an int >= 0."""
+        """Return the formula's value; `step` is already checked."""
         raise NotImplementedError
 
-    # The checks below read a field, refuse it or store it in its plain Python type, so that settings given as NumPy
-    # scalars compare, print and pickle like those given as numbers. They write past `frozen` and only while the object
-    # is being made.
+    # Each check below reads a field and either refuses it or stores it as a plain Python type, so that NumPy scalars
+    # compare, print and pickle like Python numbers. The checks bypass `frozen`, but only during the construction.
 
     def _store(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def _refuse(self, kind: type[Exception], name: str, expected: str, found: object) -> Exception:
-        return kind(f"{type(self).__name__}: {name} must be {expected}, found {found!r}")
+        return kind(f"{type(self).__name__}.{name}: must be {expected}, got {found!r}")
 
     def _checked_number(
         self,
@@ -129,7 +127,7 @@ class Schedule:
             raise self._refuse(TypeError, name, "a sequence such as a list or a tuple", value) from None
 
     def _switch_steps(self, parts: str) -> None:
-        """Check `boundaries`, the steps at which the next of `parts` (a field already stored as a tuple) takes over."""
+        """Check `boundaries`, the steps at which the next of `parts` (a field already stored as a tuple) begins."""
         steps = tuple(self._checked_count(f"boundaries[{i}]", b, 1) for i, b in enumerate(self._items("boundaries")))
         for i in range(1, len(steps)):
             if steps[i] <= steps[i - 1]:
@@ -139,8 +137,8 @@ class Schedule:
         count = len(getattr(self, parts))
         if count != len(steps) + 1:
             raise ValueError(
-                f"{type(self).__name__}: {parts} must have one entry more than boundaries, one before the first "
-                f"boundary and one from each boundary on, found {count} {parts} for {len(steps)} boundaries"
+                f"{type(self).__name__}.{parts}: must have one entry more than boundaries, one before the first "
+                f"boundary and one from each boundary on, got {count} {parts} for {len(steps)} boundaries"
             )
         self._store("boundaries", steps)
 
@@ -149,20 +147,20 @@ class Schedule:
             return cast("Callable[[int], float]", value)
         if isinstance(value, bool) or not isinstance(value, Real):
             raise self._refuse(
-                TypeError, name, "a schedule made with its settings, a function of the step, or a number", value
+                TypeError, name, "a schedule constructed with its settings, a function of the step, or a number", value
             )
         return self._checked_number(name, value, at_least=0.0)
 
 
 def _checked_step(step: object) -> int:
     if isinstance(step, bool) or not isinstance(step, Integral):
-        raise TypeError(f"step must be an int >= 0 (0 at the first update), found {step!r}")
+        raise TypeError(f"step: must be an int >= 0 (0 at the first update), got {step!r}")
     if step < 0:
-        raise ValueError(f"step must be >= 0 (0 at the first update), found {step!r}")
+        raise ValueError(f"step: must be >= 0 (0 at the first update), got {step!r}")
     return int(step)
 
 
-# Both ways from `start` (fraction 0) to `end` (fraction 1) are weighted means, which meet both ends exactly and stay
+# Both curves from `start` (fraction 0) to `end` (fraction 1) are weighted means, which reach both ends exactly and stay
 # >= 0; start + (end - start) * fraction may miss `end` by a rounding error.
 
 
@@ -171,7 +169,7 @@ def _line(start: float, end: float, fraction: float) -> float:
 
 
 def _half_cosine(start: float, end: float, fraction: float) -> float:
-    # (1 + cos x) / 2 = cos(x / 2)^2, which keeps its precision where the left side cancels to nothing.
+    # (1 + cos x) / 2 = cos(x / 2)^2: the right side stays precise where the left side cancels.
     angle = 0.5 * math.pi * fraction
     return math.cos(angle) ** 2 * start + math.sin(angle) ** 2 * end
 
@@ -239,7 +237,7 @@ class exponential(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class inverse_time(Schedule):
-    """Decay as one over the time, as Robbins & Monro (1951) ask: the sum has no limit, the sum of the squares has one.
+    """Decay as one over time, as Robbins & Monro (1951) require: the sum diverges, the sum of squares converges.
 
     Formula: ``f(t) = lr / (1 + k t)``
 
@@ -278,11 +276,11 @@ class cyclical(Schedule):
 
     Args:
         low: the value at the start of every cycle; finite, >= 0.
-        high: the value at step `period / 2`; finite, >= low. With an odd period the peak lies between two steps and is
-            not met.
+        high: the value at step `period / 2`; finite, >= low. With an odd period the peak lies between two steps, and no
+            step reaches it.
         period: the whole cycle, up and down, in steps; int >= 2. Smith's `stepsize` is half of it.
         mode: "triangular", "triangular2" or "exp_range".
-        gamma: factor per step for "exp_range", in (0, 1]; refused with the other modes, which have no use for it.
+        gamma: factor per step for "exp_range", in (0, 1]; refused with the other modes.
 
     Raises:
         ValueError, TypeError: naming the argument that is out of range or of the wrong type.
@@ -309,12 +307,12 @@ class cyclical(Schedule):
         self._number("gamma", above=0.0, at_most=1.0)
         if self.mode != "exp_range" and self.gamma != 1.0:
             raise ValueError(
-                f"cyclical: gamma={self.gamma!r} has no effect with mode={self.mode!r}; "
-                "leave it out or pass mode='exp_range'"
+                f"cyclical.gamma: must be 1.0 with mode={self.mode!r}, got {self.gamma!r}; "
+                "omit gamma or pass mode='exp_range'"
             )
 
     def _at(self, step: int) -> float:
-        # Integer division keeps the phase exact at any step; the paper's floating-point form drifts with time.
+        # Integer division keeps the phase exact at any step; the paper's floating-point form drifts.
         cycle, position = divmod(step, self.period)
         height = 1.0 - abs(2 * position / self.period - 1.0)
         if self.mode == "triangular2":
@@ -326,13 +324,13 @@ class cyclical(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class step_decay(Schedule):
-    """Multiplied by a factor every so many steps: a staircase (torch's StepLR).
+    """Multiply by a factor at regular intervals: a staircase (torch's StepLR).
 
     Formula: ``f(t) = lr factor^floor(t / every)``
 
     Args:
         lr: the value of the first stair; finite, >= 0.
-        factor: what each stair is multiplied by to give the next, in (0, 1].
+        factor: ratio of each stair to the previous one, in (0, 1].
         every: length of a stair in steps; int >= 1. Step `every` is the first on the second stair.
 
     Raises:
@@ -360,7 +358,7 @@ class step_decay(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class piecewise(Schedule):
-    """One constant after another.
+    """A sequence of constants.
 
     Formula: ``f(t) = values[i]``, where ``i`` is the number of boundaries ``<= t``
 
@@ -394,13 +392,13 @@ class piecewise(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class linear(Schedule):
-    """A straight line from one value to another, which is then kept.
+    """A straight line from one value to another; the last value persists.
 
     Formula: ``f(t) = start + (end - start) min(1, t / steps)``
 
     Args:
         start: the value at step 0; finite, >= 0.
-        end: the value at step `steps` and ever after; finite, >= 0. May be above `start`.
+        end: the value at step `steps` and all later steps; finite, >= 0. May be above `start`.
         steps: length of the line in steps; int >= 1.
 
     Raises:
@@ -426,15 +424,15 @@ class linear(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class polynomial(Schedule):
-    """From one value to another along a power of the time that is left.
+    """A change from one value to another along a power of the remaining time.
 
     Formula: ``f(t) = end + (start - end) (1 - min(1, t / steps))^power``
 
     Args:
         start: the value at step 0; finite, >= 0.
-        end: the value at step `steps` and ever after; finite, >= 0. May be above `start`.
+        end: the value at step `steps` and all later steps; finite, >= 0. May be above `start`.
         steps: length of the curve in steps; int >= 1.
-        power: exponent; finite, > 0. 1 is a straight line; above 1 the change is fast first, below 1 it is fast last.
+        power: exponent; finite, > 0. 1 gives a straight line; above 1 the change starts fast, below 1 it ends fast.
 
     Raises:
         ValueError, TypeError: naming the argument that is out of range or of the wrong type.
@@ -467,13 +465,13 @@ class polynomial(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class cosine(Schedule):
-    """Cosine annealing: half a cosine from one value to another, which is then kept.
+    """Cosine annealing: half a cosine from one value to another; the last value persists.
 
     Formula: ``f(t) = end + 1/2 (start - end) (1 + cos(pi min(1, t / steps)))``
 
     Args:
         start: the value at step 0; finite, >= 0.
-        end: the value at step `steps` and ever after; finite, >= 0. May be above `start`.
+        end: the value at step `steps` and all later steps; finite, >= 0. May be above `start`.
         steps: length of the half wave in steps; int >= 1.
 
     Raises:
@@ -483,7 +481,7 @@ class cosine(Schedule):
     >>> [round(schedule(t), 6) for t in range(6)]
     [0.5, 0.441421, 0.3, 0.158579, 0.1, 0.1]
 
-    The warm restarts of the paper, each run twice as long as the one before, are a sequence:
+    The paper's warm restarts, each twice as long as the previous one, are a sequence:
 
     >>> restarts = sequence([cosine(0.5, 0.1, 4), cosine(0.5, 0.1, 8)], boundaries=[4])
     >>> [round(restarts(t), 6) for t in (0, 2, 4, 8, 12)]
@@ -508,21 +506,21 @@ class cosine(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class one_cycle(Schedule):
-    """One rise to a high value and one long descent far below where it began: the 1cycle policy.
+    """One rise to a high value and one long descent far below the initial value: the 1cycle policy.
 
     Formula: ``f(t) = A(low, high, t / p)`` for ``t <= p``, ``A(high, final, (t - p) / (e - p))`` for ``p < t < e``,
-    ``final`` from there on; ``low = high / div_factor``, ``final = low / final_div_factor``, the peak at
+    ``final`` for ``t >= e``; ``low = high / div_factor``, ``final = low / final_div_factor``, the peak at
     ``p = max(0, pct_start steps - 1)``, the last step ``e = steps - 1``, and ``A`` half a cosine or a straight line
 
-    `p` need not be a whole number: the peak may fall between two steps. If `p = 0` the first step has the value `high`.
-    The shape and the defaults are those of torch's OneCycleLR.
+    `p` need not be a whole number: the peak may lie between two steps. If `p = 0`, the first step has the value `high`.
+    The shape and the defaults equal those of torch's OneCycleLR.
 
     Args:
         high: the value at the peak; finite, >= 0.
         steps: length of the whole policy in steps; int >= 2. Step `steps - 1` and all later ones have the final value.
         pct_start: the warm-up's fraction of `steps`, in [0, 1); 0.3 means 30 %.
-        div_factor: how many times below `high` the policy begins; finite, >= 1.
-        final_div_factor: how many times below its beginning the policy ends; finite, >= 1.
+        div_factor: ratio of `high` to the initial value; finite, >= 1.
+        final_div_factor: ratio of the initial value to the final value; finite, >= 1.
         anneal: "cosine" or "linear" (the paper's straight lines).
 
     Raises:
@@ -564,12 +562,12 @@ class one_cycle(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class warmup(Schedule):
-    """A linear ramp up to the first value of another schedule, which then runs from its own beginning.
+    """A linear ramp up to the first value of another schedule, which then runs from its own start.
 
-    Formula: ``f(t) = s(0) (t + 1) / (steps + 1)`` for ``t < steps``, ``s(t - steps)`` from there on
+    Formula: ``f(t) = s(0) (t + 1) / (steps + 1)`` for ``t < steps``, ``s(t - steps)`` for ``t >= steps``
 
-    So the first step has ``s(0) / (steps + 1)``, never 0 (a first update of nothing is a wasted one), the ramp climbs
-    by the same amount at every step, its last included, and step `steps` is the first with the full value. The wrapped
+    The first step has ``s(0) / (steps + 1)`` instead of 0, which would waste the first update. The ramp rises by the
+    same amount at every step, including the last, and step `steps` is the first with the full value. The wrapped
     schedule is delayed, not cut: `warmup(cosine(0.1, 0.0, 90), 10)` ends at step 100.
 
     Args:
@@ -603,14 +601,14 @@ class warmup(Schedule):
 
 @dataclass(frozen=True, slots=True)
 class sequence(Schedule):
-    """One schedule after another, each counting its steps from where it takes over.
+    """A sequence of schedules; each counts its steps from its own start.
 
     Formula: ``f(t) = schedules[i](t - b)``, where ``i`` is the number of boundaries ``<= t`` and ``b`` the last of
     them, or 0
 
     Args:
-        schedules: the schedules in order: of this module, any function of the step, or numbers (finite, >= 0).
-        boundaries: steps at which the next schedule takes over; strictly increasing ints >= 1, one fewer than the
+        schedules: the schedules in order: schedules of this module, functions of the step, or numbers (finite, >= 0).
+        boundaries: steps at which the next schedule starts; strictly increasing ints >= 1, one fewer than the
             schedules.
 
     Raises:

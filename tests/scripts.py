@@ -1,4 +1,4 @@
-"""Runs a Python file in a process of its own: what threads, forks, imports and caches do is a property of a process."""
+"""Run a Python file in a separate process: threads, forks, imports and caches are properties of a process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SETTINGS = (
     "NUMBA_NUM_THREADS",
     "NUMBA_THREADING_LAYER",
     "FASTOPT_CACHE_DIR",
-)  # decided by the test, never inherited
+)  # set by the test, never inherited
 
 
 def on_terminal(*arguments: str | Path) -> tuple[str, str]:
-    """What ``python -m fastopt *arguments`` writes to a terminal, its standard error, and to standard output."""
-    import pty  # of POSIX
+    """Run ``python -m fastopt *arguments``; return its output to a terminal (standard error) and to standard output."""
+    import pty  # POSIX only
 
     ours, theirs = pty.openpty()
     with subprocess.Popen(
@@ -36,7 +36,7 @@ def on_terminal(*arguments: str | Path) -> tuple[str, str]:
         while True:
             try:
                 piece = os.read(ours, 4096)
-            except OSError:  # how Linux says that the other side has closed
+            except OSError:  # raised by Linux when the other side has closed
                 break
             if not piece:
                 break
@@ -47,8 +47,8 @@ def on_terminal(*arguments: str | Path) -> tuple[str, str]:
 
 
 def run(*arguments: str | Path, timeout: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``python *arguments`` with this environment on top of ours; past `timeout` it and all its children are killed."""
-    # The worker that pytest-xdist runs us in is not the child's: its pytest would think that it is in one, too.
+    """Run ``python *arguments`` with this environment on top of ours; kill it and its children after `timeout`."""
+    # Drop pytest-xdist's variables: a pytest in the child would believe that it runs in a worker.
     kept = [name for name in os.environ if name not in SETTINGS and not name.startswith("PYTEST_")]
     inherited = {name: os.environ[name] for name in kept}
     path = os.pathsep.join([str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])])
@@ -59,7 +59,7 @@ def run(*arguments: str | Path, timeout: float = 60.0, **environment: str) -> su
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a group of its own, so that children it left behind can be killed with it
+        start_new_session=True,  # a separate process group, so that its children can be killed with it
     )
     try:
         out, error = process.communicate(timeout=timeout)

@@ -1,4 +1,4 @@
-"""Specification of fastopt.batches: every row once an epoch, arrays in step, seeds, views, memory, refusals."""
+"""Specification of fastopt.batches: every row once per epoch, paired arrays, seeds, views, memory, refusals."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Array = NDArray[Any]
 
 
 def numbered(rows: int) -> tuple[Array, Array]:
-    """Features and labels in which every row tells its number."""
+    """Return features and labels in which every row encodes its number."""
     y = np.arange(rows)
     return y[:, None] * 10.0 + np.arange(3), y
 
 
 def epoch_order(batches: Minibatches[Any]) -> list[int]:
-    """The row numbers in the order of one epoch, read from the labels (the second of the arrays)."""
+    """Return the row numbers in the order of one epoch, read from the labels (the second array)."""
     return [int(n) for batch in batches for n in batch[1]]
 
 
@@ -42,7 +42,7 @@ def epoch_order(batches: Minibatches[Any]) -> list[int]:
     shuffle=st.booleans(),
     epochs=st.integers(1, 3),
 )
-def test_every_epoch_visits_each_row_once_in_batches_of_the_size_asked_for(
+def test_every_epoch_visits_each_row_once_in_batches_of_the_requested_size(
     rows: int, batch_size: Any, seed: int, shuffle: bool, epochs: int
 ) -> None:
     X, y = numbered(rows)
@@ -62,7 +62,7 @@ def test_every_epoch_visits_each_row_once_in_batches_of_the_size_asked_for(
 
 
 @given(rows=st.integers(1, 100), batch_size=st.integers(1, 100), seed=st.integers(0, 2**32))
-def test_drop_last_leaves_out_the_short_batch_and_nothing_else(rows: int, batch_size: int, seed: int) -> None:
+def test_drop_last_drops_the_short_batch_and_nothing_else(rows: int, batch_size: int, seed: int) -> None:
     batch_size = min(batch_size, rows)
     whole = list(minibatches(*numbered(rows), batch_size=batch_size, rng=seed))
     cut = minibatches(*numbered(rows), batch_size=batch_size, rng=seed, drop_last=True)
@@ -81,7 +81,7 @@ def test_epochs_differ_and_a_seed_fixes_their_series(rows: int, batch_size: int,
     again = minibatches(*numbered(rows), batch_size=batch_size, rng=seed)
     generated = minibatches(*numbered(rows), batch_size=batch_size, rng=np.random.default_rng(seed))
     orders = [epoch_order(first) for _ in range(4)]
-    assert len({tuple(order) for order in orders}) == 4  # 30! orders: two alike would be a bug, not chance
+    assert len({tuple(order) for order in orders}) == 4  # 30! orders: two equal ones are a bug, not chance
     assert list(range(rows)) not in orders
     assert [epoch_order(again) for _ in range(4)] == orders
     assert [epoch_order(generated) for _ in range(4)] == orders
@@ -101,7 +101,7 @@ def test_the_batch_size_cuts_the_order_and_does_not_change_it(rows: int, seed: i
     batch_size=st.integers(1, 45),
     seed=st.integers(0, 2**32),
 )
-def test_any_dtype_shape_and_layout_gives_what_indexing_gives(
+def test_any_dtype_shape_and_layout_equals_indexing(
     rows: int, tail: list[int], dtype: str, layout: str, batch_size: int, seed: int
 ) -> None:
     plain = np.random.default_rng(seed).integers(0, 100, (rows, *tail)).astype(dtype)
@@ -118,7 +118,7 @@ def test_any_dtype_shape_and_layout_gives_what_indexing_gives(
 
 
 def relaid(plain: Array, layout: str) -> Array:
-    """The same values in another memory layout."""
+    """Return the same values in another memory layout."""
     if layout == "F":
         return np.asfortranarray(plain)
     if layout == "every second":
@@ -136,7 +136,7 @@ def relaid(plain: Array, layout: str) -> Array:
     return plain
 
 
-# --- what is yielded --------------------------------------------------------------------------------------------------
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 def test_one_array_yields_arrays_several_yield_tuples() -> None:
@@ -152,12 +152,12 @@ def test_one_array_yields_arrays_several_yield_tuples() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [3, 100])
-def test_shuffled_batches_are_the_callers_to_keep_and_to_change(batch_size: int) -> None:
+def test_the_caller_may_keep_and_change_shuffled_batches(batch_size: int) -> None:
     X, y = numbered(10)
     X_before = X.copy()
     kept = list(minibatches(X, y, batch_size=batch_size, rng=0))
     copies = [(xb.copy(), yb.copy()) for xb, yb in kept]
-    for (xb, yb), (xc, yc) in zip(kept, copies, strict=True):  # later batches did not reuse the memory of earlier ones
+    for (xb, yb), (xc, yc) in zip(kept, copies, strict=True):  # later batches do not reuse earlier memory
         assert (xb == xc).all()
         assert (yb == yc).all()
         xb[...] = -1
@@ -188,7 +188,7 @@ def test_without_a_seed_two_objects_differ() -> None:
     assert epoch_order(minibatches(*numbered(50))) != epoch_order(minibatches(*numbered(50)))
 
 
-def test_epochs_may_overlap_and_be_given_up() -> None:
+def test_epochs_may_overlap_and_be_abandoned() -> None:
     plain = minibatches(*numbered(40), batch_size=7, rng=0)
     orders = [epoch_order(plain) for _ in range(3)]
     mixed = minibatches(*numbered(40), batch_size=7, rng=0)
@@ -212,7 +212,7 @@ def test_numpy_numbers_and_huge_batch_sizes() -> None:
     assert sorted(batch) == list(range(10))
 
 
-def test_later_changes_of_the_data_are_seen() -> None:
+def test_later_changes_of_the_data_appear_in_the_batches() -> None:
     X = np.zeros((4, 2))
     batches = minibatches(X, batch_size=2, rng=0)
     X += 1
@@ -220,20 +220,20 @@ def test_later_changes_of_the_data_are_seen() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"shuffle": False}, {"batch_size": "full"}, {"drop_last": True}], ids=str)
-def test_no_rows_no_batches(settings: dict[str, Any]) -> None:
+def test_no_rows_give_no_batches(settings: dict[str, Any]) -> None:
     batches = minibatches(np.empty((0, 3)), np.empty(0), **settings)
     assert len(batches) == 0
     assert list(batches) == []
 
 
-def test_lists_and_other_libraries_arrays_are_taken() -> None:
+def test_lists_and_other_libraries_arrays_are_accepted() -> None:
     assert sorted(int(n) for batch in minibatches([1, 2, 3], batch_size=2) for n in batch) == [1, 2, 3]
     torch = pytest.importorskip("torch", reason="a torch tensor is the foreign array of this test")
     X = torch.arange(6.0).reshape(3, 2)
     (batch,) = minibatches(X, shuffle=False)
     assert type(batch) is np.ndarray
     batch[0, 0] = 9.0
-    assert X[0, 0] == 9.0  # without a copy
+    assert X[0, 0] == 9.0  # the batch is a view
 
 
 # --- memory and imports -----------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_a_memory_mapped_array_is_read_batch_by_batch_into_plain_arrays(tmp_path
 
 
 def test_batches_need_no_numba() -> None:
-    """The modules for data, weights and schedules are cheap to import: tried without the package's own import."""
+    """The modules for data, weights and schedules import no heavy package; run without the package's own import."""
     code = (
         "import importlib.util, sys, types\n"
         "package = types.ModuleType('fastopt'); package.__path__ = sys.argv[1:]; sys.modules['fastopt'] = package\n"
@@ -281,40 +281,48 @@ X10, Y10 = np.zeros((10, 3)), np.zeros(10)
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: minibatches(X10, np.zeros(9)), ValueError, r"same number of rows .*found: X has 10, y has 9"),
+        (
+            lambda: minibatches(X10, np.zeros(9)),
+            ValueError,
+            r"arrays: must .* same number of rows .*got X with 10, y with 9",
+        ),
         (
             lambda: minibatches(X10, Y10, Y10, np.zeros(3)),
             ValueError,
-            r"X has 10, y has 10, more\[0\] has 10, more\[1\] has 3",
+            r"X with 10, y with 10, more\[0\] with 10, more\[1\] with 3",
         ),
-        (lambda: minibatches(np.float64(3)), ValueError, r"X must have a first axis .*found float64 without any axis"),
-        (lambda: minibatches(X10, 64), ValueError, r"y must have a first axis .*found int .*batch_size=64"),
-        (lambda: minibatches(X10, Y10, 64), ValueError, r"more\[0\] must have a first axis .*batch_size=64"),
-        (lambda: minibatches(X10, {"a": Y10}), ValueError, r"y must have a first axis .*found dict"),
-        (lambda: minibatches([[1.0], [1.0, 2.0]]), ValueError, r"X must be an array whose first axis .*found list"),
-        (lambda: minibatches(None), ValueError, r"X must have a first axis .*found NoneType"),
-        (lambda: minibatches(X10, None, Y10), TypeError, r"y must be an array when more arrays follow"),
-        (lambda: minibatches(X10, np.ma.masked_array(Y10)), TypeError, r"y must not be a masked array.*y.filled"),
-        (lambda: minibatches(X10, batch_size=0), ValueError, r"batch_size must be an int >= 1 or 'full', found 0"),
-        (lambda: minibatches(X10, batch_size=-5), ValueError, r"batch_size must be .*found -5"),
-        (lambda: minibatches(X10, batch_size=3.0), TypeError, r"batch_size must be .*found 3.0"),
-        (lambda: minibatches(X10, batch_size=True), TypeError, r"batch_size must be .*found True"),
-        (lambda: minibatches(X10, batch_size=None), TypeError, r"batch_size must be .*found None"),
+        (lambda: minibatches(np.float64(3)), ValueError, r"X: must have a first axis .*got float64 without axes"),
+        (lambda: minibatches(X10, 64), ValueError, r"y: must have a first axis .*got int .*batch_size=64"),
+        (lambda: minibatches(X10, Y10, 64), ValueError, r"more\[0\]: must have a first axis .*batch_size=64"),
+        (lambda: minibatches(X10, {"a": Y10}), ValueError, r"y: must have a first axis .*got dict"),
+        (lambda: minibatches([[1.0], [1.0, 2.0]]), ValueError, r"X: must be an array whose first axis .*got list"),
+        (lambda: minibatches(None), ValueError, r"X: must have a first axis .*got NoneType"),
+        (lambda: minibatches(X10, None, Y10), TypeError, r"y: must be an array if more arrays follow, got None"),
+        (
+            lambda: minibatches(X10, np.ma.masked_array(Y10)),
+            TypeError,
+            r"y: must be an array without a mask, got a masked array; .*y.filled",
+        ),
+        (lambda: minibatches(X10, batch_size=0), ValueError, r"batch_size: must be an int >= 1 or 'full', got 0"),
+        (lambda: minibatches(X10, batch_size=-5), ValueError, r"batch_size: must be .*got -5"),
+        (lambda: minibatches(X10, batch_size=3.0), TypeError, r"batch_size: must be .*got 3.0"),
+        (lambda: minibatches(X10, batch_size=True), TypeError, r"batch_size: must be .*got True"),
+        (lambda: minibatches(X10, batch_size=None), TypeError, r"batch_size: must be .*got None"),
         (
             lambda: minibatches(X10, batch_size="all"),
             ValueError,
-            r"batch_size must be an int >= 1 or 'full', found 'all'",
+            r"batch_size: must be an int >= 1 or 'full', got 'all'",
         ),
         (
             lambda: minibatches(X10, drop_last=True),
             ValueError,
-            r"drop_last=True with batch_size=64 .*only 10 rows; pass",
+            r"batch_size: must be at most the number of rows, 10, with drop_last=True, got 64; pass",
         ),
-        (lambda: minibatches(X10, drop_last=1), TypeError, r"drop_last must be True or False, found 1"),
-        (lambda: minibatches(X10, shuffle="yes"), TypeError, r"shuffle must be True or False, found 'yes'"),
-        (lambda: minibatches(X10, rng=-1), ValueError, r"rng must be a seed >= 0, found -1"),
-        (lambda: minibatches(X10, rng="0"), TypeError, r"rng must be None, an int seed or a numpy.random.Generator"),
-        (lambda: minibatches(X10, rng=0.5, shuffle=False), TypeError, r"rng must be None"),
+        (lambda: minibatches(X10, drop_last=1), TypeError, r"drop_last: must be True or False, got 1"),
+        (lambda: minibatches(X10, shuffle="yes"), TypeError, r"shuffle: must be True or False, got 'yes'"),
+        (lambda: minibatches(X10, rng=-1), ValueError, r"rng: must be a seed >= 0, got -1"),
+        (lambda: minibatches(X10, rng="0"), TypeError, r"rng: must be None, an int seed or a numpy.random.Generator"),
+        (lambda: minibatches(X10, rng=0.5, shuffle=False), TypeError, r"rng: must be None"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(make: Callable[[], object], error: type[Exception], message: str) -> None:

@@ -1,4 +1,4 @@
-"""`fastopt bench`: tables, JSON and a picture that hold what was measured; bad input is named; nothing is fatal."""
+"""`fastopt bench`: tables, JSON and a figure of the measurements; errors name bad input; rivals may be missing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import fastopt
 from fastopt.cli import bench
 from fastopt.cli.app import app
 from fastopt.cli.choices import parse_sizes
+from fastopt.kernels.threads import processors
 from fastopt.measure import Result, Spread, machine
 
 QUICK = ("--optimizer", "sgd", "--sizes", "100,1k", "--seconds", "1", "--no-batch-norm", "--no-company")
@@ -27,7 +28,7 @@ def invoke(*arguments, columns="80"):
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """One run: what it printed, its JSON, its picture."""
+    """One run: its output, its JSON, its figure."""
     folder = tmp_path_factory.mktemp("bench")
     arguments = ("--optimizer", "sgd,adam:amsgrad", "--sizes", "100,1k", "--seconds", "1")
     with pytest.MonkeyPatch.context() as patch:
@@ -94,22 +95,22 @@ def test_json_has_standard_output_for_itself():
     assert [record["facts"]["dtype"] for record in content["results"]] == ["float64"] * 2
 
 
-def test_what_is_not_installed_is_named_once_and_is_no_error(monkeypatch):
+def test_a_missing_rival_is_reported_once_without_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     result = invoke(*QUICK)
     assert result.exit_code == 0
     assert result.output.count("torch is not installed") == 1
 
 
-def test_a_size_that_does_not_fit_is_left_out_with_the_reason(monkeypatch):
+def test_a_size_that_does_not_fit_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 10**6)
     result = invoke("--optimizer", "sgd", "--sizes", "100,1M", "--seconds", "1", "--no-batch-norm", columns="200")
     assert result.exit_code == 0
-    assert "sgd 1M left out: needs 0.1 GB of memory, and 0.0 GB are free" in result.output
+    assert "sgd 1M skipped: needs 0.1 GB of memory, and 0.0 GB are free" in result.output
     assert "sgd 100 " in result.output
 
 
-def test_the_number_of_threads_is_used_and_given_back():
+def test_the_number_of_threads_is_used_and_restored():
     before = fastopt.get_num_threads()
     content = json.loads(invoke(*QUICK, "--threads", "1", "--json", "-").stdout)
     assert content["settings"]["threads"] == 1
@@ -117,7 +118,7 @@ def test_the_number_of_threads_is_used_and_given_back():
     assert fastopt.get_num_threads() == before
 
 
-def test_a_busy_machine_is_told_with_what_that_did(monkeypatch):
+def test_a_busy_machine_is_reported_with_its_effect(monkeypatch):
     monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: 0.62)
     output = " ".join(invoke(*QUICK).output.split())
     assert re.search(
@@ -145,7 +146,7 @@ def test_a_step_in_company_has_a_line_for_each_part():
     assert lines[first + 2].strip().startswith("- the step")
 
 
-def test_every_visit_is_given_its_share_of_the_seconds_and_the_times_before(monkeypatch):
+def test_every_visit_gets_its_share_of_the_seconds_and_the_earlier_times(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(bench, "perf_counter", lambda: now[0])
     given, calls = [], []
@@ -153,7 +154,7 @@ def test_every_visit_is_given_its_share_of_the_seconds_and_the_times_before(monk
     def run(name, seconds, after_round, times):
         given.append(seconds)
         calls.append(name)
-        now[0] += 3.0 if len(given) == 1 else seconds  # the first compiles, and takes too long
+        now[0] += 3.0 if len(given) == 1 else seconds  # the first visit compiles and exceeds its share
         after_round()
         times.setdefault("fastopt", []).append(float(len(given)))
         return Result(name, {"fastopt": Spread.of(times["fastopt"], times["fastopt"])}, {})
@@ -166,7 +167,7 @@ def test_every_visit_is_given_its_share_of_the_seconds_and_the_times_before(monk
     assert (results[0].ours.median, skipped) == (3.0, {})
 
 
-def test_a_case_for_which_memory_is_free_once_is_not_called_left_out():
+def test_a_case_that_fits_into_memory_once_is_not_reported_as_skipped():
     def run(seconds, after_round, times):
         times.setdefault("calls", []).append(0.0)
         if len(times["calls"]) != 2:
@@ -181,7 +182,7 @@ def test_a_case_for_which_memory_is_free_once_is_not_called_left_out():
     assert skipped == {"b": "needs 99 GB"}
 
 
-def test_muon_is_given_a_matrix():
+def test_muon_gets_a_matrix():
     content = json.loads(invoke("--optimizer", "muon", "--sizes", "64", *QUICK[4:], "--json", "-").stdout)
     (record,) = content["results"]
     assert "limit" not in record["seconds"]
@@ -197,19 +198,19 @@ def test_muon_is_given_a_matrix():
     [
         (("--optimizer", "adamm"), "--optimizer", "did you mean 'adam'"),
         (("--optimizer", "adam:betas=2/3"), "--optimizer", "betas"),
-        (("--sizes", "1k,many"), "--sizes", "'many' is no number of parameters"),
-        (("--sizes", "0"), "--sizes", "'0' is no number of parameters"),
-        (("--sizes", ""), "--sizes", "'' is no number of parameters"),
-        (("--dtype", "float16"), "--dtype", "dtype 'float16' is unknown"),
-        (("--seconds", "0"), "--seconds", "give a number of seconds from 1"),
-        (("--seconds", "nan"), "--seconds", "give a number of seconds from 1"),
-        (("--threads", "4096"), "--threads", "4096 threads are more than the"),
-        (("--plot", "x.nope"), "--plot", "use one of"),
+        (("--sizes", "1k,many"), "--sizes", "must be whole numbers from 1 to 10G, such as 1000, 1k, 2.5M, 1e6, got 'm"),
+        (("--sizes", "0"), "--sizes", "must be whole numbers from 1 to 10G, such as 1000, 1k, 2.5M, 1e6, got '0'"),
+        (("--sizes", ""), "--sizes", "must be whole numbers from 1 to 10G, such as 1000, 1k, 2.5M, 1e6, got ''"),
+        (("--dtype", "float16"), "--dtype", "dtype: must be one of float32, float64, got 'float16'"),
+        (("--seconds", "0"), "--seconds", "must be a finite number of seconds from 1, such as 42, got 0"),
+        (("--seconds", "nan"), "--seconds", "must be a finite number of seconds from 1, such as 42, got nan"),
+        (("--threads", "4096"), "--threads", f"must be at most {processors()}, the number of processors, got 4096"),
+        (("--plot", "x.nope"), "--plot", "must end in one of ."),
         (("--plot", "nowhere/x.png"), "--plot", "mkdir -p nowhere"),
         (("--json", "nowhere/x.json"), "--json", "mkdir -p nowhere"),
     ],
 )
-def test_bad_input_is_named_before_anything_is_measured(arguments, option, message, monkeypatch):
+def test_bad_input_is_refused_before_the_measurement(arguments, option, message, monkeypatch):
     monkeypatch.setattr(bench, "_measure", lambda *_: pytest.fail("measured"))
     result = invoke(*arguments, columns="300")
     assert result.exit_code == 2
@@ -226,11 +227,11 @@ def test_sizes(text, sizes):
 
 
 @pytest.mark.parametrize("text", ["1.5", "-1k", "nan", "inf", "k", "1kk", "1,,2", "1e11", "0.0001k"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(ValueError, match="is no number of parameters"):
+def test_bad_sizes_are_refused(text):
+    with pytest.raises(ValueError, match="must be whole numbers from 1 to 10G"):
         parse_sizes(text)
 
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1234, 2_500_000, 10**9, 12_345_678])
-def test_a_size_is_spelled_as_it_may_be_given(count):
+def test_a_spelled_size_parses_to_itself(count):
     assert parse_sizes(bench.spelled(count)) == [count]

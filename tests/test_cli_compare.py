@@ -1,4 +1,4 @@
-"""`fastopt train --compare` and `--lr auto`: known orderings, what is told and drawn, one result, what is refused."""
+"""`fastopt train --compare` and `--lr auto`: known orderings, output and figures, equal results, refused input."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SHORT = {
     "inits": ("--epochs", "4"),
     "batch-norm": ("--epochs", "3"),
 }
-"""Options with which each comparison takes a second, and its ordering is seen all the same."""
+"""Options with which each comparison takes a second and still shows its ordering."""
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Each comparison run once: what it printed on 80 columns, its report, its picture."""
+    """Run each comparison once: its output on 80 columns, its report, its figure."""
     kept = {}
 
     def run(name):
@@ -59,7 +59,7 @@ def runs_of(compared, name):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("normed", [False, True])
-def test_gradients_with_each_activation_are_the_numerical_ones(activation, normed):
+def test_gradients_with_each_activation_equal_numerical_ones(activation, normed):
     layers, x, labels = small_problem(3)
     layers, norms = new_norms(layers, activation=activation) if normed else (layers, [])
     flat = fastopt.pack(layers)
@@ -102,10 +102,10 @@ def test_the_option_trains_a_network_with_tanh(tmp_path):
     assert relu["parameters_sha256"] != report["runs"][0]["parameters_sha256"]
 
 
-# --- what each comparison shows ---------------------------------------------------------------------------------------
+# --- the ordering in each comparison ----------------------------------------------------------------------------------
 
 
-def test_batch_sizes_see_the_same_rows_in_more_or_fewer_steps(compared):
+def test_batch_sizes_use_the_same_rows_in_more_or_fewer_steps(compared):
     full, mini, single = runs_of(compared, "batch-sizes")
     assert [run["batch_size"] for run in (full, mini, single)] == ["full", 32, 1]
     assert [run["steps"] for run in (full, mini, single)] == [4, 4 * 15, 4 * 455]
@@ -117,13 +117,13 @@ def test_batch_sizes_see_the_same_rows_in_more_or_fewer_steps(compared):
     assert settings["optimizer"] == "sgd"
 
 
-def test_optimizers_are_those_of_a_plain_training(compared, tmp_path):
+def test_optimizers_equal_those_of_plain_training(compared, tmp_path):
     alone = run_json(tmp_path, "-o", ",".join(OPTIMIZERS), *SHORT["optimizers"])
     assert without_times(alone)["runs"] == without_times(compared("optimizers")[1])["runs"]
     assert [run["optimizer"] for run in alone["runs"]] == list(OPTIMIZERS)
 
 
-def test_schedules_are_those_of_a_plain_training_at_a_large_rate(compared, tmp_path):
+def test_schedules_equal_those_of_plain_training_at_a_large_rate(compared, tmp_path):
     runs = {run["schedule"]: run for run in runs_of(compared, "schedules")}
     assert {"constant", "exponential", "inverse_time", "cyclical"} <= set(runs) <= set(SCHEDULES)
     assert {run["lr"] for run in runs.values()} == {0.25} == {5 * parse_optimizer("sgd").lr(8)}
@@ -134,7 +134,7 @@ def test_schedules_are_those_of_a_plain_training_at_a_large_rate(compared, tmp_p
     assert len({run["parameters_sha256"] for run in runs.values()}) == len(runs)
 
 
-def test_given_learning_rates_are_taken_as_they_are(tmp_path):
+def test_given_learning_rates_are_used_unchanged(tmp_path):
     arguments = ("--compare", "schedules", *CANCER, "--epochs", 1, "--lr", 0.125)
     assert {run["lr"] for run in run_json(tmp_path, *arguments)["runs"]} == {0.125}
 
@@ -158,17 +158,17 @@ def test_zeros_and_small_normal_weights_learn_nothing_and_the_others_do(compared
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_vanish_or_stay_with_the_depth_as_the_papers_say(compared, activation):
+def test_activations_vanish_or_persist_with_depth_as_in_the_papers(compared, activation):
     runs = by_init(compared)
     assert stds(runs["zeros", activation]) == [0.0] * 5
     normal = stds(runs["normal", activation])
-    # 64 units, weights of deviation 0.01: the mean square is 64 * 0.01^2 times as large after; ReLU halves it.
+    # With 64 units and weights of deviation 0.01 each layer scales the mean square by 64 * 0.01^2; ReLU halves it.
     shrink = 8 * 0.01 if activation == "tanh" else 8 * 0.01 / math.sqrt(2)
     for before, after in pairwise(normal):
         assert shrink / 2 < after / before < 2 * shrink
     he, xavier = stds(runs["he", activation]), stds(runs["xavier", activation])
     assert he[-1] > 0.6 * he[0]
-    if activation == "relu":  # Xavier's weights are too small for it by the square root of 2, in every layer
+    if activation == "relu":  # Xavier's weights are too small for ReLU by the square root of 2 in every layer
         assert xavier[-1] / xavier[0] == pytest.approx(0.5**2, rel=0.5)
     else:
         assert 0.3 * xavier[0] < xavier[-1] < he[-1]
@@ -183,15 +183,16 @@ def test_dead_and_saturated_are_counted(compared):
     assert he["saturated"] > xavier["saturated"] > 0.0
 
 
-def test_the_statistics_are_those_of_the_first_weights(compared):
+def test_the_statistics_describe_the_initial_weights(compared):
     seeds = np.random.SeedSequence(0).spawn(2)
     x = data.load("digits", np.random.default_rng(seeds[0])).x_train
     layers = new_layers([64, *[64] * 5, 10], fastopt.init.he_normal_, np.random.default_rng(seeds[1]))
-    for layer, told in zip(layers[:-1], by_init(compared)["he", "relu"]["activations_before_training"], strict=True):
+    reported = by_init(compared)["he", "relu"]["activations_before_training"]
+    for layer, statistics in zip(layers[:-1], reported, strict=True):
         x = np.maximum(x @ layer.W, 0)
-        assert told["mean"] == pytest.approx(x.mean(), rel=1e-4)
-        assert told["std"] == pytest.approx(x.std(), rel=1e-4)
-        assert told["dead"] == pytest.approx(np.mean(x.max(axis=0) == 0))
+        assert statistics["mean"] == pytest.approx(x.mean(), rel=1e-4)
+        assert statistics["std"] == pytest.approx(x.std(), rel=1e-4)
+        assert statistics["dead"] == pytest.approx(np.mean(x.max(axis=0) == 0))
 
 
 def test_batch_norm_survives_rates_that_the_plain_network_does_not(compared):
@@ -201,12 +202,12 @@ def test_batch_norm_survives_rates_that_the_plain_network_does_not(compared):
     without, with_norm = runs[:4], runs[4:]
     for bare, normed in zip(without[2:], with_norm[2:], strict=True):
         assert normed["losses"][-1] < 0.5
-        # Where it does not diverge its loss leaps about, by how BLAS rounds on this processor: 0.5 to 2.4 were seen.
+        # If the plain run does not diverge, its loss fluctuates with BLAS's rounding, between 0.5 and 2.4.
         assert bare["status"] == "diverged" or bare["losses"][-1] > 4.0 * normed["losses"][-1]
     assert all(run["losses"][-1] < run["losses"][0] / 2 for run in (without[1], with_norm[1]))
 
 
-# --- what all of them tell --------------------------------------------------------------------------------------------
+# --- output of all comparisons ----------------------------------------------------------------------------------------
 
 LABELS = {
     "batch-sizes": ["all rows", "mini-batches of 32", "single rows"],
@@ -230,7 +231,7 @@ def test_there_is_one_table_one_figure_and_one_report(compared, name):
     assert pixels.shape[1] > 1500
     assert pixels.std() > 0.05
     half = pixels.shape[1] // 2
-    assert (pixels[:, :half, :3] < 0.9).any(axis=2).mean() > 0.005  # both panels have something in them
+    assert (pixels[:, :half, :3] < 0.9).any(axis=2).mean() > 0.005  # neither panel is empty
     assert (pixels[:, half:, :3] < 0.9).any(axis=2).mean() > 0.005
 
 
@@ -262,11 +263,11 @@ def test_options_that_do_not_vary_are_obeyed(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_runs_that_all_diverge_are_told_and_drawn(tmp_path, name):
+def test_runs_that_all_diverge_are_reported_and_drawn(tmp_path, name):
     picture = tmp_path / "out.png"
     result = invoke("--compare", name, *CANCER, "--epochs", 2, "--lr", 1e32, "--plot", picture)
     assert result.exit_code == 0, result.output
-    assert "diverged: its loss after epoch 1 is not a finite number" in plain(result.output)
+    assert "diverged: its loss after epoch 1 is not finite" in plain(result.output)
     assert imread(picture).std() > 0.01
 
 
@@ -275,13 +276,13 @@ def test_help_names_the_comparisons_and_their_defaults():
     for name, comparison in COMPARISONS.items():
         assert name in words
         assert comparison.what in words
-    for told in (
+    for text in (
         "--compare",
         "--activation",
         "NUMBER|auto",
         "inits: --optimizer sgd --hidden 64,64,64,64,64 --epochs 10",
     ):
-        assert told in words
+        assert text in words
 
 
 @pytest.mark.parametrize(
@@ -290,27 +291,28 @@ def test_help_names_the_comparisons_and_their_defaults():
         (
             "batchsizes",
             (),
-            "comparison 'batchsizes' is unknown; did you mean 'batch-sizes'? choose from batch-sizes, opt",
+            "comparison: must be one of batch-sizes, optimizers, schedules, inits, batch-norm, got 'batchsizes'; did "
+            "you mean 'batch-sizes'?",
         ),
-        ("batch-sizes", ("--batch-size", "32"), "it chooses --batch-size itself, and --batch-size is given"),
-        ("optimizers", ("-o", "sgd"), "it chooses --optimizer itself"),
-        ("schedules", ("--schedule", "constant"), "it chooses --schedule itself"),
-        ("inits", ("--init", "he"), "it chooses --init itself"),
-        ("inits", ("--activation", "relu"), "it chooses --activation itself"),
-        ("batch-norm", ("--batch-norm",), "it chooses --batch-norm itself"),
-        ("inits", ("--batch-norm",), "--batch-norm is for runs without it"),
-        ("schedules", ("--checkpoint", "x"), "--checkpoint is for runs without it"),
-        ("schedules", ("--resume",), "--resume is for runs without it"),
-        ("schedules", ("-o", "sgd,adam"), "it is for one optimizer, and --optimizer names 2"),
-        ("inits", ("--hidden", "none"), "it is about hidden layers, and --hidden none has no such layer"),
-        ("batch-norm", ("--hidden", "none"), "it is about hidden layers"),
-        ("batch-norm", ("--batch-size", "1"), "--batch-size 1 makes a batch of one row"),
-        ("inits", ("--lr", "auto"), "--lr auto is not for it: some of these weights let nearly nothing through"),
-        ("optimizers", ("--lr", "auto"), "'adagrad': lr auto is 1/lambda"),
-        ("optimizers", ("--plot", "x.txt"), "the ending of the name says the format"),
+        ("batch-sizes", ("--batch-size", "32"), "--batch-size: must not be given, the comparison sets it; drop"),
+        ("optimizers", ("-o", "sgd"), "--optimizer: must not be given, the comparison sets it"),
+        ("schedules", ("--schedule", "constant"), "--schedule: must not be given, the comparison sets it"),
+        ("inits", ("--init", "he"), "--init: must not be given, the comparison sets it"),
+        ("inits", ("--activation", "relu"), "--activation: must not be given, the comparison sets it"),
+        ("batch-norm", ("--batch-norm",), "--batch-norm: must not be given, the comparison sets it"),
+        ("inits", ("--batch-norm",), "--batch-norm: must not be given, no comparison supports it"),
+        ("schedules", ("--checkpoint", "x"), "--checkpoint: must not be given, no comparison supports it"),
+        ("schedules", ("--resume",), "--resume: must not be given, no comparison supports it"),
+        ("schedules", ("-o", "sgd,adam"), "--optimizer: must name one optimizer for this comparison, got 2"),
+        ("inits", ("--hidden", "none"), "--hidden: must name at least one layer for this comparison, got none"),
+        ("batch-norm", ("--hidden", "none"), "--hidden: must name at least one layer"),
+        ("batch-norm", ("--batch-size", "1"), "--batch-size: must leave no batch of one of the 1438 rows"),
+        ("inits", ("--lr", "auto"), "--lr: must be a number for this comparison, got auto; some of its initial"),
+        ("optimizers", ("--lr", "auto"), "'adagrad': lr must be a number, got auto: auto is 1/lambda"),
+        ("optimizers", ("--plot", "x.txt"), "x.txt: must end in one of ."),
     ],
 )
-def test_what_makes_no_sense_is_refused(tmp_path, monkeypatch, name, arguments, message):
+def test_contradictory_options_are_refused(tmp_path, monkeypatch, name, arguments, message):
     monkeypatch.chdir(tmp_path)
     result = invoke("--compare", name, *arguments)
     assert result.exit_code == 2
@@ -321,14 +323,14 @@ def test_what_makes_no_sense_is_refused(tmp_path, monkeypatch, name, arguments, 
 def test_an_unknown_activation_is_named():
     result = invoke("--activation", "tan")
     assert result.exit_code == 2
-    assert "activation 'tan' is unknown; did you mean 'tanh'? choose from relu, tanh" in plain(result.output)
+    assert "activation: must be one of relu, tanh, got 'tan'; did you mean 'tanh'?" in plain(result.output)
 
 
 # --- --lr auto --------------------------------------------------------------------------------------------------------
 
 
 def cancer_eigenvalue(seed):
-    """Lambda of the network for this data, from the library's parts."""
+    """Return lambda of the network for this data, computed from the library's parts."""
     split, weights, _, start = np.random.SeedSequence(seed).spawn(4)
     rows = data.load("breast-cancer", np.random.default_rng(split))
     layers = new_layers([30, 16, 8, 2], fastopt.init.he_normal_, np.random.default_rng(weights))
@@ -351,7 +353,7 @@ def test_lr_auto_is_one_over_the_largest_eigenvalue(tmp_path, seed):
     assert run["test_accuracy"] > 0.93
 
 
-def test_gradient_descent_with_lr_auto_falls_at_every_step(tmp_path):
+def test_lr_auto_lowers_the_loss_at_every_step_of_gradient_descent(tmp_path):
     (run,) = run_json(tmp_path, "--lr", "auto", "--batch-size", "full", "--epochs", 30)["runs"]
     assert (np.diff(run["losses"]) < 0).all()
     (steep,) = run_json(tmp_path, "--lr", 30 * run["lr"], "-o", "sgd", "--batch-size", "full", "--epochs", 30)["runs"]
@@ -371,7 +373,7 @@ def test_lr_auto_allows_for_a_velocity_and_for_the_network(tmp_path):
     assert plain_[0]["dominant_eigenvalue"] != normed[0]["dominant_eigenvalue"]
 
 
-def test_lr_auto_leaves_the_training_as_it_would_be_with_that_number(tmp_path):
+def test_lr_auto_trains_like_the_same_number(tmp_path):
     arguments = ("-o", "sgd", "--batch-norm", *CANCER, "--epochs", 2)
     auto = run_json(tmp_path, *arguments, "--lr", "auto")["runs"]
     for k, run in enumerate(auto):
@@ -379,7 +381,7 @@ def test_lr_auto_leaves_the_training_as_it_would_be_with_that_number(tmp_path):
         assert number["parameters_sha256"] == run["parameters_sha256"]
 
 
-def test_lr_auto_is_printed_and_may_be_asked_of_one_optimizer():
+def test_lr_auto_is_printed_and_can_apply_to_one_optimizer():
     result = invoke("-o", "sgd:lr=auto,adam", *CANCER, "--epochs", 1)
     assert result.exit_code == 0
     words = plain(result.output)
@@ -390,7 +392,7 @@ def test_lr_auto_is_printed_and_may_be_asked_of_one_optimizer():
 
 def test_from_zeros_only_the_last_biases_have_a_curvature(tmp_path):
     (run,) = run_json(tmp_path, "--init", "zeros", "--lr", "auto", *CANCER, "--epochs", 1)["runs"]
-    assert run["dominant_eigenvalue"] == pytest.approx(0.5, rel=1e-3)  # of diag(p) - p p', the softmax of two classes
+    assert run["dominant_eigenvalue"] == pytest.approx(0.5, rel=1e-3)  # diag(p) - p p' of a two-class softmax
 
 
 def test_lr_auto_is_resumed(tmp_path):
@@ -405,14 +407,14 @@ def test_lr_auto_is_refused_where_steps_are_not_along_the_gradient(name):
     result = invoke("-o", name, "--lr", "auto")
     assert result.exit_code == 2
     words = plain(result.output)
-    assert f"--optimizer: '{name}': lr auto is 1/lambda, the length of a step along the gradient itself" in words
-    assert "choose from sgd, momentum, nesterov" in words
+    assert f"--optimizer: '{name}': lr must be a number, got auto: auto is 1/lambda, a step length along" in words
+    assert "or one of sgd, momentum, nesterov" in words
 
 
-def test_lr_auto_is_for_trainings_only():
+def test_lr_auto_works_only_in_training():
     result = CliRunner().invoke(app, ["contour", "-o", "sgd:lr=auto"], env={"COLUMNS": "200"})
     assert result.exit_code == 2
-    assert "lr is auto; a learning rate is a finite number from 0" in plain(result.output)
+    assert "lr: must be a finite number from 0, such as 0.001, got auto" in plain(result.output)
 
 
 @pytest.mark.parametrize("eigenvalue", [-2.0, 0.0])
@@ -420,11 +422,14 @@ def test_a_loss_that_does_not_curve_up_has_no_lr_auto(monkeypatch, eigenvalue):
     monkeypatch.setattr(fastopt.curvature, "dominant_eigenvalue", lambda *arguments, **options: eigenvalue)
     result = invoke("--lr", "auto", *CANCER)
     assert result.exit_code == 2
-    assert f"--lr: the largest eigenvalue of the Hessian at the first weights is {eigenvalue:g}" in plain(result.output)
+    words = plain(result.output)
+    assert "--lr: largest eigenvalue of the Hessian at the initial weights: must be above 0" in words
+    assert f"got {eigenvalue:g}; give a number" in words
 
 
 @pytest.mark.parametrize("text", ["fast", "-1", "nan"])
-def test_other_words_are_no_learning_rate(text):
+def test_an_invalid_learning_rate_is_refused(text):
     result = invoke("--lr", text)
     assert result.exit_code == 2
-    assert f"the learning rate is {text}; it is a finite number from 0, such as 0.001, or auto" in plain(result.output)
+    message = f"learning rate: must be a finite number from 0, such as 0.001, or auto, got {text}"
+    assert message in plain(result.output)

@@ -1,4 +1,4 @@
-"""`fastopt info`: it says what is there, gives the reason for what is not, changes nothing and never fails."""
+"""`fastopt info`: reports what exists, gives the reason for what is missing, changes nothing and never fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastopt.kernels.driver import DRIVER
 
 
 def invoke(*arguments, **environment):
-    # Without the folder of kernels that the test run shares: another worker may be writing to it.
+    # Do not use the kernel cache of this test run: another worker may be writing to it.
     surroundings = {"COLUMNS": "500", "FASTOPT_CACHE_DIR": "", **environment}
     return CliRunner().invoke(app, ["info", *map(str, arguments)], env=surroundings)
 
@@ -32,7 +32,7 @@ def report(**environment):
     return json.loads(result.stdout)
 
 
-def test_versions_are_those_installed():
+def test_versions_match_the_installed_packages():
     versions = report()["versions"]
     assert versions["fastopt"] == fastopt.__version__
     assert versions["python"] == platform.python_version()
@@ -51,8 +51,8 @@ def test_cpu_and_threads():
     assert (how["kind"] == "fastopt's own") == (how["reason"] is None)
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="compares with what Linux says in /proc/cpuinfo")
-def test_cpu_features_are_those_of_the_kernel():
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="compares with /proc/cpuinfo of Linux")
+def test_cpu_features_match_those_of_the_kernel():
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     flags = next((line.split(":")[1].split() for line in text.splitlines() if line.startswith("flags")), None)
     if flags is None:
@@ -63,7 +63,7 @@ def test_cpu_features_are_those_of_the_kernel():
     assert found["name"] in text
 
 
-def test_the_table_holds_what_the_json_holds():
+def test_the_table_shows_the_content_of_the_json():
     result = invoke()
     assert result.exit_code == 0
     found = report()
@@ -83,7 +83,7 @@ def test_json_goes_to_a_file_beside_the_table(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8")).keys() == report().keys()
 
 
-def test_a_json_path_that_cannot_be_is_an_error_with_the_remedy(tmp_path):
+def test_an_impossible_json_path_is_an_error_with_the_remedy(tmp_path):
     result = invoke("--json", tmp_path / "nowhere" / "info.json")
     assert result.exit_code == 2
     assert "mkdir -p" in result.output
@@ -92,13 +92,13 @@ def test_a_json_path_that_cannot_be_is_an_error_with_the_remedy(tmp_path):
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def test_no_cache_is_said():
+def test_a_missing_cache_setting_is_reported():
     cache = report(FASTOPT_CACHE_DIR="")["cache"]
     assert cache["FASTOPT_CACHE_DIR"] is None
     assert "is not set" in cache["reason"]
 
 
-def test_a_cache_directory_is_not_made_by_asking(tmp_path):
+def test_the_report_does_not_create_the_cache_directory(tmp_path):
     path = tmp_path / "cache"
     cache = report(FASTOPT_CACHE_DIR=str(path))["cache"]
     assert cache["FASTOPT_CACHE_DIR"] == str(path)
@@ -106,14 +106,14 @@ def test_a_cache_directory_is_not_made_by_asking(tmp_path):
     assert not path.exists()
 
 
-def test_a_cache_directory_of_ours_is_usable_and_its_kernels_are_counted(tmp_path):
+def test_a_private_cache_directory_is_usable_and_its_kernels_are_counted(tmp_path):
     tmp_path.chmod(0o700)
     (tmp_path / "adam.1.nbc").touch()
     cache = report(FASTOPT_CACHE_DIR=str(tmp_path))["cache"]
     assert (cache["usable"], cache["kernels"], cache["reason"]) == (True, 1, None)
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="permissions as POSIX has them")
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
 def test_a_cache_directory_that_others_may_write_to_is_not_usable(tmp_path):
     tmp_path.chmod(0o777)
     cache = report(FASTOPT_CACHE_DIR=str(tmp_path))["cache"]
@@ -121,7 +121,7 @@ def test_a_cache_directory_that_others_may_write_to_is_not_usable(tmp_path):
     assert "chmod 700" in cache["reason"]
 
 
-# --- CUDA, whatever is the matter with it -----------------------------------------------------------------------------
+# --- CUDA and its failures --------------------------------------------------------------------------------------------
 
 
 class Cuda:
@@ -152,7 +152,7 @@ def with_cuda(monkeypatch):
         backend = importlib.import_module("fastopt.kernels.cuda.backend")
         monkeypatch.setattr(backend, "cuda", module)
         monkeypatch.setattr(backend, "SIMULATED", False)
-        # As if asked for the first time, and not kept for other tests: in the simulator there is such a backend.
+        # Make the backend again and do not keep it for other tests: the simulator already has one.
         monkeypatch.setattr(fastopt.kernels, "get_backend", fastopt.kernels._make)
 
     return put
@@ -172,7 +172,7 @@ def test_cuda_without_a_driver_gives_the_reason(with_cuda):
     assert "no CUDA driver here (Error at driver init: CUDA driver library cannot be found); use" in cuda["reason"]
 
 
-def test_cuda_that_cannot_be_imported_gives_the_reason(monkeypatch):
+def test_a_failing_cuda_import_gives_the_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastopt.kernels.cuda.backend", None)
     monkeypatch.setattr(fastopt.kernels, "get_backend", fastopt.kernels._make)
     cuda = report()["cuda"]
@@ -217,7 +217,7 @@ def test_cuda_devices_are_listed(with_cuda, monkeypatch):
 
 
 @pytest.mark.parametrize(("layer", "kind"), [("omp", "numba's (omp)"), (None, "Python's")])
-def test_other_threads_than_our_own_are_named_with_the_reason(monkeypatch, layer, kind):
+def test_foreign_threads_are_reported_with_the_reason(monkeypatch, layer, kind):
     def start():
         if layer is None:
             raise ValueError("No threading layer could be loaded.")
@@ -226,30 +226,30 @@ def test_other_threads_than_our_own_are_named_with_the_reason(monkeypatch, layer
     monkeypatch.setattr(driver.numba_parallel, "_launch_threads", start)
     monkeypatch.setattr(numba, "threading_layer", lambda: layer)
     for name in ("mode", "reason", "adaptive"):
-        monkeypatch.setattr(DRIVER, name, getattr(DRIVER, name))  # put back afterwards
+        monkeypatch.setattr(DRIVER, name, getattr(DRIVER, name))  # restored after the test
     DRIVER.mode = None
     found = report()["threads"]
     assert (found["kind"], found["reason"]) == (kind, "the C library lacks sem_post")
 
 
-def test_a_number_of_threads_that_is_none_is_said(monkeypatch):
+def test_an_invalid_number_of_threads_is_reported(monkeypatch):
     monkeypatch.setattr(threads, "_asked", False)
     found = report(FASTOPT_NUM_THREADS="all")["threads"]
     assert found["count"] is None
     assert found["reason"] == "FASTOPT_NUM_THREADS: must be a whole number from 1 to 256, got 'all'"
 
 
-def test_the_cuda_of_this_machine_does_not_stop_the_command():
+def test_the_command_works_with_the_cuda_of_this_machine():
     cuda = report()["cuda"]
     assert cuda["backend"] or cuda["reason"]
 
 
-def test_variables_that_matter_are_listed():
+def test_relevant_environment_variables_are_listed():
     environment = report(NUMBA_DEVELOPER_NOTE="7", UNRELATED="8")["environment"]
     assert environment["NUMBA_DEVELOPER_NOTE"] == "7"
     assert "UNRELATED" not in environment
 
 
-def test_a_count_of_one_is_a_number_and_not_yes(monkeypatch):
+def test_a_count_of_one_is_printed_as_a_number(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert [line.split() for line in invoke().output.splitlines() if line.split()[:1] == ["cores"]] == [["cores", "1"]]

@@ -1,4 +1,4 @@
-"""`fastopt train`: its network's gradients, names, results, files, errors, and that one seed is one result."""
+"""`fastopt train`: its network's gradients, names, results, files and errors; one seed has one result."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def plain(text):
-    """Text without colours, frames and line breaks: what was said, however wide the terminal."""
+    """Return text without colours, frames and line breaks, independent of the terminal's width."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
 
@@ -53,7 +53,7 @@ def invoke(*arguments):
 
 
 def run_json(tmp_path, *arguments):
-    """The JSON of a run that ends well."""
+    """Return the JSON of a successful run."""
     path = tmp_path / "run.json"
     result = invoke(*arguments, "--json", path)
     assert result.exit_code == 0, result.output
@@ -61,7 +61,7 @@ def run_json(tmp_path, *arguments):
 
 
 def command(*arguments, code=None, **environment):
-    """Start the command in a process of its own."""
+    """Start the command in a separate process."""
     program = ["-m", "fastopt"] if code is None else ["-c", code]
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
@@ -94,7 +94,7 @@ def small_problem(classes, hidden=(4, 3), rows=7):
 
 @pytest.mark.parametrize("classes", [2, 10])
 @pytest.mark.parametrize("hidden", [(), (4,), (4, 3)])
-def test_gradients_are_the_numerical_ones(classes, hidden):
+def test_gradients_equal_numerical_ones(classes, hidden):
     layers, x, labels = small_problem(classes, hidden)
     gradients = [Layer(np.full_like(W, np.nan), np.full_like(b, np.nan)) for W, b, _ in layers]
     backward(layers, x, labels, out=gradients)
@@ -111,7 +111,7 @@ def test_gradients_are_the_numerical_ones(classes, hidden):
                 assert slopes[index] == pytest.approx((above - below) / (2 * h), rel=1e-5, abs=1e-8)
 
 
-def test_gradients_through_batch_norm_are_the_numerical_ones():
+def test_gradients_through_batch_norm_equal_numerical_ones():
     layers, x, labels = small_problem(3)
     layers, norms = new_norms(layers)
     opt = fastopt.SGD(layers, lr=0.0)
@@ -135,7 +135,7 @@ def test_gradients_through_batch_norm_are_the_numerical_ones():
         below = loss()
         opt.flat.data[index] = kept
         assert slopes[index] == pytest.approx((above - below) / (2 * h), rel=1e-4, abs=1e-8)
-    assert np.count_nonzero(slopes) > 0.8 * sum(opt.flat.layout.sizes) - 7  # all but the biases before a norm
+    assert np.count_nonzero(slopes) > 0.8 * sum(opt.flat.layout.sizes) - 7  # all except biases before a norm
 
 
 def test_backward_writes_into_the_flat_buffer_and_changes_nothing_else():
@@ -197,11 +197,11 @@ def test_data_is_split_and_standardised_by_its_training_rows(name, rows, feature
     np.testing.assert_allclose(found.x_train.mean(axis=0), 0.0, atol=1e-5)
     deviation = found.x_train.std(axis=0, dtype=np.float64)
     np.testing.assert_allclose(deviation[deviation > 0], 1.0, atol=1e-5)
-    assert abs(found.x_test.mean(axis=0)).max() > 1e-3  # the test rows had no say
+    assert abs(found.x_test.mean(axis=0)).max() > 1e-3  # the test rows did not contribute
     assert np.isfinite(found.x_test).all()
 
 
-def test_the_split_is_that_of_the_seed():
+def test_the_split_follows_the_seed():
     first, same, other = (data.load("breast-cancer", np.random.default_rng(seed)) for seed in (1, 1, 2))
     for a, b in zip(first, same, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -236,7 +236,7 @@ def test_all_is_every_class_and_every_form_once():
     assert labels[0] == "sgd"
 
 
-def test_lr_is_for_those_that_name_none():
+def test_lr_applies_to_optimizers_without_their_own():
     a, b = parse_optimizers(["adam:lr=0.5,sgd"], lr=0.25)
     assert (a.lr(1), b.lr(1)) == (0.5, 0.25)
 
@@ -249,7 +249,7 @@ def test_suggested_learning_rates_belong_to_optimizers_and_grow_with_the_root_of
     assert parse_optimizer("momentum:lr_inside").lr(32) == LEARNING_RATES["momentum"]
 
 
-def test_an_optimizer_without_a_suggestion_takes_the_default_of_its_class(monkeypatch):
+def test_an_optimizer_without_a_suggestion_uses_the_default_of_its_class(monkeypatch):
     monkeypatch.delitem(LEARNING_RATES, "adagrad")
     assert parse_optimizer("adagrad").lr(32) == 0.01
 
@@ -286,7 +286,7 @@ def test_defaults_pass_95_percent_for_every_seed(tmp_path, seed):
     assert run["test_accuracy"] > 0.95
 
 
-def test_the_report_says_what_was_done(tmp_path):
+def test_the_report_describes_the_run(tmp_path):
     report = run_json(tmp_path, "--epochs", 3, "-o", "sgd", "--lr", 0.125, "--schedule", "cosine", "--seed", 7)
     assert report["fastopt"] == fastopt.__version__
     settings = report["settings"]
@@ -357,11 +357,11 @@ def test_a_single_step_has_no_time_per_step(tmp_path):
     assert report["runs"][0]["optimizer_microseconds_per_step"] is None
 
 
-def test_a_run_that_diverges_is_reported_and_the_others_go_on(tmp_path):
+def test_a_diverging_run_is_reported_and_the_others_continue(tmp_path):
     path, picture = tmp_path / "run.json", tmp_path / "curves.png"
     result = invoke("-o", "sgd:lr=1e30,adam", "--epochs", 4, "--json", path, "--plot", picture)
     assert result.exit_code == 0
-    assert "sgd:lr=1e+30 diverged: its loss after epoch 1 is not a finite number" in plain(result.output)
+    assert "sgd:lr=1e+30 diverged: its loss after epoch 1 is not finite" in plain(result.output)
     bad, good = json.loads(path.read_text())["runs"]
     assert (bad["status"], bad["diverged_in_epoch"], bad["loss"], bad["test_accuracy"]) == ("diverged", 1, None, None)
     assert len(bad["losses"]) == 2
@@ -376,7 +376,7 @@ def test_lookahead_takes_every_gradient_at_the_look_ahead_point():
     for form in ("lookahead", "reformulated"):
         opt = trained[form] = fastopt.Nesterov(layers, lr=0.01, form=form)
         train_network(opt, rows, epochs=3, batch_size=64, rng=np.random.default_rng(0), looks_ahead=form == "lookahead")
-    # The parameters of the one are the look-ahead points of the other, if its gradients are taken there.
+    # The look-ahead points of one form are the parameters of the other, if gradients are taken at the former.
     with trained["lookahead"].lookahead():
         np.testing.assert_allclose(trained["lookahead"].flat.data, trained["reformulated"].flat.data, atol=1e-5)
     assert abs(trained["lookahead"].flat.data - trained["reformulated"].flat.data).max() > 1e-3
@@ -385,7 +385,7 @@ def test_lookahead_takes_every_gradient_at_the_look_ahead_point():
 # --- one seed, one result ---------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_result_and_another_another(tmp_path):
+def test_the_same_seed_gives_the_same_result_and_another_seed_another(tmp_path):
     def run(seed):
         return without_times(run_json(tmp_path, "-o", "adam,nesterov:lookahead", "--epochs", 2, "--seed", seed))
 
@@ -394,15 +394,15 @@ def test_the_same_seed_gives_the_same_result_and_another_another(tmp_path):
     assert first["runs"][0]["parameters_sha256"] != other["runs"][0]["parameters_sha256"]
 
 
-def test_an_optimizer_does_not_depend_on_its_company(tmp_path):
+def test_an_optimizer_does_not_depend_on_the_others(tmp_path):
     (alone,) = without_times(run_json(tmp_path, "-o", "adam", "--epochs", 2))["runs"]
     *_, last = without_times(run_json(tmp_path, "-o", "sgd,rmsprop,adam", "--epochs", 2))["runs"]
     assert alone == last
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
-    # 256 x 256 weights: a step runs on two threads, and so would the products of all 1438 rows in OpenBLAS, whose sums
-    # then differ in the last bit.
+    # With 256 x 256 weights a step runs on two threads; OpenBLAS would also use two for products of all 1438 rows, and
+    # its sums would differ in the last bit.
     arguments = [
         "train",
         "-o",
@@ -427,11 +427,11 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
     assert reports[0] == reports[1]
 
 
-# --- all optimizers, and their picture --------------------------------------------------------------------------------
+# --- all optimizers, and their figure ---------------------------------------------------------------------------------
 
 
 def assert_whole_picture(path, colours):
-    """Not blank, the wanted colours in it, and nothing that runs over the edge."""
+    """Check that the picture has the expected colours, and that nothing crosses its edges."""
     pixels = (imread(path)[..., :3] * 255).round().astype(int)
     height, width, _ = pixels.shape
     assert width >= 1000
@@ -444,7 +444,7 @@ def assert_whole_picture(path, colours):
 
 
 def test_all_optimizers_learn_and_are_drawn(tmp_path):
-    # In a process of its own: other tests may have made optimizers, which `all` would include.
+    # Run in a separate process: `all` would include optimizers that other tests define.
     picture = tmp_path / "curves.png"
     process = command("train", "--optimizer", "all", "--plot", picture, "--json", "-", MPLBACKEND="qtagg")
     out, errors = process.communicate(timeout=120)
@@ -454,15 +454,15 @@ def test_all_optimizers_learn_and_are_drawn(tmp_path):
     assert len(runs) >= 25
     for name, run in runs.items():
         assert run["status"] == "trained", name
-        if name == "rprop":  # is for full batches: the signs of gradients of 32 rows keep changing
+        if name == "rprop":  # rprop needs full batches: the signs of gradients of 32 rows keep changing
             continue
         assert run["loss"] < 0.02 * run["losses"][0], name
         assert run["test_accuracy"] > 0.94, name
-        assert name in errors  # the table, which gave way to the JSON
+        assert name in errors  # the table goes to standard error because of the JSON
     assert_whole_picture(picture, COLOURS)
 
 
-def test_a_picture_holds_up_to_extreme_curves(tmp_path):
+def test_extreme_curves_are_drawn(tmp_path):
     path = tmp_path / "curves.png"
     curves = {
         "exploded": [2.3, 1e12, 1e30],
@@ -488,21 +488,21 @@ def test_other_formats_by_the_ending(tmp_path, ending):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "messages"),
     [
-        (["-o", "adma"], ["--optimizer", "'adma'", "did you mean", "'adam'", *optimizers()]),
-        (["-o", ""], ["--optimizer", "choose from", "adam"]),
-        (["-o", "adam,,sgd"], ["--optimizer", "choose from"]),
+        (["-o", "adma"], ["--optimizer", "optimizer: must be one of", "'adma'; did you mean", "'adam'", *optimizers()]),
+        (["-o", ""], ["--optimizer", "must be one of", "adam", "got ''"]),
+        (["-o", "adam,,sgd"], ["--optimizer", "must be one of", "got ''"]),
         (["-o", "adam:beta=3"], ["--optimizer", "'beta'", "did you mean 'betas'?", "weight_decay"]),
         (["-o", "adam:amsgrat"], ["--optimizer", "'amsgrat'", "did you mean 'amsgrad'?"]),
-        (["-o", "adam:eps"], ["--optimizer", "eps needs a value", "adam:eps=1e-08"]),
-        (["-o", "adam:betas=1.5/0.9"], ["--optimizer", "betas[0]=1.5", "[0, 1)"]),
-        (["-o", "adam:lr=-1"], ["--optimizer", "lr is -1.0", "finite number from 0"]),
-        (["-o", "adam:lr=fast"], ["--optimizer", "lr is fast", "finite number from 0"]),
+        (["-o", "adam:eps"], ["--optimizer", "option eps must have a value, got none", "adam:eps=1e-08"]),
+        (["-o", "adam:betas=1.5/0.9"], ["--optimizer", "betas[0]: must be a number in [0, 1), got 1.5", "[0, 1)"]),
+        (["-o", "adam:lr=-1"], ["--optimizer", "lr: must be a finite number from 0, such as 0.001, got -1.0"]),
+        (["-o", "adam:lr=fast"], ["--optimizer", "lr: must be a finite number from 0, such as 0.001, got fast"]),
         (["-o", "momentum:emo"], ["--optimizer", "'emo'", "'heavy_ball', 'ema', 'lr_inside'"]),
         (["-o", "nesterov:ahead"], ["--optimizer", "'ahead'", "'lookahead'"]),
-        (["-o", "sgd:nesterov"], ["--optimizer", "needs momentum > 0"]),
-        (["-o", "all:lr=1"], ["--optimizer", "all takes no options"]),
+        (["-o", "sgd:nesterov"], ["--optimizer", "unless momentum > 0"]),
+        (["-o", "all:lr=1"], ["--optimizer", "'all:lr=1': must be 'all' without options"]),
         (["--lr", "-0.1"], ["--lr", "-0.1", "finite number from 0"]),
         (["--lr", "nan"], ["--lr", "nan", "finite number from 0"]),
         (["--lr", "inf"], ["--lr", "inf", "finite number from 0"]),
@@ -517,45 +517,45 @@ def test_other_formats_by_the_ending(tmp_path, ending):
         (["--schedule", "cosin"], ["--schedule", "did you mean 'cosine'?", *SCHEDULES]),
         (["--init", "xavier_norma"], ["--init", "did you mean 'xavier_normal' or", *INITS]),
         (["--data", "digit"], ["--data", "did you mean 'digits'?", "breast-cancer"]),
-        (["--plot", "no-such-folder/x.png"], ["--plot", "no directory no-such-folder", "mkdir -p no-such-folder"]),
-        (["--plot", "."], ["--plot", "is a directory"]),
-        (["--plot", "curves.doc"], ["--plot", "curves.doc", ".png"]),
-        (["--plot", "curves"], ["--plot", "the ending", ".png"]),
-        (["--json", "no-such-folder/x.json"], ["--json", "no directory no-such-folder"]),
+        (["--plot", "no-such-folder/x.png"], ["--plot", "must be in an existing directory", "mkdir -p no-such-folder"]),
+        (["--plot", "."], ["--plot", "must be a file, got a directory"]),
+        (["--plot", "curves.doc"], ["--plot", "curves.doc: must end in", ".png", "got .doc"]),
+        (["--plot", "curves"], ["--plot", "curves: must end in", ".png", "got no ending"]),
+        (["--json", "no-such-folder/x.json"], ["--json", "must be in an existing directory, got no-such-folder"]),
     ],
 )
-def test_errors_name_the_option_and_say_what_to_do(arguments, said, tmp_path, monkeypatch):
+def test_errors_name_the_option_and_the_remedy(arguments, messages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert isinstance(result.exception, SystemExit)
     words = plain(result.output)
-    for word in said:
-        assert word in words
+    for message in messages:
+        assert message in words
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_may_not_be_written_is_refused_before_training(tmp_path, monkeypatch):
-    # The superuser may write anywhere, so the answer of the system is given here.
+def test_an_unwritable_file_is_refused_before_training(tmp_path, monkeypatch):
+    # Patch the system's answer: the superuser may write anywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     result = invoke("--json", tmp_path / "x.json")
     assert result.exit_code == 2
-    assert "may not be written" in plain(result.output)
+    assert "x.json: must be writable; choose another file" in plain(result.output)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full, as on Linux")
-def test_a_full_disk_is_an_error_of_the_option():
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full of Linux")
+def test_a_full_disk_is_reported_with_the_option():
     result = invoke("--data", "breast-cancer", "--epochs", 1, "--json", "/dev/full")
     assert result.exit_code == 2
     assert "--json" in plain(result.output)
     assert "No space left" in plain(result.output)
 
 
-# --- the command around it --------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of one's own is a thing of POSIX")
-def test_progress_is_for_terminals_only():
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals need POSIX")
+def test_progress_is_shown_only_on_terminals():
     process = command("train", "--data", "breast-cancer", "--epochs", "2")
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
@@ -565,14 +565,14 @@ def test_progress_is_for_terminals_only():
     assert "epochs loss" not in out
 
 
-def test_json_on_standard_output_is_alone_there():
+def test_json_on_standard_output_has_no_other_text():
     process = command("train", "--data", "breast-cancer", "--epochs", "1", "--json", "-")
     out, errors = process.communicate(timeout=60)
     assert json.loads(out)["command"] == "train"
     assert "us per" in errors
 
 
-def test_help_teaches_every_option_and_name():
+def test_help_lists_every_option_and_name():
     result = invoke("--help")
     assert result.exit_code == 0
     words = plain(result.output)
@@ -588,7 +588,7 @@ def test_help_teaches_every_option_and_name():
         assert f"[default: {default}]" in words
 
 
-def test_without_a_command_there_is_help_and_a_version_with_the_option():
+def test_no_command_prints_help_and_an_option_prints_the_version():
     result = CliRunner().invoke(app, [])
     assert "train" in result.output
     assert "info" in result.output
@@ -616,7 +616,7 @@ def test_a_missing_package_of_the_extra_is_named_with_the_remedy(package, argume
     assert "Traceback" not in errors
 
 
-def test_heavy_packages_are_imported_only_where_they_are_needed():
+def test_heavy_packages_are_imported_only_when_needed():
     code = (
         "import sys, fastopt\n"
         "extra = {'typer', 'rich', 'sklearn', 'matplotlib', 'threadpoolctl'}\n"
@@ -637,7 +637,7 @@ def test_batch_norm_learns_where_the_plain_network_struggles(tmp_path):
     report = run_json(tmp_path, "-o", "sgd", "--lr", 1, "--batch-norm", "--epochs", 8, "--plot", picture)
     without, with_norm = report["runs"]
     assert [without["batch_norm"], with_norm["batch_norm"]] == [False, True]
-    assert without["losses"][0] == pytest.approx(with_norm["losses"][0], rel=1e-4)  # the same weights to begin with
+    assert without["losses"][0] == pytest.approx(with_norm["losses"][0], rel=1e-4)  # the same initial weights
     goal = 0.3
     assert min(without["losses"]) > goal
     assert next(epoch for epoch, loss in enumerate(with_norm["losses"]) if loss < goal) <= 2
@@ -660,9 +660,9 @@ def test_batch_norm_gives_one_result_for_one_seed(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--hidden", "none"), "hidden none has no such layer"),
-        (("--batch-size", "1"), "--batch-size 1 makes a batch of one row"),
-        (("--batch-size", "479"), "--batch-size 479 makes a batch of one row of 1438"),
+        (("--hidden", "none"), "--hidden: must name at least one layer for batch normalisation, got none"),
+        (("--batch-size", "1"), "--batch-size: must leave no batch of one of the 1438 rows, which has no variance, go"),
+        (("--batch-size", "479"), "one of the 1438 rows, which has no variance, got 479"),
     ],
 )
 def test_batch_norm_needs_layers_and_batches(arguments, message):
@@ -677,7 +677,7 @@ CANCER = ("--data", "breast-cancer")
 
 
 def interrupt(monkeypatch, after):
-    """Ctrl-C once `after` epochs of a run are saved."""
+    """Raise KeyboardInterrupt once `after` epochs of a run are saved."""
     keep = Keeper.keep
 
     def keep_and_stop(self, outcome):
@@ -697,7 +697,7 @@ def interrupt(monkeypatch, after):
         ("-o", "adam:betas=0.8/0.99", "--schedule", "cyclical", "--hidden", "none", "--batch-size", 100),
     ],
 )
-def test_an_interrupted_run_goes_on_to_the_result_of_an_unbroken_one(tmp_path, arguments):
+def test_a_resumed_run_has_the_result_of_an_uninterrupted_one(tmp_path, arguments):
     arguments = (*CANCER, *arguments, "--epochs", 5)
     unbroken = run_json(tmp_path, *arguments)
     file = tmp_path / "run.safetensors"
@@ -709,7 +709,7 @@ def test_an_interrupted_run_goes_on_to_the_result_of_an_unbroken_one(tmp_path, a
         assert file.exists()
     first = describe(file)
     assert first["step"] == unbroken["runs"][0]["steps"] * 3 // 5
-    if "--batch-norm" in arguments:  # the second run is broken off as well
+    if "--batch-norm" in arguments:  # also interrupt the second run
         with pytest.MonkeyPatch.context() as patch:
             interrupt(patch, 4)
             while not (tmp_path / "run.batch-norm.safetensors").exists():
@@ -720,9 +720,9 @@ def test_an_interrupted_run_goes_on_to_the_result_of_an_unbroken_one(tmp_path, a
     assert without_times(again) == without_times(unbroken)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="kills are a thing of POSIX")
+@pytest.mark.skipif(sys.platform == "win32", reason="signals need POSIX")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_goes_on_to_the_result_of_an_unbroken_one(tmp_path, number):
+def test_a_killed_run_resumes_to_the_result_of_an_uninterrupted_one(tmp_path, number):
     file = tmp_path / "run.safetensors"
     arguments = (*CANCER, "--epochs", 400, "--schedule", "cosine", "--checkpoint", file)
     with command("train", *arguments) as process:
@@ -748,7 +748,7 @@ def test_a_constant_schedule_can_be_extended(tmp_path):
     assert f"checkpoint: {file}, continued after epoch 4" in plain(result.output)
 
 
-def test_a_run_that_diverged_is_told_of_again(tmp_path):
+def test_resuming_a_diverged_run_reports_it_again(tmp_path):
     file = tmp_path / "run.safetensors"
     arguments = ("-o", "sgd", "--lr", 1e30, "--batch-norm", "--epochs", 3, *CANCER, "--checkpoint", file)
     first = run_json(tmp_path, *arguments)
@@ -761,24 +761,24 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "option", "found"),
     [
-        (["--data", "digits"], "--data breast-cancer, and this one has digits"),
-        (["--hidden", "8"], "--hidden 4, and this one has 8"),
-        (["--hidden", "none"], "--hidden 4, and this one has none"),
-        (["--batch-size", "full"], "--batch-size 64, and this one has full"),
-        (["--schedule", "linear"], "--schedule cosine, and this one has linear"),
-        (["--init", "xavier"], "--init he_normal, and this one has xavier"),
-        (["--activation", "tanh"], "--activation relu, and this one has tanh"),
-        (["--seed", "1"], "--seed 0, and this one has 1"),
-        (["-o", "sgd"], "--optimizer adam, and this one has sgd"),
-        (["-o", "adam:eps=1e-7"], "--optimizer adam, and this one has adam:eps=1e-07"),
-        (["--lr", "0.5"], "--lr 0.0028, and this one has 0.5"),
-        (["--epochs", "3"], "--epochs 2, over which its schedule cosine is laid out, and this one has 3"),
-        (["--epochs", "1"], "--epochs 2, over which its schedule cosine is laid out, and this one has 1"),
+        (["--data", "digits"], "--data: must be breast-cancer", "digits"),
+        (["--hidden", "8"], "--hidden: must be 4", "8"),
+        (["--hidden", "none"], "--hidden: must be 4", "none"),
+        (["--batch-size", "full"], "--batch-size: must be 64", "full"),
+        (["--schedule", "linear"], "--schedule: must be cosine", "linear"),
+        (["--init", "xavier"], "--init: must be he_normal", "xavier"),
+        (["--activation", "tanh"], "--activation: must be relu", "tanh"),
+        (["--seed", "1"], "--seed: must be 0", "1"),
+        (["-o", "sgd"], "--optimizer: must be adam", "sgd"),
+        (["-o", "adam:eps=1e-7"], "--optimizer: must be adam", "adam:eps=1e-07"),
+        (["--lr", "0.5"], "--lr: must be 0.0028", "0.5"),
+        (["--epochs", "3"], "--epochs: must be 2", "3"),
+        (["--epochs", "1"], "--epochs: must be 2", "1"),
     ],
 )
-def test_other_settings_are_not_resumed(tmp_path, changed, said):
+def test_a_run_does_not_resume_with_other_settings(tmp_path, changed, option, found):
     arguments = [*CANCER, "--hidden", 4, "--batch-size", 64, "--schedule", "cosine", "--epochs", 2]
     arguments += ["--checkpoint", tmp_path / "x"]
     assert invoke(*arguments).exit_code == 0
@@ -786,12 +786,14 @@ def test_other_settings_are_not_resumed(tmp_path, changed, said):
     result = invoke(*arguments, *changed, "--resume")
     assert result.exit_code == 2
     words = plain(result.output)
-    assert f"x is of a run with {said}; give the same" in words
+    assert f"{option} as in {tmp_path / 'x'}, " in words
+    assert f"got {found}; use the same value" in words
+    assert ("because schedule cosine spans that many" in words) == ("--epochs" in changed)
     assert "choose another --checkpoint FILE" in words
     assert files_of(tmp_path) == before
 
 
-def test_files_that_cannot_be_resumed_are_refused_and_kept(tmp_path):
+def test_unusable_checkpoints_are_refused_and_kept(tmp_path):
     file = tmp_path / "x"
     arguments = [*CANCER, "--hidden", "none", "--epochs", 2, "--checkpoint", file]
     fastopt.SGD(np.ones(3), lr=0.1).save(file)
@@ -803,50 +805,50 @@ def test_files_that_cannot_be_resumed_are_refused_and_kept(tmp_path):
         assert because in plain(result.output)
         assert files_of(tmp_path) == before
 
-    refused(because="x is there already: --resume continues it; else delete it or choose another")
-    refused("--resume", because="x: a checkpoint, but none of fastopt train")
+    refused(because="x: must not exist yet; continue it with --resume, delete it, or choose another file")
+    refused("--resume", because="x: must be a checkpoint of fastopt train, got another checkpoint")
     file.write_bytes(b"weights")
-    refused("--resume", because="x: no fastopt checkpoint, or a damaged one")
+    refused("--resume", because="x: must be a fastopt checkpoint, got another or a damaged file")
     file.unlink()
     assert invoke(*arguments).exit_code == 0
-    refused("--resume", "--epochs", 1, because="x is 2 epochs in, more than --epochs 1")
+    refused("--resume", "--epochs", 1, because="x: must hold at most --epochs 1 epochs, got 2; raise --epochs")
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    refused("--resume", because="x: damaged: the SHA-256 of")
+    refused("--resume", because="must have the SHA-256 stored in the file, got another")
     file.write_bytes(whole)
     kept = describe(file)["extra"]
     opt = fastopt.SGD(np.ones(3), lr=0.1)
     for progress in ({}, {**kept["fastopt train"]["progress"], "losses": 3}, None):
         opt.save(file, extra={"fastopt train": {**kept["fastopt train"], "progress": progress}})
-        refused("--resume", because="x: what fastopt train keeps in it is damaged")
+        refused("--resume", because="x: the data of fastopt train in the file is damaged")
     opt.save(file, extra=kept)
-    refused("--resume", because="x: saved by SGD (rule 'sgd'), but this optimizer is Adam (rule 'adam')")
+    refused("--resume", because="x: must be saved by Adam (rule 'adam'), as this optimizer, got SGD (rule 'sgd')")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "messages"),
     [
-        (["--resume"], ["--resume", "name it with --checkpoint FILE"]),
-        (["-o", "sgd,adam", "--checkpoint", "x"], ["--checkpoint", "for one optimizer", "names 2"]),
-        (["--checkpoint", "-"], ["--checkpoint", "- is no file"]),
-        (["--checkpoint", "."], ["--checkpoint", "is a directory"]),
-        (["--checkpoint", "missing/x"], ["--checkpoint", "no directory missing", "mkdir -p missing"]),
+        (["--resume"], ["--resume", "must be given with --checkpoint FILE"]),
+        (["-o", "sgd,adam", "--checkpoint", "x"], ["--checkpoint", "--optimizer: must name one optimizer, got 2"]),
+        (["--checkpoint", "-"], ["--checkpoint", "must be the name of a file, such as run.safetensors, got -"]),
+        (["--checkpoint", "."], ["--checkpoint", "must be a file, got a directory"]),
+        (["--checkpoint", "missing/x"], ["--checkpoint", "existing directory, got missing", "mkdir -p missing"]),
     ],
 )
-def test_a_checkpoint_is_one_file_of_one_optimizer(tmp_path, monkeypatch, arguments, said):
+def test_a_checkpoint_is_one_file_of_one_optimizer(tmp_path, monkeypatch, arguments, messages):
     monkeypatch.chdir(tmp_path)
     result = invoke(*arguments)
     assert result.exit_code == 2
-    for word in said:
-        assert word in plain(result.output)
+    for message in messages:
+        assert message in plain(result.output)
     assert not list(tmp_path.iterdir())
 
 
-# --- where it computes ------------------------------------------------------------------------------------------------
+# --- backends ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_backend_that_cannot_work_here_is_an_error_with_its_reason():
-    """In a process without the CUDA simulator, and without the devices that there may be."""
+def test_an_unavailable_backend_is_an_error_with_its_reason():
+    """Run in a process without the CUDA simulator and without visible devices."""
     without = {"NUMBA_ENABLE_CUDASIM": "0", "CUDA_VISIBLE_DEVICES": ""}
     refused = command("train", "--backend", "cuda", **without)
     automatic = command("train", "--backend", "auto", "--epochs", "1", "--json", "-", **without)
@@ -859,7 +861,7 @@ def test_a_backend_that_cannot_work_here_is_an_error_with_its_reason():
     assert json.loads(written)["settings"]["backend"] == "cpu"
 
 
-def test_a_library_that_cupy_misses_is_an_error_with_its_name(monkeypatch):
+def test_a_library_missing_for_cupy_is_an_error_with_its_name(monkeypatch):
     class Lonely:
         params = property(lambda self: [self])
 

@@ -12,7 +12,8 @@ first line. What is demanded:
   the class or at that function;
 - of a property: no more than the line and its errors;
 - of mathematics (optimizers, schedules, initialisation, BatchNorm, the reference): its formula and its source, save
-  for what has no source (`NO_SOURCE`); of an optimizer also the units of its states, which its module may tell.
+  for what has no source (`NO_SOURCE`); of an optimizer also the units of its states, which the module of its rules may
+  tell.
 
 The docstring of a module may tell what all of its functions share: `fastopt.reference` does so. A method may be told by
 its protocol: "As `Idle`.".
@@ -62,7 +63,7 @@ NO_SOURCE = {
 """Mathematics that nobody need be cited for."""
 
 MATHEMATICS = (
-    "fastopt.rules.",
+    "fastopt.optimizers.",
     "fastopt.schedules",
     "fastopt.init",
     "fastopt.batchnorm",
@@ -206,11 +207,16 @@ def lacks(name: Public, package: str = "fastopt") -> list[str]:
     if name.owner is None and module.startswith(MATHEMATICS) and name.name not in NOT_MATHEMATICS:
         if not re.search(r"^Formula:|^ {4,}\S.* = ", doc, flags=re.MULTILINE):
             missing.append("a formula")
-        if module.startswith("fastopt.rules.") and "unit" not in f"{doc}{name.module.__doc__}":
+        if module.startswith("fastopt.optimizers.") and "unit" not in doc + documented_rules(thing):
             missing.append("units")
         if not re.search(r"^Source:", doc, flags=re.MULTILINE) and name.name not in NO_SOURCE:
             missing.append("a source")
     return missing
+
+
+def documented_rules(optimizer: type[fastopt.Optimizer]) -> str:
+    """The docstrings of the modules in which the rules of a named optimizer stand."""
+    return "".join(sys.modules[rule.__module__].__doc__ or "" for rule in optimizer.rules)
 
 
 def arguments(name: Public, doc: str, shared: str) -> list[str]:

@@ -49,7 +49,7 @@ def test_fans(shape: tuple[int, ...], expected: tuple[int, int]) -> None:
     assert all(type(fan) is int for fan in init.fans(shape))
 
 
-def test_fans_of_a_kernel_are_those_of_torch_and_of_a_matrix_those_of_torchs_transposed() -> None:
+def test_fans_of_a_kernel_equal_torchs_and_of_a_matrix_those_of_its_transpose() -> None:
     torch = pytest.importorskip("torch", reason="torch.nn.init is the oracle of this test")
     fans_of_torch = torch.nn.init._calculate_fan_in_and_fan_out
     for shape in ((64, 3, 7, 7), (5, 2, 3), (8, 4, 3, 2, 2)):
@@ -60,12 +60,12 @@ def test_fans_of_a_kernel_are_those_of_torch_and_of_a_matrix_those_of_torchs_tra
 @pytest.mark.parametrize(
     ("shape", "error", "message"),
     [
-        ((), ValueError, r"at least two axes .*found \(\); .*\(fan_in, fan_out\)"),
-        ((5,), ValueError, r"at least two axes .*found \(5,\)"),
-        ((5, -1), ValueError, r"negative axis, found \(5, -1\)"),
-        (5, TypeError, r"shape must be a sequence of ints .*found 5"),
-        ((5, 2.0), TypeError, r"shape must be a sequence of ints .*found \(5, 2.0\)"),
-        (None, TypeError, r"shape must be a sequence of ints"),
+        ((), ValueError, r"at least two axes, .*got \(\); .*\(fan_in, fan_out\)"),
+        ((5,), ValueError, r"at least two axes, .*got \(5,\)"),
+        ((5, -1), ValueError, r"shape: must have axes >= 0, got \(5, -1\)"),
+        (5, TypeError, r"shape: must be a sequence of ints .*got 5"),
+        ((5, 2.0), TypeError, r"shape: must be a sequence of ints .*got \(5, 2.0\)"),
+        (None, TypeError, r"shape: must be a sequence of ints"),
     ],
 )
 def test_fans_refuses(shape: Any, error: type[Exception], message: str) -> None:
@@ -75,7 +75,7 @@ def test_fans_refuses(shape: Any, error: type[Exception], message: str) -> None:
 
 # --- distributions ----------------------------------------------------------------------------------------------------
 
-# The spread each function must have, straight from the papers, for fan_in = 300 and fan_out = 500.
+# The standard deviation of each function, from the papers, for fan_in = 300 and fan_out = 500.
 SPREADS: list[tuple[Fill, dict[str, float], float]] = [
     (init.normal_, {}, 0.01),
     (init.normal_, {"std": 0.7}, 0.7),
@@ -98,7 +98,7 @@ def test_moments_and_shape_of_the_distribution(
 ) -> None:
     assert init.fans(shape) == (300, 500)
     w = fill(np.empty(shape, dtype), rng=1, **settings).astype(np.float64).ravel() / std
-    # Five standard errors of the mean, the variance and the fourth moment of as many draws.
+    # Five standard errors of the mean, the variance and the fourth moment for this number of draws.
     kurtosis, eighth = (1.8, 9.0) if "uniform" in fill.__name__ else (3.0, 105.0)
     assert abs(w.mean()) < 5 / math.sqrt(w.size)
     assert abs((w**2).mean() - 1) < 5 * math.sqrt((kurtosis - 1) / w.size)
@@ -107,7 +107,7 @@ def test_moments_and_shape_of_the_distribution(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fill", [init.xavier_uniform_, init.he_uniform_], ids=named)
-def test_uniform_draws_reach_their_bound_and_never_pass_it(fill: Fill, dtype: type) -> None:
+def test_uniform_draws_approach_their_bound_and_never_exceed_it(fill: Fill, dtype: type) -> None:
     bound = dtype(math.sqrt(6 / (800 if fill is init.xavier_uniform_ else 300)))
     w = fill(np.empty((300, 500), dtype), rng=2)
     assert -bound <= w.min() < -0.999 * bound
@@ -148,7 +148,7 @@ LAYOUTS: dict[str, Callable[[tuple[int, ...], Any], Array]] = {
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (700, 300), (2, 131_073), (3, 4, 5, 6)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_seed_same_values_whatever_the_layout(layout: str, dtype: type, shape: tuple[int, ...]) -> None:
+def test_the_same_seed_gives_the_same_values_in_any_layout(layout: str, dtype: type, shape: tuple[int, ...]) -> None:
     for fill in (init.normal_, init.he_uniform_):
         w = LAYOUTS[layout](shape, dtype)
         assert fill(w, rng=3) is w
@@ -157,7 +157,7 @@ def test_same_seed_same_values_whatever_the_layout(layout: str, dtype: type, sha
 
 
 @pytest.mark.parametrize("fill", EVERY, ids=named)
-def test_a_view_is_filled_and_its_surroundings_are_not(fill: Fill) -> None:
+def test_only_the_elements_of_a_view_are_filled(fill: Fill) -> None:
     buffer = np.full((10, 12), 7.0, np.float32)
     fill(buffer[2:8:2, 3:9])
     inside = np.zeros(buffer.shape, bool)
@@ -173,7 +173,7 @@ def test_a_view_is_filled_and_its_surroundings_are_not(fill: Fill) -> None:
     fill=st.sampled_from(RANDOM),
     axes=st.randoms(),
 )
-def test_any_shape_any_transpose(shape: tuple[int, ...], dtype: type, seed: int, fill: Fill, axes: Any) -> None:
+def test_any_shape_and_transpose(shape: tuple[int, ...], dtype: type, seed: int, fill: Fill, axes: Any) -> None:
     order = list(range(len(shape)))
     axes.shuffle(order)
     w = np.full([shape[k] for k in order], np.nan, dtype).transpose(np.argsort(order))
@@ -184,14 +184,14 @@ def test_any_shape_any_transpose(shape: tuple[int, ...], dtype: type, seed: int,
 
 
 @pytest.mark.parametrize("fill", EVERY, ids=named)
-def test_empty_arrays_are_fine(fill: Fill) -> None:
+def test_empty_arrays_are_accepted(fill: Fill) -> None:
     for shape in ((0, 5), (5, 0), (0, 0), (3, 0, 2)):
         w = np.empty(shape)
         assert fill(w) is w
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,)], ids=str)
-def test_zeros_and_normal_take_any_number_of_axes(shape: tuple[int, ...]) -> None:
+def test_normal_accepts_any_number_of_axes(shape: tuple[int, ...]) -> None:
     w = np.full(shape, 9.0, np.float32)
     assert init.normal_(w, rng=0) is w
     assert (np.abs(w) < 1).all()
@@ -199,7 +199,7 @@ def test_zeros_and_normal_take_any_number_of_axes(shape: tuple[int, ...]) -> Non
 
 @pytest.mark.parametrize("fill", RANDOM, ids=named)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_no_large_temporary_is_made(fill: Fill, transposed: bool) -> None:
+def test_there_is_no_large_temporary_array(fill: Fill, transposed: bool) -> None:
     w = np.empty((2000, 1000), np.float32)  # 8 MB
     tracemalloc.start()
     fill(w.T if transposed else w, rng=0)
@@ -228,17 +228,17 @@ def test_rng(fill: Fill) -> None:
     assert (draw(5) != draw(6)).any()
     assert (draw(None) != draw(None)).any()
     advanced = np.random.default_rng(5)
-    assert (draw(advanced) != draw(advanced)).any()  # a generator goes on, it is not a seed
+    assert (draw(advanced) != draw(advanced)).any()  # a generator advances, unlike a seed
 
 
 @pytest.mark.parametrize(
     ("rng", "error", "message"),
     [
-        (-1, ValueError, r"rng must be a seed >= 0, found -1"),
-        (1.5, TypeError, r"rng must be None, an int seed or a numpy.random.Generator, found float"),
-        ("seed", TypeError, r"rng must be .*found str"),
-        (True, TypeError, r"rng must be .*found bool"),
-        (np.random.RandomState(0), TypeError, r"rng must be .*found RandomState; numpy.random.default_rng\(seed\)"),
+        (-1, ValueError, r"rng: must be a seed >= 0, got -1"),
+        (1.5, TypeError, r"rng: must be None, an int seed or a numpy.random.Generator, got float"),
+        ("seed", TypeError, r"rng: must be .*got str"),
+        (True, TypeError, r"rng: must be .*got bool"),
+        (np.random.RandomState(0), TypeError, r"rng: must be .*got RandomState; use numpy.random.default_rng\(seed\)"),
     ],
 )
 def test_a_bad_rng_is_refused_and_nothing_is_written(rng: Any, error: type[Exception], message: str) -> None:
@@ -249,13 +249,13 @@ def test_a_bad_rng_is_refused_and_nothing_is_written(rng: Any, error: type[Excep
         assert (w == 7.0).all()
 
 
-# --- what it is for: signals through ten layers -----------------------------------------------------------------------
+# --- purpose: signals through ten layers ------------------------------------------------------------------------------
 
 WIDTH, DEPTH, SAMPLES = 512, 10, 256
 
 
 def second_moments(fill: Callable[[Array, int], object], activation: Callable[[Array], Array], scale: float) -> Array:
-    """Mean square of the input and of the activations of each of DEPTH layers, averaged over a few networks."""
+    """Return the mean square of the input and of each layer's activations, averaged over a few networks."""
     moments = np.zeros(DEPTH + 1)
     for network in range(4):
         x = scale * np.random.default_rng(100 + network).standard_normal((SAMPLES, WIDTH))
@@ -276,7 +276,7 @@ def leaky_relu(x: Array) -> Array:
     return np.where(x > 0, x, 0.2 * x)
 
 
-# tanh is the identity near zero only: inputs of spread 0.1 show what the weights do, and not its saturation.
+# tanh is the identity only near zero: inputs of deviation 0.1 show the effect of the weights without saturation.
 PRESERVED = {
     "tanh, xavier_normal_": (lambda w, seed: init.xavier_normal_(w, rng=seed), np.tanh, 0.1),
     "tanh, xavier_uniform_": (lambda w, seed: init.xavier_uniform_(w, rng=seed), np.tanh, 0.1),
@@ -319,19 +319,19 @@ def read_only() -> Array:
         (
             lambda: [[1.0]],
             TypeError,
-            r"w must be a NumPy array to be filled in place, found list; make one with np.empty",
+            r"w: must be a NumPy array, got list; pass np.empty",
         ),
-        (lambda: np.float32(1), TypeError, r"w must be a NumPy array .*found float32"),
-        (lambda: np.ones((3, 4), int), TypeError, r"w must be float32 or float64 .*found '<i8'; .*astype"),
-        (lambda: np.ones((3, 4), object), TypeError, r"w must be float32 or float64 .*found '\|O'"),
-        (lambda: np.ones((3, 4), np.float16), TypeError, r"w must be float32 or float64 .*found '<f2'"),
-        (lambda: np.ones((3, 4), complex), TypeError, r"w must be float32 or float64 .*found '<c16'"),
-        (lambda: np.ones((3, 4), np.dtype(float).newbyteorder()), TypeError, r"native byte order, found '[<>]f8'"),
-        (read_only, ValueError, r"w must be writeable .*read-only array; pass w.copy\(\)"),
-        (lambda: np.broadcast_to(np.ones(4), (3, 4)), ValueError, r"w must be writeable"),
+        (lambda: np.float32(1), TypeError, r"w: must be a NumPy array, got float32"),
+        (lambda: np.ones((3, 4), int), TypeError, r"w: must be float32 or float64 .*got '<i8'; .*astype"),
+        (lambda: np.ones((3, 4), object), TypeError, r"w: must be float32 or float64 .*got '\|O'"),
+        (lambda: np.ones((3, 4), np.float16), TypeError, r"w: must be float32 or float64 .*got '<f2'"),
+        (lambda: np.ones((3, 4), complex), TypeError, r"w: must be float32 or float64 .*got '<c16'"),
+        (lambda: np.ones((3, 4), np.dtype(float).newbyteorder()), TypeError, r"native byte order, got '[<>]f8'"),
+        (read_only, ValueError, r"w: must be writeable, got a read-only array; pass w.copy\(\)"),
+        (lambda: np.broadcast_to(np.ones(4), (3, 4)), ValueError, r"w: must be writeable"),
     ],
 )
-def test_arrays_that_cannot_be_filled_are_refused(
+def test_arrays_that_cannot_be_filled_in_place_are_refused(
     fill: Fill, make: Callable[[], Any], error: type[Exception], message: str
 ) -> None:
     w = make()
@@ -345,7 +345,7 @@ def test_arrays_that_cannot_be_filled_are_refused(
 @pytest.mark.parametrize("shape", [(), (5,)], ids=str)
 def test_weights_without_fans_are_refused(fill: Fill, shape: tuple[int, ...]) -> None:
     w = np.full(shape, 7.0)
-    with pytest.raises(ValueError, match=r"w must have at least two axes.*found shape .*zeros_ or normal_.*reshape"):
+    with pytest.raises(ValueError, match=r"w: must have at least two axes.*got shape .*zeros_ or normal_.*reshape"):
         fill(w)
     assert (w == 7.0).all()
 
@@ -353,23 +353,23 @@ def test_weights_without_fans_are_refused(fill: Fill, shape: tuple[int, ...]) ->
 @pytest.mark.parametrize(
     ("fill", "settings", "error", "message"),
     [
-        (init.normal_, {"std": -1.0}, ValueError, r"std must be a finite number >= 0, found -1.0"),
-        (init.normal_, {"std": math.nan}, ValueError, r"std must be a finite number >= 0, found nan"),
-        (init.normal_, {"std": "1"}, TypeError, r"std must be .*found '1'"),
-        (init.normal_, {"std": True}, TypeError, r"std must be .*found True"),
-        (init.normal_, {"std": 10**400}, ValueError, r"std must be a finite number"),
-        (init.normal_, {"mean": math.inf}, ValueError, r"mean must be a finite number, found inf"),
-        (init.normal_, {"mean": None}, TypeError, r"mean must be a finite number, found None"),
-        (init.xavier_uniform_, {"gain": 0.0}, ValueError, r"gain must be a finite number > 0, found 0.0"),
-        (init.xavier_normal_, {"gain": math.inf}, ValueError, r"gain must be a finite number > 0, found inf"),
-        (init.xavier_normal_, {"gain": "relu"}, TypeError, r"gain must be .*found 'relu'"),
+        (init.normal_, {"std": -1.0}, ValueError, r"std: must be a finite number >= 0, got -1.0"),
+        (init.normal_, {"std": math.nan}, ValueError, r"std: must be a finite number >= 0, got nan"),
+        (init.normal_, {"std": "1"}, TypeError, r"std: must be .*got '1'"),
+        (init.normal_, {"std": True}, TypeError, r"std: must be .*got True"),
+        (init.normal_, {"std": 10**400}, ValueError, r"std: must be a finite number"),
+        (init.normal_, {"mean": math.inf}, ValueError, r"mean: must be a finite number, got inf"),
+        (init.normal_, {"mean": None}, TypeError, r"mean: must be a finite number, got None"),
+        (init.xavier_uniform_, {"gain": 0.0}, ValueError, r"gain: must be a finite number > 0, got 0.0"),
+        (init.xavier_normal_, {"gain": math.inf}, ValueError, r"gain: must be a finite number > 0, got inf"),
+        (init.xavier_normal_, {"gain": "relu"}, TypeError, r"gain: must be .*got 'relu'"),
         (
             init.he_uniform_,
             {"negative_slope": math.nan},
             ValueError,
-            r"negative_slope must be a finite number, found nan",
+            r"negative_slope: must be a finite number, got nan",
         ),
-        (init.he_normal_, {"negative_slope": None}, TypeError, r"negative_slope must be a finite number, found None"),
+        (init.he_normal_, {"negative_slope": None}, TypeError, r"negative_slope: must be a finite number, got None"),
     ],
 )
 def test_bad_settings_are_refused_and_nothing_is_written(

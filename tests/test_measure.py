@@ -1,4 +1,4 @@
-"""What measures: turns and spreads on a clock of its own, limits that move the bytes they should, honest rivals."""
+"""fastopt.measure: turns and spreads on a fake clock, limits that move the right bytes, rivals with equal results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODULES = ("interleaved", "limit", "machine", "rivals", "comparison", "batchnorm
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_are_true(name):
+def test_examples_pass(name):
     failed, tried = doctest.testmod(importlib.import_module(f"fastopt.measure.{name}"))
     assert failed == 0
     assert tried or name == "machine"
@@ -44,7 +44,7 @@ class Clock:
         return self.now
 
     def contestant(self, name: str, *costs: float):
-        """One that takes these times, call after call, the last of them for ever."""
+        """Return a contestant whose calls take `costs`, one after the other; the last cost repeats."""
         left = list(costs)
 
         def call() -> None:
@@ -54,43 +54,43 @@ class Clock:
         return call
 
 
-def test_contestants_take_turns_and_every_second_round_goes_the_other_way():
+def test_contestants_take_turns_and_every_second_round_reverses_the_order():
     clock = Clock()
     contestants = {name: clock.contestant(name, 2 * SLOW) for name in "abc"}
     interleave(contestants, seconds=0.0, rounds=4, clock=clock)
     assert "".join(clock.calls) == "aabbcc" + "abc" + "cba" + "abc" + "cba"
 
 
-def test_a_fast_call_runs_warm_and_then_fills_its_samples():
+def test_a_fast_call_warms_up_and_then_fills_its_samples():
     clock = Clock()
     spread = interleave({"a": clock.contestant("a", 1e-5)}, seconds=0.0, rounds=1, clock=clock)["a"]
     assert spread.median == pytest.approx(1e-5)
     assert len(clock.calls) == pytest.approx(2 + (WARM + SAMPLES * SAMPLE) / 1e-5, abs=2)
 
 
-def test_median_and_percentiles_are_those_of_the_samples():
+def test_median_and_percentiles_match_the_samples():
     clock = Clock()
     samples = [0.3, 0.1, 0.2, 0.9, 0.4, 0.5, 0.6, 0.8, 0.7, 1.0]
     found = interleave({"a": clock.contestant("a", 9.0, 9.0, *samples)}, seconds=0.0, rounds=10, clock=clock)["a"]
     assert found == Spread(*(pytest.approx(np.percentile(samples, q)) for q in (50, 10, 90)), 10, 1.0)
 
 
-def test_of_the_samples_of_a_turn_the_fastest_counts_while_it_lasts():
+def test_the_fastest_sample_of_a_turn_counts():
     clock = Clock()
-    costs = [1.1e-3, 1.1e-3, *[1.1e-3] * 4, 2e-3, 9e-3]  # two before the rounds, four that warm; 9 ms end the turn
+    costs = [1.1e-3, 1.1e-3, *[1.1e-3] * 4, 2e-3, 9e-3]  # two before the rounds, four to warm up; 9 ms end the turn
     found = interleave({"a": clock.contestant("a", *costs, 1e-3)}, seconds=0.0, rounds=1, clock=clock)["a"]
     assert (found.median, len(clock.calls)) == (pytest.approx(2e-3), 8)
 
 
-def test_the_ratio_is_the_median_of_those_within_a_round():
+def test_the_ratio_is_the_median_of_the_ratios_within_a_round():
     clock = Clock()
-    a, b = [9.0, 9.0, 1.0, 2.0, 4.0], [9.0, 9.0, 3.0, 4.0, 40.0]  # 3, 2 and 10 times; of the medians: 2
+    a, b = [9.0, 9.0, 1.0, 2.0, 4.0], [9.0, 9.0, 3.0, 4.0, 40.0]  # ratios 3, 2 and 10; the ratio of the medians is 2
     calls = {"a": clock.contestant("a", *a), "b": clock.contestant("b", *b)}
     found = interleave(calls, seconds=0.0, rounds=3, clock=clock)
     assert (found["a"].ratio, found["b"].ratio) == (1.0, pytest.approx(3.0))
 
 
-def test_visits_add_up_and_a_round_that_is_interrupted_leaves_nothing():
+def test_visits_add_up_and_an_interrupted_round_stores_nothing():
     clock, times = Clock(), {}
 
     def visit(*costs: float):
@@ -111,12 +111,12 @@ def test_visits_add_up_and_a_round_that_is_interrupted_leaves_nothing():
     assert len(times["a"]) == len(times["b"]) > 4
 
 
-def test_a_drift_of_the_machine_leaves_the_ratio():
+def test_a_drift_of_the_machine_does_not_change_the_ratio():
     clock = Clock()
 
     def slower_and_slower(cost: float):
         def call() -> None:
-            clock.now += cost * (1.0 + clock.now / 20.0)  # three times as slow after 40 s
+            clock.now += cost * (1.0 + clock.now / 20.0)  # three times slower after 40 s
 
         return call
 
@@ -126,7 +126,7 @@ def test_a_drift_of_the_machine_leaves_the_ratio():
 
 
 @pytest.mark.parametrize(("seconds", "rounds", "expected"), [(0.0, 3, 3), (10.0, 3, 10), (10.0, 12, 12)])
-def test_the_seconds_are_spent_and_the_rounds_made(seconds, rounds, expected):
+def test_seconds_and_rounds_are_both_minimums(seconds, rounds, expected):
     clock, ticks = Clock(), []
     found = interleave(
         {"a": clock.contestant("a", 1.0)}, seconds, rounds, after_round=lambda: ticks.append(clock.now), clock=clock
@@ -134,7 +134,7 @@ def test_the_seconds_are_spent_and_the_rounds_made(seconds, rounds, expected):
     assert found["a"].rounds == len(ticks) == expected
 
 
-def test_what_comes_before_a_sample_is_not_in_it():
+def test_the_preparation_of_a_sample_is_not_timed():
     clock = Clock()
     found = interleave(
         {"a": clock.contestant("a", 0.25), "b": clock.contestant("b", 0.5)},
@@ -148,7 +148,7 @@ def test_what_comes_before_a_sample_is_not_in_it():
         assert name != "b" or clock.calls[k - 1] == "before b"
 
 
-def test_garbage_is_not_collected_while_it_is_timed_and_is_afterwards():
+def test_garbage_collection_pauses_during_the_timing():
     seen = []
     interleave({"a": lambda: seen.append(gc.isenabled())}, seconds=0.0, rounds=1)
     assert seen[0] is True
@@ -165,25 +165,25 @@ def test_garbage_is_not_collected_while_it_is_timed_and_is_afterwards():
 @pytest.mark.parametrize(
     ("name", "arrays"), [("SGD", 3), ("Momentum", 5), ("Adam", 7), ("Adan", 11), ("LAMB", 10), ("LARS", 7)]
 )
-def test_bytes_are_those_of_the_arrays_that_are_read_and_written(name, arrays):
+def test_bytes_match_the_arrays_read_and_written(name, arrays):
     for dtype in (np.float32, np.float64):
         optimizer = getattr(fastopt, name)({"w": np.zeros((10, 10), dtype)})
         assert bytes_of(optimizer) == arrays * 100 * np.dtype(dtype).itemsize
 
 
 @pytest.mark.parametrize("name", ["SGD", "Momentum", "Adam", "AdEMAMix", "Adan", "LAMB", "LARS", "NovoGrad"])
-def test_the_limit_touches_every_buffer_that_the_optimizer_has(name):
+def test_the_limit_touches_every_buffer_of_the_optimizer(name):
     optimizer = getattr(fastopt, name)([np.ones(5000, np.float32), np.ones(7, np.float32)])
     optimizer.flat.grad[:] = 1.0
     limit = limit_of(optimizer)
     assert bytes_of(limit) == bytes_of(optimizer)
     assert limit.flat.shapes == optimizer.flat.shapes
-    before = [optimizer.flat.data.copy(), *(state.copy() for state in limit._states)]
+    before = [optimizer.flat.data.copy(), *(state.copy() for state in limit._pipeline.states)]
     limit.step()
     limit.step()
-    for array, old in zip((limit.flat.data, *limit._states), before, strict=True):
+    for array, old in zip((limit.flat.data, *limit._pipeline.states), before, strict=True):
         assert np.count_nonzero(array != old) >= 5007
-    np.testing.assert_array_equal(optimizer.flat.data, before[0])  # its own are another's
+    np.testing.assert_array_equal(optimizer.flat.data, before[0])  # the limit has its own buffers
 
 
 def test_the_kernels_of_batchnorms_limit():
@@ -222,10 +222,10 @@ def name_of(work: Work) -> str:
 
 
 def entered(work: Work, rival: str):
-    pytest.importorskip(RIVALS[rival].imports, reason=f"{rival} is not installed: it is what is compared with")
+    pytest.importorskip(RIVALS[rival].imports, reason=f"{rival}, the rival, is not installed")
     contestants, absent = enter(work, [rival])
     if absent:
-        # Left out for a reason that names whose it is, and never NumPy but for an option it lacks.
+        # The reason names the rival; NumPy takes part in all of these.
         assert rival != "numpy"
         assert set(absent) == {rival}
         assert absent[rival].split()[0].lower() in (rival.split()[0], "scikit-learn", "optax", "deepspeed", "thinc")
@@ -241,7 +241,7 @@ TAKES_PART = {
     "thinc": THINC,
     "scikit-learn": SKLEARN,
 }
-"""Without DeepSpeed, which would be compiling for half a minute."""
+"""Without DeepSpeed, which would compile for half a minute."""
 PAIRS = [
     pytest.param(work, rival, id=f"{name_of(work)}-{rival}")
     for rival, names in TAKES_PART.items()
@@ -251,7 +251,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("work", "rival"), PAIRS)
-def test_a_rival_computes_what_fastopt_computes(work, rival):
+def test_a_rival_computes_the_same_as_fastopt(work, rival):
     theirs, ours = entered(work, rival), of_fastopt(work)
     for _ in range(6):
         ours.step()
@@ -267,7 +267,7 @@ def test_a_rival_computes_what_fastopt_computes(work, rival):
         np.testing.assert_allclose(found, after, rtol=0, atol=3e-4 * moved + rounding)
 
 
-def test_the_table_knows_only_optimizers_that_there_are():
+def test_the_table_lists_only_existing_optimizers():
     assert set().union(*TAKES_PART.values()) <= set(fastopt.Optimizer.classes)
     assert TAKES_PART.keys() | {"deepspeed"} == RIVALS.keys()
 
@@ -286,11 +286,11 @@ def test_the_table_knows_only_optimizers_that_there_are():
         (Work("Nesterov", ((3,),), options={"form": "lookahead"}), "scikit-learn", "has no form=lookahead"),
     ],
 )
-def test_who_cannot_compute_the_same_says_why(work, rival, reason):
+def test_an_absent_rival_has_a_reason(work, rival, reason):
     assert enter(work, [rival]) == ({}, {rival: reason})
 
 
-def test_who_is_not_installed_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     for module in {rival.imports for rival in RIVALS.values()} - {"numpy"}:
         monkeypatch.setitem(sys.modules, module, None)
     contestants, absent = enter(Work("Adam", ((3,),)))
@@ -304,7 +304,7 @@ def test_who_is_not_installed_is_named(monkeypatch):
 @pytest.mark.parametrize("way", batchnorm.WAYS)
 @pytest.mark.parametrize(("shape", "axis"), [((16, 5), 1), ((4, 3, 6, 5), 1), ((4, 6, 5, 3), -1)])
 def test_rivals_in_batchnorm_compute_the_same(rival, way, shape, axis):
-    pytest.importorskip(rival, reason=f"{rival} is not installed: it is what is compared with")
+    pytest.importorskip(rival, reason=f"{rival}, the rival, is not installed")
     found, absent = batchnorm.contestants(shape, axis, way, [rival])
     assert absent == {}
     for contestant in found.values():
@@ -313,17 +313,17 @@ def test_rivals_in_batchnorm_compute_the_same(rival, way, shape, axis):
     assert np.any(found["fastopt"].params()[0])
 
 
-def test_the_tail_of_a_step_is_that_of_torch():
+def test_a_step_with_all_options_equals_torchs_sequence():
     bench_tail = importlib.import_module("bench_tail")
     if bench_tail.torch is None:
-        pytest.skip("torch is not installed: it is what is compared with")
+        pytest.skip("torch, the rival, is not installed")
     gradient = 100 * np.random.default_rng(0).standard_normal(1000, np.float32)
     ours = bench_tail.ours(gradient, max_norm=bench_tail.MAX_NORM, ema=bench_tail.EMA, zero_grad=True)
     theirs = bench_tail.torchs(gradient)
     for _ in range(5):
-        for tail in (ours, theirs):
-            tail.write()
-            tail.step()
+        for contestant in (ours, theirs):
+            contestant.write()
+            contestant.step()
     for found, expected in zip(ours.params(), theirs.params(), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
@@ -343,7 +343,7 @@ RESULT = Result(
 )
 
 
-def test_a_result_tells_ratios_and_bandwidth():
+def test_a_result_has_ratios_and_bandwidth():
     assert (RESULT.times("numpy"), RESULT.times("limit"), RESULT.times("torch")) == (pytest.approx(5.0), 0.5, None)
     assert RESULT.bandwidth() == pytest.approx(14.0)
     assert RESULT.bandwidth("numpy") == pytest.approx(2.8)
@@ -354,7 +354,7 @@ def test_a_result_survives_json():
     assert Result.of(json.loads(json.dumps(RESULT.record()))) == RESULT
 
 
-def test_a_comparison_keeps_what_it_is_of():
+def test_a_comparison_keeps_its_facts():
     result = compare("x", {"a": lambda: None}, seconds=0.0, rounds=1, absent={"b": "why"}, moved=8, parameters=2)
     assert (result.title, result.absent, result.bytes, result.facts) == ("x", {"b": "why"}, 8, {"parameters": 2})
 
@@ -376,8 +376,8 @@ print(kept, take() < 200)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt(3) is glibc's")
-def test_memory_that_is_freed_is_kept_for_the_next_array():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt(3) needs glibc")
+def test_freed_memory_is_kept_for_the_next_array():
     finished = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     assert finished.stdout.split() == ["True", "True"]
 
@@ -387,20 +387,20 @@ def test_a_library_without_mallopt_is_left_alone(monkeypatch):
     assert machine_facts.keep_freed_memory() is False
 
 
-def test_too_little_memory_is_told_before_it_is_taken(monkeypatch):
+def test_too_little_memory_raises_before_allocating(monkeypatch):
     monkeypatch.setattr(machine_facts, "free_memory", lambda: 10**9)
     work = Work("Adam", ((10**9,),))
     with pytest.raises(MemoryError, match=r"needs 80\.0 GB of memory, and 1\.0 GB are free"):
         comparison.compare_step("x", work, ["numpy"], seconds=1.0)
     comparison.check_memory(Work("Adam", ((1000,),)), 9)
     monkeypatch.setattr(machine_facts, "free_memory", lambda: None)
-    comparison.check_memory(work, 9)  # where the system does not tell, it is tried
+    comparison.check_memory(work, 9)  # unknown free memory does not raise
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 
-def test_a_description_is_json_and_names_nobody():
+def test_a_description_is_json_and_identifies_nobody():
     facts = machine_facts.describe()
     assert set(facts) == {"cpu", "architecture", "system", "cores", "memory_bytes", "caches"}
     assert facts["cpu"]
@@ -408,7 +408,7 @@ def test_a_description_is_json_and_names_nobody():
     assert json.loads(json.dumps(facts)) == facts
 
 
-def test_caches_are_counted_once_for_those_that_share_them(tmp_path, monkeypatch):
+def test_a_shared_cache_is_counted_once(tmp_path, monkeypatch):
     for cpu in range(4):
         for index, (kind, level, size, shared) in enumerate(
             [
@@ -428,14 +428,14 @@ def test_caches_are_counted_once_for_those_that_share_them(tmp_path, monkeypatch
     assert machine_facts.caches() == [(1, 2**15, 4), (2, 2**20, 2), (3, 2**25, 1)]
 
 
-def test_caches_of_a_system_that_does_not_tell_are_none(tmp_path, monkeypatch):
+def test_unreported_caches_are_an_empty_list(tmp_path, monkeypatch):
     monkeypatch.setattr(machine_facts, "CPUS", tmp_path)
     monkeypatch.setattr(machine_facts.platform, "system", lambda: "Linux")
     assert machine_facts.caches() == []
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("max", 4096 * 1000), ("1000000", 999_000)])
-def test_free_memory_is_the_least_that_the_system_tells(tmp_path, monkeypatch, limit, expected):
+def test_free_memory_is_the_smallest_reported_number(tmp_path, monkeypatch, limit, expected):
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("1000\n")

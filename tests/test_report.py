@@ -1,4 +1,4 @@
-"""What the report makes of a benchmark run: stored results without a trace of whose machine, tables, charts, bars."""
+"""The report of a benchmark run: stored results that do not identify the machine, tables, charts, bars."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def stored_of(*of: Result, **run) -> results.Stored:
 STORED = {"step": stored_of(*STEPS), "batchnorm": stored_of(*NORMS), "scaling": stored_of(*THREADS)}
 
 
-# --- what is in the repository ----------------------------------------------------------------------------------------
+# --- the repository ---------------------------------------------------------------------------------------------------
 
 
-def test_the_page_and_its_charts_are_of_the_stored_results():
+def test_the_page_and_its_charts_match_the_stored_results():
     stored = results.load()
     assert report.PERFORMANCE.read_text(encoding="utf-8") == report.performance(stored), "run: python bench/report.py"
     for chart in report.CHARTS:
@@ -83,7 +83,7 @@ def test_the_page_and_its_charts_are_of_the_stored_results():
 
 
 @pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*.json")), ids=lambda path: path.stem)
-def test_stored_results_tell_the_machine_and_not_whose_it_is(path):
+def test_stored_results_describe_the_machine_without_identifying_it(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content.keys() == {*RUN, "results"}
     assert content["machine"].keys() == RUN["machine"].keys()
@@ -101,7 +101,7 @@ def test_every_file_of_benchmarks_is_known_and_described():
 # --- storing ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_distilled(tmp_path):
+def test_a_run_is_stored(tmp_path):
     everything = {
         "machine_info": {"node": "my-secret-host"},
         "commit_info": {"author": "me"},
@@ -127,7 +127,7 @@ def test_an_unknown_file_of_benchmarks_is_refused(tmp_path):
     path = tmp_path / "run.json"
     entry = {"fullname": "bench/bench_new.py::test", "extra_info": STEPS[0].record()}
     path.write_text(json.dumps({"fastopt": RUN, "benchmarks": [entry]}))
-    with pytest.raises(ValueError, match=r"bench_new\.py is not known"):
+    with pytest.raises(ValueError, match=r"must be of files in FILES, got bench_new\.py"):
         results.store(path, tmp_path)
 
 
@@ -138,7 +138,7 @@ def rows_of(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
-def test_the_readmes_table_holds_the_headlines():
+def test_the_readmes_table_shows_the_headlines():
     rows = rows_of(report.speed(STORED))
     assert rows[0] == ["", "fastopt", "limit", "torch", "numpy", "the fastest other"]
     assert [row[0] for row in rows[2:]] == ["Adam 1k", "Adam 1M", "Adam 30M"]
@@ -147,7 +147,7 @@ def test_the_readmes_table_holds_the_headlines():
     assert report.speed({}) == "No measurements are stored."
 
 
-def test_machine_versions_and_date_are_told():
+def test_machine_versions_and_date_are_shown():
     for text in (report.speed(STORED), report.performance(STORED)):
         for fact in (
             "Some CPU",
@@ -174,7 +174,7 @@ def test_the_pages_tables_have_a_row_for_each_result_and_a_column_for_each_conte
     assert "Empty cells: thinc is not installed." in page
 
 
-def test_a_trial_and_a_busy_machine_are_told_in_the_table():
+def test_a_trial_and_a_busy_machine_are_noted():
     trial = {"step": stored_of(*STEPS, scale=0.1, load=3.0)}
     for text in (report.speed(trial), report.performance(trial)):
         assert "with 0.1 of the time" in text
@@ -185,7 +185,7 @@ def test_a_trial_and_a_busy_machine_are_told_in_the_table():
 # --- bars -------------------------------------------------------------------------------------------------------------
 
 
-def test_bars_are_held_against_the_results():
+def test_bars_are_compared_with_the_results():
     table = {(row[0], row[1]): row[2:] for row in rows_of(bars.table(STORED))[2:]}
     assert len(table) == len(bars.BARS)
     assert table["Adam 1k", "microseconds, all Python included"] == ["<= 8", "4", "yes"]
@@ -197,8 +197,8 @@ def test_bars_are_held_against_the_results():
     assert table["import fastopt", "seconds over importing numba"] == ["<= 0.15", "not measured", ""]
 
 
-def test_every_bar_is_of_a_case_that_is_measured():
-    """Each names a title that its file of benchmarks makes: with all titles there, only rivals may be missing."""
+def test_every_bar_belongs_to_a_measured_case():
+    """Each bar names a title of its file of benchmarks: with all titles present, every bar is measured."""
     import bench_batchnorm
     import bench_company
     import bench_many_tensors
@@ -232,7 +232,7 @@ def test_charts_are_drawn(chart, tmp_path, monkeypatch):
     first = path.read_text(encoding="utf-8")
     assert "sha256 abc" in first
     chart.draw(path, STORED[chart.of], "sha256 abc")
-    assert path.read_text(encoding="utf-8") == first, "the same results have to make the same file"
+    assert path.read_text(encoding="utf-8") == first, "the same results must give the same file"
 
     monkeypatch.setattr(speed, "save", lambda figure, path, digest: figure.savefig(path.with_suffix(".png")))
     chart.draw(path, STORED[chart.of], "")
@@ -245,7 +245,7 @@ def test_charts_are_drawn(chart, tmp_path, monkeypatch):
     assert len(np.unique(pixels.reshape(-1, 3).round(1), axis=0)) > 8
 
 
-# --- the whole way ----------------------------------------------------------------------------------------------------
+# --- end to end -------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_of_the_benchmarks_can_be_stored(tmp_path):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 
 EXTRA = ("typer", "rich", "matplotlib", "sklearn", "threadpoolctl")
-"""What `pip install 'fastopt[cli]'` brings; the library itself needs none of it."""
+"""Packages that `pip install 'fastopt[cli]'` installs; the library itself needs none of them."""
 
 
 def main() -> None:
-    """Run the command line; where a package of the extra is missing, say how to install it."""
+    """Run the command line; if a package of the extra is missing, exit with the command that installs it."""
     try:
         from fastopt.cli.app import app
 

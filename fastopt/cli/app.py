@@ -1,4 +1,4 @@
-"""The command line put together: one command per file, each a function that typer reads the options from."""
+"""The command line: one command per file; typer reads the options from the signature of each command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import fastopt
 from fastopt.cli import bench, contour, info, train
 
 app = typer.Typer(
-    help="Train small networks with the optimizers of fastopt, see their paths, and measure how fast they are here.",
+    help="Train small networks with fastopt's optimizers, draw their paths, and measure their speed on this machine.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

@@ -1,4 +1,4 @@
-"""`fastopt bench`: how fast the optimizers and BatchNorm are here, against NumPy, torch, and what the memory allows."""
+"""`fastopt bench`: the speed of the optimizers and of BatchNorm here, against NumPy, torch and the memory's limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.table import Table
 import fastopt
 from fastopt import get_num_threads
 from fastopt.cli.choices import Choice, one_of, optimizers, parse_optimizers, parse_sizes
-from fastopt.cli.output import blame, check_files, console, write_json
+from fastopt.cli.output import blame, check_files, console, spelled, write_json
 from fastopt.kernels.threads import processors, using
 from fastopt.measure import Result, Work, compare_batchnorm, compare_company, compare_step, machine
 from fastopt.measure.company import ways
@@ -38,35 +38,35 @@ EXAMPLES = "\n\n".join(
 )
 
 RIVALS = ("numpy", "torch fused", "torch")
-"""Those of `fastopt.measure.RIVALS` that need no compiling: the command is to be done in a minute."""
+"""The members of `fastopt.measure.RIVALS` that need no compiling: the command should finish within a minute."""
 
 SHAPES = ((32, 256, 14, 14), (64, 64, 28, 28))
-"""Of the images that BatchNorm is measured on: (N, C, H, W)."""
+"""Shapes of the images that BatchNorm is measured on: (N, C, H, W)."""
 
 SECONDS = 42.0
-"""What the command measures for, unless it is told."""
+"""Default duration of the command."""
 
 VISITS = 3
-"""Times that all cases are gone through, each with contestants made anew: a drift of the machine, or an unlucky place
-in memory, then hits a part of the rounds of many cases and not all rounds of one."""
+"""Passes over all cases, each with newly made contestants: a drift of the machine, or an unlucky place in memory, then
+affects some rounds of many cases instead of all rounds of one case."""
 
 ROUNDS = 2
-"""Least of a visit."""
+"""Minimum number of rounds per visit."""
 
 LEAST = 0.05
-"""Seconds for a visit, whatever time is left."""
+"""Minimum number of seconds per visit, even when no time is left."""
 
 BUSY = 0.1
-"""The share of the processors' time from which the user is told that other programs are running."""
+"""Share of the processors' time above which the command reports that other programs are running."""
 
 COMPANY = "two products and Adam 100k"
-"""What an iteration is called whose parts are measured together."""
+"""Title of the iteration whose parts are measured together."""
 
 PACKAGES = ("numba", "numpy", "torch")
 
 
 class Case(NamedTuple):
-    """A line of a table: what to call with ``seconds``, ``after_round`` and the ``times`` of the visits before."""
+    """A table row: its title, and a function of ``seconds``, ``after_round`` and the ``times`` of earlier visits."""
 
     title: str
     run: Callable[..., Result]
@@ -82,30 +82,30 @@ def bench(
             help=f"{', '.join(optimizers())}, or all. Several: repeat the option, or separate them by commas. Options "
             "of an optimizer follow its name after colons: adam:amsgrad, rmsprop:momentum=0.9.",
         ),
-    ] = ["sgd,momentum,adam,adamw"],  # noqa: B006 typer's way to say a default list
+    ] = ["sgd,momentum,adam,adamw"],  # noqa: B006 typer takes a default list this way
     sizes: Annotated[
         str,
         typer.Option(
             metavar="NUMBERS",
             help="Numbers of parameters, separated by commas; k, M and G stand for 1e3, 1e6 and 1e9. A size that does "
-            "not fit into the free memory is left out, with a word about it.",
+            "not fit into the free memory is skipped and reported.",
         ),
     ] = "1k,10k,100k,1M,10M",
     dtype: Annotated[str, typer.Option(metavar="NAME", help="float32 or float64.")] = "float32",
     seconds: Annotated[
         float,
-        typer.Option(metavar="NUMBER", help="About how long the whole is to take, in seconds, from 1."),
+        typer.Option(metavar="NUMBER", help="Approximate duration of the whole measurement in seconds, from 1."),
     ] = SECONDS,
     threads: Annotated[
         int | None,
         typer.Option(min=1, metavar="NUMBER", help="Threads of fastopt and torch, from 1.", show_default="all"),
     ] = None,
     batch_norm: Annotated[
-        bool, typer.Option("--batch-norm/--no-batch-norm", help="Measure BatchNorm too, in float32.")
+        bool, typer.Option("--batch-norm/--no-batch-norm", help="Also measure BatchNorm, in float32.")
     ] = True,
     company: Annotated[
         bool,
-        typer.Option("--company/--no-company", help="Measure a step of Adam after two matrix products of NumPy's too."),
+        typer.Option("--company/--no-company", help="Also measure a step of Adam that follows two NumPy matmuls."),
     ] = True,
     plot: Annotated[
         Path | None,
@@ -114,16 +114,16 @@ def bench(
         ),
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write everything measured as JSON; - is standard output.")
+        Path | None, typer.Option(metavar="FILE", help="Write all measurements as JSON; - is standard output.")
     ] = None,
 ) -> None:
-    """Measure the optimizers on this machine: time per step, and how near it is to what the memory allows.
+    """Measure the optimizers on this machine: the time per step, and how close it is to the limit of the memory.
 
-    All contestants of a line take turns, so that whatever else the machine does hits all alike, and every line is
-    visited three times; what is printed are medians. The limit is a kernel that reads and writes the same buffers and
-    computes next to nothing.
+    The contestants of a table row take turns, so other load on the machine affects all of them alike. Every row is
+    measured in three passes, and the table shows medians. The limit is a kernel that reads and writes the same buffers
+    and computes almost nothing.
 
-    Nothing has to be installed to compare with: torch takes part where it is there.
+    No rival needs to be installed: torch is measured if it is there.
     """
     with blame("--optimizer"):
         choices = parse_optimizers(optimizer)
@@ -133,12 +133,10 @@ def bench(
         one_of(dtype, ("float32", "float64"), "dtype")
     with blame("--seconds"):
         if not 1.0 <= seconds < math.inf:
-            raise ValueError(
-                f"{seconds:g} is too short or no time; give a number of seconds from 1, such as {SECONDS:g}"
-            )
+            raise ValueError(f"must be a finite number of seconds from 1, such as {SECONDS:g}, got {seconds:g}")
     with blame("--threads"):
         if threads is not None and threads > processors():
-            raise ValueError(f"{threads} threads are more than the {processors()} processors that there are")
+            raise ValueError(f"must be at most {processors()}, the number of processors, got {threads}")
     check_files(plot, json)
 
     out = console(for_json=json)
@@ -201,11 +199,11 @@ def _cases(
     steps = []
     for choice in choices:
         options = choice.options if choice.given_lr is None else {**choice.options, "lr": choice.given_lr}
-        choice.kind([np.zeros(1, dtype)], **options)  # a value that is out of range ends the command here
+        choice.kind([np.zeros(1, dtype)], **options)  # raises for values out of range
         for count in counts:
             work = Work(choice.kind.__name__, (_shape(choice, count),), dtype, options)
             title = f"{choice.label} {spelled(count)}"
-            limit = choice.kind is not fastopt.Muon  # whose time is that of products of matrices
+            limit = choice.kind is not fastopt.Muon  # Muon's time is that of its matrix products
             steps.append(Case(title, partial(compare_step, title, work, RIVALS, rounds=ROUNDS, limit=limit)))
     norms = []
     for shape in SHAPES if batch_norm else ():
@@ -216,7 +214,7 @@ def _cases(
 
 
 def _shape(choice: Choice, count: int) -> tuple[int, ...]:
-    """Of the one parameter: a vector, and for Muon, which makes matrices orthogonal, the squarest matrix there is."""
+    """Return the shape of the one parameter: a vector, or for Muon, which needs a matrix, the one closest to square."""
     if choice.kind is not fastopt.Muon:
         return (count,)
     rows = next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
@@ -224,10 +222,10 @@ def _shape(choice: Choice, count: int) -> tuple[int, ...]:
 
 
 def _measure(cases: Sequence[Case], seconds: float) -> tuple[list[Result], dict[str, str]]:
-    """The results, and the titles of what could not be measured with the reasons.
+    """Return the results, and the reasons for skipped cases by title.
 
-    Every visit to a case is given its share of the seconds that are left, so that what one has spent on compiling is
-    saved by the others, and the bar, which shows seconds, tells the truth.
+    Every visit gets its share of the remaining seconds: later visits make up for time that an earlier one spent on
+    compiling, and the progress bar, which shows seconds, stays accurate.
     """
     results: dict[str, Result] = {}
     skipped: dict[str, str] = {}
@@ -254,7 +252,7 @@ def _measure(cases: Sequence[Case], seconds: float) -> tuple[list[Result], dict[
 
 
 def _progress() -> Progress:
-    """A bar of the seconds on standard error, where that is a terminal; nothing where it is a file or a pipe."""
+    """Return a progress bar of seconds on standard error; it shows nothing unless standard error is a terminal."""
     return Progress(
         BarColumn(),
         TextColumn("{task.completed:.0f} of {task.total:.0f} s"),
@@ -265,19 +263,7 @@ def _progress() -> Progress:
     )
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
-
-
-def spelled(count: int) -> str:
-    """A number of parameters as it is given: 1000 as 1k, 2500000 as 2.5M.
-
-    >>> spelled(1000), spelled(2_500_000), spelled(1234)
-    ('1k', '2.5M', '1234')
-    """
-    for unit, sign in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if count >= unit and count * 10 % unit == 0:
-            return f"{count / unit:g}{sign}"
-    return str(count)
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 def _print(
@@ -288,18 +274,18 @@ def _print(
     facts: dict[str, Any],
     dtype: str,
 ) -> None:
-    """The tables, and what their columns mean; narrow enough for a terminal of 80 columns."""
+    """Print the tables and the meaning of their columns, within 80 columns."""
     out.print(_title(facts, dtype), soft_wrap=True)
     for heading, results in (("step", steps), ("BatchNorm", norms)):
         if results:
             out.print(_table(heading, results))
     for title, reason in skipped.items():
-        out.print(f"{title} left out: {reason}", soft_wrap=True)
+        out.print(f"{title} skipped: {reason}", soft_wrap=True)
     out.print(
-        "us: microseconds per call, the median of the rounds, and between which times 8 of 10 rounds lie. GB/s: bytes "
-        "that have to be read and written, by the time; beyond the speed of the memory, the caches help. of limit: the "
-        "time of a kernel that moves the same bytes and computes next to nothing, by ours. Others: how many times as "
-        "long they take. Ratios are medians of those within a round."
+        "us: microseconds per call, the median over the rounds. 8 of 10: the range that holds 8 of 10 rounds. GB/s: "
+        "bytes that must be read and written, divided by the time; numbers above the memory's speed come from the "
+        "caches. of limit: the time of a kernel that moves the same bytes and computes almost nothing, divided by "
+        "ours. Rivals: their time divided by ours. Every ratio is taken within a round; the table shows the medians."
     )
     reasons = dict.fromkeys(reason for result in (*steps, *norms) for reason in result.absent.values())
     for reason in reasons:
@@ -325,7 +311,7 @@ def _table(heading: str, results: Sequence[Result]) -> Table:
 
 
 def _company_table(result: Result) -> Table:
-    """An iteration and its parts: ours in microseconds, the others by how many times as long they take."""
+    """Return the table of an iteration and its parts: ours in microseconds, the rivals as multiples of ours."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("in company", overflow="fold")
     for column in ("us", *(name.replace(" ", "\n") for name in list(result.seconds)[1:])):
@@ -337,7 +323,7 @@ def _company_table(result: Result) -> Table:
 
 
 def _busy(share: float, results: Sequence[Result]) -> str:
-    """One sentence: that the machine is busy, and what that did to the numbers."""
+    """Return the sentence that reports a busy machine and its effect on the numbers."""
     slower = [result.ours.median / result.ours.low for result in results if result.ours.low > 0.0]
     return (
         f"This machine is busy: other programs had {share:.0%} of its processors' time, and the median round of "
@@ -346,7 +332,7 @@ def _busy(share: float, results: Sequence[Result]) -> str:
 
 
 def _figures(number: float) -> str:
-    """Three figures or more."""
+    """Format with at least three significant figures."""
     return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:.0f}"
 
 
@@ -359,7 +345,7 @@ def _title(facts: dict[str, Any], dtype: str) -> str:
 def _report(
     results: Sequence[Result], skipped: dict[str, str], facts: dict[str, Any], dtype: str, seconds: float
 ) -> dict[str, Any]:
-    """What ``--json`` writes; times in seconds: the median, the 10th and 90th percentile, the rounds, the ratio."""
+    """Return the content of ``--json``; times in seconds: median, 10th and 90th percentile, rounds, ratio."""
     return {
         "fastopt": fastopt.__version__,
         "command": "bench",

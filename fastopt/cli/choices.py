@@ -1,6 +1,6 @@
-"""The names that options may take: optimizers and their options, schedules, initialisations, batch sizes.
+"""The values that options accept: optimizers and their options, schedules, initialisations, batch sizes.
 
-Every function here raises ValueError with a message that lists what is allowed and, where one is near, what was meant.
+Every parser here raises ValueError with a message that lists the allowed values and suggests close matches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastopt import SGD, Momentum, Nesterov, Optimizer, init, pack, schedules
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
 FORMS = ("momentum:ema", "momentum:lr_inside", "nesterov:lookahead")
-"""What ``all`` adds to the classes: the same optimizer, written another way."""
+"""Entries that ``all`` adds to the classes: other forms of the same optimizers."""
 
 LEARNING_RATES = {
     "sgd": 0.1,
@@ -46,33 +46,32 @@ LEARNING_RATES = {
     "yogi": 0.003,
 }
 """Learning rates that suit the network and the data of ``fastopt train`` at mini-batches of `REFERENCE_BATCH` rows, by
-name or by ``name:form``. An optimizer that is not here takes the default of its class."""
+name or by ``name:form``. An optimizer without an entry uses the default of its class."""
 
 REFERENCE_BATCH = 32
 
 Rate = float | Literal["auto"]
-"""A learning rate as it is asked for; ``auto`` is what `Choice.auto_lr` makes of the curvature of the loss."""
+"""A requested learning rate; `Choice.auto_lr` computes ``auto`` from the curvature of the loss."""
 
 GRADIENT_DESCENT = (SGD, Momentum, Nesterov)
-"""Those whose steps are along gradients as they are, for which a curvature says how long a step may be."""
+"""Optimizers that step along unscaled gradients; for them the curvature bounds the length of a step."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimizer as it was asked for."""
+    """A requested optimizer and its options."""
 
     label: str
     kind: type[Optimizer]
     options: dict[str, Any]
     given_lr: float | None
     auto: bool = False
-    """Whether the learning rate is to be that of `auto_lr`."""
+    """Whether the learning rate comes from `auto_lr`."""
 
     def lr(self, rows: int) -> float:
-        """The learning rate for mini-batches of `rows`: the one given, else the usual one for so many rows.
+        """Return the learning rate for mini-batches of `rows`: the given one, else the usual one for that batch size.
 
-        It grows with the square root of the rows, as the deviation of their mean gradient falls. Tried for 1, 8, 32 and
-        all rows: every optimizer learns; with one number for all, plain gradient descent fails on single rows.
+        The usual rate grows with the square root of `rows`, as the standard deviation of the mean gradient falls.
         """
         if self.given_lr is not None:
             return self.given_lr
@@ -82,10 +81,10 @@ class Choice:
         return float(f"{usual * math.sqrt(rows / REFERENCE_BATCH):.2g}")
 
     def auto_lr(self, eigenvalue: float) -> float:
-        """1/lambda, where `eigenvalue` is lambda, the largest of the Hessian: the step of ``--lr auto``.
+        """Return 1/lambda, the step of ``--lr auto``; `eigenvalue` is lambda, the largest of the Hessian.
 
-        A velocity that adds up gradients makes of a steady one 1/(1 - momentum) times as long a step, so there it is
-        (1 - momentum)/lambda: tried with 1/lambda, the network does not learn.
+        A velocity that sums gradients multiplies the step along a steady gradient by 1/(1 - momentum), so the rate is
+        (1 - momentum)/lambda there: with 1/lambda the network does not learn.
         """
         momentum = self.options.get("momentum", _options_of(self.kind).get("momentum", 0.0))
         adds_up = isinstance(momentum, float) and self.options.get("form") != "ema"
@@ -93,21 +92,21 @@ class Choice:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether the gradient is to be taken inside ``with opt.lookahead()``."""
+        """Whether gradients must be taken inside ``with opt.lookahead()``."""
         return self.options.get("form") == "lookahead"
 
 
 def optimizers() -> dict[str, type[Optimizer]]:
-    """Every named optimizer of the library, by its name in lower case."""
+    """Return every named optimizer of the library, by its name in lower case."""
     return dict(sorted((name.lower(), kind) for name, kind in Optimizer.classes.items()))
 
 
 def parse_optimizers(texts: Iterable[str], lr: Rate | None = None, *, auto: bool = False) -> list[Choice]:
-    """The optimizers named in `texts`, each a list separated by commas; ``all`` is every class and `FORMS`.
+    """Return the optimizers named in `texts`, each a comma-separated list; ``all`` means every class and `FORMS`.
 
     An optimizer is ``name``, or ``name:option:...``, where an option is ``option=value``, the bare name of a flag
-    (``adam:amsgrad``), or the bare name of a form (``momentum:ema``). `lr` is for those that name no ``lr=``.
-    `auto` allows ``auto`` for a learning rate.
+    (``adam:amsgrad``), or the bare name of a form (``momentum:ema``). `lr` applies to optimizers without their own
+    ``lr=``. `auto` allows ``auto`` as a learning rate.
     """
     words = [word.strip() for text in texts for word in text.split(",")]
     names: list[str] = []
@@ -118,11 +117,11 @@ def parse_optimizers(texts: Iterable[str], lr: Rate | None = None, *, auto: bool
 
 
 def parse_optimizer(text: str, lr: Rate | None = None, *, auto: bool = False) -> Choice:
-    """One optimizer, as `parse_optimizers` describes it."""
+    """Return one optimizer; see `parse_optimizers` for the syntax."""
     head, *rest = text.split(":")
     name = one_of(head.strip().lower(), [*optimizers(), "all"], "optimizer")
     if name == "all":
-        raise ValueError(f"{text!r}: all takes no options; name the optimizers that are to have them")
+        raise ValueError(f"{text!r}: must be 'all' without options, got options; give options to named optimizers")
     kind = optimizers()[name]
     known = _options_of(kind)
     options: dict[str, Any] = {}
@@ -137,7 +136,7 @@ def parse_optimizer(text: str, lr: Rate | None = None, *, auto: bool = False) ->
             options["form"] = key
         else:
             one_of(key, known, f"{text!r}: option")
-            raise ValueError(f"{text!r}: the option {key} needs a value: {name}:{key}={known[key]}")
+            raise ValueError(f"{text!r}: option {key} must have a value, got none; write {name}:{key}={known[key]}")
     label = ":".join([name, *(_spelled(key, value) for key, value in options.items())])
     given = options.pop("lr", lr)
     if given != "auto" or not auto:
@@ -145,29 +144,29 @@ def parse_optimizer(text: str, lr: Rate | None = None, *, auto: bool = False) ->
     if kind not in GRADIENT_DESCENT:
         able = ", ".join(kind.__name__.lower() for kind in GRADIENT_DESCENT)
         raise ValueError(
-            f"{text!r}: lr auto is 1/lambda, the length of a step along the gradient itself, and the steps of {name} "
-            f"are not along it; give it a number, as in {name}:lr=0.01, or choose from {able}"
+            f"{text!r}: lr must be a number, got auto: auto is 1/lambda, a step length along the gradient itself, and "
+            f"{name} does not step along the gradient; use {name}:lr=0.01, or one of {able}"
         )
     return Choice(label, kind, options, None, auto=True)
 
 
 def parse_lr(text: str) -> Rate:
-    """``auto``, or a finite number from 0."""
+    """Return ``auto``, or a finite number from 0."""
     try:
-        return "auto" if text == "auto" else check_lr(float(text), "the learning rate")
+        return "auto" if text == "auto" else check_lr(float(text), "learning rate")
     except ValueError:
-        raise ValueError(f"the learning rate is {text}; it is a finite number from 0, such as 0.001, or auto") from None
+        raise ValueError(f"learning rate: must be a finite number from 0, such as 0.001, or auto, got {text}") from None
 
 
 def check_lr(lr: Any, what: str) -> float:
-    """`lr`, where it is a finite number from 0."""
+    """Return `lr` if it is a finite number from 0; otherwise raise ValueError."""
     if isinstance(lr, float) and math.isfinite(lr) and lr >= 0.0:
         return lr
-    raise ValueError(f"{what} is {lr}; a learning rate is a finite number from 0, such as 0.001")
+    raise ValueError(f"{what}: must be a finite number from 0, such as 0.001, got {lr}")
 
 
 def _options_of(kind: type[Optimizer]) -> dict[str, Any]:
-    """The options of an optimizer, and their defaults."""
+    """Return the options of an optimizer and their defaults."""
     parameters = inspect.signature(kind).parameters.values()
     return {p.name: p.default for p in parameters if p.name != "params" and p.kind is not p.VAR_KEYWORD}
 
@@ -196,7 +195,7 @@ def _spelled(key: str, value: Any) -> str:
 Schedule = Callable[[int], float]
 
 SCHEDULES: dict[str, tuple[str, Callable[[float, int], Schedule | float]]] = {
-    "constant": ("lr throughout", lambda lr, steps: lr),
+    "constant": ("lr in every step", lambda lr, steps: lr),
     "linear": ("a straight line from lr to 0", lambda lr, steps: schedules.linear(lr, 0.0, steps)),
     "polynomial": (
         "from lr to 0 with the square of the time left",
@@ -225,7 +224,7 @@ SCHEDULES: dict[str, tuple[str, Callable[[float, int], Schedule | float]]] = {
         lambda lr, steps: schedules.warmup(schedules.cosine(lr, 0.0, steps - steps // 10), steps // 10),
     ),
 }
-"""What each name does, and the schedule it stands for, given the learning rate and the number of steps of the run."""
+"""By name: a description, and a function from the learning rate and the number of steps to the schedule."""
 
 # --- initialisations, batch sizes, layers -----------------------------------------------------------------------------
 
@@ -242,23 +241,23 @@ INITS: dict[str, Callable[..., NDArray[Any]]] = {
 
 
 def parse_batch_size(text: str) -> int | Literal["full"]:
-    """``full``, or a whole number from 1."""
+    """Return ``full``, or a whole number from 1."""
     if text == "full":
         return "full"
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
-    raise ValueError(f"{text!r} is no batch size; give a whole number from 1, or 'full' for all rows in every step")
+    raise ValueError(f"must be a whole number from 1, or 'full' for all rows in every step, got {text!r}")
 
 
 def parse_backend(text: str) -> str:
-    """``cpu``, or ``cuda`` where that works; ``auto`` is cuda where it works, else cpu."""
+    """Return ``cpu``, or ``cuda`` if it works here; ``auto`` becomes cuda if it works here, else cpu."""
     if one_of(text, ["cpu", "cuda", "auto"], "backend") == "cpu":
         return "cpu"
     try:
         ones = pack([np.ones((1, 1), np.float32)], backend="cuda").params[0]
         try:
             (ones @ ones).tobytes()
-        except (RuntimeError, ImportError, OSError) as error:  # our kernels need fewer of NVIDIA's libraries
+        except (RuntimeError, ImportError, OSError) as error:  # matmuls need NVIDIA libraries that our kernels do not
             raise RuntimeError(
                 f"backend='cuda': CuPy cannot multiply matrices here: {error}; pip install 'cupy-cuda13x[ctk]'"
             ) from None
@@ -270,13 +269,15 @@ def parse_backend(text: str) -> str:
 
 
 def parse_hidden(text: str) -> list[int]:
-    """The widths of the hidden layers: whole numbers from 1, separated by commas; ``none`` for no hidden layer."""
+    """Return the widths of the hidden layers: whole numbers from 1, separated by commas; ``none`` means no layer."""
     if text == "none":
         return []
     widths = [word.strip() for word in text.split(",")]
     if all(word.isascii() and word.isdigit() and int(word) > 0 for word in widths):
         return [int(word) for word in widths]
-    raise ValueError(f"{text!r}: give the width of each hidden layer, as in 64,32, or 'none' for no hidden layer")
+    raise ValueError(
+        f"must be the width of each hidden layer, such as 64,32, or 'none' for no hidden layer, got {text!r}"
+    )
 
 
 MOST_PARAMETERS = 10**10
@@ -284,7 +285,7 @@ UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def parse_sizes(text: str) -> list[int]:
-    """Whole numbers from 1, separated by commas, in ascending order; k, M and G stand for 1e3, 1e6 and 1e9."""
+    """Return the comma-separated whole numbers from 1 in ascending order; k, M and G stand for 1e3, 1e6 and 1e9."""
     return sorted({_size(word.strip()) for word in text.split(",")})
 
 
@@ -295,17 +296,19 @@ def _size(word: str) -> int:
     except ValueError:
         number = math.nan
     if not (1 <= number <= MOST_PARAMETERS and number == round(number)):
-        raise ValueError(
-            f"{word!r} is no number of parameters; give whole numbers from 1 to 10G, such as 1000, 1k, 2.5M, 1e6"
-        )
+        raise ValueError(f"must be whole numbers from 1 to 10G, such as 1000, 1k, 2.5M, 1e6, got {word!r}")
     return round(number)
 
 
-def one_of(name: str, names: Iterable[str], what: str) -> str:
-    """`name`, where it is one of `names`; else a ValueError that lists them and suggests the nearest."""
+def one_of(name: str, names: Iterable[str], what: str, also: str = "") -> str:
+    """Return `name` if it is one of `names`; otherwise raise a ValueError that lists them and suggests the nearest.
+
+    `also` describes values that are allowed beside `names`, for the message.
+    """
     allowed: Sequence[str] = list(names)
     if name in allowed:
         return name
     near = get_close_matches(name, allowed, n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(f"{what} {name!r} is unknown; {hint}choose from {', '.join(allowed)}")
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    other = f", or {also}" if also else ""
+    raise ValueError(f"{what}: must be one of {', '.join(allowed)}{other}, got {name!r}{hint}")

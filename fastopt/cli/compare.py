@@ -1,6 +1,6 @@
-"""`fastopt train --compare NAME`: what varies in each comparison, over which values, and what table and figure tell it.
+"""`fastopt train --compare NAME`: the varied option, its values, the table and the figure of each comparison.
 
-`COMPARISONS` is the list; the runs are made, trained, printed and reported by the code of every `fastopt train`.
+`COMPARISONS` is the list; runs are made, trained, printed and reported by the same code as any `fastopt train`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastopt.cli.report import (
 from fastopt.cli.runs import Plan, Setting
 
 SATURATED = 0.99
-"""Of tanh; beyond it the slope, 1 - a^2, is below 0.02."""
+"""Absolute value of tanh beyond which its slope, 1 - a^2, is below 0.02."""
 
 MINI_BATCH = 32
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adadelta", "rmsprop", "adam")
@@ -38,61 +38,64 @@ SCHEDULES = ("constant", "step_decay", "exponential", "inverse_time", "cyclical"
 INITS = ("zeros", "normal", "xavier", "he")
 LR_FACTORS = (0.1, 1.0, 10.0, 30.0)
 TOO_LARGE = 5.0
-"""Times the usual learning rate: there a constant one overshoots again and again, and a schedule can show its worth."""
+"""Multiple of the usual learning rate at which a constant rate overshoots repeatedly, so that schedules differ."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One question, and how it is answered."""
+    """One comparison: the plans, the table and the figure."""
 
     what: str
-    """For the help: over which values what varies."""
+    """The varied values, for the help."""
     varies: tuple[str, ...]
-    """The options, as parameters of `train`, that it sets itself."""
+    """The options, as parameters of `train`, that the comparison sets itself."""
     vary: Callable[[Plan], list[Plan]]
     columns: tuple[Column, ...]
     draw: Callable[[Path, str, Sequence[Result]], None]
     picture: str
-    """What `draw` draws."""
+    """Name of the figure that `draw` draws."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Of options of `train` that are not given, where those of `train` would show less."""
+    """Defaults that replace those of `train`, where those of `train` would show less."""
     look: Callable[[Plan, Setting], Sequence[Activations]] = lambda plan, setting: ()
-    """What to look at before the training."""
+    """Return what to report about the network before training."""
     rules: bool = False
     """Whether a result has several lines in the table."""
 
     def check(self, given: Iterable[str], choices: Sequence[Choice], hidden: Sequence[int]) -> None:
-        """Refuse the options that it sets itself or has no use for, and more optimizers than it can tell apart."""
+        """Refuse options that the comparison sets itself or does not support, and more than one optimizer."""
         for name in given:
             option = f"--{name.replace('_', '-')}"
             if name in self.varies:
-                raise ValueError(f"it chooses {option} itself, and {option} is given; leave one of them out")
+                raise ValueError(f"{option}: must not be given, the comparison sets it; drop {option} or --compare")
             if name in ("batch_norm", "checkpoint", "resume"):
-                raise ValueError(f"{option} is for runs without it; leave one of them out")
+                raise ValueError(f"{option}: must not be given, no comparison supports it; drop {option} or --compare")
         if len(choices) > 1 and "optimizer" not in self.varies:
-            raise ValueError(f"it is for one optimizer, and --optimizer names {len(choices)}; compare them one by one")
+            raise ValueError(
+                f"--optimizer: must name one optimizer for this comparison, got {len(choices)}; run one comparison "
+                "for each"
+            )
         if "init" in self.varies and any(choice.auto for choice in choices):
             raise ValueError(
-                "--lr auto is not for it: some of these weights let nearly nothing through, and lambda says nothing of "
-                "where they lead; give --lr a number"
+                "--lr: must be a number for this comparison, got auto; some of its initial weights pass almost no "
+                "signal, and lambda does not predict a usable step there"
             )
         if not hidden and ("init" in self.varies or "batch_norm" in self.varies):
-            raise ValueError("it is about hidden layers, and --hidden none has no such layer")
+            raise ValueError("--hidden: must name at least one layer for this comparison, got none")
 
 
 def own_defaults() -> str:
-    """The defaults that are not those of `train`, in words, for the help."""
-    told = []
+    """Return the defaults that differ from those of `train`, for the help."""
+    parts = []
     for name, comparison in COMPARISONS.items():
         options = (
             f"--{option.replace('_', '-')} {value[0] if option == 'optimizer' else value}"
             for option, value in comparison.defaults.items()
         )
-        told.append(f"{name}: {' '.join(options)}")
-    return "; ".join(told)
+        parts.append(f"{name}: {' '.join(options)}")
+    return "; ".join(parts)
 
 
-# --- what varies ------------------------------------------------------------------------------------------------------
+# --- plans ------------------------------------------------------------------------------------------------------------
 
 
 def _without_and_with_norm(plan: Plan) -> list[Plan]:
@@ -136,11 +139,11 @@ def _batch_norm(plan: Plan) -> list[Plan]:
     ]
 
 
-# --- what is looked at ------------------------------------------------------------------------------------------------
+# --- activations before training --------------------------------------------------------------------------------------
 
 
 def _activations(plan: Plan, setting: Setting) -> list[Activations]:
-    """What leaves each hidden layer at the first weights, over all training rows."""
+    """Return the output of each hidden layer at the initial weights, over all training rows."""
     layers, norms = setting.network(plan)
     _, *hidden, _ = forward(layers, setting.rows.x_train, norms, activation=plan.activation)
     return [
@@ -163,8 +166,8 @@ def _layer_numbers(result: Result) -> str:
     return "\n".join(str(number) for number, _ in enumerate(result.layers, 1))
 
 
-# --- what is drawn ----------------------------------------------------------------------------------------------------
-# matplotlib takes 0.5 s to import: only for those who plot.
+# --- figures ----------------------------------------------------------------------------------------------------------
+# Importing matplotlib takes 0.5 s: import it only for a figure.
 
 
 def _losses_with_lr(results: Sequence[Result]) -> dict[str, list[float]]:
@@ -231,14 +234,14 @@ def _draw_batch_norm(path: Path, title: str, results: Sequence[Result]) -> None:
 # --- the comparisons --------------------------------------------------------------------------------------------------
 
 PLAIN = Comparison(
-    what="the optimizers that are named",
+    what="the named optimizers",
     varies=("optimizer",),
     vary=_without_and_with_norm,
     columns=(named("optimizer"), *RESULTS),
     draw=_draw_losses,
     picture="loss curves",
 )
-"""A training without ``--compare``."""
+"""Training without ``--compare``."""
 
 COMPARISONS: dict[str, Comparison] = {
     "batch-sizes": Comparison(
@@ -297,7 +300,7 @@ COMPARISONS: dict[str, Comparison] = {
         rules=True,
     ),
     "batch-norm": Comparison(
-        what="without and with it, at "
+        what="without and with batch normalisation, at "
         + ", ".join(f"{factor:g}" for factor in LR_FACTORS)
         + " times the usual or given learning rate",
         varies=("batch_norm",),

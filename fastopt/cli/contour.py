@@ -32,13 +32,13 @@ EXAMPLES = "\n\n".join(
 )
 
 TOLERANCE = 0.01
-"""Of the shorter side of the window: how near a minimum counts as there."""
+"""Default ``--tolerance``, as a fraction of the shorter side of the window."""
 MESH = 301
-"""Points along each side that the picture takes the function at."""
+"""Points per side at which the picture evaluates the function."""
 
 
 class Run(NamedTuple):
-    """An optimizer, the learning rate it had, and what became of it."""
+    """An optimizer, its learning rate, and the outcome of its path."""
 
     choice: Choice
     lr: float
@@ -65,14 +65,14 @@ def contour(
             help="Names as in fastopt train, or all. Several: repeat the option, or separate them by commas. Options "
             "of an optimizer follow its name after colons: momentum:ema, adam:lr=0.3, adam:betas=0.9/0.99.",
         ),
-    ] = ["sgd,momentum,adagrad,adam"],  # noqa: B006 typer's way to say a default list
+    ] = ["sgd,momentum,adagrad,adam"],  # noqa: B006 typer takes a default list this way
     lr: Annotated[
         float | None,
         typer.Option(
             metavar="NUMBER",
             help="Learning rate, from 0, of every optimizer without an lr= of its own.",
             show_default=f"found by trying {LEARNING_RATES[0]:g}, {LEARNING_RATES[1]:g}, {LEARNING_RATES[2]:g}, ..., "
-            f"{LEARNING_RATES[-1]:g}; on the bowl one that shows the character of sgd, momentum, adagrad, adam",
+            f"{LEARNING_RATES[-1]:g}; on the bowl, fixed rates for sgd, momentum, adagrad and adam",
         ),
     ] = None,
     steps: Annotated[
@@ -81,20 +81,20 @@ def contour(
             min=1,
             max=100_000,
             metavar="NUMBER",
-            help="Updates that every optimizer makes, from 1 to 100000.",
+            help="Number of steps of every optimizer, from 1 to 100000.",
             show_default=", ".join(f"{surface.name} {surface.steps}" for surface in SURFACES.values())
             + f", an expression {Surface.steps}",
         ),
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option(metavar="X,Y", help="Where the paths begin.", show_default="depends on the function"),
+        typer.Option(metavar="X,Y", help="Start of the paths.", show_default="depends on the function"),
     ] = None,
     window: Annotated[
         str | None,
         typer.Option(
             metavar="LEFT,RIGHT,BOTTOM,TOP",
-            help="The part of the plane that is drawn, and in which minima are looked for.",
+            help="The part of the plane to draw and to search for minima.",
             show_default="depends on the function; -5,5,-5,5 for an expression",
         ),
     ] = None,
@@ -102,7 +102,7 @@ def contour(
         float | None,
         typer.Option(
             metavar="NUMBER",
-            help="The distance from a minimum, above 0, at which it counts as reached.",
+            help="Distance from a minimum, above 0, within which the minimum counts as reached.",
             show_default="a hundredth of the shorter side of the window",
         ),
     ] = None,
@@ -116,18 +116,18 @@ def contour(
         typer.Option(metavar="FILE", help="Write settings, results and paths as JSON; - is standard output."),
     ] = None,
 ) -> None:
-    """Show the paths of optimizers on a function of two variables, and how many steps they need to its minimum.
+    """Show the paths of optimizers on a function of two variables, and the number of steps to its minimum.
 
-    A minimum is reached with the step from which on the path stays within --tolerance of it, to its end.
+    A minimum is reached at the first step after which the path stays within --tolerance of it until the end.
 
-    Minima of an expression are looked for inside the window; those count that share the lowest value.
+    Minima of an expression are searched inside the window; only those that share the lowest value count.
 
-    There is no chance in it: the same command gives the same paths.
+    The command is deterministic: the same command gives the same paths.
     """
     with blame("--function"):
         surface = surface_of(function)
     with blame("--lr"):
-        lr = None if lr is None else check_lr(lr, "the learning rate")
+        lr = None if lr is None else check_lr(lr, "learning rate")
     with blame("--optimizer"):
         choices = parse_optimizers(optimizer, lr)
     with blame("--window"):
@@ -146,7 +146,7 @@ def contour(
             check_gif(animate)
 
     count = surface.steps if steps is None else steps
-    with blame("--optimizer"):  # all are made before any takes a step: a value out of range ends the command here
+    with blame("--optimizer"):  # make all optimizers before the first step: a value out of range ends the command here
         for choice in choices:
             descend(surface, choice, [1.0 if choice.given_lr is None else choice.given_lr], 0)
     runs = []
@@ -192,7 +192,7 @@ def _numbers(text: str, names: Sequence[str]) -> list[float]:
     except ValueError:
         numbers = []
     if len(numbers) != len(names) or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{text!r}: expected {len(names)} finite numbers separated by commas, {','.join(names)}")
+        raise ValueError(f"must be {len(names)} finite numbers separated by commas, {','.join(names)}, got {text!r}")
     return numbers
 
 
@@ -200,13 +200,13 @@ def _parse_window(text: str) -> Window:
     window = Window(*_numbers(text, ("LEFT", "RIGHT", "BOTTOM", "TOP")))
     if 0.0 < window.width < math.inf and 0.0 < window.height < math.inf:
         return window
-    raise ValueError(f"{text!r}: expected LEFT below RIGHT and BOTTOM below TOP, as in -2,2,-1,3")
+    raise ValueError(f"must have LEFT below RIGHT and BOTTOM below TOP, such as -2,2,-1,3, got {text!r}")
 
 
 def _check_tolerance(tolerance: float) -> float:
     if math.isfinite(tolerance) and tolerance > 0.0:
         return tolerance
-    raise ValueError(f"the tolerance is {tolerance}; it is a finite number above 0, such as 0.1")
+    raise ValueError(f"must be a finite number above 0, such as 0.1, got {tolerance}")
 
 
 def _point(point: Point) -> str:
@@ -230,7 +230,7 @@ def _legend(run: Run, steps: int) -> str:
 
 
 def _print_results(out: Console, surface: Surface, runs: Sequence[Run], steps: int, tolerance: float) -> None:
-    """The table, and what its columns mean; narrow enough for a terminal of 80 columns."""
+    """Print the table and the meaning of its columns, within 80 columns."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("optimizer", overflow="fold")
     for heading in ("lr", "steps to\na minimum", "final\nf(x, y)", "final\ndistance"):
@@ -246,26 +246,27 @@ def _print_results(out: Console, surface: Surface, runs: Sequence[Run], steps: i
         label = run.choice.label
         made = len(run.outcome.points) - 1
         if made < steps:
-            out.print(f"{label}: beyond step {made} the function or its gradient is not a finite number.")
+            out.print(f"{label}: after step {made} the function or its gradient is not finite.")
         if run.outcome.status == "diverged":
             out.print(f"{label} diverged; try a learning rate below {run.lr:.4g}.")
         elif run.outcome.status == "left":
             x, y = run.outcome.points[-1]
-            out.print(f"{label} left the window, downhill: it is at {_point(Point(x, y))}. --window shows more.")
+            out.print(f"{label} left the window downhill and ended at {_point(Point(x, y))}; widen --window.")
     if surface.minima:
         count = len(surface.minima)
         shown = ", ".join(map(_point, surface.minima[:6])) + (f" and {count - 6} more" if count > 6 else "")
         value = float(surface.f(*surface.minima[0]))
         out.print(f"{'minimum' if count == 1 else 'minima'}: {value:.4g} at {shown}.")
     else:
-        out.print("minimum: there is none inside the window. --window looks elsewhere.")
+        out.print("minimum: none found inside the window; choose another --window.")
     out.print(
-        f"steps to a minimum: those after which the path stays within {tolerance:.4g} of one. distance: to the nearest."
+        f"steps to a minimum: steps until the path stays within {tolerance:.4g} of one. distance: to the nearest "
+        "minimum."
     )
 
 
 def _report(surface: Surface, runs: Sequence[Run], steps: int, tolerance: float) -> dict[str, Any]:
-    """What ``--json`` writes. Nothing in it differs from run to run."""
+    """Return the content of ``--json``, which is the same in every run of one command."""
     return {
         "fastopt": fastopt.__version__,
         "command": "contour",

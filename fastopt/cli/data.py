@@ -1,4 +1,4 @@
-"""The data sets that scikit-learn carries with it, split, and standardised by what the training rows say."""
+"""The data sets that come with scikit-learn, split, and standardised with statistics of the training rows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Dataset(NamedTuple):
     classes: int
 
     def on(self, xp: ModuleType) -> Dataset:
-        """The same as arrays of `xp`, which is NumPy or CuPy."""
+        """Return the data set as arrays of `xp`, which is NumPy or CuPy."""
         x_train, y_train, x_test, y_test = map(xp.asarray, self[:-1])
         return Dataset(x_train, y_train, x_test, y_test, self.classes)
 
 
 def load(name: str, rng: np.random.Generator) -> Dataset:
-    """`name` is one of `NAMES`. The rows are shuffled by `rng`; the first fifth of them is the test set."""
-    from sklearn import datasets  # 1 s: not for --help
+    """Load one of `NAMES`; shuffle its rows with `rng` and use the first fifth of them as the test set."""
+    from sklearn import datasets  # importing it takes 1 s, which --help should not spend
 
     loader = datasets.load_digits if name == "digits" else datasets.load_breast_cancer
     features, labels = loader(return_X_y=True)
@@ -37,6 +37,6 @@ def load(name: str, rng: np.random.Generator) -> Dataset:
     test, training = np.split(order, [round(TEST_FRACTION * len(labels))])
     mean = features[training].mean(axis=0)
     deviation = features[training].std(axis=0)
-    deviation[deviation == 0.0] = 1.0  # a pixel that is black in every digit
+    deviation[deviation == 0.0] = 1.0  # some pixels are black in every digit
     rows = ((features - mean) / deviation).astype(np.float32)
     return Dataset(rows[training], labels[training], rows[test], labels[test], int(labels.max()) + 1)

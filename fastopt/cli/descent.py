@@ -1,4 +1,4 @@
-"""Optimizers let loose on a surface: their paths, the learning rates that suit them there, and how they ended."""
+"""The paths of optimizers on a surface, the learning rates that suit them, and the outcomes of the paths."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from fastopt.cli.surfaces import Point, Surface
 from fastopt.cli.trainer import gradient_point, result_point
 
 LEARNING_RATES = tuple(float(f"{digit}e{power}") for power in range(-4, 2) for digit in (1, 2, 5))
-"""What is tried where a learning rate is asked for: from 0.0001 to 50."""
+"""The rates that `suggest_lr` tries: from 0.0001 to 50."""
 
 LONGEST_STEP = 0.25
-"""In sides of the window: a path with a longer step is at the mercy of chance."""
+"""Longest step of a suggested path, in sides of the window: beyond it a path reaches a minimum by chance."""
 
 SLACK = 1.25
-"""Of the learning rates that take up to so many times the fewest steps the smallest is suggested: a smooth path."""
+"""`suggest_lr` accepts up to this multiple of the fewest steps, and picks the smallest such rate: a smooth path."""
 
 REPORT_EVERY = 50
 
 
 class Outcome(NamedTuple):
-    """What became of one optimizer."""
+    """The outcome of one optimizer's path."""
 
     points: Array
-    """(steps + 1, 2): x and y at the start and after each step; fewer where a step left what can be computed."""
+    """(steps + 1, 2): x and y at the start and after each step; fewer if a step left the finite numbers."""
     value: float
-    """The function at the last point."""
+    """The function value at the last point."""
     distance: float | None
-    """From the last point to the nearest minimum; None where no minimum is known."""
+    """Distance from the last point to the nearest minimum; None if no minimum is known."""
     reached: int | None
-    """After how many steps the path was within the tolerance of a minimum, to stay there. None if it never was."""
+    """Number of steps after which the path stays within the tolerance of a minimum; None if it does not."""
     status: str
     """``"reached"``, ``"not reached"``, ``"left"`` (the window, downhill) or ``"diverged"``."""
 
@@ -46,13 +46,13 @@ def descend(
     steps: int,
     after: Callable[[int], object] = lambda steps: None,
 ) -> list[Array]:
-    """The path for each learning rate, (steps + 1, 2): all are groups of one optimizer, so that a step is one launch.
+    """Return the path for each learning rate, (steps + 1, 2); one optimizer holds all rates, so a step is one launch.
 
-    A path ends before the first point where the function or its gradient is not a finite number. `after` is called now
-    and then with the number of steps made since it was called last.
+    A path ends before the first point where the function or its gradient is not finite. `after` is called from time to
+    time with the number of steps since its last call.
     """
     opt = choice.kind(
-        # Matrices of one row: for vectors Muon has another rule, and another learning rate.
+        # Use matrices of one row: Muon treats vectors with another rule and another learning rate.
         [np.array([surface.start], np.float64) for _ in learning_rates],
         overrides={str(k): {"lr": lr} for k, lr in enumerate(learning_rates)},
         **choice.options,
@@ -60,7 +60,7 @@ def descend(
     points = np.empty((len(learning_rates), steps + 1, 2))
     points[:, 0] = surface.start
     lengths = np.full(len(learning_rates), steps + 1)
-    with np.errstate(all="ignore"):  # of paths that diverge
+    with np.errstate(all="ignore"):  # diverging paths overflow
         for t in range(1, steps + 1):
             with gradient_point(opt, choice.looks_ahead) as params:
                 slopes = np.array(surface.f.gradient(*np.concatenate(params).T))
@@ -82,12 +82,12 @@ def descend(
 
 
 def suggest_lr(surface: Surface, choice: Choice, tolerance: float) -> float:
-    """A learning rate for `choice`: tried are `LEARNING_RATES`, for as many steps as are usual on this surface.
+    """Return a learning rate for `choice`, found by trying `LEARNING_RATES` for the surface's usual number of steps.
 
-    Looked at are paths that stay in the window and have no step beyond `LONGEST_STEP`. Those that reach a minimum in
-    few steps (see `SLACK`) come first, of these the smallest rate; where none does, the one that ends lowest.
+    Only paths that stay in the window and have no step beyond `LONGEST_STEP` qualify. Return the smallest rate whose
+    path reaches a minimum in few steps (see `SLACK`), or, if no path reaches one, the rate whose path ends lowest.
     """
-    steps = round(SLACK * surface.steps)  # longer than counts: to be there by chance in the last step is not to stay
+    steps = round(SLACK * surface.steps)  # run longer than counts: a path near a minimum in its last step may leave it
     left, right, bottom, top = surface.window
     sides = surface.window.width, surface.window.height
     outcomes = {}
@@ -102,7 +102,7 @@ def suggest_lr(surface: Surface, choice: Choice, tolerance: float) -> float:
 
 
 def measure(surface: Surface, points: Array, steps: int, tolerance: float) -> Outcome:
-    """How a path of `steps` steps ended; `points` has fewer where it could not go on."""
+    """Return the outcome of a path of `steps` steps; `points` has fewer if the path ended early."""
     end = Point(*points[-1].tolist())
     value = float(surface.f(*end))
     broken_off = len(points) <= steps

@@ -1,4 +1,4 @@
-"""Functions of x and y as users write them: a small grammar of our own, evaluated on arrays along with its gradient.
+"""User-written functions of x and y: a small grammar, evaluated on arrays together with the gradient.
 
     sum     = product (("+" | "-") product)*
     product = signed (("*" | "/") signed)*
@@ -6,8 +6,8 @@
     power   = atom (("^" | "**") signed)?
     atom    = number | "x" | "y" | "pi" | "e" | function "(" sum ")" | "(" sum ")"
 
-So powers bind tightest and from the right, and ``-x^2`` is ``-(x^2)``. What is parsed becomes a list of operations on a
-stack, in which nothing but the operations of this file can stand: there is no way from a text to Python.
+Powers bind tightest and associate to the right, and ``-x^2`` is ``-(x^2)``. The parser compiles a text to a list of
+stack operations, all of which are defined in this file: a text cannot run Python.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from fastopt.cli.choices import one_of
 
 MAX_CHARACTERS = 1000
 MAX_NESTING = 50
-"""Parentheses, signs and powers inside each other: bounds the recursion of the parser."""
+"""Nesting depth of parentheses, signs and powers: bounds the recursion of the parser."""
 MAX_EXPONENT = 100.0
-"""Of exponents that are constants: what lies above overflows next to everywhere."""
+"""Largest constant exponent: larger ones overflow almost everywhere."""
 
 VARIABLES = ("x", "y")
 CONSTANTS = {"pi": math.pi, "e": math.e}
@@ -68,34 +68,34 @@ OPERATORS = {
 
 
 def _power_of(k: float) -> Operation:
-    """``a^k`` with a constant k. Its slope at 0 is that of a polynomial, where the general one has 0 * infinity."""
+    """Return ``a^k`` for a constant k; its slope at 0 is a polynomial's, where the general slope is 0 * infinity."""
     return Operation(1, lambda a: np.power(a, k), lambda r, a: (k * np.power(a, k - 1.0) if k else 0.0,))
 
 
 @dataclass(frozen=True)
 class Expression:
-    """What `parse` makes of a text: call it with x and y, numbers or arrays that broadcast, for the values there.
+    """A parsed text: call it with x and y, numbers or arrays that broadcast, to get the values there.
 
-    Points where it is not defined give NaN or infinity, without a warning.
+    Points where the function is undefined give NaN or infinity, without a warning.
     """
 
     text: str
     program: tuple[float | str | Operation, ...]
-    """In the order of evaluation: numbers and variables go onto a stack, an operation replaces its arguments there."""
+    """In evaluation order: numbers and variables are pushed on a stack, an operation replaces its arguments there."""
 
     def __call__(self, x: ArrayLike, y: ArrayLike) -> Array:
-        """The values."""
+        """Return the values."""
         return self._run(x, y, sloped=False)[0]
 
     def gradient(self, x: ArrayLike, y: ArrayLike) -> tuple[Array, Array, Array]:
-        """The values, their derivatives by x and by y: in one pass, by the chain rule, exact but for rounding."""
+        """Return the values and their derivatives by x and y: one pass with the chain rule, exact up to rounding."""
         return self._run(x, y, sloped=True)
 
     def _run(self, x: ArrayLike, y: ArrayLike, *, sloped: bool) -> tuple[Array, Array, Array]:
-        # As scalars of NumPy, not of Python, where a division by 0 would be an exception.
+        # Use NumPy scalars: a Python float raises on division by 0.
         xs, ys = (np.asarray(values, np.float64)[()] for values in (x, y))
         one = np.float64(1.0) if sloped else None
-        # Values with their derivatives by x and y; None where there is none. A 0.0 would not do: 0 * infinity is NaN.
+        # Values with their derivatives by x and y, or None for a zero derivative: with 0.0, 0 * infinity would be NaN.
         stack: list[tuple[Any, Any, Any]] = []
         with np.errstate(all="ignore"):
             for item in self.program:
@@ -124,21 +124,21 @@ def _chain(slopes: tuple[Any, ...], inner: tuple[Any, ...]) -> Any:
 
 
 def parse(text: str) -> Expression:
-    """The function that `text` stands for.
+    """Parse `text` as a function of x and y.
 
-    Raises ValueError, which tells the place: a text that the grammar does not know, unknown names, a constant exponent
-    beyond `MAX_EXPONENT`, more than `MAX_CHARACTERS` or `MAX_NESTING`, a function that depends on neither x nor y.
+    Raise ValueError with the position for a text outside the grammar, an unknown name, a constant exponent beyond
+    `MAX_EXPONENT`, more than `MAX_CHARACTERS` or `MAX_NESTING`, or a function that depends on neither x nor y.
     """
-    if len(text) > MAX_CHARACTERS:  # before anything else looks at it
-        raise ValueError(f"the expression has {len(text)} characters, and {MAX_CHARACTERS} are allowed")
+    if len(text) > MAX_CHARACTERS:  # check this first: it bounds the work below
+        raise ValueError(f"expression: must be at most {MAX_CHARACTERS} characters long, got {len(text)}")
     program = _Parser(text).whole()
     if not any(item in VARIABLES for item in program if isinstance(item, str)):
-        raise ValueError(f"{text.strip()!r} depends on neither x nor y; write a function of them, as in x^2/10 + y^2")
+        raise ValueError(f"expression: must depend on x or y, such as x^2/10 + y^2, got {text.strip()!r}")
     return Expression(text.strip(), program)
 
 
 class Token(NamedTuple):
-    """A word of the language, and where it stands."""
+    """A word of the language and its position."""
 
     kind: str
     text: str
@@ -153,7 +153,7 @@ TOKEN = re.compile(
 )
 
 REMEDIES = {
-    ".": "attributes are no part of this language",
+    ".": "attributes are not part of this language",
     ",": "every function takes one argument, and decimals have a point",
     "[": "group with ( and )",
     "]": "group with ( and )",
@@ -162,11 +162,11 @@ REMEDIES = {
     "=": "give the right-hand side only",
     "|": "absolute values are written abs(x)",
 }
-NO_REMEDY = "an expression is made of numbers, x, y, + - * / ^, parentheses and functions"
+NO_REMEDY = "an expression consists of numbers, x, y, + - * / ^, parentheses and functions"
 
 
 class _Parser:
-    """Recursive descent, which writes the operations down in the order of their evaluation."""
+    """Recursive-descent parser that emits the operations in evaluation order."""
 
     def __init__(self, text: str):
         self.text = text
@@ -178,7 +178,7 @@ class _Parser:
         while at < len(text):
             match = TOKEN.match(text, at)
             if match is None:
-                self.fail(at, f"{text[at]!a} has no meaning here; {REMEDIES.get(text[at], NO_REMEDY)}")
+                self.fail(at, f"unexpected {text[at]!a}; {REMEDIES.get(text[at], NO_REMEDY)}")
             if match.lastgroup != "space":
                 self.tokens.append(Token(str(match.lastgroup), match.group(), at))
             at = match.end()
@@ -188,9 +188,9 @@ class _Parser:
         self.sum()
         token = self.tokens[self.next]
         if token.text == ")":
-            self.fail(token.at, "this parenthesis closes none")
+            self.fail(token.at, "unmatched )")
         if token.kind != "end":
-            self.fail(token.at, "expected an operator; a product is written with *, as in 2*x")
+            self.fail(token.at, "must be an operator; write a product with *, as in 2*x")
         return tuple(self.program)
 
     def sum(self) -> None:
@@ -208,7 +208,7 @@ class _Parser:
     def signed(self) -> None:
         self.nesting += 1
         if self.nesting > MAX_NESTING:
-            self.fail(self.tokens[self.next].at, f"nested more than {MAX_NESTING} deep")
+            self.fail(self.tokens[self.next].at, f"nesting must be at most {MAX_NESTING} deep")
         if sign := self.accept("+", "-"):
             self.signed()
             if sign.text == "-":
@@ -227,7 +227,7 @@ class _Parser:
                 self.apply(OPERATORS["^"])
                 return
             if not abs(exponent) <= MAX_EXPONENT:
-                self.fail(at, f"the exponent is {exponent:.6g}; constant exponents lie within +-{MAX_EXPONENT:g}")
+                self.fail(at, f"a constant exponent must lie within +-{MAX_EXPONENT:g}, got {exponent:.6g}")
             self.program.pop()
             self.apply(_power_of(exponent))
 
@@ -237,19 +237,19 @@ class _Parser:
         if token.kind == "number":
             number = float(token.text)
             if not math.isfinite(number):
-                self.fail(token.at, "this number is beyond those of 64-bit floats")
+                self.fail(token.at, "a number must fit into a 64-bit float")
             self.program.append(number)
         elif token.kind == "name":
             self.named(token)
         elif token.text == "(":
             self.group(token)
         else:
-            self.fail(token.at, "expected a number, x, y, a function or a parenthesis")
+            self.fail(token.at, "must be a number, x, y, a function or a parenthesis")
 
     def named(self, token: Token) -> None:
         called = self.accept("(")
         try:
-            name = one_of(token.text, [*VARIABLES, *CONSTANTS, *FUNCTIONS], "the name")
+            name = one_of(token.text, [*VARIABLES, *CONSTANTS, *FUNCTIONS], "name")
         except ValueError as error:
             self.fail(token.at, str(error))
         if name in FUNCTIONS:
@@ -258,7 +258,7 @@ class _Parser:
             self.group(called)
             self.apply(FUNCTIONS[name])
         elif called is not None:
-            self.fail(token.at, f"{name} is no function; a product is written with *, as in {name}*(x + y)")
+            self.fail(token.at, f"{name} is not a function; write a product with *, as in {name}*(x + y)")
         else:
             self.program.append(CONSTANTS.get(name, name))
 
@@ -266,7 +266,7 @@ class _Parser:
         self.sum()
         if self.accept(")") is None:
             at = self.tokens[self.next].at
-            self.fail(at, f"expected an operator, or the ) for the ( at character {opened.at + 1}")
+            self.fail(at, f"must be an operator, or the ) that closes the ( at character {opened.at + 1}")
 
     def accept(self, *signs: str) -> Token | None:
         token = self.tokens[self.next]
@@ -276,7 +276,7 @@ class _Parser:
         return token
 
     def apply(self, operation: Operation) -> None:
-        """Write `operation` down; where its arguments are constants, their result."""
+        """Emit `operation`, or its result if its arguments are constants."""
         arguments = self.program[-operation.arity :]
         numbers = [np.float64(item) for item in arguments if isinstance(item, float)]
         if len(numbers) < operation.arity:

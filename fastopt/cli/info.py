@@ -1,4 +1,4 @@
-"""`fastopt info`: what fastopt runs on here. Written to be pasted into a bug report."""
+"""`fastopt info`: the environment of fastopt, in a form to paste into a bug report."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ EXAMPLES = "\n\n".join(["[bold]Examples[/bold]", "fastopt info", "fastopt info -
 
 PACKAGES = ("numba", "llvmlite", "numpy", "optree", "safetensors", "numba-cuda")
 VARIABLES = ("FASTOPT_", "NUMBA_", "OMP_", "OPENBLAS_", "MKL_", "CUDA_")
-"""Beginnings of the environment variables that change what fastopt, NumPy or CUDA do."""
+"""Prefixes of the environment variables that influence fastopt, NumPy or CUDA."""
 
 FEATURES = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "neon", "sve")
 
 
 def info(
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the same as JSON; - is standard output.")
+        Path | None, typer.Option(metavar="FILE", help="Write the report as JSON; - is standard output.")
     ] = None,
 ) -> None:
-    """Say what fastopt finds on this machine: versions, CPU, threads, cache of compiled kernels, CUDA.
+    """Show what fastopt finds on this machine: versions, CPU, threads, cache of compiled kernels, CUDA.
 
-    Nothing is changed, and nothing that is missing is an error: where CUDA cannot work, the reason is printed.
+    The command changes nothing, and a missing part is not an error: if CUDA cannot work, the reason is printed.
     """
     with blame("--json"):
         if json is not None:
@@ -63,7 +63,7 @@ def _table(found: dict[str, dict[str, Any]]) -> Table:
 
 
 def gather() -> dict[str, dict[str, Any]]:
-    """Everything that `fastopt info` prints, by topic."""
+    """Return everything that `fastopt info` prints, by topic."""
     return {
         "versions": _versions(),
         "cpu": _cpu(),
@@ -96,7 +96,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _threads() -> dict[str, Any]:
-    """How many threads a step may use, what decided that, and which threads they are. None is started on Linux."""
+    """Return the number of threads a step may use, what decided it, and their kind; on Linux this starts no thread."""
     found: dict[str, Any] = {"count": None, "decided_by": None, "kind": None, "reason": None}
     try:
         found |= {"count": get_num_threads(), "decided_by": source()}
@@ -109,11 +109,11 @@ def _threads() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    """The setting and what became of it. The directory is not made here: that is for the first kernel."""
+    """Return the cache setting and its effect, without making the directory: the first kernel makes it."""
     setting = os.environ.get(CACHE_VARIABLE) or None
     found: dict[str, Any] = {CACHE_VARIABLE: setting, "usable": None, "kernels": None, "reason": None}
     if setting is None:
-        found["reason"] = "FASTOPT_CACHE_DIR is not set: kernels are compiled anew in every process"
+        found["reason"] = "FASTOPT_CACHE_DIR is not set: every process compiles its kernels again"
     elif not Path(setting).expanduser().exists():
         found["reason"] = "the directory will be made when the first kernel is compiled"
     else:
@@ -132,7 +132,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _spelled(key: str) -> str:
-    """A key as a person writes it; the names of environment variables stay what they are."""
+    """Return a key with spaces for underscores; keep the names of environment variables."""
     return key if key.isupper() else key.replace("_", " ")
 
 

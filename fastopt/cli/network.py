@@ -1,16 +1,16 @@
-"""A small multilayer network in NumPy, or CuPy: the example of embedding fastopt in a trainer of one's own.
+"""A small multilayer network in NumPy or CuPy: an example of a custom trainer that embeds fastopt.
 
-The network belongs to the trainer, its numbers to the optimizer, which hands them out as views of one flat buffer.
-`backward` reads ``opt.params`` and writes into ``opt.grads``; nothing is copied, and a step is one launch. With batch
-normalisation, gamma and beta live in that buffer as well (`new_norms`):
+The trainer owns the network; the optimizer owns the parameters and provides views of one flat buffer. `backward` reads
+``opt.params`` and writes into ``opt.grads``: nothing is copied, and a step is one launch. With batch normalisation,
+gamma and beta are in the same buffer (`new_norms`):
 
     opt = fastopt.Adam(new_layers([64, 32, 10], fastopt.init.he_normal_, rng))
     for x, labels in fastopt.minibatches(X, y, batch_size=32, rng=rng):
         loss = backward(opt.params, x, labels, out=opt.grads)
         opt.step()
 
-With ``backend="cuda"`` the parameters are CuPy arrays. Whatever is given to the network is then to be such an array,
-too (``module_of(opt.flat.data).asarray(X)``), and no number leaves the device unless it is asked for: ``float(loss)``.
+With ``backend="cuda"`` the parameters are CuPy arrays. The inputs of the network must then also be CuPy arrays
+(``module_of(opt.flat.data).asarray(X)``), and values stay on the device until they are read: ``float(loss)``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from fastopt import BatchNorm, init
 Array = NDArray[Any]
 
 ACTIVATIONS = ("relu", "tanh")
-"""What follows every layer but the last: ``max(z, 0)`` or ``tanh(z)``."""
+"""The function after every layer but the last: ``max(z, 0)`` or ``tanh(z)``."""
 
 
 class Layer(NamedTuple):
     """``x W + b``: W is (inputs, outputs), b is (outputs,). The gradient of a layer has the same form.
 
-    `bn` holds gamma and beta of the batch normalisation after the layer, where there is one.
+    `bn` holds gamma and beta of the batch normalisation after the layer, or None.
     """
 
     W: Array
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 def new_layers(
     sizes: Sequence[int], fill: Callable[..., Array], rng: np.random.Generator, dtype: DTypeLike = np.float32
 ) -> list[Layer]:
-    """A layer between each two neighbours of `sizes`: W filled by `fill`, as those of `fastopt.init` do; b zero."""
+    """Return a layer for each two neighbours in `sizes`: W filled by `fill` (see `fastopt.init`), b zero."""
     layers = []
     for inputs, outputs in pairwise(sizes):
         W = fill(np.empty((inputs, outputs), dtype), rng=rng)
@@ -55,7 +55,7 @@ def new_layers(
 
 
 def module_of(array: Array) -> ModuleType:
-    """NumPy, or CuPy: the module whose functions are for this array, which has the same functions in both.
+    """Return the module of the array, NumPy or CuPy: both have the same functions.
 
     >>> import numpy as np
     >>> module_of(np.zeros(3)).__name__
@@ -67,11 +67,11 @@ def module_of(array: Array) -> ModuleType:
 def new_norms(
     layers: Sequence[Layer], backend: str = "cpu", activation: str = "relu"
 ) -> tuple[list[Layer], list[BatchNorm]]:
-    """Batch normalisation after every layer but the last: the layers with its parameters, and the norms.
+    """Add batch normalisation after every layer but the last; return the layers with its parameters, and the norms.
 
-    ReLU is part of the norm's own pass; tanh comes after it.
+    The pass of the norm includes ReLU; tanh is a separate pass after it.
 
-    The optimizer packs the layers; `attach` each norm to its views then:
+    Let the optimizer pack the layers, then `attach` each norm to its views:
 
         layers, norms = new_norms(layers)
         opt = fastopt.Adam(layers)
@@ -93,9 +93,9 @@ def forward(
     training: bool = False,
     activation: str = "relu",
 ) -> list[Array]:
-    """What enters each layer, and the logits that leave the last: ``a = relu(a W + b)``, the last without relu.
+    """Return the input of each layer and the logits: ``a = relu(a W + b)``, the last layer without relu.
 
-    `activation` is one of `ACTIVATIONS`, as it is for `new_norms`.
+    `activation` is one of `ACTIVATIONS`, the same as for `new_norms`.
     """
     xp = module_of(x)
     activations = [x]
@@ -113,7 +113,7 @@ def forward(
 
 
 def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Any, Array]:
-    """The mean of ``log(sum(exp(z))) - z[label]`` over the rows, and its gradient ``(softmax(z) - onehot) / rows``."""
+    """Return the mean of ``log(sum(exp(z))) - z[label]`` over the rows and its gradient ``(softmax - onehot)/rows``."""
     xp = module_of(logits)
     picks = xp.arange(len(labels)), labels
     shifted = logits - logits.max(axis=1, keepdims=True)  # the same softmax, whose largest term is exp(0)
@@ -134,7 +134,7 @@ def backward(
     norms: Sequence[BatchNorm] = (),
     activation: str = "relu",
 ) -> Any:
-    """The mean loss of a batch, a number; its gradient by every parameter is written into `out`, in place."""
+    """Return the mean loss of a batch; write its gradient by every parameter into `out`, in place."""
     xp = module_of(x)
     *inputs, logits = forward(layers, x, norms, training=True, activation=activation)
     loss, delta = softmax_cross_entropy(logits, labels)
@@ -155,7 +155,7 @@ def backward(
 def evaluate(
     layers: Sequence[Layer], x: Array, labels: Array, norms: Sequence[BatchNorm] = (), activation: str = "relu"
 ) -> tuple[float, float]:
-    """The mean loss, and the fraction of rows whose largest logit is that of their label; waits for the device."""
+    """Return the mean loss and the fraction of rows whose largest logit is their label's; wait for the device."""
     logits = forward(layers, x, norms, activation=activation)[-1]
     loss, _ = softmax_cross_entropy(logits, labels)
     return float(loss), float((logits.argmax(axis=1) == labels).mean())

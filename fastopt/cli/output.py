@@ -1,4 +1,4 @@
-"""What all commands do with their results: consoles, JSON, paths that are checked before the work begins, errors."""
+"""Output shared by all commands: consoles, JSON, checks of paths before the work begins, errors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ STDOUT = Path("-")
 
 
 def console(*, for_json: Path | None = None) -> Console:
-    """Where tables go: standard output, or standard error where the JSON is to have standard output for itself."""
+    """Return the console for tables: standard output, or standard error if the JSON goes to standard output."""
     return Console(stderr=for_json == STDOUT, highlight=False, markup=False)
 
 
 def progress(unit: str) -> Progress:
-    """Bars on standard error, one a task, where that is a terminal; nothing where it is a file or a pipe.
+    """Return progress bars, one per task, on standard error; they show nothing unless standard error is a terminal.
 
-    `unit` is what is counted; as a format of rich it may show fields of the task.
+    `unit` names what is counted; as a format string of rich it may show fields of the task.
     """
     return Progress(
         TextColumn("{task.description}"),
@@ -41,7 +41,7 @@ def progress(unit: str) -> Progress:
 
 @contextmanager
 def blame(option: str) -> Iterator[None]:
-    """Report an error inside the block as one of `option`: its message, no traceback, exit code 2."""
+    """Report an error inside the block as an error of `option`: its message, no traceback, exit code 2."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -49,24 +49,24 @@ def blame(option: str) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError where `path` is neither ``-`` nor can become a file: better now than after the training."""
+    """Raise OSError unless `path` is ``-`` or can be written: check it before the training, not after."""
     folder = path.parent
     if path == STDOUT:
         return
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; give the name of a file in it")
+        raise IsADirectoryError(f"{path}: must be a file, got a directory; give the name of a file in it")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{path}: there is no directory {folder}; make it first: mkdir -p {folder}")
+        raise FileNotFoundError(f"{path}: must be in an existing directory, got {folder}; run: mkdir -p {folder}")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise PermissionError(f"{path} may not be written; choose another place")
+        raise PermissionError(f"{path}: must be writable; choose another file")
 
 
 def check_files(plot: Path | None, json: Path | None) -> None:
-    """Hold the files of ``--plot`` and ``--json`` against what can be written, and drawn."""
+    """Check that the files of ``--plot`` and ``--json`` can be written, and that the plot format can be drawn."""
     with blame("--plot"):
         if plot is not None:
             check_writable(plot)
-            from fastopt.cli.plots.style import check_format  # matplotlib: 0.5 s, only for those who plot
+            from fastopt.cli.plots.style import check_format  # importing matplotlib takes 0.5 s: only for a plot
 
             check_format(plot)
     with blame("--json"):
@@ -75,7 +75,7 @@ def check_files(plot: Path | None, json: Path | None) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` to `path`, or to standard output where that is ``-``. Numbers that are not finite become null."""
+    """Write `content` to `path`, or to standard output for ``-``; numbers that are not finite become null."""
     text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
     if path == STDOUT:
         sys.stdout.write(text)
@@ -91,3 +91,15 @@ def _finite(content: Any) -> Any:
     if isinstance(content, float) and not math.isfinite(content):
         return None
     return content
+
+
+def spelled(count: int) -> str:
+    """Return a number of parameters in the notation of ``--sizes``: 1000 as 1k, 2500000 as 2.5M.
+
+    >>> spelled(1000), spelled(2_500_000), spelled(1234)
+    ('1k', '2.5M', '1234')
+    """
+    for unit, sign in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= unit and count * 10 % unit == 0:
+            return f"{count / unit:g}{sign}"
+    return str(count)

@@ -1,4 +1,4 @@
-"""What `fastopt train` tells of its runs: a title, a table with the columns that are asked for, notes, and JSON."""
+"""The report of `fastopt train`: a title, a table with the columns of the comparison, notes, and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastopt.cli.trainer import Outcome
 
 
 class Activations(NamedTuple):
-    """What leaves a hidden layer before the training, for every training row, and how it is distributed."""
+    """The outputs of a hidden layer before training, for every training row, and their statistics."""
 
     values: NDArray[Any]
     """(rows, units)."""
@@ -25,11 +25,11 @@ class Activations(NamedTuple):
     dead: float
     """Fraction of the units that are 0 on every row."""
     saturated: float | None
-    """Fraction of the values of tanh that are so near to -1 or 1 that the gradient is all but gone; None for ReLU."""
+    """Fraction of the values of tanh so close to -1 or 1 that the gradient almost vanishes; None for ReLU."""
 
 
 class Result(NamedTuple):
-    """A run, what came of it, and what leaves its hidden layers, where that was looked at."""
+    """A run, its outcome, and the activations of its hidden layers if the comparison reports them."""
 
     run: Run
     outcome: Outcome
@@ -37,7 +37,7 @@ class Result(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of the table: its heading, what stands in the line of a result, and what is told of it below."""
+    """A column of the table: its heading, the cell of a result, and the note below the table."""
 
     heading: str
     cell: Callable[[Result], str]
@@ -66,16 +66,16 @@ RESULTS = (LR, LOSS, TRAIN, TEST, SECONDS, MICROSECONDS)
 
 
 def named(heading: str) -> Column:
-    """The first column: the label of each run under this heading."""
+    """Return the first column: the label of each run under this heading."""
     return Column(heading, lambda result: result.run.plan.label, left=True)
 
 
 SHARED = ("batch_size", "schedule", "init", "activation")
-"""What a plan holds, and is told of once where it is the same in all."""
+"""Fields of a plan that the report states once if all plans agree."""
 
 
 def settings_of(setting: Setting, plans: Sequence[Plan]) -> dict[str, Any]:
-    """The settings that all runs share."""
+    """Return the settings that all runs share."""
     shared = {name: getattr(plans[0], name) for name in SHARED if len({getattr(plan, name) for plan in plans}) == 1}
     optimizers = {plan.choice.label for plan in plans}
     steps = {setting.epochs * setting.steps_per_epoch(plan) for plan in plans}
@@ -94,7 +94,7 @@ def settings_of(setting: Setting, plans: Sequence[Plan]) -> dict[str, Any]:
 
 
 def title_of(settings: dict[str, Any]) -> str:
-    """The settings in a line."""
+    """Return the settings in one line."""
     spelled = {
         "optimizer": "optimizer {}",
         "batch_size": "batch size {}",
@@ -104,17 +104,17 @@ def title_of(settings: dict[str, Any]) -> str:
         "seed": "seed {}",
     }
     layers = "-".join(map(str, settings["layers"]))
-    told = [text.format(settings[name]) for name, text in spelled.items() if name in settings]
+    parts = [text.format(settings[name]) for name, text in spelled.items() if name in settings]
     place = ["on cuda"] if settings["backend"] == "cuda" else []
-    return ", ".join([settings["data"], f"layers {layers}", *told, *place])
+    return ", ".join([settings["data"], f"layers {layers}", *parts, *place])
 
 
 def print_results(
     out: Console, settings: dict[str, Any], results: Sequence[Result], columns: Sequence[Column], rules: bool = False
 ) -> None:
-    """The table, and what its columns mean; narrow enough for a terminal of 80 columns.
+    """Print the table and the meaning of its columns, within 80 columns.
 
-    rules: a line between the results, where each has several lines of its own.
+    rules: whether to draw a line between the results, for results of several lines.
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_lines=rules)
     for column in columns:
@@ -129,7 +129,7 @@ def print_results(
     for run, outcome, _ in results:
         if outcome.diverged_in_epoch is not None:
             out.print(
-                f"{run.plan.label} diverged: its loss after epoch {outcome.diverged_in_epoch} is not a finite number; "
+                f"{run.plan.label} diverged: its loss after epoch {outcome.diverged_in_epoch} is not finite; "
                 f"try a learning rate below {run.lr:.4g}."
             )
     eigenvalues = dict.fromkeys(run.eigenvalue for run, _, _ in results if run.eigenvalue is not None)
@@ -144,7 +144,7 @@ def print_results(
     steps = f" ({settings['steps']} steps)" if "steps" in settings else ""
     notes = [f"loss: mean over the {settings['training_rows']} training rows after {settings['epochs']} epochs{steps}."]
     if TRAIN in columns:
-        notes.append(f"accuracy: on these rows, and on {settings['test_rows']} test rows.")
+        notes.append(f"accuracy: on the training rows and on {settings['test_rows']} test rows.")
     else:
         notes.append(f"accuracy: on {settings['test_rows']} test rows.")
     notes += [column.note for column in columns if column.note]
@@ -153,12 +153,12 @@ def print_results(
         notes.append(f"us per step: microseconds in the optimizer{of_device}.")
     if SECONDS in columns:
         compiling = sum(run.compile_seconds for run, _, _ in results)
-        notes.append(f"Compiling took {compiling:.2f} s and is not in these times.")
+        notes.append(f"Compiling took {compiling:.2f} s and is not included.")
     out.print(" ".join(notes))
 
 
 def report(settings: dict[str, Any], results: Sequence[Result], compare: str | None = None) -> dict[str, Any]:
-    """What ``--json`` writes. Only the keys with ``seconds`` in their name differ from run to run."""
+    """Return the content of ``--json``; only keys with ``seconds`` in their name differ between runs of one command."""
     return {
         "fastopt": fastopt.__version__,
         "command": "train",

@@ -1,4 +1,4 @@
-"""`Keeper`: what ``--checkpoint`` keeps of a run after every epoch, and how ``--resume`` goes on from it."""
+"""`Keeper`: saves a run after every epoch for ``--checkpoint``, and restores it for ``--resume``."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ OPTIONS = {
     "backend": "--backend",
     "batch_norm": "--batch-norm",
 }
-"""The settings that must be those of the run in the file, and the options that set them."""
+"""The settings that must equal those of the run in the file, and the options that set them."""
 
 
 class Keeper:
     """The checkpoint of one run: its optimizer, its norms' running statistics, its losses and its settings.
 
-    settings: those of `OPTIONS`, and ``epochs``.
+    settings: the settings in `OPTIONS`, and ``epochs``.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], opt: Optimizer, norms: Sequence[BatchNorm]):
         self.path = path
-        self._settings = json.loads(json.dumps(settings))  # in the form in which they come back
+        self._settings = json.loads(json.dumps(settings))  # the form in which a file returns them
         self._opt = opt
         self._norms = norms
 
     def keep(self, outcome: Outcome) -> None:
-        """Write the file, over that of the epoch before."""
+        """Write the file; it replaces that of the previous epoch."""
         progress = {
             "losses": [loss if math.isfinite(loss) else None for loss in outcome.losses],
             "steps": outcome.steps,
@@ -55,25 +55,28 @@ class Keeper:
         self._opt.save(self.path, extra={"fastopt train": {"settings": self._settings, "progress": progress}})
 
     def resume(self) -> Outcome:
-        """Put the optimizer and its norms where the file left them; what came of the run so far.
+        """Restore the optimizer and its norms from the file; return the outcome of the run so far.
 
-        Raises ValueError or OSError that names the file and what is wrong: other settings, above all.
+        Raise ValueError or OSError that names the file and the problem, such as different settings.
         """
-        from fastopt.checkpoint import describe  # and safetensors, only for those who resume
+        from fastopt.checkpoint import describe  # imports safetensors: only for --resume
 
         kept = describe(self.path)["extra"].get("fastopt train")
         if not isinstance(kept, dict) or not isinstance(kept.get("settings"), dict):
-            raise ValueError(f"{self.path}: a checkpoint, but none of fastopt train; choose another --checkpoint FILE")
-        self._refuse_other_settings({"backend": "cpu", **kept["settings"]})  # it was, before there was a choice
+            raise ValueError(
+                f"{self.path}: must be a checkpoint of fastopt train, got another checkpoint; choose another "
+                "--checkpoint FILE"
+            )
+        self._refuse_other_settings({"backend": "cpu", **kept["settings"]})  # older files hold no backend
         try:
             outcome = _outcome_of(kept["progress"])
             statistics = [_parsed(norm, one) for norm, one in zip(self._norms, kept["progress"]["norms"], strict=True)]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: what fastopt train keeps in it is damaged: {error!r}") from None
+            raise ValueError(f"{self.path}: the data of fastopt train in the file is damaged: {error!r}") from None
         if outcome.epochs > self._settings["epochs"]:
             raise ValueError(
-                f"{self.path} is {outcome.epochs} epochs in, more than --epochs {self._settings['epochs']}; ask for "
-                f"as many, or choose another --checkpoint FILE"
+                f"{self.path}: must hold at most --epochs {self._settings['epochs']} epochs, got {outcome.epochs}; "
+                f"raise --epochs, or choose another --checkpoint FILE"
             )
         self._opt.load(self.path)
         for norm, (mean, var, count) in zip(self._norms, statistics, strict=True):
@@ -88,14 +91,14 @@ class Keeper:
         for name, option in OPTIONS.items():
             if there.get(name) != here[name]:
                 raise ValueError(
-                    f"{self.path} is of a run with {option} {_shown(name, there.get(name))}, and this one has "
-                    f"{_shown(name, here[name])}; give the same, or choose another --checkpoint FILE"
+                    f"{option}: must be {_shown(name, there.get(name))} as in {self.path}, got "
+                    f"{_shown(name, here[name])}; use the same value, or choose another --checkpoint FILE"
                 )
         if here["schedule"] != "constant" and there.get("epochs") != here["epochs"]:
             raise ValueError(
-                f"{self.path} is of a run with --epochs {there.get('epochs')}, over which its schedule "
-                f"{here['schedule']} is laid out, and this one has {here['epochs']}; give the same (only a constant "
-                f"schedule can be extended), or choose another --checkpoint FILE"
+                f"--epochs: must be {there.get('epochs')} as in {self.path}, because schedule {here['schedule']} spans "
+                f"that many, got {here['epochs']}; use the same value (only a constant schedule can be extended), or "
+                f"choose another --checkpoint FILE"
             )
 
 
@@ -120,7 +123,7 @@ def _outcome_of(progress: dict[str, Any]) -> Outcome:
 
 
 def _statistics(norm: BatchNorm) -> list[Any]:
-    """Running statistics to the bit: of a run that diverges they need not be numbers, which JSON could not hold."""
+    """Return the exact bits of the running statistics: a diverging run may hold NaN, which JSON cannot store."""
     state = norm.state_dict()
     return [*(state[name].tobytes().hex() for name in ("running_mean", "running_var")), norm.num_batches_tracked]
 
@@ -129,5 +132,5 @@ def _parsed(norm: BatchNorm, kept: list[Any]) -> tuple[np.ndarray, np.ndarray, i
     *texts, count = kept
     mean, var = (np.frombuffer(bytes.fromhex(text), norm.dtype) for text in texts)
     if mean.shape != (norm.num_features,) or var.shape != mean.shape:
-        raise ValueError(f"running statistics of {mean.size} and {var.size} channels for {norm.num_features}")
+        raise ValueError(f"running statistics: must have {norm.num_features} channels, got {mean.size} and {var.size}")
     return mean, var, int(count)

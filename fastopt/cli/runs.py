@@ -1,4 +1,4 @@
-"""The runs of one command: from a `Plan` to a `Run`, an optimizer with a fresh network in it, and its training."""
+"""The runs of one command: from a `Plan` to a `Run`, an optimizer with a new network, and its training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastopt.cli.trainer import Outcome, train_network
 
 
 class Plan(NamedTuple):
-    """One run as it was asked for: what may differ between the runs of one command."""
+    """One requested run: the settings that may differ between the runs of one command."""
 
     label: str
     choice: Choice
@@ -35,12 +35,12 @@ class Plan(NamedTuple):
     activation: str
     batch_norm: bool = False
     lr_factor: float = 1.0
-    """What the learning rate of `choice` is multiplied by."""
+    """Factor on the learning rate of `choice`."""
 
 
 @dataclass
 class Setting:
-    """What all runs of one command share: data, sizes of the network, epochs, where they compute, and the seed."""
+    """Settings shared by all runs of one command: data, sizes of the network, epochs, backend and seed."""
 
     dataset: str
     hidden: Sequence[int]
@@ -53,7 +53,7 @@ class Setting:
         self._eigenvalues: dict[Any, float] = {}
 
     def rng(self, purpose: Literal["split", "weights", "batches", "curvature"]) -> np.random.Generator:
-        """A generator of its own for each purpose, the same at every call: every run begins alike."""
+        """Return the generator of a purpose, the same at every call: every run starts alike."""
         purposes = ("split", "weights", "batches", "curvature")
         seeds = np.random.SeedSequence(self.seed).spawn(len(purposes))
         return np.random.default_rng(seeds[purposes.index(purpose)])
@@ -64,31 +64,30 @@ class Setting:
         return [self.rows.x_train.shape[1], *self.hidden, self.rows.classes]
 
     def batch_rows(self, plan: Plan) -> int:
-        """How many rows are in a mini-batch; the last of an epoch may have fewer."""
+        """Return the number of rows in a mini-batch; the last one of an epoch may have fewer."""
         n = len(self.rows.x_train)
         return n if plan.batch_size == "full" else min(plan.batch_size, n)
 
     def steps_per_epoch(self, plan: Plan) -> int:
-        """How many mini-batches an epoch has."""
+        """Return the number of mini-batches per epoch."""
         return -(-len(self.rows.x_train) // self.batch_rows(plan))
 
     def network(
         self, plan: Plan, backend: str = "cpu", dtype: DTypeLike = np.float32
     ) -> tuple[list[Layer], list[fastopt.BatchNorm]]:
-        """The network as it begins, in NumPy arrays, and its norms, where it is to have them, for this backend."""
+        """Return the initial network in NumPy arrays, and its norms for this backend, if the plan has norms."""
         layers = new_layers(self.layers, INITS[plan.init], self.rng("weights"))
-        layers = [Layer(layer.W.astype(dtype), layer.b.astype(dtype)) for layer in layers]  # the same weights in any
+        layers = [Layer(layer.W.astype(dtype), layer.b.astype(dtype)) for layer in layers]  # equal weights in any dtype
         return new_norms(layers, backend, plan.activation) if plan.batch_norm else (layers, [])
 
     def eigenvalue(self, plan: Plan) -> float:
-        """The largest of the Hessian of the loss over all training rows, at the first weights.
+        """Return the largest eigenvalue of the Hessian of the loss over all training rows, at the initial weights.
 
-        Raises ValueError where 1 over it is no length of a step.
+        Raise ValueError if the eigenvalue is not positive: then its reciprocal is not a step length.
         """
         key = plan.init, plan.activation, plan.batch_norm
         if key not in self._eigenvalues:
-            # In float64, where the way gone for a difference is so short that hardly a row passes the kink of a ReLU:
-            # in float32 lambda comes out up to twice as large, and in one small network of eight it was negative.
+            # Use float64: its difference steps are so short that hardly any row crosses the kink of a ReLU.
             layers, norms = self.network(plan, dtype=np.float64)
             flat = fastopt.pack(layers)
             attach(norms, flat)
@@ -98,26 +97,26 @@ class Setting:
                 backward(layers, x, labels, out=flat.grads, norms=norms, activation=plan.activation)
                 return flat.grads
 
-            with threadpool_limits(limits=1, user_api="blas"):  # as in the training: one result on any machine
+            with threadpool_limits(limits=1, user_api="blas"):  # as in training: the same result on any machine
                 self._eigenvalues[key] = fastopt.curvature.dominant_eigenvalue(grad, flat, rng=self.rng("curvature"))
         found = self._eigenvalues[key]
         if found <= 0.0:
             raise ValueError(
-                f"the largest eigenvalue of the Hessian at the first weights is {found:.4g}, and 1/lambda no learning "
-                f"rate there; give a number, or begin with other weights"
+                f"largest eigenvalue of the Hessian at the initial weights: must be above 0 for a rate of 1/lambda, "
+                f"got {found:.4g}; give a number, or start from other weights"
             )
         return found
 
 
 class Run(NamedTuple):
-    """An optimizer with a fresh network in it, and how long it took to compile its kernels."""
+    """An optimizer with a new network, and the time to compile its kernels."""
 
     plan: Plan
     lr: float
     eigenvalue: float | None
-    """What `lr` was taken from, where it is ``auto``."""
+    """The eigenvalue behind `lr`, if the learning rate is ``auto``."""
     schedule: Any
-    """The learning rate of each step: a function of its number, or one number."""
+    """The learning rate: a function of the step, or a number."""
     steps_per_epoch: int
     optimizer: fastopt.Optimizer
     norms: list[fastopt.BatchNorm]
@@ -126,13 +125,13 @@ class Run(NamedTuple):
 
 
 def attach(norms: Sequence[fastopt.BatchNorm], flat: fastopt.FlatParams) -> None:
-    """Let the norms read gamma and beta in the flat buffer, and write their gradients there."""
+    """Attach the norms to the flat buffer: they read gamma and beta there and write their gradients there."""
     for norm, params, grads in zip(norms, flat.params, flat.grads, strict=False):
         norm.attach(params.bn, grads.bn)
 
 
 def make_run(plan: Plan, setting: Setting, checkpoint: Path | None = None) -> Run:
-    """The run of `plan`, ready to be trained. Raises what the optimizer raises where one of its values is no good."""
+    """Return the run of `plan`, ready for training; the optimizer raises ValueError for a value out of range."""
     choice = plan.choice
     eigenvalue = None
     if choice.auto:
@@ -148,9 +147,9 @@ def make_run(plan: Plan, setting: Setting, checkpoint: Path | None = None) -> Ru
     started = perf_counter()
     opt = choice.kind(layers, lr=schedule, backend=setting.backend, **choice.options)
     if choice.looks_ahead and isinstance(opt, fastopt.Nesterov):
-        with opt.lookahead():  # this has a kernel of its own: compile it here, not in the training loop
+        with opt.lookahead():  # lookahead has its own kernel: compile it here, not in the training loop
             pass
-    if setting.backend == "cuda":  # where kernels are compiled when they are first launched
+    if setting.backend == "cuda":  # the first launch compiles the kernels
         copy.deepcopy(opt).step()
     attach(norms, opt.flat)
     seconds = perf_counter() - started
@@ -173,12 +172,12 @@ def make_run(plan: Plan, setting: Setting, checkpoint: Path | None = None) -> Ru
 
 
 def beside(checkpoint: Path) -> Path:
-    """Where the run with batch normalisation is kept."""
+    """Return the checkpoint file of the run with batch normalisation."""
     return checkpoint.with_name(f"{checkpoint.stem}.batch-norm{checkpoint.suffix}")
 
 
 def train_all(runs: Sequence[Run], setting: Setting, begun: Sequence[Outcome | None]) -> list[Outcome]:
-    """What came of every run, with a bar for each. `begun` is what came of the epochs before, where there were some."""
+    """Train every run, with a progress bar for each, and return the outcomes; `begun` holds those to continue from."""
     outcomes = []
     with progress("epochs {task.fields[loss]}") as bar:
         for run, before in zip(runs, begun, strict=True):

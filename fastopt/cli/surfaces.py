@@ -1,4 +1,4 @@
-"""Functions of x and y to descend on: the named ones, those that a user writes, and where their minima are."""
+"""Functions of x and y to descend on, named or written by the user, and their minima."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Point(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The part of the plane that is looked at."""
+    """The visible part of the plane."""
 
     left: float
     right: float
@@ -32,12 +32,12 @@ class Window(NamedTuple):
 
     @property
     def width(self) -> float:
-        """From left to right."""
+        """Distance from left to right."""
         return self.right - self.left
 
     @property
     def height(self) -> float:
-        """From bottom to top."""
+        """Distance from bottom to top."""
         return self.top - self.bottom
 
     @property
@@ -50,7 +50,7 @@ class Window(NamedTuple):
         return self.left <= x <= self.right and self.bottom <= y <= self.top
 
     def mesh(self, points: int) -> tuple[Array, Array]:
-        """x and y of `points` times `points` points."""
+        """Return x and y of `points` times `points` points."""
         xs = np.linspace(self.left, self.right, points)
         ys = np.linspace(self.bottom, self.top, points)
         x, y = np.meshgrid(xs, ys)
@@ -59,29 +59,29 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Surface:
-    """A function, where the paths begin and how long they are, what is shown, and the minima that are its lowest."""
+    """A function, the start and length of the paths, the window, and the lowest minima."""
 
     name: str
     f: Expression
     start: Point
     window: Window
     minima: tuple[Point, ...]
-    """Those in the window that share the lowest value; empty where there is none inside it."""
+    """The minima in the window that share the lowest value; empty if there is none inside."""
     steps: int = 200
     learning_rates: Mapping[str, float] = field(default_factory=dict)
-    """By the label of an optimizer: what shows its character here. The others' are found by trying."""
+    """By the label of an optimizer, a rate that shows its typical path; other optimizers use `suggest_lr`."""
 
     @cached_property
     def lowest(self) -> float:
-        """What a minimum may not exceed to be one of the lowest: infinity where none of them is known."""
+        """The largest value of a minimum that counts as one of the lowest; infinity if none of them is known."""
         if not self.minima:
             return math.inf
         return max(float(self.f(*point)) for point in self.minima) + EQUAL * _variation(self.f(*self.window.mesh(MESH)))
 
     def minima_near(self, point: Point) -> tuple[Point, ...]:
-        """`minima`, and the one that lies downhill from `point`, where it is as low: on the level floor of a valley, or
-        outside of the window."""
-        if self.name:  # all are known
+        """Return `minima`, plus the minimum downhill from `point` if it is as low: on the flat floor of a valley, or
+        outside the window."""
+        if self.name:  # all minima are known
             return self.minima
         (own,) = nearest_minima(self.f, np.array([point]), self.window)
         return self.minima if own is None or float(self.f(*own)) > self.lowest else (*self.minima, own)
@@ -117,9 +117,9 @@ SURFACES = {
         _named(
             "himmelblau",
             "(x^2 + y - 11)^2 + (x + y^2 - 7)^2",
-            Point(0.0, -1.0),  # near the top between the four minima: the paths part here
+            Point(0.0, -1.0),  # near the top between the four minima: paths diverge from here
             Window(-5.0, 5.0, -5.0, 5.0),
-            # The roots of both squares: two conics, which meet in four points.
+            # The common roots of both squares: two conics meet in four points.
             (
                 Point(3.0, 2.0),
                 Point(-2.805118086952745, 3.131312518250573),
@@ -138,44 +138,41 @@ SURFACES = {
         ),
     )
 }
-"""The saddle is x^2 - y^2 around its saddle point (0, 0), and has minima beyond: so there is something to reach."""
+"""The saddle is x^2 - y^2 around its saddle point (0, 0); y^4/4 adds minima beyond it, so that paths can reach one."""
 
 DEFAULT_WINDOW = Window(-5.0, 5.0, -5.0, 5.0)
 MARGIN = 0.1
-"""Of the window, around a start that it has to be widened for."""
+"""Margin around a start outside the window, as a fraction of the widened window."""
 
 
 def surface_of(text: str) -> Surface:
-    """The surface of that name, or of that expression, whose minima are not looked for yet."""
+    """Return the surface of that name or expression, before the search for its minima."""
     if len(text) <= MAX_CHARACTERS:
         word = text.strip()
         if word.lower() in SURFACES:
             return SURFACES[word.lower()]
         if re.fullmatch(r"[A-Za-z_]{2,}", word):
-            try:
-                one_of(word.lower(), SURFACES, "function")
-            except ValueError as error:
-                raise ValueError(f"{error}, or write an expression in x and y, such as 'x^2/10 + y^2'") from None
+            one_of(word.lower(), SURFACES, "function", "an expression in x and y such as 'x^2/10 + y^2'")
     return Surface("", parse(text), _usual_start(DEFAULT_WINDOW), DEFAULT_WINDOW, ())
 
 
 def placed(surface: Surface, start: Point | None, window: Window | None) -> Surface:
-    """`surface` with another start or window, and the minima that belong to it.
+    """Return `surface` with another start or window, and the minima of that window.
 
-    Raises ValueError where the start is not in a window that was asked for, or where the function has no value or no
-    gradient at the start.
+    Raise ValueError if the start is outside a requested window, or if the function has no finite value or gradient at
+    the start.
     """
     if window is not None:
         kept = surface.name and window.holds(*surface.start)
         surface = replace(surface, window=window, start=surface.start if kept else _usual_start(window))
     if start is not None:
         if window is not None and not window.holds(*start):
-            raise ValueError(f"({start.x:g}, {start.y:g}) is outside of --window; choose a start inside it")
+            raise ValueError(f"start: must be inside --window, got ({start.x:g}, {start.y:g})")
         surface = replace(surface, start=start, window=_widened(surface.window, start))
     if not np.isfinite(surface.f.gradient(*surface.start)).all():
         raise ValueError(
-            f"{surface.f.text} has no finite value or gradient at ({surface.start.x:g}, {surface.start.y:g}); choose a "
-            "start where it has"
+            f"start: must be a point where {surface.f.text} has a finite value and gradient, got "
+            f"({surface.start.x:g}, {surface.start.y:g})"
         )
     if surface.name:
         return surface
@@ -187,7 +184,7 @@ def _usual_start(window: Window) -> Point:
 
 
 def _widened(window: Window, start: Point) -> Window:
-    """`window`, large enough to hold `start` with a margin, where it was not inside."""
+    """Return `window`, widened to hold `start` with a margin if `start` is outside."""
     left, right, bottom, top = window
     if not left <= start.x <= right:
         left, right = min(left, start.x), max(right, start.x)
@@ -204,16 +201,16 @@ MESH = 401
 MAX_CANDIDATES = 100
 SEARCH_ROUNDS = 150
 FAR, FINE = 1e3, 1e-10
-"""In sides of the window: how far from it no minimum is looked for, and how exactly one is found."""
+"""Largest distance of a search from the window, and the precision of a minimum, both in sides of the window."""
 EQUAL = 1e-9
-"""Values that differ by less, of what the function varies by in the window, are equal: minima of one depth."""
+"""Minima whose values differ by less than this fraction of the function's variation count as equally low."""
 
 
 def find_minima(f: Expression, window: Window) -> tuple[Point, ...]:
-    """The lowest of the minima inside the window, all of one value, by its points; empty where there is none.
+    """Return the lowest minima inside the window, all of one value; empty if there is none.
 
-    A mesh finds the candidates, a search that needs no smoothness refines them. Of minima that are no separate points
-    (a valley with a level floor) some are found.
+    A mesh finds candidates, and a derivative-free search refines them. If the minima are not isolated points (a valley
+    with a flat floor), the search finds some of them.
     """
     x, y = window.mesh(MESH)
     z = f(x, y)
@@ -239,22 +236,22 @@ def find_minima(f: Expression, window: Window) -> tuple[Point, ...]:
 
 
 def _variation(z: Array) -> float:
-    """What the values vary by, without the higher half of them, which may be poles."""
+    """Return the range of the lower half of the values; the higher half may be poles."""
     finite = z[np.isfinite(z)]
     return float(np.median(finite) - finite.min()) if finite.size else 0.0
 
 
 PATCH = np.array([(i / 5.0, j / 5.0) for i in range(-5, 6) for j in range(-5, 6)])
 PATCH = PATCH[np.argsort(np.hypot(*PATCH.T), kind="stable")]
-"""Where a search looks next, nearest first: of equal values the nearest wins, so that it stops on level ground."""
+"""Offsets that a search tries, nearest first: the nearest of equal values wins, so a search stops on flat ground."""
 
 
 def nearest_minima(f: Expression, starts: Array, window: Window) -> list[Point | None]:
-    """The minimum that a search downhill from each of `starts`, (n, 2), ends in; None where it finds none.
+    """Search downhill from each of `starts`, (n, 2); return the minimum each search finds, or None.
 
-    A search looks at a patch of points around, goes to the lowest, and shrinks the patch where that is not at its
-    border. It gives up after `SEARCH_ROUNDS`, as on a slope without end, far from the window, where numbers lie too
-    wide apart, and at an edge of what the function is defined on.
+    A search evaluates a patch of points, moves to the lowest, and shrinks the patch unless the lowest is on its border.
+    A search fails after `SEARCH_ROUNDS` (as on an endless slope), far from the window, where floats are too coarse, and
+    at an edge of the function's domain.
     """
     sides = np.array([window.width, window.height])
     at = starts.copy()
@@ -273,5 +270,5 @@ def nearest_minima(f: Expression, starts: Array, window: Window) -> list[Point |
         failed[going] |= (reach[going] <= FINE) & ~np.isfinite(z).all(axis=1)
     failed |= reach > FINE
     digits = 7 - math.floor(math.log10(window.extent))
-    points = [Point(round(x, digits) + 0.0, round(y, digits) + 0.0) for x, y in at.tolist()]  # + 0.0: no minus zero
+    points = [Point(round(x, digits) + 0.0, round(y, digits) + 0.0) for x, y in at.tolist()]  # + 0.0 turns -0.0 to 0.0
     return [None if none else point for none, point in zip(failed.tolist(), points, strict=True)]

@@ -1,4 +1,4 @@
-"""`fastopt train`: one small network, one or many optimizers, a table and a picture of how they did."""
+"""`fastopt train`: train a small network with one or many optimizers; print a table and draw a figure."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def train(
             "a flag (adam:amsgrad), a value (adam:lr=0.003, adam:betas=0.9/0.99). With --lr auto and with --compare "
             "the default is sgd.",
         ),
-    ] = ["adam"],  # noqa: B006 typer's way to say a default list
+    ] = ["adam"],  # noqa: B006 typer takes a default list this way
     dataset: Annotated[
         str,
         typer.Option(
@@ -66,7 +66,7 @@ def train(
             "-d",
             metavar="NAME",
             help="digits (1797 images of 8x8 pixels, 10 classes) or breast-cancer (569 cases, 30 measurements, "
-            "2 classes). A fifth of the rows is kept for the test.",
+            "2 classes). A fifth of the rows is the test set.",
         ),
     ] = "digits",
     lr: Annotated[
@@ -74,16 +74,16 @@ def train(
         typer.Option(
             metavar="NUMBER|auto",
             help="Learning rate, from 0, of every optimizer without an lr= of its own. auto measures lambda, the "
-            "largest eigenvalue of the Hessian at the first weights over all training rows, prints it and takes "
-            "1/lambda; (1 - momentum)/lambda where a velocity adds up gradients. It is for sgd, momentum and nesterov.",
-            show_default="one that suits the optimizer and the batch size",
+            "largest eigenvalue of the Hessian at the initial weights over all training rows, prints it and uses "
+            "1/lambda, or (1 - momentum)/lambda if a velocity sums gradients; for sgd, momentum and nesterov only.",
+            show_default="depends on the optimizer and the batch size",
         ),
     ] = None,
     schedule: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="How the learning rate moves over the run: "
+            help="How the learning rate changes during the run: "
             + "; ".join(f"{name} ({what})" for name, (what, _) in SCHEDULES.items())
             + ".",
         ),
@@ -92,17 +92,17 @@ def train(
         str,
         typer.Option(
             metavar="NAME",
-            help=f"How the weights begin: {', '.join(INITS)}. he is he_normal, xavier is xavier_normal; "
-            "from zeros a network with hidden layers learns next to nothing. Biases begin at 0.",
+            help=f"Initial weights: {', '.join(INITS)}. he is he_normal, xavier is xavier_normal; "
+            "from zeros a network with hidden layers learns almost nothing. Biases start at 0.",
         ),
     ] = "he_normal",
     hidden: Annotated[
         str,
-        typer.Option(metavar="WIDTHS", help="Widths of the hidden layers, or none: plain softmax regression."),
+        typer.Option(metavar="WIDTHS", help="Widths of the hidden layers, or none for plain softmax regression."),
     ] = "128,32",
     activation: Annotated[
         str,
-        typer.Option(metavar="NAME", help=f"What follows each hidden layer: {' or '.join(ACTIVATIONS)}."),
+        typer.Option(metavar="NAME", help=f"Activation after each hidden layer: {' or '.join(ACTIVATIONS)}."),
     ] = "relu",
     batch_norm: Annotated[
         bool,
@@ -115,11 +115,11 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="One question with its own table and figure: "
+            help="A comparison with its own table and figure: "
             + "; ".join(f"{name} ({comparison.what})" for name, comparison in COMPARISONS.items())
-            + ". It sets what it varies, and has defaults of its own for "
+            + ". A comparison sets the options it varies, and changes these defaults: "
             + own_defaults()
-            + "; all other options are as ever.",
+            + "; all other options work as usual.",
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Passes over the training rows, from 1.")] = 30,
@@ -131,8 +131,8 @@ def train(
         str,
         typer.Option(
             metavar="NAME",
-            help="Where the network and the optimizer compute: cpu, cuda (CuPy and our kernels on a GPU; it rounds in "
-            "other places than a CPU), or auto: cuda where it works, else cpu.",
+            help="Where the network and the optimizer compute: cpu, cuda (CuPy and fastopt's kernels on a GPU, which "
+            "rounds differently from a CPU), or auto: cuda if it works here, else cpu.",
         ),
     ] = "cpu",
     seed: Annotated[
@@ -140,15 +140,15 @@ def train(
         typer.Option(
             min=0,
             metavar="NUMBER",
-            help="Fixes the split, the first weights and the order of the batches. The same seed gives the same "
-            "result, whatever the number of threads.",
+            help="Fixes the split, the initial weights and the order of the batches. The same seed gives the same "
+            "result with any number of threads.",
         ),
     ] = 0,
     plot: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Draw the loss of every optimizer against the epochs, or the figure of the "
+            help="Draw the loss of every optimizer against the epoch, or the figure of the "
             "comparison (.png, .pdf, .svg).",
         ),
     ] = None,
@@ -160,8 +160,8 @@ def train(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Save the run after every epoch (safetensors), so that an interrupted one loses no more than the "
-            "epoch in progress. For one optimizer; with --batch-norm its second run goes to a file of its own, "
+            help="Save the run after every epoch (safetensors), so that an interrupted run loses at most the epoch in "
+            "progress. Needs a single optimizer; with --batch-norm the second run has its own file, "
             "run.batch-norm.safetensors beside run.safetensors.",
         ),
     ] = None,
@@ -169,18 +169,18 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Continue from the --checkpoint FILE, if it is there, to the same result as an unbroken run, to the "
-            "bit. The other options must be those of the run; --epochs may grow where the schedule is constant.",
+            help="Continue from the --checkpoint FILE, if it exists; the result equals that of an uninterrupted run "
+            "bit for bit. The other options must equal those of the run; with a constant schedule --epochs may grow.",
         ),
     ] = False,
 ) -> None:
     """Train a small network with one or several optimizers and compare them.
 
-    Every optimizer starts from the same weights and sees the same mini-batches.
+    Every optimizer starts from the same weights and uses the same mini-batches.
 
-    The last column of the table is the time that a step spends in the optimizer, forward and backward pass left out.
+    The last column of the table is the optimizer's time per step, without forward and backward pass.
 
-    With --compare NAME it is not the optimizers that differ, but batch sizes, schedules, first weights, and so on.
+    With --compare NAME the runs differ in batch size, schedule, initial weights, and so on, instead of the optimizer.
     """
     with blame("--compare"):
         comparison = PLAIN if compare is None else COMPARISONS[one_of(compare, COMPARISONS, "comparison")]
@@ -214,7 +214,7 @@ def train(
     check_files(plot, json)
     with blame("--resume"):
         if resume and checkpoint is None:
-            raise ValueError("it continues from a file; name it with --checkpoint FILE")
+            raise ValueError("must be given with --checkpoint FILE, the file to continue from")
     with blame("--checkpoint"):
         if checkpoint is not None:
             _check_checkpoint(checkpoint, len(choices), batch_norm, resume)
@@ -232,7 +232,7 @@ def train(
         for plan in plans:
             if plan.batch_norm:
                 _check_batch_norm(widths, len(setting.rows.x_train), setting.batch_rows(plan))
-    with blame("--optimizer"):  # all are made before any is trained: a value that is out of range ends the command here
+    with blame("--optimizer"):  # make all runs before training: a value out of range ends the command here
         runs = [make_run(plan, setting, checkpoint) for plan in plans]
     with blame("--resume"):
         begun = [
@@ -249,8 +249,8 @@ def train(
     print_results(out, settings, results, comparison.columns, rules=comparison.rules)
     for run, done in zip(runs, resumed_after, strict=True):
         if run.keeper is not None:
-            told = f", continued after epoch {done}" if done else ""
-            out.print(f"checkpoint: {run.keeper.path}{told}", soft_wrap=True)
+            note = f", continued after epoch {done}" if done else ""
+            out.print(f"checkpoint: {run.keeper.path}{note}", soft_wrap=True)
     if plot is not None:
         with blame("--plot"):
             comparison.draw(plot, title_of(settings), results)
@@ -261,23 +261,25 @@ def train(
 
 
 def _check_batch_norm(widths: Sequence[int], rows: int, batch_rows: int) -> None:
-    """Refuse what leaves batch normalisation nothing to do, or a batch of one row, which has no variance."""
+    """Refuse a network without hidden layers, and a batch of one row, which has no variance."""
     if not widths:
-        raise ValueError("it comes after hidden layers, and --hidden none has no such layer")
+        raise ValueError("--hidden: must name at least one layer for batch normalisation, got none")
     if 1 in (batch_rows, rows % batch_rows):
         raise ValueError(
-            f"--batch-size {batch_rows} makes a batch of one row of {rows}, which has no variance; use another size"
+            f"--batch-size: must leave no batch of one of the {rows} rows, which has no variance, got {batch_rows}"
         )
 
 
 def _check_checkpoint(path: Path, optimizers: int, batch_norm: bool, resume: bool) -> None:
-    """Refuse a file that cannot be written, or would be lost, and more runs than it is for."""
+    """Refuse a file that cannot be written or would be overwritten, and more than one optimizer."""
     if optimizers > 1:
-        raise ValueError(f"it is for one optimizer, and --optimizer names {optimizers}; train them one by one")
+        raise ValueError(f"--optimizer: must name one optimizer, got {optimizers}; train them one by one")
     for one in [path, beside(path)] if batch_norm else [path]:
         if one == STDOUT:
-            raise ValueError("- is no file; give it a name, such as run.safetensors")
+            raise ValueError("must be the name of a file, such as run.safetensors, got -")
         check_writable(one)
-        check_writable(one.parent / f".{one.name}.tmp")  # a file of such a name takes its place
+        check_writable(one.parent / f".{one.name}.tmp")  # saving writes this file, which then replaces `one`
         if one.exists() and not resume:
-            raise FileExistsError(f"{one} is there already: --resume continues it; else delete it or choose another")
+            raise FileExistsError(
+                f"{one}: must not exist yet; continue it with --resume, delete it, or choose another file"
+            )

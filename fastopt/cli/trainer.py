@@ -1,4 +1,4 @@
-"""The training loop: mini-batches, gradients written in place, one step; and what it measures on the way."""
+"""The training loop: mini-batches, gradients written in place, one step, and the measurements along the way."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from fastopt.cli.network import Array, backward, evaluate, module_of
 
 @dataclass
 class Outcome:
-    """What came of training one network."""
+    """The outcome of training one network."""
 
     losses: list[float] = field(default_factory=list)
-    """The mean loss over the training rows before the first epoch and after each."""
+    """The mean loss over the training rows, before the first epoch and after each epoch."""
     train_accuracy: float = math.nan
     test_accuracy: float = math.nan
     diverged_in_epoch: int | None = None
-    """The first epoch, from 1, after which the loss is not a finite number. Training ends there, without accuracies."""
+    """The first epoch, from 1, after which the loss is not finite. Training ends there, without accuracies."""
     steps: int = 0
     seconds: float = 0.0
-    """Of training and of measuring the loss after each epoch."""
+    """Time of training and of measuring the loss after each epoch."""
     timed_seconds: float = 0.0
     timed_steps: int = 0
-    """How long how many calls of ``opt.step()`` took, without the first of a run, which may compile. On a device: from
-    when it came to them until it had done them, whatever the host did meanwhile."""
+    """Number of calls of ``opt.step()`` in `timed_seconds`, without the first of a run, which may compile. On a device
+    the time is the device's own, from the start to the end of each step."""
     parameters: str = ""
-    """SHA-256 of the trained parameters: two runs with one digest agree to the bit."""
+    """SHA-256 of the trained parameters: two runs with equal digests agree bit for bit."""
 
     @property
     def epochs(self) -> int:
-        """How many were made."""
+        """The number of finished epochs."""
         return max(0, len(self.losses) - 1)
 
     @property
     def step_microseconds(self) -> float | None:
-        """Mean time of ``opt.step()`` from the second step on. None where there was no second."""
+        """Mean time of ``opt.step()`` from the second step on; None without a second step."""
         return 1e6 * self.timed_seconds / self.timed_steps if self.timed_steps else None
 
 
 class Stopwatch:
-    """The time that calls take: on the clock, or, where they only tell a device what to do, by events on its stream."""
+    """Measures calls: on the host by the clock, on a device, which works asynchronously, by events on its stream."""
 
     def __init__(self, xp: Any):
         self._cuda: Any = getattr(xp, "cuda", None)
@@ -58,7 +58,7 @@ class Stopwatch:
         self._seconds = 0.0
 
     def time(self, call: Callable[[], Any]) -> None:
-        """Make the call; it does not wait for a device."""
+        """Time one call, without waiting for a device."""
         if self._cuda is None:
             before = perf_counter()
             call()
@@ -71,7 +71,7 @@ class Stopwatch:
         self._pairs.append((start, end))
 
     def read(self) -> float:
-        """Seconds of all calls since the last reading; waits for them."""
+        """Wait for all calls since the last reading, and return their seconds."""
         for start, end in self._pairs:
             end.synchronize()
             self._seconds += self._cuda.get_elapsed_time(start, end) / 1e3
@@ -92,13 +92,13 @@ def train_network(
     begun: Outcome | None = None,
     after_epoch: Callable[[Outcome], Any] = lambda outcome: None,
 ) -> Outcome:
-    """Train the network whose layers are ``opt.params``; call `after_epoch` with what came of it so far, each time.
+    """Train the network whose layers are ``opt.params``; call `after_epoch` with the outcome so far after each epoch.
 
-    `looks_ahead` takes each gradient inside ``with opt.lookahead()``. The result depends on `rng` and not on the number
-    of threads: matrix products run on one, since BLAS may round differently on two. They run where the optimizer is, to
-    which the data are brought; nothing is fetched from a device but the loss after each epoch.
+    `looks_ahead` takes each gradient inside ``with opt.lookahead()``. The result depends on `rng` but not on the number
+    of threads: matrix products run on one thread, because BLAS may round differently on two. The data are copied to
+    the optimizer's backend, and the matrix products run there; only the loss after each epoch is fetched from a device.
 
-    `begun` is what came of the epochs before, where `opt` and `norms` have had some; `rng` is as it was before those.
+    `begun` is the outcome of earlier epochs of `opt` and `norms`; pass `rng` in its state before those epochs.
     """
     outcome = Outcome() if begun is None else begun
     xp = module_of(opt.flat.data)
@@ -106,9 +106,9 @@ def train_network(
     stopwatch = Stopwatch(xp)
     batches = minibatches(data.x_train, data.y_train, batch_size=batch_size, rng=rng)
     for _ in range(outcome.epochs):
-        iter(batches)  # draws the order of an epoch that was made
+        iter(batches)  # draw the order of a finished epoch
     first = True
-    # A diverging run overflows before it is found out; that is reported once, as its outcome.
+    # A diverging run overflows before it is detected; the outcome reports the divergence once.
     with threadpool_limits(limits=1, user_api="blas"), np.errstate(all="ignore"):
         started = perf_counter()
         if not outcome.losses:
@@ -139,19 +139,19 @@ def train_network(
 
 
 def gradient_point(opt: Optimizer, looks_ahead: bool) -> AbstractContextManager[Any]:
-    """The parameters, at the point where the optimizer wants its gradient taken; its own point where it looks ahead."""
+    """Yield the parameters at the point for the gradient: the look-ahead point with `looks_ahead`."""
     return opt.lookahead() if looks_ahead and isinstance(opt, Nesterov) else nullcontext(opt.params)
 
 
 def result_point(opt: Optimizer) -> AbstractContextManager[Any]:
-    """The parameters, at the point that is the optimizer's result so far: an average where it keeps one for that."""
+    """Yield the parameters at the optimizer's current result: the average if the optimizer maintains one."""
     return opt.eval_params() if isinstance(opt, ScheduleFreeAdamW) else nullcontext(opt.params)
 
 
 def _evaluate(
     opt: Optimizer, x: Array, labels: Array, norms: Sequence[BatchNorm], activation: str
 ) -> tuple[float, float]:
-    """`evaluate`; NaN where a run that diverges has left a norm without a variance, which it would refuse."""
+    """Return `evaluate`; NaN if divergence left a norm without a valid variance, which the norm would refuse."""
     if not all(norm.running_var is None or (norm.running_var >= 0.0).all() for norm in norms):
         return math.nan, math.nan
     with result_point(opt) as layers:

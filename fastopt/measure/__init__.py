@@ -1,13 +1,13 @@
-"""What `fastopt bench` and the benchmarks of the repository measure with; it uses fastopt as any user would.
+"""The measuring tools of `fastopt bench` and of the repository's benchmarks.
 
-- `interleave`: times contestants by turns and returns the `Spread` of each;
+- `interleave`: times contestants in alternating turns and returns the `Spread` of each;
 - `limit_of`, `bytes_of`: the memory limit of an optimizer's step, and the bytes it moves;
-- `Work`, `RIVALS`: a step that all are to make, and the one table of those who can make it too;
-- `compare_step`, `compare_batchnorm`, `Result`: all of that together;
-- `compare_company`: a step between matrix products, and what it does to them;
-- `machine`: what it was measured on.
+- `Work`, `RIVALS`: a step that all contestants make, and the table of rivals;
+- `compare_step`, `compare_batchnorm`, `Result`: the comparison of a step, or of a pass of BatchNorm, with its rivals;
+- `compare_company`: a step between matrix products, and its effect on them;
+- `machine`: a description of the machine.
 
-Nothing here is loaded by ``import fastopt``, and no rival has to be installed.
+``import fastopt`` loads nothing of this package, and rivals need not be installed.
 """
 
 from __future__ import annotations

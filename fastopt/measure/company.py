@@ -1,7 +1,7 @@
-"""A step in the company it lives in: between the matrix products of an iteration, and beside busy processes.
+"""A step in company: between the matrix products of an iteration, and beside busy processes.
 
-Alone, a step is measured by its fastest samples. Here its neighbours are what is measured, too: threads that spin on
-after a step slow the products that follow, and threads that do not come in time hold up the step.
+A step alone is measured by its fastest samples. In company the products are measured as well: threads that keep
+spinning after a step slow the following products, and threads that wake up late delay the step.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from fastopt import get_num_threads, set_num_threads
 from fastopt.kernels.driver import DRIVER
 from fastopt.measure.interleaved import Spread
 
-PAUSE = 0.03  # seconds before each turn, in which the threads of the last contestant go to sleep
-UNCOUNTED = 10  # iterations of each turn
+PAUSE = 0.03  # seconds before each turn, for the threads of the previous contestant to go to sleep
+UNCOUNTED = 10  # first iterations of each turn, which are not counted
 
 
 class Part(NamedTuple):
-    """What a part of an iteration took, in seconds.
+    """The times of one part of an iteration, in seconds.
 
     Args:
-        spread: of the medians of the rounds, by which contestants are compared.
-        mean: of all iterations.
-        p99: the 99th percentile of all iterations.
+        spread: `Spread` of the medians of the rounds; contestants are compared by it.
+        mean: mean over all iterations.
+        p99: 99th percentile of all iterations.
 
     >>> Part(Spread(2e-6, 1e-6, 3e-6, 5, 1.0), 2.5e-6, 9e-6).mean
     2.5e-06
@@ -41,14 +41,14 @@ class Part(NamedTuple):
 
 
 def products(rows: int = 256, width: int = 512) -> Callable[[], object]:
-    """Two products of float32 matrices, (rows, width) by (width, width), as of a forward and a backward pass.
+    """Return two products of float32 matrices, (rows, width) by (width, width): stand-ins for forward and backward.
 
     Args:
-        rows: of the first matrix; at least 1.
-        width: of both; at least 1.
+        rows: number of rows of the first matrix; at least 1.
+        width: number of columns of both matrices; at least 1.
 
     Returns:
-        A function without arguments.
+        A function without arguments that computes the products.
 
     >>> products(2, 3)().shape
     (2, 3)
@@ -67,15 +67,15 @@ Step = Callable[[], object]
 
 
 def ways(step: Step, *, openmp: bool = False) -> tuple[dict[str, Step], dict[str, Callable[[], None]]]:
-    """A step of ours as contestants: as it is, on one thread and, on request, on OpenMP's threads.
+    """Return a fastopt step as contestants: unchanged, on one thread and, on request, on OpenMP's threads.
 
     Args:
         step: a function without arguments.
-        openmp: whether numba's OpenMP threads take part, as where fastopt has no threads of its own.
+        openmp: whether to add numba's OpenMP threads, which fastopt uses where it has no thread pool.
 
     Returns:
-        Two dicts by name: of the steps, and of what has to be called before a contestant's turn. It changes the number
-        of threads for the whole process: use it inside ``with using(...)`` of `fastopt.kernels.threads`.
+        Two dicts by name: the steps, and the functions to call before a contestant's turn. These functions change the
+        number of threads of the whole process: use them inside ``with using(...)`` of `fastopt.kernels.threads`.
 
     >>> list(ways(lambda: None)[0])
     ['fastopt', 'one thread']
@@ -97,10 +97,10 @@ def ways(step: Step, *, openmp: bool = False) -> tuple[dict[str, Step], dict[str
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Have other processes compute all the time, inside a ``with`` block.
+    """Run other processes that compute without a pause, inside a ``with`` block.
 
     Args:
-        count: how many; from 0.
+        count: number of processes, from 0.
 
     >>> with busy_processes(1):
     ...     pass
@@ -127,21 +127,21 @@ def accompany(
     times: dict[str, list[np.ndarray]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, Part]]:
-    """Time iterations of `work` and a step, the contestants taking turns (A B C, C B A, ...).
+    """Time iterations of `work` and a step; the contestants take turns (A B C, C B A, ...).
 
     Args:
-        work: what comes before each step.
-        steps: by name; at least one, and the first is ours.
-        seconds: to be spent, a number > 0.
-        rounds: the number of turns of each contestant; from 1.
-        before: by name, what is done before a contestant's turn.
-        after_round: called after each round.
-        times: those of earlier visits, by name, to which the new ones are added, an array of shape (3, n) a turn: of n
-            iterations, their work and their steps; {} at first.
-        clock: returns seconds.
+        work: function to call before each step.
+        steps: functions by name; at least one, fastopt's first.
+        seconds: duration of the measurement, > 0.
+        rounds: number of turns of each contestant, from 1.
+        before: functions by name, called before a contestant's turn.
+        after_round: function to call after each round.
+        times: times of earlier visits by name; new times are appended. One array of shape (3, n) per turn: the times of
+            n iterations, their work and their steps. Pass {} first.
+        clock: function that returns seconds.
 
     Returns:
-        For ``"iteration"``, ``"work"`` and ``"step"`` a `Part` for each contestant.
+        For ``"iteration"``, ``"work"`` and ``"step"``, a `Part` for each contestant.
 
     >>> parts = accompany(lambda: sum(range(1000)), {"a": lambda: None, "b": lambda: sum(range(9000))}, seconds=0.05)
     >>> parts["step"]["b"].spread.median > parts["step"]["a"].spread.median
@@ -173,7 +173,7 @@ def accompany(
 def _turn(
     work: Callable[[], object], step: Callable[[], object], seconds: float, clock: Callable[[], float]
 ) -> np.ndarray:
-    """Rows of the whole iterations, of the work and of the steps."""
+    """Return the times of one turn: a row for whole iterations, one for the work, one for the steps."""
     found: list[tuple[float, float, float]] = []
     end = clock() + seconds
     while len(found) < UNCOUNTED + 3 or clock() < end:

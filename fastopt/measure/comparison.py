@@ -1,4 +1,4 @@
-"""Contestants in, a `Result` out: times with their spread, bandwidth, the share of the limit, and who was absent."""
+"""Compare contestants in a `Result`: times with their spread, bandwidth, share of the limit, and absent rivals."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LIMIT = "limit"
 
 
 class Result(NamedTuple):
-    """One interleaved run. The first contestant is ours.
+    """One interleaved run. The first contestant is fastopt.
 
     Args:
-        title: of the line in a table.
-        seconds: by contestant the `Spread` of its calls, at least one.
-        absent: who did not take part, and why.
-        bytes: the number of bytes that a call has to read and write; None where that is not told.
-        facts: what was measured, for charts; of what JSON can hold.
+        title: title of the table row.
+        seconds: `Spread` of the calls, by contestant; at least one.
+        absent: reasons of rivals that did not take part, by name.
+        bytes: number of bytes that a call must read and write, or None if unknown.
+        facts: description of the measurement, for charts; values that JSON can hold.
 
     >>> spreads = {"fastopt": Spread(1e-6, 9e-7, 2e-6, 30, 1), "numpy": Spread(3e-6, 3e-6, 4e-6, 30, 3)}
     >>> result = Result("SGD", spreads, {})
@@ -46,15 +46,15 @@ class Result(NamedTuple):
         return next(iter(self.seconds.values()))
 
     def times(self, name: str) -> float | None:
-        """How many times as long as ours a contestant takes.
+        """Return a contestant's time as a multiple of fastopt's.
 
         Formula: the median over the rounds of ``time(name) / time(ours)``, no unit.
 
         Args:
-            name: of the contestant.
+            name: name of the contestant.
 
         Returns:
-            A float > 0; None where it did not take part.
+            A float > 0; None if the contestant did not take part.
 
         >>> Result("sum", {"a": Spread(2.0, 2.0, 2.0, 1, 1.0), "b": Spread(3.0, 3.0, 3.0, 1, 1.5)}, {}).times("b")
         1.5
@@ -62,15 +62,15 @@ class Result(NamedTuple):
         return self.seconds[name].ratio if name in self.seconds else None
 
     def bandwidth(self, name: str = OURS) -> float | None:
-        """How fast a contestant moves the bytes that have to be moved; above what the memory can do, caches help.
+        """Return the rate at which a contestant moves `bytes`; rates above the memory's come from caches.
 
         Formula: ``1e-9 bytes / median(name)``, in GB/s (1e9 bytes).
 
         Args:
-            name: of the contestant.
+            name: name of the contestant.
 
         Returns:
-            A float > 0; None where it did not take part, or `bytes` is None.
+            A float > 0; None if the contestant did not take part, or `bytes` is None.
 
         >>> Result("copy", {"fastopt": Spread(0.5, 0.5, 0.5, 1, 1.0)}, {}, bytes=10**9).bandwidth()
         2.0
@@ -80,7 +80,7 @@ class Result(NamedTuple):
         return 1e-9 * self.bytes / self.seconds[name].median
 
     def record(self) -> dict[str, Any]:
-        """For JSON, times in four digits.
+        """Return the result for JSON, with times rounded to four digits.
 
         Returns:
             A dict of the fields by name; a `Spread` is the list ``[median, low, high, rounds, ratio]``.
@@ -102,10 +102,10 @@ class Result(NamedTuple):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Result:
-        """The result that a record was made of, as far as its digits go.
+        """Return the result of a record, to the record's four digits.
 
         Args:
-            record: what `record` returned, also after a way through JSON.
+            record: return value of `record`, also after a round trip through JSON.
 
         Returns:
             A `Result`.
@@ -131,19 +131,19 @@ def compare(
     moved: int | None = None,
     **facts: Any,
 ) -> Result:
-    """Time contestants by turns, as `interleave` does, and make a `Result` of it.
+    """Time contestants with `interleave` and return a `Result`.
 
     Args:
-        title: of the line.
-        contestants: as for `interleave`; the first is ours.
-        seconds: as for `interleave`: a number > 0.
-        rounds: as for `interleave`: from 1.
+        title: title of the table row.
+        contestants: as for `interleave`; fastopt's first.
+        seconds: as for `interleave`, > 0.
+        rounds: as for `interleave`, from 1.
         before: as for `interleave`.
         after_round: as for `interleave`.
         times: as for `interleave`.
-        absent: who does not take part, and why.
-        moved: the number of bytes that a call has to read and write; None where that is not told.
-        **facts: what was measured, of what JSON can hold.
+        absent: reasons of rivals that do not take part, by name.
+        moved: number of bytes that a call must read and write, or None if unknown.
+        **facts: description of the measurement; values that JSON can hold.
 
     Returns:
         A `Result`.
@@ -168,26 +168,26 @@ def compare_step(
     after_round: Callable[[], object] | None = None,
     times: dict[str, list[float]] | None = None,
 ) -> Result:
-    """One step of fastopt against that of the limit and of these rivals.
+    """Compare a step of fastopt with the memory limit and with rivals.
 
     Args:
-        title: of the line.
+        title: title of the table row.
         work: the step.
-        rivals: names of `RIVALS`; KeyError for another.
-        seconds: to be spent on it, a number > 0.
-        rounds: so many at least, from 1, whatever time they take.
-        limit: whether the memory limit takes part; not where the time of a step is not that of its memory (Muon).
-        left_out: of rivals that do not take part in this, and why.
-        after_round: called after each round.
-        times: as for `interleave`: those of earlier visits, which were made of the same arguments.
+        rivals: names in `RIVALS`; KeyError for another name.
+        seconds: duration of the measurement, > 0.
+        rounds: minimum number of rounds, from 1, even if they exceed `seconds`.
+        limit: whether to include the memory limit; exclude it if a step is not bound by memory (Muon).
+        left_out: reasons of rivals excluded from this comparison, by name.
+        after_round: function to call after each round.
+        times: as for `interleave`: times of earlier visits with the same arguments.
 
     Returns:
-        A `Result`, whose contestants are ``"fastopt"``, ``"limit"`` and the names of the rivals that take part.
+        A `Result`, whose contestants are ``"fastopt"``, ``"limit"`` and the rivals that take part.
 
     Raises:
-        MemoryError: there is too little for all of them; says how much there is.
+        MemoryError: too little memory for all contestants; the message gives both sizes.
         KeyError: fastopt has no optimizer of that name.
-        TypeError, ValueError, RuntimeError: as for the optimizer, of the shapes, dtype and options of `work`.
+        TypeError, ValueError, RuntimeError: as for the optimizer, about the shapes, dtype and options of `work`.
 
     >>> result = compare_step("SGD", Work("SGD", ((1000,),)), ["numpy"], seconds=0.02, rounds=3)
     >>> list(result.seconds), result.bytes
@@ -238,23 +238,23 @@ def compare_company(
     absent: Mapping[str, str] | None = None,
     **facts: Any,
 ) -> Result:
-    """Time whole iterations, of two matrix products and a step, by contestants that take turns.
+    """Time whole iterations of two matrix products and a step; the contestants take turns.
 
     Args:
-        title: of the line.
-        steps: by name; the first is ours.
-        seconds: to be spent on it, a number > 0.
-        rounds: the number of turns of each contestant; from 1.
-        work: what comes before each step; None: `fastopt.measure.company.products`.
-        before: by name, what is done before a contestant's turn.
-        after_round: called after each round.
-        times: as for `fastopt.measure.company.accompany`: by name those of earlier visits, arrays of shape (3, n).
-        absent: who does not take part, and why.
-        **facts: what was measured, of what JSON can hold.
+        title: title of the table row.
+        steps: functions by name; fastopt's first.
+        seconds: duration of the measurement, > 0.
+        rounds: number of turns of each contestant, from 1.
+        work: function to call before each step; None means `fastopt.measure.company.products`.
+        before: functions by name, called before a contestant's turn.
+        after_round: function to call after each round.
+        times: as for `fastopt.measure.company.accompany`: times of earlier visits by name, arrays of shape (3, n).
+        absent: reasons of rivals that do not take part, by name.
+        **facts: description of the measurement; values that JSON can hold.
 
     Returns:
-        A `Result` of the whole iterations. Its facts have, as ``parts``, for the ``"iteration"``, the ``"work"`` and
-        the ``"step"`` of each contestant the median, the ratio to ours, the mean and the 99th percentile, in seconds.
+        A `Result` of the whole iterations. Its ``parts`` fact holds, for ``"iteration"``, ``"work"`` and ``"step"`` of
+        each contestant, the median, the ratio to fastopt's, the mean and the 99th percentile; times in seconds.
 
     >>> result = compare_company("nothing", {"a": lambda: None}, seconds=0.05, rounds=2)
     >>> sorted(result.facts["parts"])
@@ -275,7 +275,7 @@ def compare_company(
 
 
 def check_memory(work: Work, contestants: int) -> None:
-    """Raise MemoryError where so many contestants, and the temporary arrays of one, would take more than is free."""
+    """Raise MemoryError if the contestants and the temporary arrays of one of them exceed the free memory."""
     free, needed = machine.free_memory(), (contestants + 1) * work.bytes_each
     if free is not None and needed > 0.9 * free:
         raise MemoryError(f"needs {1e-9 * needed:.1f} GB of memory, and {1e-9 * free:.1f} GB are free")
@@ -294,27 +294,27 @@ def compare_batchnorm(
     after_round: Callable[[], object] | None = None,
     times: dict[str, list[float]] | None = None,
 ) -> Result:
-    """A pass of BatchNorm in float32 against that of the limit (a copy, or a sum of two arrays) and of these rivals.
+    """Compare a pass of BatchNorm in float32 with the limit (a copy, or a sum of two arrays) and with rivals.
 
     Args:
-        title: of the line.
-        shape: of x: (N, C), (N, C, ...) or, with axis=-1, (N, ..., C).
-        axis: the channels': 1 or -1.
-        way: ``"forward"``, ``"backward"`` or ``"inference"``, which is with ReLU.
-        rivals: of ``"torch"`` and ``"numpy"``.
-        seconds: to be spent on it, a number > 0.
-        rounds: so many at least, from 1, whatever time they take.
-        left_out: of rivals that do not take part in this, and why.
-        after_round: called after each round.
-        times: as for `interleave`: those of earlier visits, which were made of the same arguments.
+        title: title of the table row.
+        shape: shape of x: (N, C), (N, C, ...) or, with axis=-1, (N, ..., C).
+        axis: axis of the channels, 1 or -1.
+        way: ``"forward"``, ``"backward"`` or ``"inference"``; inference includes ReLU.
+        rivals: a subset of ``"torch"`` and ``"numpy"``.
+        seconds: duration of the measurement, > 0.
+        rounds: minimum number of rounds, from 1, even if they exceed `seconds`.
+        left_out: reasons of rivals excluded from this comparison, by name.
+        after_round: function to call after each round.
+        times: as for `interleave`: times of earlier visits with the same arguments.
 
     Returns:
-        A `Result`, whose contestants are ``"fastopt"``, ``"limit"`` and the names of the rivals that take part.
+        A `Result`, whose contestants are ``"fastopt"``, ``"limit"`` and the rivals that take part.
 
     Raises:
-        ValueError: `way` is none of these.
-        PermissionError: others may write to the folder of ``FASTOPT_CACHE_DIR``.
-        TypeError, ValueError, RuntimeError: as for `fastopt.batchnorm_forward`, of the shape and the axis.
+        ValueError: `way` is another string.
+        PermissionError: other users may write to the directory ``FASTOPT_CACHE_DIR``.
+        TypeError, ValueError, RuntimeError: as for `fastopt.batchnorm_forward`, about the shape and the axis.
 
     >>> result = compare_batchnorm("small", (8, 4), seconds=0.02, rivals=["numpy"], rounds=3)
     >>> list(result.seconds), result.bytes

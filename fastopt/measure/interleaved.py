@@ -1,13 +1,11 @@
-"""How everything is timed: the contestants take turns in one run (A B C, C B A, ...), and each round is compared.
+"""Interleaved timing: the contestants take turns in one run (A B C, C B A, ...), and each round is compared.
 
-Absolute times of two runs are not comparable on a shared machine; a ratio within one round is, because a drift of the
-machine hits all contestants alike. A turn's time is that of its fastest sample, for all: what another program takes
-away for a moment is no property of a contestant.
+On a shared machine absolute times of two runs are not comparable. Ratios within one round are comparable, because a
+drift of the machine affects all contestants alike. The time of a turn is that of its fastest sample, which excludes
+short interruptions by other programs.
 
-Measured, the ratio of the same two contestants in windows of 1.5 s (standard deviation of its logarithm): the ratio of
-the medians of single samples 3-10 %, the median of the ratios 2-8 %, that of the fastest of eight 1.5-5 %; 11-13 %
-whichever way for torch with two threads below a million parameters. What is left are drifts of seconds and where in
-memory the arrays come to lie: visit a case several times, and make it anew.
+Two errors remain: drifts over seconds, and the place of the arrays in memory. To average them, visit a case several
+times with new arrays.
 """
 
 from __future__ import annotations
@@ -21,21 +19,21 @@ from typing import NamedTuple
 import numpy as np
 
 SAMPLE = 200e-6  # seconds; a faster call is repeated until a sample takes this long
-SAMPLES = 8  # of a turn, of which the fastest counts
-TURN = 4e-3  # seconds after which no further sample is begun
-WARM = 4e-3  # seconds before each turn: the threads of the last contestant's OpenMP spin for some milliseconds
-SLOW = 50e-3  # seconds; to a call that takes longer, neither that nor what is in the caches makes a difference
+SAMPLES = 8  # samples per turn, of which the fastest counts
+TURN = 4e-3  # seconds of a turn after which no further sample starts
+WARM = 4e-3  # seconds of warm-up before each turn: OpenMP threads of the previous contestant spin for milliseconds
+SLOW = 50e-3  # seconds; a longer call needs no warm-up, because spinning threads and cold caches hardly affect it
 
 
 class Spread(NamedTuple):
-    """The times of one contestant, in seconds per call: their median, and what 8 of 10 rounds lie between.
+    """The times of one contestant, in seconds per call: their median, and the range of 8 of 10 rounds.
 
     Args:
-        median: of the rounds; > 0, in seconds.
-        low: their 10th percentile; > 0, in seconds.
-        high: their 90th percentile; > 0, in seconds.
-        rounds: the number of them, from 1.
-        ratio: how many times as long as the first contestant it takes: the median of the ratios of the rounds.
+        median: median of the rounds; > 0, in seconds.
+        low: 10th percentile; > 0, in seconds.
+        high: 90th percentile; > 0, in seconds.
+        rounds: number of rounds, from 1.
+        ratio: time as a multiple of the first contestant's: the median of the rounds' ratios.
 
     >>> Spread.of([3e-6, 1e-6, 2e-6], [1e-6, 1e-6, 1e-6]).median
     2e-06
@@ -49,11 +47,11 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, times: Sequence[float], first: Sequence[float]) -> Spread:
-        """The spread of the times of some rounds.
+        """Return the spread of the times of some rounds.
 
         Args:
-            times: at least one, in seconds per call.
-            first: those of the first contestant in the same rounds, as many.
+            times: at least one time, in seconds per call.
+            first: times of the first contestant in the same rounds, of the same length.
 
         Returns:
             A `Spread`; percentiles between two rounds are interpolated linearly.
@@ -75,20 +73,20 @@ def interleave(
     times: dict[str, list[float]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Spread]:
-    """Seconds per call of each contestant, from at least `rounds` rounds and about `seconds` in all.
+    """Measure the seconds per call of each contestant, in at least `rounds` rounds and about `seconds` in all.
 
-    Every contestant is called twice before the first round. In a round each of them runs warm for 4 ms (a call of
-    more than 50 ms is not made twice), and then for up to eight samples of at least 0.2 ms, in 4 ms, of which the
-    fastest counts; the next round goes the other way round.
+    Every contestant is called twice before the first round. In a round each contestant first warms up for 4 ms (unless
+    a call takes more than 50 ms), and then runs up to eight samples of at least 0.2 ms within 4 ms, of which the
+    fastest counts. The next round reverses the order.
 
     Args:
-        contestants: by name; at least one.
-        seconds: the rounds go on for so long; a number > 0.
-        rounds: so many at least, from 1.
-        before: by name, what a contestant needs done before it runs. It is not part of the sample.
-        after_round: called after each round, for a progress bar.
-        times: those of earlier visits to the same contestants, by name, to which the new ones are added; {} at first.
-        clock: returns seconds.
+        contestants: functions by name; at least one.
+        seconds: duration of the rounds, > 0.
+        rounds: minimum number of rounds, from 1.
+        before: functions by name, called before a contestant's samples and not timed.
+        after_round: function to call after each round, for a progress bar.
+        times: times of earlier visits to the same contestants by name; new times are appended. Pass {} first.
+        clock: function that returns seconds.
 
     Returns:
         A dict of `Spread`, by name, in the order of `contestants`.
@@ -100,7 +98,7 @@ def interleave(
     before = before or {}
     takes, repeats = {}, {}
     for name, call in contestants.items():
-        for _ in range(2):  # the first compiles, and touches the memory
+        for _ in range(2):  # the first call compiles and touches the memory
             if name in before:
                 before[name]()
             start = clock()
@@ -111,14 +109,14 @@ def interleave(
     order = list(contestants)
     made = 0
     collecting = gc.isenabled()
-    gc.disable()  # as timeit does: whose turn it is when the garbage of all is collected is chance
+    gc.disable()  # as timeit does: a collection would hit a random contestant
     try:
         stop = clock() + seconds
         while clock() < stop or made < rounds:
             turns = {
                 name: _turn(contestants[name], repeats[name], takes[name], before.get(name), clock) for name in order
             }
-            for name in contestants:  # whole rounds only, also where one is interrupted
+            for name in contestants:  # store whole rounds only, even after an interrupt
                 times.setdefault(name, []).append(turns[name])
             made += 1
             order.reverse()
@@ -138,12 +136,12 @@ def _turn(
     before: Callable[[], object] | None,
     clock: Callable[[], float],
 ) -> float:
-    """Seconds per call of the fastest sample of a turn, taken warm."""
+    """Return the seconds per call of the fastest sample of a turn, after the warm-up."""
     if before is not None:
         before()
     start = clock()
     while takes < SLOW and clock() - start < WARM:
-        call()  # what fits into the cache is there again, after the others have had their turn
+        call()  # refills the caches, which the other contestants have used
     fastest = math.inf
     began = clock()
     for _ in range(SAMPLES):

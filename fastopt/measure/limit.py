@@ -1,8 +1,8 @@
-"""The limit: what the memory of this machine allows. Kernels that move the same bytes and compute next to nothing.
+"""The memory limit of this machine: kernels that move the same bytes and compute almost nothing.
 
-`limit_of` gives an optimizer a twin that reads and writes the same buffers in the same loop, with one multiply-add a
-value; that of a rule with norms has its passes and its norms. `copy` and `add` are the passes that a BatchNorm cannot
-do without: forward it reads an array and writes one, backward it reads two and writes one.
+`limit_of` returns a twin of an optimizer that reads and writes buffers of the same sizes in the same loop, with one
+multiply-add per value; the twin of a rule with norms has the same passes and norms. `copy` and `add` are the passes
+that BatchNorm needs at least: forward reads one array and writes one, backward reads two and writes one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHUNK = 32_768
 
 
 class _Hyper(NamedTuple):
-    """What a step hands to the kernels."""
+    """Hyperparameters of the limit's kernels."""
 
     keep: float
 
@@ -70,7 +70,7 @@ def limit_layerwise(p, g, a, b, h):
 
 
 class _Scaled(NamedTuple):
-    """That, and the column that the norms of a step are written to."""
+    """Hyperparameters with the column that receives the norms of a step."""
 
     keep: float
     scale: float
@@ -93,20 +93,20 @@ LIMITS = (limit_0, limit_1, limit_2, limit_3, limit_4)
 
 
 def limit_of(optimizer: Optimizer) -> Optimizer:
-    """A twin of an optimizer, on parameters of the same layout and the same gradients, that only moves its bytes.
+    """Return a twin of an optimizer, with the same layout and the same gradients, that only moves the bytes.
 
-    Its step reads and writes buffers of the same sizes in the same loop, with one multiply-add a value; that of a rule
-    with norms takes the norms, too. It has none of the options of a step (clipping, averaging, zeroing).
+    The twin's step reads and writes buffers of the same sizes in the same loop, with one multiply-add per value; the
+    twin of a rule with norms also computes the norms. The twin has no step options (clipping, averaging, zeroing).
 
     Args:
-        optimizer: any whose rule has at most 4 states. Of one that multiplies matrices (Muon) the twin moves the bytes
-            of the update alone.
+        optimizer: any optimizer whose rule has at most 4 states. For one that multiplies matrices (Muon) the twin only
+            moves the bytes of the update.
 
     Returns:
-        An `Optimizer`, at parameters of 0.
+        An `Optimizer`, whose parameters are 0.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as for `Optimizer`, of the parameters that `optimizer` has.
+        TypeError, ValueError, RuntimeError: as for `Optimizer`, about the parameters of `optimizer`.
 
     >>> import numpy as np, fastopt
     >>> adam = fastopt.Adam({"w": np.zeros(1000, np.float32)})
@@ -128,13 +128,13 @@ def limit_of(optimizer: Optimizer) -> Optimizer:
 
 
 def bytes_of(optimizer: Optimizer) -> int:
-    """The bytes that a step of `optimizer` reads and writes, without clipping, averaging or zeroing.
+    """Return the number of bytes that a step of `optimizer` reads and writes, without clipping, averaging or zeroing.
 
-    One pass reads p, g and the states and writes p and the states. A rule with trust ratios goes over p and the states
-    again, to apply them; one that scales by norms reads p and g once more before.
+    One pass reads p, g and the states and writes p and the states. A rule with trust ratios makes a second pass over p
+    and the states to apply the ratios; a rule that scales by norms first reads p and g in an additional pass.
 
     Args:
-        optimizer: any; of one that multiplies matrices (Muon) the bytes of its update alone.
+        optimizer: any optimizer; for one that multiplies matrices (Muon) only the update counts.
 
     Returns:
         The number of bytes, without the padding of the buffers.

@@ -1,4 +1,4 @@
-"""The machine that measurements are of: its processor, caches, memory and packages. Nothing that tells whose it is."""
+"""A description of the machine: its processor, caches, memory and packages, without anything that identifies it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 class Cache(NamedTuple):
-    """A level of the caches for data, as far as the processors in use have it."""
+    """A level of the data caches of the processors in use."""
 
     level: int
     bytes: int
-    """Of one of them."""
+    """Size of one instance."""
     instances: int
 
 
 def describe() -> dict[str, Any]:
-    """What a reader of a measurement has to know of the machine, for JSON."""
+    """Return the facts about the machine that matter for a measurement, for JSON."""
     return {
         "cpu": cpu_name(),
         "architecture": platform.machine(),
@@ -40,7 +40,7 @@ def describe() -> dict[str, Any]:
 
 
 class OtherPrograms:
-    """How much of the processors other programs use, from here on. Known on Linux alone.
+    """The processor time that other programs use after the construction; known on Linux only.
 
     >>> others = OtherPrograms()
     >>> others.share() is None or 0.0 <= others.share() <= 1.0
@@ -51,7 +51,7 @@ class OtherPrograms:
         self._start = self._read()
 
     def share(self) -> float | None:
-        """The part of all processors' time that others have had; None where the system does not tell, or too soon.
+        """Return the share of all processors' time that other programs used; None if unknown, or too soon to tell.
 
         Returns:
             A float from 0 to 1, or None.
@@ -62,30 +62,29 @@ class OtherPrograms:
         if now is None or self._start is None:
             return None
         everything, used, own = (after - before for after, before in zip(now, self._start, strict=True))
-        if everything < 0.1:  # the system counts in hundredths of a second
+        if everything < 0.1:  # too soon: the system counts in hundredths of a second
             return None
         return min(1.0, max(0.0, (used - own) / everything))
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Seconds that all processors had, that all programs used, and that this one used with its children."""
+        """Return the seconds of all processors, of all programs, and of this one with its children."""
         try:
             fields = [int(text) for text in STATISTICS.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
         except (OSError, ValueError):
             return None
         ticks = os.sysconf("SC_CLK_TCK")
-        idle = sum(fields[3:5])  # and waiting for disks
+        idle = sum(fields[3:5])  # idle, or waiting for disks
         return sum(fields) / ticks, (sum(fields) - idle) / ticks, sum(os.times()[:4])
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what arrays of up to 32 MB leave behind, for the arrays to come; whether it does so.
+    """Make glibc keep freed arrays of up to 32 MB for later arrays; return whether it does so.
 
-    Left to itself glibc gives such memory back, or does not, by what happened to be freed before: NumPy's Adam on a
-    million parameters took 18 ms or 4, by whether every temporary array is made of new pages. For the rest of the
-    process, and only where the library is glibc.
+    By default glibc returns such memory to the system or not, depending on earlier frees, so that a temporary array may
+    or may not need new pages. The setting lasts for the rest of the process and needs glibc.
     """
-    trim_threshold, mmap_threshold, most = -1, -3, 2**25  # names and the largest number that mallopt(3) takes
+    trim_threshold, mmap_threshold, most = -1, -3, 2**25  # parameters of mallopt(3), and its largest value
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -94,7 +93,7 @@ def keep_freed_memory() -> bool:
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package, None where it is not installed."""
+    """Return the version of a package, or None if the package is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -102,7 +101,7 @@ def version_of(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The name the maker gave it, which Python's own `platform` does not know on Linux and macOS."""
+    """Return the vendor's name of the processor, which `platform` does not know on Linux and macOS."""
     try:
         if platform.system() == "Darwin":
             return _sysctl("machdep.cpu.brand_string")
@@ -116,7 +115,7 @@ def cpu_name() -> str:
 
 
 def caches() -> list[Cache]:
-    """The caches that data goes through, from the first level; none where the system does not tell."""
+    """Return the data caches, from the first level; empty if the system does not report them."""
     try:
         return _caches_of_macos() if platform.system() == "Darwin" else _caches_of_linux()
     except (OSError, ValueError, subprocess.SubprocessError):
@@ -124,7 +123,7 @@ def caches() -> list[Cache]:
 
 
 def memory() -> int | None:
-    """The bytes of memory of the machine, None where the system does not tell."""
+    """Return the machine's memory in bytes, or None if the system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -132,7 +131,7 @@ def memory() -> int | None:
 
 
 def free_memory() -> int | None:
-    """The bytes that can be allocated now without swapping; of the whole machine where the system tells no better."""
+    """Return the bytes that can be allocated without swapping; the machine's memory if nothing better is known."""
     found = [memory()]
     try:
         for line in MEMORY.read_text(encoding="utf-8").splitlines():
@@ -140,7 +139,7 @@ def free_memory() -> int | None:
                 found.append(1024 * int(line.split()[1]))
         limit, used = ((CONTROL_GROUP / f"memory.{what}").read_text().strip() for what in ("max", "current"))
         found.append(int(limit) - int(used))
-    except (OSError, ValueError):  # another system, no control group, or one without a limit ("max")
+    except (OSError, ValueError):  # not Linux, no control group, or a control group without a limit ("max")
         pass
     known = [number for number in found if number is not None]
     return max(0, min(known)) if known else None
@@ -161,7 +160,7 @@ def _caches_of_linux() -> list[Cache]:
 
 
 def _caches_of_macos() -> list[Cache]:
-    """Those of the fast cores."""
+    """Return the caches of the fast cores."""
     count, sharing = int(_sysctl("hw.perflevel0.physicalcpu")), int(_sysctl("hw.perflevel0.cpusperl2"))
     first, second = int(_sysctl("hw.perflevel0.l1dcachesize")), int(_sysctl("hw.perflevel0.l2cachesize"))
     return [Cache(1, first, count), Cache(2, second, -(-count // sharing))]

@@ -1,9 +1,9 @@
-"""The one comparison table: how NumPy, torch, optax, DeepSpeed, thinc and scikit-learn make the same step as fastopt.
+"""The table of rivals: NumPy, torch, optax, DeepSpeed, thinc and scikit-learn make the same step as fastopt.
 
-A rival takes part in a `Work` only with an optimizer that computes the same: the tests let every one of them take steps
-beside fastopt and compare the parameters. What cannot take part says why, in the words of an `Absent`.
+A rival takes part in a `Work` only with an optimizer that computes the same: the tests compare the parameters of each
+rival with those of fastopt after several steps. A rival that cannot take part raises `Absent` with the reason.
 
-Whoever can uses as many threads as fastopt; NumPy, thinc and scikit-learn compute these steps on one.
+Rivals use as many threads as fastopt, except NumPy, thinc and scikit-learn, which compute these steps on one thread.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from fastopt import Optimizer, get_num_threads, reference
 
 Array = NDArray[Any]
 PATTERN = 2**16
-"""Elements after which starting points and gradients repeat: random numbers for 30M take longer than what is timed."""
+"""Elements after which initial values and gradients repeat: drawing 30M random numbers takes longer than the timing."""
 
 
-class Absent(Exception):  # noqa: N818 no error: whoever asks is told why
-    """A rival that does not take part, and why.
+class Absent(Exception):  # noqa: N818 not an error: it carries the reason
+    """The reason why a rival does not take part.
 
     Args:
-        reason: a sentence for the reader of a table: "torch has no Lion that computes the same".
+        reason: a sentence for the table: "torch has no Lion that computes the same".
 
-    Raised by those of `RIVALS`, also by one that you add; `enter` collects the reasons.
+    Raised by the entries of `RIVALS`, including entries that you add; `enter` collects the reasons.
 
     >>> try:
     ...     RIVALS["numpy"].enter(Work("SGD", ((1000,),), options={"max_norm": 1.0}))
@@ -49,27 +49,27 @@ class Absent(Exception):  # noqa: N818 no error: whoever asks is told why
 
 
 class Contestant(NamedTuple):
-    """What takes part: a step, and the parameters it updates."""
+    """A contestant: a step, and the parameters it updates."""
 
     step: Callable[[], object]
     params: Callable[[], list[Array]]
-    """Copies, in the order of the shapes."""
+    """Return copies of the parameters, in the order of the shapes."""
     before: Callable[[], object] | None = None
-    """What has to be done before a step and is not part of it."""
+    """Prepare a step; not part of the timed step."""
     optimizer: Optimizer | None = None
-    """Of fastopt: the optimizer itself."""
+    """The optimizer, if the contestant is fastopt."""
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One step of an optimizer: what all contestants are to do.
+    """The step that all contestants make.
 
     Args:
-        optimizer: the name of a class of fastopt, as ``"AdamW"``.
-        shapes: of the parameters, one tuple of ints for each.
-        dtype: of parameters, gradients and states: ``"float32"`` or ``"float64"``.
-        options: what differs from the defaults of the class, by name.
-        groups: the number of learning rates, from 1: each of the first ``groups - 1`` parameters has one of its own.
+        optimizer: name of a fastopt class, such as ``"AdamW"``.
+        shapes: shapes of the parameters, one tuple of ints each.
+        dtype: dtype of parameters, gradients and states: ``"float32"`` or ``"float64"``.
+        options: options that differ from the defaults of the class, by name.
+        groups: number of learning rates, from 1: each of the first ``groups - 1`` parameters has its own.
 
     >>> work = Work("Adam", ((100, 10), (10,)), options={"betas": (0.9, 0.95)})
     >>> work.kind.__name__, work.size, [grad.shape for grad in work.grads]
@@ -84,26 +84,26 @@ class Work:
 
     @property
     def kind(self) -> type[Optimizer]:
-        """The class."""
+        """The class of the optimizer."""
         return Optimizer.classes[self.optimizer]
 
     @property
     def size(self) -> int:
-        """How many numbers the parameters have in all."""
+        """The total number of elements of the parameters."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def bytes_each(self) -> int:
-        """The memory that one contestant takes: parameters, gradients and states."""
+        """The memory of one contestant in bytes: parameters, gradients and states."""
         states = max(len(rule.states) for rule in self.kind.rules)
         return (2 + states) * self.size * np.dtype(self.dtype).itemsize
 
     def start(self) -> list[Array]:
-        """New parameters: where every contestant begins.
+        """Return new initial parameters, the same for every contestant.
 
         Returns:
-            A list of arrays in the order of `shapes`, drawn from the normal distribution, the same at every call; they
-            repeat after 65,536 elements.
+            A list of arrays in the order of `shapes`, drawn from the normal distribution and equal at every call; the
+            values repeat after 65,536 elements.
 
         >>> work = Work("SGD", ((4,), (2, 3)))
         >>> [p.shape for p in work.start()], bool((work.start()[0] == work.start()[0]).all())
@@ -113,15 +113,15 @@ class Work:
 
     @cached_property
     def grads(self) -> list[Array]:
-        """The gradients of every step, to be read only."""
+        """The gradients of every step; do not write to them."""
         return [_repeated(shape, self.dtype, -1 - seed) for seed, shape in enumerate(self.shapes)]
 
     def values(self) -> Values:
-        """All hyperparameters, those that were given and the defaults of the class, as attributes.
+        """Return all hyperparameters, given ones and defaults of the class, as attributes.
 
         Returns:
-            An object that notes which of them were read, so that ``check_used(whose)`` can raise `Absent` for one that
-            was given and that a rival has no use for.
+            An object that records which attributes were read: ``check_used(whose)`` raises `Absent` for a given
+            hyperparameter that a rival did not read.
 
         >>> Work("Adam", ((4,),), options={"lr": 0.1}).values().some_of(["lr", "betas"])
         {'lr': 0.1, 'betas': (0.9, 0.999)}
@@ -129,12 +129,12 @@ class Work:
         return Values(self.kind, self.options)
 
     def lr(self, parameter: int) -> float:
-        """The learning rate of a parameter: that of the optimizer, or of its own group a fraction of it.
+        """Return the learning rate of a parameter: the optimizer's, or a fraction of it for a param group.
 
         Formula: ``lr / (parameter + 2)`` for the first ``groups - 1``, ``lr`` for the rest.
 
         Args:
-            parameter: its number in `shapes`, from 0.
+            parameter: index of the parameter in `shapes`, from 0.
 
         Returns:
             A float.
@@ -148,7 +148,7 @@ class Work:
 
 
 class Values:
-    """The hyperparameters of an optimizer as attributes; it notes which were asked for."""
+    """The hyperparameters of an optimizer as attributes; the object records which were read."""
 
     def __init__(self, kind: type[Optimizer], options: Mapping[str, Any]):
         parameters = inspect.signature(kind).parameters.values()
@@ -165,18 +165,18 @@ class Values:
         return value
 
     def some_of(self, names: Iterable[str]) -> dict[str, Any]:
-        """Those of these names that there are."""
+        """Return the hyperparameters among `names` that exist."""
         return {name: getattr(self, name) for name in names if name in self._all}
 
     def check_used(self, whose: str) -> None:
-        """Raise Absent where an option was given that a rival has not asked for."""
+        """Raise Absent if an option was given that the rival did not read."""
         for name, value in self._given.items():
             if name not in self._used:
                 raise Absent(f"{whose} has no {name}={value}")
 
 
 def _repeated(shape: tuple[int, ...], dtype: str, seed: int) -> Array:
-    """Numbers from the normal distribution."""
+    """Return numbers from the normal distribution, repeated after `PATTERN` elements."""
     size = math.prod(shape)
     numbers = np.random.default_rng(abs(seed) * 2 + (seed < 0)).standard_normal(min(size, PATTERN)).astype(dtype)
     return np.resize(numbers, shape)
@@ -186,7 +186,7 @@ def _repeated(shape: tuple[int, ...], dtype: str, seed: int) -> Array:
 
 
 def of_fastopt(work: Work) -> Contestant:
-    """Our own step, on gradients that stand in ``opt.grads``."""
+    """Return fastopt's step, on gradients already in ``opt.grads``."""
     overrides = {str(k): {"lr": work.lr(k)} for k in range(work.groups - 1)}
     optimizer = work.kind(work.start(), **work.options, overrides=overrides)
     flat = optimizer.flat
@@ -198,8 +198,8 @@ def of_fastopt(work: Work) -> Contestant:
 # --- the rivals -------------------------------------------------------------------------------------------------------
 
 STEPS = 10
-"""The number of the step that the reference is told from the tenth on: some of its formulas are sums over all steps,
-which it takes anew every time, and what they would cost after thousands is not NumPy's doing."""
+"""Largest step number passed to the reference: some of its formulas sum over all steps at every call, and the cost of
+thousands of terms would not be NumPy's."""
 
 
 def _numpy(work: Work) -> Contestant:
@@ -250,18 +250,18 @@ TORCH: dict[str, tuple[str, Callable[[Values], dict[str, Any]]]] = {
     "Adamax": ("Adamax", lambda h: h.some_of(("betas", "eps", "weight_decay"))),
     "Rprop": ("Rprop", lambda h: h.some_of(("etas", "step_sizes"))),
 }
-"""The classes of torch.optim that compute the same, and their arguments but lr."""
+"""The classes of torch.optim that compute the same, and their arguments except lr."""
 
 FUSED = ("SGD", "Adagrad", "Adam", "AdamW")
-"""Those with a fused kernel for the CPU."""
+"""The torch classes with a fused CPU kernel."""
 
 
 _torchs_own: list[int] = []
-"""How many threads torch used before it was measured, where that is known."""
+"""Torch's number of threads before the measurement; empty if unknown."""
 
 
 def torch_on_our_threads() -> Any:
-    """torch, on as many threads as fastopt uses."""
+    """Return torch, set to fastopt's number of threads."""
     torch = import_module("torch")
     if not _torchs_own:
         _torchs_own.append(torch.get_num_threads())
@@ -271,7 +271,7 @@ def torch_on_our_threads() -> Any:
 
 @contextmanager
 def torch_as_before() -> Iterator[None]:
-    """Give torch back its number of threads after a ``with`` block in which it was measured."""
+    """Restore torch's number of threads after a ``with`` block that measures torch."""
     _torchs_own.clear()
     try:
         yield
@@ -281,7 +281,7 @@ def torch_as_before() -> Iterator[None]:
 
 
 def _torch_params(work: Work) -> tuple[Any, list[Any], list[dict[str, Any]]]:
-    """torch, its parameters with their gradients, and the groups that they are in."""
+    """Return torch, its parameters with their gradients, and their param groups."""
     torch = torch_on_our_threads()
     params = [torch.nn.Parameter(torch.from_numpy(p)) for p in work.start()]
     for param, grad in zip(params, work.grads, strict=True):
@@ -331,7 +331,7 @@ OPTAX: dict[str, Callable[[Any, Values], Any]] = {
 
 
 def _optax(work: Work) -> Contestant:
-    # XLA reads this once, at its start.
+    # Set it before the import: XLA reads this variable once, at its start.
     os.environ.setdefault("NPROC", str(get_num_threads()))
     optax, jax = import_module("optax"), import_module("jax")
     if work.optimizer not in OPTAX:
@@ -365,7 +365,7 @@ DEEPSPEED: dict[str, tuple[str, str, Callable[[Values], dict[str, Any]]]] = {
     "AdamW": ("adam", "DeepSpeedCPUAdam", lambda h: {**h.some_of(ADAM[:3]), "adamw_mode": True}),
     "Lion": ("lion", "DeepSpeedCPULion", lambda h: h.some_of(("betas", "weight_decay"))),
 }
-"""The modules and classes of deepspeed.ops. The parameters of its Adagrad (0.19.8) were not those of the others."""
+"""The modules and classes of deepspeed.ops, without its Adagrad, which computes something else (0.19.8)."""
 
 
 def _deepspeed(work: Work) -> Contestant:
@@ -381,8 +381,8 @@ def _deepspeed(work: Work) -> Contestant:
     values.check_used("DeepSpeed")
     _torch_module, params, groups = _torch_params(work)
     try:
-        optimizer = kind(groups, lr=work.lr(len(params)), **options)  # compiles its kernel the first time
-    except Exception as error:  # a compiler that is missing, and whatever else building C++ may raise
+        optimizer = kind(groups, lr=work.lr(len(params)), **options)  # the first call compiles the kernel
+    except Exception as error:  # a missing compiler, or any other failure to build C++
         raise Absent(f"DeepSpeed could not build its kernel: {' '.join(str(error).split())[:200]}") from None
     return Contestant(optimizer.step, lambda: [param.detach().numpy().copy() for param in params])
 
@@ -393,7 +393,7 @@ NEGLIGIBLE = 1e-7
 
 
 def _check_eps(h: Values, whose: str) -> None:
-    """Raise Absent for an eps that is not negligible, where it is added to the uncorrected root."""
+    """Raise Absent unless eps is negligible: the rival adds eps to the uncorrected root."""
     if h.eps > NEGLIGIBLE:
         raise Absent(f"{whose} adds eps to the uncorrected root, which makes a difference with eps={h.eps:g}")
 
@@ -421,7 +421,7 @@ def _thinc(work: Work) -> Contestant:
         for k, (p, g) in enumerate(zip(params, grads, strict=True)):
             optimizer((k, ""), p, g)
 
-    def write() -> None:  # it leaves zeros
+    def write() -> None:  # thinc zeroes the gradients
         for g, grad in zip(grads, work.grads, strict=True):
             g[...] = grad.reshape(-1)
 
@@ -452,14 +452,14 @@ def _sklearn(work: Work) -> Contestant:
 
 
 class Rival(NamedTuple):
-    """A row of the table."""
+    """An entry of `RIVALS`."""
 
     package: str
-    """What to install, by the name it has on PyPI."""
+    """The package on PyPI."""
     imports: str
-    """The module that tells whether it is there."""
+    """The module whose import shows that the package is installed."""
     enter: Callable[[Work], Contestant]
-    """Raises Absent."""
+    """Return the contestant, or raise Absent."""
 
 
 RIVALS: dict[str, Rival] = {
@@ -471,19 +471,19 @@ RIVALS: dict[str, Rival] = {
     "thinc": Rival("thinc", "thinc", _thinc),
     "scikit-learn": Rival("scikit-learn", "sklearn", _sklearn),
 }
-"""Everyone, in the order of the tables' columns."""
+"""All rivals, in the order of the tables' columns."""
 
 
 def enter(work: Work, names: Iterable[str] = tuple(RIVALS)) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """The rivals that take part in a step, and of the others the reason why not.
+    """Return the rivals that take part in a step, and the reasons of the others.
 
     Args:
         work: the step.
-        names: of `RIVALS`, all by default; KeyError for another.
+        names: names in `RIVALS`, all by default; KeyError for another name.
 
     Returns:
-        A tuple of two dicts by name: of contestants, each with ``step()``, ``params()`` (copies, in the order of the
-        shapes) and ``before`` (None, or what has to be called before a step); and of reasons. A package that is not
+        A tuple of two dicts by name: contestants, each with ``step()``, ``params()`` (copies, in the order of the
+        shapes) and ``before`` (None, or a function to call before a step); and reasons. A package that is not
         installed is a reason.
 
     >>> work = Work("Lion", ((1000,),))
@@ -497,7 +497,7 @@ def enter(work: Work, names: Iterable[str] = tuple(RIVALS)) -> tuple[dict[str, C
         rival = RIVALS[name]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what another package has to say of its imports is not our user's
+                warnings.simplefilter("ignore")  # import warnings of other packages do not concern our users
                 import_module(rival.imports)
                 contestants[name] = rival.enter(work)
         except Absent as reason:

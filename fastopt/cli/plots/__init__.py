@@ -1,1 +1,1 @@
-"""Pictures of results, a file per subject: the only place that imports matplotlib, when a picture was asked for."""
+"""Figures of the results, one file per subject; matplotlib is imported only here, and only for a requested figure."""

@@ -1,4 +1,4 @@
-"""The figures of `fastopt train --compare`, one for each question."""
+"""The figures of `fastopt train --compare`, one for each comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastopt.cli.plots.style import COLOURS, line_style, new_figure, save, tidy
 def draw_batch_sizes(
     path: Path, title: str, losses: Mapping[str, Sequence[float]], steps_per_epoch: Mapping[str, int]
 ) -> None:
-    """Draw the losses twice: against the epochs, in which every row is seen once, and against the steps."""
+    """Draw the losses twice: against the epoch, in which every row is used once, and against the step."""
     figure = new_figure(title, width=12, height=5.5)
     by_epoch, by_step = figure.subplots(1, 2, sharey=True)
     draw_curves(by_epoch, losses)
@@ -34,7 +34,7 @@ def draw_batch_sizes(
 def draw_optimizers(
     path: Path, title: str, losses: Mapping[str, Sequence[float]], accuracies: Mapping[str, tuple[float, float]]
 ) -> None:
-    """Draw the losses, and beside them the accuracies at the end, on the training rows and on the test rows."""
+    """Draw the losses, and beside them the final accuracies on the training rows and on the test rows."""
     figure = new_figure(title, width=13, height=max(5.5, 1.5 + 0.3 * len(losses)))
     curves, ends = figure.subplots(1, 2, width_ratios=[1.5, 1.0])
     draw_curves(curves, losses)
@@ -61,7 +61,7 @@ def draw_optimizers(
 def draw_schedules(
     path: Path, title: str, losses: Mapping[str, Sequence[float]], rates: Mapping[str, Sequence[float]]
 ) -> None:
-    """Draw the learning rate of every step, and below it the losses."""
+    """Draw the learning rate of every step, and beside it the losses."""
     figure = new_figure(title, width=12, height=5.5)
     above, below = figure.subplots(1, 2)
     for k, label in enumerate(rates):
@@ -77,7 +77,7 @@ def draw_schedules(
 
 
 def draw_batch_norm(path: Path, title: str, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Draw the losses at several learning rates: a panel without and one with batch normalisation."""
+    """Draw the losses at several learning rates: one panel without and one with batch normalisation."""
     figure = new_figure(title, width=12, height=5.5)
     for axes, (heading, losses) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         draw_curves(axes, losses)
@@ -90,10 +90,10 @@ def draw_batch_norm(path: Path, title: str, panels: Mapping[str, Mapping[str, Se
 def draw_activations(
     path: Path, title: str, panels: Mapping[tuple[str, str], tuple[Sequence[NDArray[Any]], float]]
 ) -> None:
-    """Draw how the activations of each layer are distributed: a row per initialisation, a column per activation.
+    """Draw the distribution of each layer's activations: a row per initialisation, a column per activation function.
 
-    panels: by (initialisation, activation) what leaves each hidden layer, and the loss after training. Of ReLU the
-        values above 0 are drawn, and the share of zeros is written there: their bar would dwarf all others.
+    panels: by (initialisation, activation), the outputs of the hidden layers and the loss after training. For ReLU only
+        values above 0 are drawn, and the share of zeros is a label: the bar of the zeros would dwarf all others.
     """
     inits = list(dict.fromkeys(init for init, _ in panels))
     activations = list(dict.fromkeys(activation for _, activation in panels))
@@ -102,7 +102,7 @@ def draw_activations(
     for column, activation in enumerate(activations):
         of_all = [values for name, (layers, _) in panels.items() if name[1] == activation for values in layers]
         low, high = -1.0, 1.0
-        if activation == "relu":  # a few far out would press all others flat
+        if activation == "relu":  # clip the range: a few outliers would flatten all other bars
             low, high = 0.0, max(1e-3, *(float(np.quantile(values, 0.999)) for values in of_all))
         for row, init in enumerate(inits):
             layers, loss = panels[init, activation]
@@ -123,14 +123,14 @@ def draw_activations(
 
 
 def _draw_distribution(axes: Axes, at: float, values: NDArray[Any], low: float, high: float, colour: str) -> None:
-    """A histogram on its side, from `at` to the right, with what to know about it above."""
+    """Draw a horizontal histogram from `at` to the right, with its statistics above."""
     shown = values[values > 0.0] if low == 0.0 else values
     counts, edges = np.histogram(shown, bins=41, range=(low, high))
     if counts.any():
         ends = at + 0.8 * counts / counts.max()
         axes.stairs(ends, edges, baseline=at, orientation="horizontal", fill=True, color=colour)
     axes.plot([at, at], [low, high], color="#888888", linewidth=0.8)
-    told = f"std {values.std(dtype=np.float64):.2g}"
+    label = f"std {values.std(dtype=np.float64):.2g}"
     if low == 0.0:
-        told += f"\n{np.mean(values == 0.0):.0%} zeros"
-    axes.text(at + 0.05, high + 0.27 * (high - low), told, fontsize=9, verticalalignment="top")
+        label += f"\n{np.mean(values == 0.0):.0%} zeros"
+    axes.text(at + 0.05, high + 0.27 * (high - low), label, fontsize=9, verticalalignment="top")

@@ -1,4 +1,4 @@
-"""Curves of training losses, and the picture of them."""
+"""Curves of training losses, and their figure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastopt.cli.plots.style import line_style, new_figure, save, tidy
 
 MARKS_PER_CURVE = 8
 EXPLODED = 20.0
-"""Times the loss before training: what lies above is not drawn."""
+"""Multiple of the loss before training above which nothing is drawn."""
 
 
 def draw_losses(path: Path, title: str, losses: Mapping[str, Sequence[float]]) -> None:
@@ -28,9 +28,9 @@ def draw_losses(path: Path, title: str, losses: Mapping[str, Sequence[float]]) -
 def draw_curves(
     axes: Axes, losses: Mapping[str, Sequence[float]], steps_per_epoch: Mapping[str, int] | None = None
 ) -> None:
-    """Curves of losses against the epoch, or against the step on a scale of logarithms, which has no 0."""
+    """Draw losses against the epoch, or against the step on a logarithmic axis, which has no 0."""
     if steps_per_epoch is not None:
-        axes.set_xscale("log")  # before the curves, which may all have diverged and leave nothing to scale
+        axes.set_xscale("log")  # set it before the curves: if all diverged, they leave nothing to scale
     for k, label in in_order(losses):
         curve = losses[label]
         every = max(1, math.ceil(len(curve) / MARKS_PER_CURVE))
@@ -45,9 +45,9 @@ def draw_curves(
             **line_style(k),
         )
     axes.set_yscale("log")
-    # A run that explodes leaves the picture at the top, rather than press all others flat at the bottom.
+    # Let an exploding run leave the figure at the top: otherwise it flattens all other curves at the bottom.
     top = min(axes.get_ylim()[1], EXPLODED * max(curve[0] for curve in losses.values()))
-    axes.set_ylim(top=top, auto=True)  # auto: the curves of another panel with the same axis may still make it longer
+    axes.set_ylim(top=top, auto=True)  # auto: curves of another panel with the same axis may still extend it
     axes.set_ylabel("mean training loss (cross-entropy, nats)")
     if steps_per_epoch is None:
         axes.set_xlabel("epoch")
@@ -58,12 +58,12 @@ def draw_curves(
 
 
 def in_order(losses: Mapping[str, Sequence[float]]) -> list[tuple[int, str]]:
-    """The labels, lowest final loss first, each with its number, which decides about its style."""
+    """Return the labels, lowest final loss first, each with the number that selects its style."""
     return sorted(enumerate(losses), key=lambda item: _rank(losses[item[1]]))
 
 
 def legend(axes: Axes, title: str = "lowest final loss first") -> None:
-    """Beside the curves, not on them."""
+    """Add a legend beside the curves."""
     axes.legend(
         loc="upper left",
         bbox_to_anchor=(1.0, 1.0),

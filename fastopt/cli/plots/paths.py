@@ -23,14 +23,14 @@ from PIL import Image
 from fastopt.cli.plots.style import COLOURS, line_style, save
 
 GROUND = LinearSegmentedColormap.from_list("ground", ["#FFFFFF", "#C3CAD3"])
-"""Low is white, high a grey that every one of `COLOURS` stands out from."""
+"""Low values are white, high ones a grey from which each of `COLOURS` stands out."""
 
 LEVELS = 12
 POLES = 98.0
-"""Percentile of the values above which no level is drawn: a pole is not to take them all."""
+"""Percentile of the values above which no level is drawn: otherwise a pole would use up all levels."""
 
 SPACING, WIDE_SPACING, MANY = 0.012, 0.06, 8
-"""Distance of marks in sides of the window: every step has one where steps are long; wide between many paths."""
+"""Distance between marks in sides of the window: long steps are all marked; many paths have fewer marks."""
 
 LONGEST_TITLE = 180
 FRAMES = 120
@@ -39,14 +39,14 @@ LAST_FRAME_MS = 3000
 
 
 class Scene(NamedTuple):
-    """A function on a mesh, and the paths on it, by what the legend says of them."""
+    """A function on a mesh, and the paths on it by their legend label."""
 
     title: str
     x: NDArray[Any]
     y: NDArray[Any]
     z: NDArray[Any]
     lowest: float
-    """The value at the minima; infinity where there are none."""
+    """The value at the minima; infinity without minima."""
     start: tuple[float, float]
     minima: Sequence[tuple[float, float]]
     paths: Mapping[str, NDArray[Any]]
@@ -61,27 +61,27 @@ def draw_paths(path: Path, scene: Scene) -> None:
         outline.set_data(*points.T)
         line.set_data(*points.T)
         line.set_markevery(_apart(points / sides, spacing))
-    for k, points in enumerate(scene.paths.values()):  # over all lines: where each of them ends
+    for k, points in enumerate(scene.paths.values()):  # mark the end of each path, above all lines
         axes.plot(*points[-1], markersize=9, markeredgecolor="white", markeredgewidth=0.8, zorder=4, **line_style(k))
     save(figure, path)
 
 
 def animate_paths(path: Path, scene: Scene, after: Callable[[], object]) -> None:
-    """Draw the paths as they grow, into a GIF of `frames_of` frames; call `after` with each that is made."""
+    """Draw the growing paths into a GIF of `frames_of` frames; call `after` once per frame."""
     figure, axes, marks = _ground(scene)
     canvas = FigureCanvasAgg(figure)
     lines = _lines(axes, scene)
-    told = axes.text(0.98, 0.03, "", transform=axes.transAxes, ha="right", fontsize=12, bbox={"facecolor": "white"})
-    moving = [told, *(outline for outline, _ in lines), *(line for _, line in lines), *marks]
+    counter = axes.text(0.98, 0.03, "", transform=axes.transAxes, ha="right", fontsize=12, bbox={"facecolor": "white"})
+    moving = [counter, *(outline for outline, _ in lines), *(line for _, line in lines), *marks]
     for artist in moving:
-        artist.set_animated(True)  # not part of what is drawn once and kept
+        artist.set_animated(True)  # keep it out of the background, which is drawn once
     canvas.draw()
     ground = canvas.copy_from_bbox(figure.bbox)
     steps = frames_of(scene)
 
     def frame(step: int) -> Image.Image:
         canvas.restore_region(ground)
-        told.set_text(f"step {step}")
+        counter.set_text(f"step {step}")
         for (outline, line), points in zip(lines, scene.paths.values(), strict=True):
             so_far = points[: step + 1]
             outline.set_data(*so_far.T)
@@ -91,10 +91,10 @@ def animate_paths(path: Path, scene: Scene, after: Callable[[], object]) -> None
             axes.draw_artist(artist)
         return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
-    # One palette for all frames: white and the colours of the paths as they are, the rest as in the last frame.
+    # One palette for all frames: exact white and path colours, the remaining entries from the last frame.
     exact = np.array([[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in ("#FFFFFF", *COLOURS)])
     mixed = np.array(frame(steps[-1]).quantize(256 - len(exact)).getpalette()).reshape(-1, 3)
-    mixed = mixed[np.abs(mixed[:, None] - exact).max(axis=2).min(axis=1) > 8]  # Pillow takes what is nearly nearest
+    mixed = mixed[np.abs(mixed[:, None] - exact).max(axis=2).min(axis=1) > 8]  # Pillow may pick an almost equal entry
     palette = Image.new("P", (1, 1))
     palette.putpalette(np.concatenate([exact, mixed]).astype(np.uint8).tobytes())
 
@@ -118,13 +118,13 @@ def animate_paths(path: Path, scene: Scene, after: Callable[[], object]) -> None
 
 
 def frames_of(scene: Scene) -> list[int]:
-    """The steps that an animation shows: all, or `FRAMES` of them, the first and the last included."""
+    """Return the steps that an animation shows: all, or `FRAMES` of them, including the first and the last."""
     last = max(len(points) for points in scene.paths.values()) - 1
     return sorted({round(last * k / (FRAMES - 1)) for k in range(FRAMES)})
 
 
 def _ground(scene: Scene) -> tuple[Figure, Axes, list[Line2D]]:
-    """All but the paths: the function, the legend, and the marks at start and minima, which lie over the paths."""
+    """Draw all except the paths: the function, the legend, and the marks at start and minima, which cover the paths."""
     rows = len(scene.paths) + 6
     figure = Figure(figsize=(11, max(6.0, 0.24 * rows)), dpi=90, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     axes = figure.add_subplot()
@@ -167,10 +167,10 @@ def _ground(scene: Scene) -> tuple[Figure, Axes, list[Line2D]]:
 
 
 def _lines(axes: Axes, scene: Scene) -> list[tuple[Line2D, Line2D]]:
-    """Two lines without points for every path: a white one, and over all of those the one that is meant to be seen."""
+    """Return two empty lines for every path: a white outline, and the path's own line above all outlines."""
     lines = []
     for k in range(len(scene.paths)):
-        # The thinner, the later: paths that follow the same valley do not hide each other.
+        # Draw later paths thinner, so that paths along the same valley do not hide each other.
         above = 1.0 - k / max(1, len(scene.paths) - 1)
         style = {**line_style(k), "linewidth": 1.6 + 2.0 * above, "markersize": 5.0 + 2.5 * above}
         edge = 1.6 if len(scene.paths) <= MANY else 0.0
@@ -181,7 +181,7 @@ def _lines(axes: Axes, scene: Scene) -> list[tuple[Line2D, Line2D]]:
 
 
 def _apart(points: NDArray[Any], spacing: float) -> list[int]:
-    """Which of the points to mark, in order, so that none is nearer than `spacing` to the one marked before."""
+    """Return the points to mark, in order: each is at least `spacing` away from the previous mark."""
     marked = [0]
     for k, (x, y) in enumerate(points.tolist()):
         before = points[marked[-1]]
@@ -191,7 +191,7 @@ def _apart(points: NDArray[Any], spacing: float) -> list[int]:
 
 
 def _levels(z: np.ma.MaskedArray[Any, Any], scene: Scene) -> list[float]:
-    """Heights above the minimum that grow as 1, 2, 5, 10: there are lines near it, too. Else even ones."""
+    """Return levels that rise above the minimum as 1, 2, 5, 10; without a minimum, return evenly spaced levels."""
     values = z.compressed()
     if not values.size:
         return []
@@ -202,6 +202,6 @@ def _levels(z: np.ma.MaskedArray[Any, Any], scene: Scene) -> list[float]:
     if not len(scene.minima):
         return [float(level) for level in MaxNLocator(LEVELS).tick_values(lowest, lowest + top)]
     decade = math.floor(math.log10(top))
-    digits = 6 - decade  # what is left of a level where it is almost 0
+    digits = 6 - decade  # rounding removes the remainder of a level that is almost 0
     heights = [float(f"{digit}e{decade + power}") for power in range(-(LEVELS // 3), 1) for digit in (1, 2, 5)]
     return sorted({round(lowest + height, digits) + 0.0 for height in heights if height <= top})[-LEVELS:]

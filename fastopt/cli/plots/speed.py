@@ -1,4 +1,4 @@
-"""Pictures of what was measured: throughput against size, and rows of dots for ratios."""
+"""Figures of measurements: throughput against size, and rows of dots for ratios."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from fastopt.cli.bench import spelled
+from fastopt.cli.output import spelled
 from fastopt.cli.plots.style import COLOURS, DASHES, MARKERS, save
 from fastopt.measure import Result
 from fastopt.measure.machine import Cache
@@ -31,7 +31,7 @@ CONTESTANTS: dict[str, tuple[str, Any, str]] = {
     "thinc": ("#56B4E9", "-.", "X"),
     "scikit-learn": ("#56B4E9", "--", "*"),
 }
-"""Colour, dashes and marker of each, in every picture."""
+"""Colour, dashes and marker of each contestant, in every figure."""
 
 GREY = "#707070"
 
@@ -45,9 +45,9 @@ def draw_throughput(
     switch: int | None = None,
     digest: str | None = None,
 ) -> None:
-    """Draw the throughput of steps against their size, and where the caches are full.
+    """Draw the throughput of steps against their size, and mark the sizes that fill the caches.
 
-    panels : the results of each by name. switch : the number of parameters from which all threads are used.
+    panels : the results of each panel by name. switch : the number of parameters from which all threads are used.
     """
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
@@ -94,7 +94,7 @@ def draw_throughput(
 def draw_dots(
     path: Path, title: str, measure: str, rows: Mapping[str, Mapping[str, float]], *, digest: str | None = None
 ) -> None:
-    """Draw a row of dots for each name, on a logarithmic axis that is called `measure`, with a line at 1."""
+    """Draw a row of dots for each name, on a logarithmic axis labelled `measure`, with a line at 1."""
     figure = Figure(figsize=(9, 1.8 + 0.3 * len(rows)), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     axes = figure.add_subplot()
     names = list(rows)
@@ -122,7 +122,7 @@ def draw_dots(
 
 
 def _line_of(name: str, k: int) -> dict[str, Any]:
-    """That of a contestant, and of what has none of its own that of its number."""
+    """Return the line style of a contestant; one without its own entry gets the style of its number."""
     own = COLOURS[k % len(COLOURS)], DASHES[k % len(DASHES)], MARKERS[k % len(MARKERS)]
     return dict(zip(("color", "linestyle", "marker"), CONTESTANTS.get(name, own), strict=True))
 
@@ -135,7 +135,7 @@ def _log_axes(axes: Axes) -> None:
 
 
 def _mark_sizes(axes: Axes, result: Result, caches: Sequence[Cache], switch: int | None) -> None:
-    """Lines at the switch, and where parameters, gradients and states fill the caches of one level of these threads."""
+    """Mark the switch to all threads, and the sizes whose parameters, gradients and states fill each cache level."""
     each = (2 + result.facts["states"]) * np.dtype(result.facts["dtype"]).itemsize
     left, right = axes.get_xlim()
     marks = []
@@ -158,7 +158,7 @@ def _mark_sizes(axes: Axes, result: Result, caches: Sequence[Cache], switch: int
                 fontsize=8,
                 ha="right",
                 va="bottom",
-                bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},  # curves may pass behind it
+                bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},  # curves may pass behind the text
             )
     axes.set_xlim(left, right)
 
