@@ -119,7 +119,7 @@ def with_pictures(text: str) -> str:
 
 
 def optimizers() -> str:
-    """For each optimizer what mkdocstrings makes its documentation of: a new one is a new file under fastopt/rules."""
+    """For each optimizer what mkdocstrings makes its documentation of: a new file in optimizers/ is a new one."""
     import fastopt
 
     classes = sorted(fastopt.Optimizer.classes.items(), key=lambda item: item[0].lower())
