@@ -221,6 +221,10 @@ def test_a_rate_of_the_other_half_of_muon_is_refused():
         opt.groups["w"].lr = 0.1
     with pytest.raises(ValueError, match=r"head.weight: adamw_lr: must be absent where orthogonal=True"):
         opt.groups["head.weight"].adamw_lr = 0.1
+    with pytest.raises(ValueError, match=r"parameter 'w': must be 2-D, got shape \(17,\); set orthogonal=False there"):
+        opt.groups["w"].orthogonal = True
+    with pytest.raises(ValueError, match=r"parameter 'head.bias': must be 2-D"):
+        del opt.groups["head.bias"].orthogonal
     opt.groups["w"].adamw_lr = 0.1
     opt.groups["*"].lr_scale = 0.5  # acts on both
     assert opt.state.groups[2].at_step(0)["adamw_lr"] == 0.05

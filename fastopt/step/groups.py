@@ -105,6 +105,8 @@ class Groups:
         """Counts the changes after which tables have to be laid out again."""
         self.changes_made = 0
         """Counts all changes, of values and of the updates that groups have missed."""
+        self.decays = self.frozen = False
+        """Whether weights of some group may decay; whether some group is frozen."""
         self._unions: dict[int, tuple[tuple[int, ...], list[ParamGroup]]] = {}
         self.regroup(changes, missed)
 
@@ -130,8 +132,7 @@ class Groups:
     def _values_changed(self) -> None:
         self.changes_made += 1
         decays, frozen = any(group.decays for group in self.list), any(group.frozen for group in self.list)
-        if decays != getattr(self, "decays", decays):
-            self.version += 1
+        self.version += decays != self.decays
         self.decays, self.frozen = decays, frozen
 
     # --- what is set --------------------------------------------------------------------------------------------------
@@ -207,6 +208,10 @@ class Groups:
 
     # --- what is read -------------------------------------------------------------------------------------------------
 
+    def given(self, name: str) -> list[Any]:
+        """For each parameter a hyperparameter, schedules as they are."""
+        return [self.list[number].values[name] for number in self.of]
+
     def values_of(self, k: int) -> dict[str, Any]:
         """The hyperparameters of parameter number `k`, schedules as they are."""
         return self.list[self.of[k]].values
@@ -277,13 +282,14 @@ def mark_matrices(rule: Rule, changes: Sequence[dict[str, Any]], shapes: Sequenc
                 change.setdefault(rule.matrixwise.chosen, False)
 
 
-def check_matrices(rule: Rule, groups: Groups, paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
-    """Refuse a parameter that is to be treated as a matrix and is not one."""
+def check_matrices(rule: Rule, chosen: Sequence[Any], paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse a parameter that is to be treated as a matrix and is not one. chosen : whether each of them is to be."""
     if rule.matrixwise is not None:
-        chosen = rule.matrixwise.chosen
-        for k, (path, shape) in enumerate(zip(paths, shapes, strict=True)):
-            if groups.values_of(k)[chosen] and len(shape) != 2:
-                raise ValueError(f"parameter {path!r}: must be 2-D, got shape {shape}; set {chosen}=False there")
+        for is_chosen, path, shape in zip(chosen, paths, shapes, strict=True):
+            if is_chosen and len(shape) != 2:
+                raise ValueError(
+                    f"parameter {path!r}: must be 2-D, got shape {shape}; set {rule.matrixwise.chosen}=False there"
+                )
 
 
 # --- the public face --------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class Pipeline:
         if self.backend.asynchronous:
             self.device = DeviceSteps(self.backend, rule, options)  # type: ignore[arg-type]
         self.groups = Groups(rule, base, changes, [0] * len(flat.paths))
-        check_matrices(rule, self.groups, flat.paths, flat.shapes)
+        self._check_matrices(self.groups)
         self.steps = 0
         """How many were made; on a device, how many were launched."""
         self.nonfinite = (0, 0)
@@ -68,6 +68,12 @@ class Pipeline:
         self._make_states()
         self._initialise(range(len(flat.paths)))
         self._collect_buffers()
+
+    def _check_matrices(self, groups: Groups, flat: FlatParams | None = None) -> None:
+        """Refuse groups by which a parameter would be treated as a matrix that is not one."""
+        if self.rule.matrixwise is not None:
+            flat = self.flat if flat is None else flat
+            check_matrices(self.rule, groups.given(self.rule.matrixwise.chosen), flat.paths, flat.shapes)
 
     def _make_states(self) -> None:
         """Make buffers of zeros, and an average that is at the parameters."""
@@ -535,19 +541,32 @@ class Pipeline:
             checked = self.rule.check_all({name: value}, step=self.steps)[name]
         else:
             checked = self.rule.check(name, value)
+        whole = self.rule.matrixwise
+        if whole is not None and name == whole.chosen:
+            self._refuse_matrices(checked, members)
         if members is None:
             self.groups.assign(name, checked)
             return
-        if self.rule.matrixwise is not None:
+        if whole is not None:
             changes = self.groups.changes
             paths = [self.flat.paths[k] for k in members]
-            check_acting(
-                self.rule.matrixwise, paths, [{**changes[k], name: checked} for k in members], self.groups.base
-            )
+            check_acting(whole, paths, [{**changes[k], name: checked} for k in members], self.groups.base)
         self.groups.override(members, name, checked)
+
+    def _refuse_matrices(self, chosen: Any, members: Sequence[int] | None) -> None:
+        """Refuse to treat these parameters as matrices where one is not; None: those without a choice of their own."""
+        assert self.rule.matrixwise is not None
+        name = self.rule.matrixwise.chosen
+        numbers = (
+            [k for k, change in enumerate(self.groups.changes) if name not in change] if members is None else members
+        )
+        paths, shapes = [self.flat.paths[k] for k in numbers], [self.flat.shapes[k] for k in numbers]
+        check_matrices(self.rule, [chosen] * len(paths), paths, shapes)
 
     def release_hyper(self, name: str, members: tuple[int, ...]) -> None:
         """Let some parameters have the optimizer's hyperparameter again."""
+        if self.rule.matrixwise is not None and name == self.rule.matrixwise.chosen:
+            self._refuse_matrices(self.groups.base[name], members)
         self.flush_rows()
         self.groups.release(members, name)
 
@@ -573,7 +592,7 @@ class Pipeline:
             new_changes,
             [missed[old_numbers[path]] if path in old_numbers else self.steps for path in flat.paths],
         )
-        check_matrices(self.rule, groups, flat.paths, flat.shapes)
+        self._check_matrices(groups, flat)
         groups.version = self.groups.version + 1
         saved = dict(self.__dict__)
         try:
