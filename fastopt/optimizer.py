@@ -54,13 +54,13 @@ class Optimizer:
             added to the gradient (L2); None leaves it to the rule.
         convention: of the named optimizers: ``"torch"``, ``"keras"`` or ``"optax"`` for the form and the defaults that
             the optimizer has there, for what is not given: where eps and lr stand, at what states begin, which weight
-            decay. `conventions` of the class tells which it has.
+            decay. `conventions` of the class lists the ones it has.
         **hyper: the rule's hyperparameters, and ``weight_decay``. Each is a number or a callable of the step number
             (0 at the first update) that returns one.
 
-    All of it is one launch, after one more over the gradients where their norm is asked for (`max_norm`, or `nonfinite`
-    other than ``"propagate"``). The order: unscale, zero what is not finite, clip by value, clip by norm, decay, the
-    rule, average, zero.
+    All of it is one launch, after one more over the gradients where their norm is asked for (`max_norm`, `grad_norm`,
+    or `nonfinite` other than ``"propagate"``). The order: unscale, zero what is not finite, clip by value, clip by
+    norm, decay, the rule, average, zero.
 
     Raises:
         TypeError, ValueError: naming the parameter, hyperparameter or option: a tree that `pack` refuses, a
@@ -407,7 +407,7 @@ class Optimizer:
             grad_scale: as for `step`; other than 1 only where the captured step had a `grad_scale` other than 1.
 
         Returns:
-            `StepInfo`; read what it tells of gradients after the replay and before the next.
+            `StepInfo`; read its results about gradients after the replay and before the next one.
 
         Raises:
             RuntimeError: nothing was captured, or the groups are not those of then: capture it again.
@@ -438,11 +438,11 @@ class Optimizer:
     def accumulate(self, grads: Any, weight: float = 1.0) -> None:
         """Add the gradients of a micro-batch to what the next ``step()`` will use.
 
-        The first after a step begins anew, whatever is in ``opt.grads``. Where the step needs the norm of the sum it is
-        taken in the same pass, so that clipping costs none of its own.
+        The first call after a step overwrites ``opt.grads``. Where the step needs the norm of the sum, it is measured
+        in the same pass, so that clipping costs no pass of its own.
 
         Args:
-            grads: as for `step`. A parameter whose gradient was None every time is left out of the step.
+            grads: as for `step`. The step skips a parameter whose gradient was None every time.
             weight: a positive finite number that these gradients are multiplied by, such as the number of samples.
 
         Raises:
@@ -678,7 +678,7 @@ class Optimizer:
         is kept, and a symbolic link stays one. Arrays are not copied for it.
 
         The keys are ``"W"`` for a parameter, ``"m/W"`` for a state, ``"ema/W"`` for the average. Gradients that are
-        being accumulated are not part of it. `fastopt.checkpoint.describe` tells what a file holds.
+        being accumulated are not part of it. `fastopt.checkpoint.describe` shows what a file holds.
 
         Args:
             path: of the file; ``.safetensors`` is the usual ending.
