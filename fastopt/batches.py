@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastopt.init import generator
-from fastopt.kernels import get_backend, place_of
+from fastopt.kernels import backend_of, get_backend
 
 __all__ = ["Minibatches", "minibatches"]
 
@@ -107,7 +107,7 @@ def minibatches(
         raise TypeError("y: must be an array if more arrays follow, got None; omit None: minibatches(X, weights)")
     given = {"X": X} if y is None else {"X": X, "y": y, **{f"more[{i}]": array for i, array in enumerate(more)}}
     arrays = {name: _as_rows(name, array) for name, array in given.items()}
-    places = {name: place_of(array) for name, array in arrays.items()}
+    places = {name: backend_of(array) for name, array in arrays.items()}
     if len(set(places.values())) > 1:
         found = ", ".join(f"{name} on {place!r}" for name, place in places.items())
         raise TypeError(f"arrays: must all be on one backend, got {found}; move all of them to the device, or none")
@@ -161,7 +161,7 @@ class Minibatches(Generic[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         order = None if self._rng is None else self._rng.permutation(len(self._arrays[0]))
-        if order is not None and place_of(self._arrays[0]) == "cuda":
+        if order is not None and backend_of(self._arrays[0]) == "cuda":
             order = get_backend("cuda").adopt(order)  # copy the whole order once, not per batch
         return self._epoch(order)
 
@@ -188,7 +188,7 @@ def _gathers_by_take(array: Array) -> bool:
 
     `take` copies each row of two or more axes with one memmove; for one axis NumPy's indexing has its own fast path.
     """
-    if place_of(array) == "cuda":
+    if backend_of(array) == "cuda":
         return True
     # `take` copies an array that is not contiguous and aligned: the whole array, for each batch.
     return array.ndim > 1 and array.flags.c_contiguous and array.flags.aligned
@@ -200,7 +200,7 @@ def _as_rows(name: str, array: ArrayLike) -> Array:
             f"{name}: must be an array without a mask, got a masked array; "
             f"pass {name}.filled(value), and the mask as a further array"
         )
-    on_device = place_of(array) == "cuda"
+    on_device = backend_of(array) == "cuda"
     try:
         rows: Any = get_backend("cuda").adopt(array) if on_device else np.asarray(array)
     except (TypeError, ValueError) as error:

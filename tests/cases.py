@@ -123,6 +123,8 @@ CASES = (
 )
 
 BY_NAME = {str(case): case for case in CASES}
+PER_RULE = tuple({case.rule.name: case for case in reversed(CASES)}.values())
+"""One case per rule, for properties that do not depend on its options."""
 
 
 def gradients(rng: np.random.Generator, size: int, dtype: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from cases import CASES, Case
+from cases import PER_RULE, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -539,8 +539,6 @@ def test_hyperparameters_without_an_lr_raise_for_lr():
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
-
-PER_RULE = list({case.rule.name: case for case in reversed(CASES)}.values())
 
 
 def run(opt: fastopt.Optimizer, steps: range) -> None:

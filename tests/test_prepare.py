@@ -95,7 +95,7 @@ def test_the_bits_of_table_write(rule, dtype):
         assert found is not None
         cases.append((values, found))
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
     def check(data):
         values, found = data.draw(st.sampled_from(cases))

@@ -7,7 +7,7 @@ import numpy as np
 from fastopt.batchnorm import formulas
 from fastopt.batchnorm.functional import DTYPES, check_like, check_variance
 from fastopt.batchnorm.layer import BatchNorm
-from fastopt.kernels import get_backend, place_of
+from fastopt.kernels import backend_of, get_backend
 
 
 def fold_batchnorm(
@@ -68,7 +68,7 @@ def fold_batchnorm(
     if bias is not None:
         check_like("bias", bias, (channels,), weight.dtype, get_backend("cpu"))
     known = {
-        name: get_backend(place_of(array)).host(array).astype(np.float64)
+        name: get_backend(backend_of(array)).host(array).astype(np.float64)
         for name, array in (*bn.params.items(), ("mean", mean), ("var", var))
     }
     check_variance("bn.running_var", known["var"])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt.batchnorm import formulas
-from fastopt.kernels import get_backend, place_of
+from fastopt.kernels import backend_of, get_backend
 from fastopt.kernels.contract import Backend
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -169,7 +169,7 @@ def batchnorm_forward(
     """
     shape = _check_x(x, axis)
     channels = shape[1]
-    backend = get_backend(place_of(x))
+    backend = get_backend(backend_of(x))
     for name, array in (("gamma", gamma), ("beta", beta)):
         _check_channelwise(name, array, x, channels, backend)
     if (running_mean is None) != (running_var is None):
@@ -383,7 +383,7 @@ def check_axis(axis: int) -> None:
 
 def _check_x(x: Any, axis: int) -> tuple[int, int, int]:
     check_axis(axis)
-    if not isinstance(x, get_backend(place_of(x)).array_type):
+    if not isinstance(x, get_backend(backend_of(x)).array_type):
         raise TypeError(f"x: must be a NumPy array, got {type(x).__name__}; use np.asarray(x)")
     if x.dtype not in DTYPES:
         raise TypeError(

@@ -63,7 +63,7 @@ def find_cuda() -> dict[str, Any]:
     return found
 
 
-def place_of(array: Any) -> str:
+def backend_of(array: Any) -> str:
     """Return the name of the backend of an array: ``"cuda"`` for an array on a device, else ``"cpu"``."""
     try:
         return "cuda" if hasattr(array, "__cuda_array_interface__") else "cpu"

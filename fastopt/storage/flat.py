@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import optree
 
-from fastopt.kernels import get_backend, place_of
+from fastopt.kernels import backend_of, get_backend
 from fastopt.kernels.contract import Backend
 from fastopt.lazy import lazy
 from fastopt.storage.door import Door, is_masked, overlapping, usable_array
@@ -522,7 +522,7 @@ def pack(params: Any, *, backend: str = "auto", dtype: Any = None, copy: bool = 
     if wanted is not None and wanted not in DTYPES:
         raise TypeError(f"dtype: must be float32 or float64, got {dtype!r}")
     if backend == "auto":
-        backend = "cuda" if "cuda" in map(place_of, leaves) else "cpu"
+        backend = "cuda" if "cuda" in map(backend_of, leaves) else "cpu"
     memory = get_backend(backend)
     arrays = [_check_leaf(path, leaf, memory, wanted) for path, leaf in zip(paths, leaves, strict=True)]
     found = arrays[0].dtype if wanted is None else wanted
@@ -545,7 +545,7 @@ def _check_updatable(paths: Sequence[str], given: Sequence[Any], arrays: Sequenc
     for path, leaf, array in zip(paths, given, arrays, strict=True):
         if memory.name == "cpu":
             usable_array(array, array.shape, array.dtype, f"parameter {path!r}", writeable=True)
-        elif place_of(leaf) != memory.name:
+        elif backend_of(leaf) != memory.name:
             raise TypeError(
                 f"parameter {path!r}: must be an array of the device to be updated in place, got {named(type(leaf))}"
             )
@@ -570,7 +570,7 @@ def _check_leaf(path: str, given: Any, memory: Backend, wanted: np.dtype[Any] | 
         raise TypeError(f"parameter {path!r}: must be an array without a mask, got a masked array; use .filled(0)")
     leaf = _adopted(f"parameter {path!r}", given, memory)
     if leaf is None:
-        of_device = place_of(given) == "cuda"
+        of_device = backend_of(given) == "cuda"
         hint = "; backend='cuda' takes arrays of a GPU" if of_device and memory.name == "cpu" else ""
         raise TypeError(
             f"parameter {path!r}: must be a NumPy array, got {type(given).__name__}; use np.asarray(...), or "
@@ -592,7 +592,7 @@ def check_vectors(given: Mapping[str, Any], *, read_only: str) -> tuple[Backend,
     native float32 or float64. They must not overlap. All but the one called `read_only` must be writeable.
     """
     names = list(given)
-    places = {name: place_of(array) for name, array in given.items()}
+    places = {name: backend_of(array) for name, array in given.items()}
     place = "cuda" if "cuda" in places.values() else "cpu"
     backend = get_backend(place)
     arrays: dict[str, Any] = {}

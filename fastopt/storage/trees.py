@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optree
 
-from fastopt.kernels import get_backend, place_of
+from fastopt.kernels import backend_of, get_backend
 
 NAMESPACE = "fastopt"
 """The optree namespace in which fastopt registers plain dataclasses; optree's global registrations apply also."""
@@ -531,8 +531,8 @@ def _write(writes: list[Write]) -> None:
 
 def _checked(leaf: Any, value: Any, code: str) -> Any:
     """`value` as an array of the leaf's backend, dtype and shape; an error where it is not like the leaf."""
-    place = "cpu" if type(leaf) is np.ndarray else place_of(leaf)
-    if place == "cpu" and place_of(value) != "cpu":
+    place = "cpu" if type(leaf) is np.ndarray else backend_of(leaf)
+    if place == "cpu" and backend_of(value) != "cpu":
         raise TypeError(f"{code}: must be an array of the host, got {_kind(value)}; copy it to the host")
     backend = get_backend(place)
     array: Any
