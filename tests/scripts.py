@@ -46,6 +46,11 @@ def on_terminal(*arguments: str | Path) -> tuple[str, str]:
     return shown.decode(), out.decode()
 
 
+def compiled() -> dict[str, str]:
+    """For `run`: where the tests keep compiled kernels, for a process that need not compile its own."""
+    return {"FASTOPT_CACHE_DIR": os.environ["FASTOPT_CACHE_DIR"]}
+
+
 def run(*arguments: str | Path, timeout: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``python *arguments`` with this environment on top of ours; kill it and its children after `timeout`."""
     # Drop pytest-xdist's variables: a pytest in the child would believe that it runs in a worker.

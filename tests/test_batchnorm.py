@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripts import run
+from scripts import compiled, run
 
 import fastopt
 from fastopt import reference
@@ -358,7 +358,7 @@ def report_drivers() -> None:
 
 
 def test_every_driver_gives_the_same_bits():
-    finished = run(__file__, "drivers", timeout=240)
+    finished = run(__file__, "drivers", timeout=240, **compiled())
     assert finished.returncode == 0, finished.stderr
     found: dict[str, dict[str, list[Any]]] = {}
     for line in map(json.loads, finished.stdout.splitlines()):

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 from cases import BY_NAME, EVERYTHING
 from safetensors.numpy import load_file, save_file
-from scripts import run
+from scripts import compiled, run
 
 import fastopt
 from fastopt import schedules
@@ -113,7 +113,7 @@ def test_every_optimizer_goes_on_to_the_bit(saved, number, name):
 
 def test_every_optimizer_goes_on_to_the_bit_in_another_process(saved):
     folder, optimizers = saved
-    finished = run(__file__, "resume", folder, timeout=120.0, FASTOPT_CACHE_DIR=os.environ["FASTOPT_CACHE_DIR"])
+    finished = run(__file__, "resume", folder, timeout=120.0, **compiled())
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout) == {name: bits(opt) for name, opt in optimizers.items()}
 
@@ -660,7 +660,7 @@ def test_long_names_are_no_problem(adam, tmp_path):
 @posix
 def test_a_kill_at_any_moment_leaves_one_of_the_two_states(tmp_path):
     """200 times: two processes save alternating states to one file, and are killed after a random time."""
-    finished = run("-W", "ignore", __file__, "kills", tmp_path, timeout=120.0, OPENBLAS_NUM_THREADS="1")
+    finished = run("-W", "ignore", __file__, "kills", tmp_path, timeout=120.0, OPENBLAS_NUM_THREADS="1", **compiled())
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)
     assert report["kills"] == 200

@@ -21,7 +21,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
-from scripts import run
+from scripts import compiled, run
 
 import fastopt
 from fastopt.kernels import driver, pool
@@ -94,7 +94,7 @@ def report_drivers() -> None:
 
 @pytest.fixture(scope="module")
 def driven() -> dict[tuple[Any, ...], dict[str, Any]]:
-    finished = run(__file__, "drivers", NUMBA_NUM_THREADS="4", timeout=120.0)
+    finished = run(__file__, "drivers", NUMBA_NUM_THREADS="4", timeout=120.0, **compiled())
     assert finished.returncode == 0, finished.stderr
     lines = [json.loads(line) for line in finished.stdout.splitlines()]
     return {tuple(line["key"]): line for line in lines}

@@ -30,7 +30,7 @@ import pytest
 from cases import CASES, EVERYTHING, Case, gradients
 from llvmlite import binding, ir
 from numba import types
-from scripts import run
+from scripts import compiled, run
 
 import fastopt
 from fastopt.kernels import driver, intrinsics, pool
@@ -647,7 +647,7 @@ SCENARIOS: tuple[Callable[[], None], ...] = (
 def test_scenario(name):
     if name in ("torch_before", "torch_after", "workers_of_a_data_loader"):
         pytest.importorskip("torch")
-    finished = run(__file__, "scenario", name, timeout=120.0, FASTOPT_NUM_THREADS="3")
+    finished = run(__file__, "scenario", name, timeout=120.0, FASTOPT_NUM_THREADS="3", **compiled())
     assert (finished.returncode, finished.stdout) == (0, "ok\n"), finished.stderr[-2000:]
 
 
@@ -755,7 +755,7 @@ def stress(seconds: float) -> None:
 
 
 def test_stress():
-    finished = run(__file__, "stress", str(SECONDS), timeout=SECONDS + 120.0)
+    finished = run(__file__, "stress", str(SECONDS), timeout=SECONDS + 120.0, **compiled())
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.startswith("wrong [];"), finished.stdout
     jobs = int(finished.stdout.split()[-1])

@@ -17,7 +17,7 @@ import pytest
 from cases import BY_NAME, CASES, DTYPES, EVERYTHING, Case, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripts import run
+from scripts import compiled, run
 
 import fastopt
 from fastopt.kernels import elements
@@ -252,7 +252,7 @@ def report_drivers() -> None:
 
 
 def test_every_driver_gives_the_same_bits():
-    finished = run(__file__, "drivers", timeout=240)
+    finished = run(__file__, "drivers", timeout=240, **compiled())
     assert finished.returncode == 0, finished.stderr
     lines = [json.loads(line) for line in finished.stdout.splitlines()]
     assert len(lines) == 3 * len(DRIVERS)
