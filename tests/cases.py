@@ -118,6 +118,7 @@ CASES = (
     Case("Yogi"),
     Case("Yogi", {"bias_correction": False}),
     Case("Rprop", torch="Rprop"),
+    Case("Rprop", {"lr": 0.05, "step_sizes": (0.02, 0.15)}, torch="Rprop", lr=0.05),
     Case("ScheduleFreeAdamW", {"warmup_steps": 3, "weight_decay": 0.1}, reference="schedule_free_adamw"),
     Case("Muon"),
 )

@@ -249,6 +249,25 @@ def test_the_variance_of_float32_data_far_from_zero(shape):
     np.testing.assert_allclose(y, expected, atol=1e-5)  # the rounding of the mean to float32 alone would be 5e-4
 
 
+@pytest.mark.parametrize("shape", [(4096, 2), (64, 2, 8, 8), (2, 2, 45, 47)])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("mean", [1e4, -3e5])
+def test_the_gradients_of_float32_data_far_from_zero(shape, activation, mean):
+    """The mean has another float32 than its float64; what that changes in x - mean is made up for there too."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(mean, 1.0, shape).astype(np.float32)
+    dy = rng.normal(size=shape).astype(np.float32)
+    gamma, beta = np.float32([1.5, -0.5]), np.float32([0.25, 0.5])
+    _, saved = batchnorm_forward(x, gamma, beta, activation=activation)
+    found = batchnorm_backward(dy, saved)
+    exact = [array.astype(np.float64) for array in (x, gamma, beta)]
+    _, cache = reference.batchnorm_forward(*exact, activation=activation)
+    expected = reference.batchnorm_backward(dy.astype(np.float64), cache)
+    m = x.size // 2
+    for name, size in (("dx", 1), ("dgamma", m), ("dbeta", m)):
+        np.testing.assert_allclose(getattr(found, name) / size, expected[name] / size, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("shape", [(64, 3), (40, 30, 7, 7), (16, 2, 40, 40), (2, 1, 90, 90)])
 @pytest.mark.parametrize("outlier", [1e3, 1e6, -1e12])
 def test_an_outlier_where_the_sums_start_costs_no_digits(shape, outlier):
@@ -458,6 +477,7 @@ def test_momentum_none_averages_all_batches():
     xs = batches()
     for x in xs:
         bn.forward(x)
+        bn.forward(np.ones_like(x), training=False)  # which counts as no batch
     assert bn.num_batches_tracked == len(xs)
     np.testing.assert_allclose(bn.running_mean, np.mean([x.mean((0, 2)) for x in xs], 0), rtol=1e-12)
     np.testing.assert_allclose(bn.running_var, np.mean([x.var((0, 2)) * 30 / 29 for x in xs], 0), rtol=1e-12)

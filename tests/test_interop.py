@@ -730,6 +730,23 @@ def test_a_run_from_here_continues_in_torch_as_if_uninterrupted(run_):
         assert_same_run(mine, theirs, params, before, since)
 
 
+@pytest.mark.parametrize("with_gradient", [(), ("w", "b"), ("c",)], ids=str)
+def test_a_parameter_without_an_entry_begins_as_it_does_in_torch(with_gradient):
+    """Sums of squares at the initial value, not at 0: of a parameter that had no gradient yet torch keeps no entry."""
+    initial = {"lr": 0.1, "initial_accumulator_value": 0.5}
+    mine = filled(fastopt.Adagrad(start(), **initial), 4)
+    grads: dict[str, Any] = {path: np.full(array.shape, 2.0, np.float32) for path, array in start().items()}
+    source = fastopt.Adagrad(start(), **initial)
+    source.step({path: array if path in with_gradient else None for path, array in grads.items()})
+    state = to_torch_state(source, ["w", "c", "b"])
+    for number, path in enumerate(["w", "c", "b"]):
+        if path not in with_gradient:
+            state["state"].pop(number, None)
+    from_torch_state(mine, state, ["w", "c", "b"])
+    for path, array in mine.states["sum_sq"].items():
+        np.testing.assert_array_equal(array, 4.5 if path in with_gradient else 0.5, err_msg=path)
+
+
 @every_run
 def test_the_format_has_torchs_keys_and_types(run_):
     torch, theirs, params = torch_pair(run_)

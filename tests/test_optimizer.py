@@ -849,3 +849,5 @@ def test_a_deep_copy_goes_its_own_way_from_the_same_point(name):
     assert bits(opt) == before != bits(twin)
     opt.step(grads)
     assert bits(opt) == bits(twin)
+    twin.step({**grads, "w": None})
+    assert [each.state_dict()["missed"]["w"] for each in (opt, twin)] == [1, 2]

@@ -142,6 +142,48 @@ def test_rows_read_are_up_to_date():
     assert rowwise.params["e"][0].all()  # a copy
 
 
+def test_updates_that_were_missed_as_a_whole_count_for_rows_too():
+    """A parameter's own step number is that of its bias corrections, with rows as without."""
+    rowwise, dense = fastopt.Adam(params_of()), fastopt.Adam(params_of())
+    for opt in (rowwise, dense):
+        for _ in range(50):
+            opt.step({"e": None, "w": np.ones(5)})
+    run_both(rowwise, dense, 40)
+    assert_equal(rowwise, dense, rtol=1e-9, atol=1e-12)
+
+
+def test_no_row_is_lost_between_two_launches(monkeypatch):
+    monkeypatch.setattr(row_module, "ROWS_AT_ONCE", 4)
+    rowwise, dense = fastopt.Momentum(params_of(), lr=0.1), fastopt.Momentum(params_of(), lr=0.1)
+    run_both(rowwise, dense, 60)
+    assert_equal(rowwise, dense, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_whose_product_no_number_holds_are_made_one_by_one():
+    """400 steps that each multiply by -9: their product overflows, in float64; a parameter at 0 stays there."""
+    params = {"e": np.zeros((3, 2)), "w": np.zeros(5)}
+    options = {"lr": 10.0, "weight_decay": 1.0, "decoupled_weight_decay": True}
+    rowwise, dense = fastopt.SGD(params, **options), fastopt.SGD(params, **options)
+    for _ in range(400):
+        rowwise.step_rows({"e": ([0], np.zeros((1, 2)))})
+        dense.step({"e": np.zeros((3, 2)), "w": None})
+    rowwise.flush_rows()
+    np.testing.assert_array_equal(rowwise.params["e"], dense.params["e"])
+    assert not rowwise.params["e"].any()
+
+
+def test_the_norm_of_rows_is_unknown_unless_it_is_measured():
+    opt = fastopt.SGD(params_of())
+    grads = {"e": np.ones((ROWS, COLUMNS)), "w": np.ones(5)}
+    opt.step(grads)
+    assert opt.step_rows({"e": ([1], np.ones((1, COLUMNS)))}).grad_norm is None
+    told = fastopt.SGD(params_of(), grad_norm=True)
+    told.step(grads)
+    info = told.step_rows({"e": ([1, 1], np.ones((2, COLUMNS)))})
+    assert info.grad_norm == pytest.approx(2.0 * COLUMNS**0.5)
+
+
 def test_clocks_begin_anew_before_their_tables_end():
     rowwise, dense = fastopt.Momentum(params_of(), lr=0.1), fastopt.Momentum(params_of(), lr=0.1)
     run_both(rowwise, dense, MOST + 50)

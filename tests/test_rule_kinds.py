@@ -67,6 +67,28 @@ def test_clipping_changes_the_norm_that_scales():
     np.testing.assert_allclose(scaled.params["w"], 1.0 + 1e-3 * g / 5.0)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.rule.owns_weight_decay], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_zero_gradient_leaves_what_has_not_moved_yet(case, dtype):
+    """Also where the norm of the gradient is divided by. Schedule-free steps and bare momentum included."""
+    opt = case.make({"w": np.arange(1.0, 6.0, dtype=dtype)}, weight_decay=0.0)
+    for _ in range(3):
+        opt.step({"w": np.zeros(5, dtype)})
+    np.testing.assert_array_equal(opt.params["w"], np.arange(1.0, 6.0))
+
+
+@pytest.mark.parametrize("case", SCALED, ids=str)
+def test_the_buffer_of_gradients_is_zeroed_also_where_norms_scale(case):
+    opt = case.make({"w": np.ones(5), "v": np.ones((3, 4))}, zero_grad=True)
+    for grad in opt.grads.values():
+        grad[...] = 2.0
+    opt.step()
+    assert not opt.flat.grad.any()
+    twin = case.make({"w": np.ones(5), "v": np.ones((3, 4))})
+    twin.step({"w": np.full(5, 2.0), "v": np.full((3, 4), 2.0)})
+    assert everything(opt) == everything(twin)
+
+
 @pytest.mark.parametrize("case", SCALED, ids=str)
 def test_a_copy_goes_its_own_way(case):
     one = case.make({"w": np.ones(5)})
@@ -77,6 +99,18 @@ def test_a_copy_goes_its_own_way(case):
     assert everything(other) == before
     other.step({"w": np.ones(5)})
     assert everything(other) == everything(one)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_variance_never_gets_negative(dtype):
+    """Where the gradient hardly changes, the mean square less the square of the mean is rounding, of either sign."""
+    grads = np.linspace(0.1, 1.0, 1001, dtype=dtype)
+    for case in CASES:
+        if case.options.get("centered"):
+            opt = case.make({"w": np.ones(1001, dtype)})
+            for _ in range(100):
+                opt.step({"w": grads})
+            assert np.isfinite(opt.flat.data).all(), str(case)
 
 
 # --- made of matrices -------------------------------------------------------------------------------------------------

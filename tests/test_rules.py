@@ -347,11 +347,17 @@ def test_the_parity_check_catches_a_forgotten_weight_decay():
         assert_float64_parity(case.make({"w": start}, weight_decay=0.0), case.oracle(start))
 
 
-def test_the_loops_have_no_fastmath_on_the_rule():
-    """Never nnan or ninf: they break isnan without a sign. A NaN gradient reaches exactly its own element."""
-    optimizer = fastopt.Adam({"w": np.ones(100, np.float32)})
-    g = np.ones(100, np.float32)
-    g[37] = np.nan
+@pytest.mark.parametrize("case", [case for case in CASES if not case.rule.whole], ids=str)
+@every_dtype
+def test_a_nan_reaches_exactly_its_own_element(case, dtype):
+    """Also those of a rule that looks only at signs. Never nnan or ninf: they break isnan without a sign."""
+    optimizer = case.make({"w": np.ones(100, dtype)})
+    g = np.ones(100, dtype)
     optimizer.step({"w": g})
-    assert np.flatnonzero(np.isnan(optimizer.params["w"])).tolist() == [37]
+    g[[37, 99]] = np.nan
+    optimizer.step({"w": g})
+    assert np.flatnonzero(np.isnan(optimizer.params["w"])).tolist() == [37, 99]
+
+
+def test_the_loops_have_no_fastmath_on_the_rule():
     assert elements.scalar(adam_rule.scalar).targetoptions.get("fastmath") in (None, False)

@@ -390,6 +390,18 @@ def test_clipping_by_value_does_not_hide_infinity():
         assert opt.step_count == 0
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_not_finite_is_zeroed_before_values_are_clipped(dtype):
+    """An infinite gradient is left out, not clipped; the largest finite one is clipped, not left out."""
+    largest = np.finfo(dtype).max
+    opt = fastopt.SGD({"w": np.zeros(6, dtype)}, lr=1.0, clip_value=0.5, nonfinite="zero")
+    opt.step({"w": np.array([np.inf, -np.inf, np.nan, largest, -largest, 0.25], dtype)})
+    np.testing.assert_array_equal(opt.params["w"], [0.0, 0.0, 0.0, -0.5, 0.5, -0.25])
+    bare = fastopt.SGD({"w": np.zeros(5, dtype)}, lr=1.0, nonfinite="zero")
+    bare.step({"w": np.array([np.inf, -np.inf, np.nan, largest, -largest], dtype)})
+    np.testing.assert_array_equal(bare.params["w"], [0.0, 0.0, 0.0, -largest, largest])
+
+
 def test_without_a_policy_nan_spreads_as_in_numpy():
     opt = fastopt.SGD({"a": np.ones(3), "b": np.ones(2)}, lr=1.0, max_norm=1.0)
     info = opt.step({"a": np.array([np.nan, 1.0, 1.0]), "b": np.ones(2)})
@@ -451,6 +463,14 @@ def test_the_norm_is_measured_where_it_is_asked_for_and_otherwise_unknown(monkey
     assert info.grad_norm == pytest.approx(norm_of(grads) / 2, rel=1e-6)
     assert following.grad_norm == pytest.approx(norm_of({**grads, "w0": np.zeros(1)}), rel=1e-6)
     assert (following.lr, following.clip_coefficient) == (0.25, 1.0)
+
+
+def test_a_skipped_step_tells_the_rate_that_it_would_have_had():
+    opt = fastopt.SGD({"w": np.ones(2)}, lr=fastopt.schedules.inverse_time(1.0, 1.0), nonfinite="skip")
+    good, bad = {"w": np.ones(2)}, {"w": np.full(2, np.nan)}
+    infos = [opt.step(grads) for grads in (good, bad, bad, good)]
+    assert [info.skipped for info in infos] == [False, True, True, False]
+    assert [info.lr for info in infos] == [1.0, 0.5, 0.5, 0.5]
 
 
 def test_a_rule_without_lr_has_no_lr_to_tell():
@@ -715,7 +735,14 @@ def test_a_state_of_before_there_were_averages_is_read():
     opt = fastopt.Adam(GOOD)
     state = opt.state_dict()
     del state["ema"], state["nonfinite"]
-    opt.load_state_dict(state)
+    twin = fastopt.Adam(GOOD)
+    twin.step(GOOD)
+    twin.load_state_dict(state)
+    twin.flat.data[...] = opt.flat.data  # which are no part of the state
+    assert twin.step_count == 0
+    for each in (opt, twin):
+        each.step(GOOD)
+    assert contents(twin) == contents(opt)
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["drivers"]:

@@ -111,7 +111,8 @@ class LinearHistory:
     def append(self, t: int, point: FormPoint) -> None:
         """As `History`."""
         products, n = self._products, self._steps + 1
-        products[1 : n + 1] = self._matrix(t, point) @ products[:n]
+        with np.errstate(over="ignore", invalid="ignore"):  # `coefficients` tells which products are no numbers
+            products[1 : n + 1] = self._matrix(t, point) @ products[:n]
         self._steps = n
 
     def _matrix(self, t: int, point: FormPoint) -> np.ndarray:
