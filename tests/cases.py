@@ -73,6 +73,7 @@ CASES = (
     Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}, torch="SGD"),
     Case("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, torch="SGD"),
     Case("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "lr_inside": True}),
+    Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "lr_inside": True}),
     Case("Momentum", torch="SGD", torch_options={"lr": 0.01, "momentum": 0.9}, lr=0.05),
     Case("Momentum", {"form": "ema", "weight_decay": 0.1}, lr=0.05),
     Case("Momentum", {"form": "lr_inside"}, lr=0.05),
