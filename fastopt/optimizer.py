@@ -44,8 +44,8 @@ class Optimizer:
         nonfinite: what to do about gradients that are NaN or infinite: ``"propagate"`` them, ``"skip"`` the step, count
             such elements as ``"zero"``, or ``"raise"`` FloatingPointError with the path of the first parameter that has
             one. `StepInfo` counts them.
-        ema: decay rate, in (0, 1), of a moving average of the parameters: ``opt.ema``, which begins at the parameters
-            and after every step moves towards them, ``e += (1 - ema) (p - e)``.
+        ema: decay rate, in (0, 1), of a moving average of the parameters: ``opt.ema``, which begins at each parameter
+            as it is at its first update, and after every step moves towards them, ``e += (1 - ema) (p - e)``.
         zero_grad: set ``opt.grads`` to 0 in the pass that reads them; also after a step that was skipped. Gradients
             that are passed to `step` are not written.
         maximize: go uphill.
@@ -286,6 +286,7 @@ class Optimizer:
         pipeline = self._running
         pipeline.check_trees()
         pipeline.flush_rows()
+        pipeline.begin(show=True)
         groups = pipeline.groups
         return OptimizerState(
             self.rule,
@@ -610,6 +611,47 @@ class Optimizer:
         """
         self._running.add(params, hyper)
 
+    def set_params(self, params: Any) -> None:
+        """Write values into the parameters, such as pretrained weights, and let the average begin there again.
+
+        So do states that begin at the parameters (schedule-free's z). All other states, and the count of steps, stay:
+        see `restart`. Before the first step, writing into the arrays has the same effect.
+
+        Args:
+            params: a tree of arrays in the structure and shapes of the parameters, of dtype float16, float32 or
+                float64; another dtype than theirs is converted.
+
+        Raises:
+            TypeError, ValueError: naming the parameter's path, before anything is changed.
+            RuntimeError: inside a ``with`` block that holds the parameters elsewhere.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.SGD({"w": np.zeros(1)}, lr=1.0, ema=0.5)
+        >>> _ = opt.step({"w": np.ones(1)})
+        >>> opt.set_params({"w": np.array([10.0])})
+        >>> _ = opt.step({"w": np.array([4.0])})
+        >>> opt.params["w"], opt.ema["w"]
+        (array([6.]), array([8.]))
+        """
+        self._running.set_params(params)
+
+    def restart(self) -> None:
+        """Begin again from the parameters as they are: states, average and counters are as at construction.
+
+        Hyperparameters stay, and schedules begin at step 0. Gradients that were accumulated are dropped.
+
+        Raises:
+            RuntimeError: inside a ``with`` block that holds the parameters elsewhere.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.Adam({"w": np.zeros(1)}, lr=0.5)
+        >>> _ = opt.step({"w": np.ones(1)})
+        >>> opt.restart()
+        >>> opt.step_count, opt.states["m"]["w"], opt.params["w"].round(6)
+        (0, array([0.]), array([-0.5]))
+        """
+        self._running.restart()
+
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -747,6 +789,7 @@ class Optimizer:
         found = checkpoint.load(self.state, type(self).__name__, path)
         self.restore(found.snapshot)
         pipeline.put_params(found.params)
+        pipeline.keep_written()
         return found.extra
 
 

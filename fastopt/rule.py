@@ -397,7 +397,7 @@ def rule(
         layerwise, scaling, matrixwise: see `Layerwise`, `Scaling`, `Matrixwise`.
         domains: ranges of hyperparameters whose names are not among the usual ones, as ``{"mu": Interval(0, 1)}``.
         initial: initial values of states that do not begin at 0, by name: a number, the name of a hyperparameter (its
-            value at the first step), or ``"p"`` for the parameter itself.
+            value at the first step), or ``"p"`` for the parameter itself, as it is at its first update.
         idle: the closed form of many zero-gradient steps, for `Optimizer.step_rows`: ``fastopt.Linear()`` for a rule
             that maps p and the states linearly where the gradient is 0.
 

@@ -208,6 +208,31 @@ def test_contexts_copies_states_and_checkpoints(tmp_path):
     np.testing.assert_allclose(elsewhere.params["a"], host(opt.params["a"]), rtol=1e-6, atol=1e-8)
 
 
+def test_states_begin_at_the_weights_that_were_written_before_the_first_step():
+    params, wanted = tree(5), tree(6)
+    opt = fastopt.ScheduleFreeAdamW(params, lr=0.1, backend="cuda", ema=0.5, nonfinite="skip")
+    expected = fastopt.ScheduleFreeAdamW(wanted, lr=0.1, backend="cuda", ema=0.5, nonfinite="skip")
+    opt.step(uploaded({**grads_of(params, 1), "number": np.array(np.nan, np.float32)}))  # skipped, on the device
+    for path, leaf in opt.params.items():
+        get_backend("cuda").copy(leaf, wanted[path])
+    assert host(opt.ema["a"]).tobytes() == wanted["a"].tobytes()
+    for seed in range(2):
+        for each in (opt, expected):
+            each.step(uploaded({**grads_of(params, seed), "b": None}))
+    for each in (opt, expected):
+        each.set_params(tree(7))
+        each.step(uploaded(grads_of(params, 3)))
+    assert opt.step_count == 3
+    assert host(opt.flat.data).tobytes() == host(expected.flat.data).tobytes()
+    for found, like in ((opt.ema, expected.ema), (opt.states["z"], expected.states["z"])):
+        for path in SIZES:
+            assert host(found[path]).tobytes() == host(like[path]).tobytes(), path
+    opt.restart()
+    assert opt.step_count == 0
+    assert not any(host(leaf).any() for leaf in opt.states["v"].values())
+    assert host(opt.states["z"]["a"]).tobytes() == host(opt.params["a"]).tobytes()
+
+
 def test_arrays_of_another_place_are_refused():
     params = tree(7)
     ours, cpu = fastopt.Adam(params, backend="cuda"), fastopt.Adam(params)
@@ -361,6 +386,14 @@ def test_what_cannot_be_captured_or_replayed_is_refused():
     muon.step()
     with pytest.raises(TypeError, match="cannot be captured"):
         captured(muon)
+    averaging = fastopt.Adam(params, backend="cuda", ema=0.5)
+    averaging.step()
+    captured(averaging)
+    averaging.restart()
+    with pytest.raises(RuntimeError, match="before states have begun at the parameters: make an ordinary step first"):
+        captured(averaging)
+    with pytest.raises(RuntimeError, match="no step\\(\\) was captured"):
+        averaging.prepare_replay()
     on_host = fastopt.Adam(params)
     on_host.step()
     with pytest.raises(RuntimeError, match="no step\\(\\) was captured"):

@@ -13,6 +13,7 @@ from fastopt.hyper import EMA
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import BLOCK, Adder, Decision
 from fastopt.rule import Rule, check_acting
+from fastopt.step.born import Born
 from fastopt.step.device import MOST_IN_FLIGHT, DeviceSteps, Recorded
 from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_matrices, mark_matrices
 from fastopt.step.info import StepInfo
@@ -65,6 +66,7 @@ class Pipeline:
         self.held = ""
         """The name of the context that holds the parameters elsewhere."""
         self.plan = self._planned()
+        self.born = Born(rule, options)
         self._make_states()
         self._initialise(range(len(flat.paths)))
         self._collect_buffers()
@@ -76,26 +78,46 @@ class Pipeline:
             check_matrices(self.rule, groups.given(self.rule.matrixwise.chosen), flat.paths, flat.shapes)
 
     def _make_states(self) -> None:
-        """Make buffers of zeros, and an average that is at the parameters."""
+        """Make buffers of zeros."""
         flat = self.flat
         self.states = tuple(flat.new_buffer() for _ in self.rule.states)
         self.per_tensor = tuple(flat.new_numbers() for _ in self.rule.numbers)
-        self.average: Any = None
-        if self.options.ema is not None:
-            self.average = flat.new_buffer()
-            for view, array in zip(flat.views(self.average), flat.arrays, strict=True):
-                view[...] = array
+        self.average: Any = None if self.options.ema is None else flat.new_buffer()
 
     def _initialise(self, parameters: Sequence[int]) -> None:
         """Give states that do not begin at 0 their first values."""
         views = self.views()
         for name, value in self.rule.initial.items():
-            for k in parameters:
-                values = self.groups.list[self.groups.of[k]].at_step(self.steps) if value != "p" else {}
-                first = self.flat.arrays[k] if value == "p" else values[value] if isinstance(value, str) else value
-                views[name][k][...] = first
+            if name not in self.born.names:
+                for k in parameters:
+                    group = self.groups.list[self.groups.of[k]]
+                    views[name][k][...] = group.at_step(self.steps)[value] if isinstance(value, str) else value
+        self.born.begin(self.flat, views, parameters)
+
+    def _without_updates(self) -> list[int]:
+        """The parameters that have had no update yet."""
+        self.collect()
+        return [k for k, missed in enumerate(self.groups.missed) if missed == self.steps]
+
+    def begin(self, present: Sequence[bool] | None = None, *, show: bool = False) -> None:
+        """Let states begin at the parameters that have had no update yet, which may have been written since.
+
+        present : the parameters that are about to be updated; None: all. show : the states are about to be handed out.
+        """
+        if self.born.waiting and not self.held:
+            self.born.waiting = found = self._without_updates()
+            if present is not None:
+                found = [k for k in found if present[k]]
+            if found:
+                self.born.begin(self.flat, self.views(), found, show=show)
+
+    def keep_written(self) -> None:
+        """After a load, keep states that are elsewhere than the parameters at which they would begin."""
+        if self.born.waiting:
+            self.born.keep_written(self.flat, self.views(), self._without_updates())
 
     def _collect_buffers(self) -> None:
+        self.born.wait(len(self.flat.paths))
         averages = () if self.average is None else (self.average,)
         self.buffers = (*self.states, *averages, *self.per_tensor)
         self._locate()
@@ -184,10 +206,16 @@ class Pipeline:
             present = self._without_frozen(present)
         if device is not None and device.backend.capturing():
             device.check_capture(self.rule, present is not None or pending is not None)
+            if self.born.waiting and self._without_updates():
+                raise RuntimeError(
+                    "step() is captured before states have begun at the parameters: make an ordinary step first"
+                )
         rows: Sequence[int] = plan.of
         if present is not None:
             rows = self._rows_of(present)
             plan = self.plan
+        if self.born.waiting:
+            self.begin(present)
         if device is not None:
             return self._step_on_device(device, plan, places, present, rows, unscale)
         plan.write_table(self.groups, self.steps + 1, unscale)
@@ -482,6 +510,8 @@ class Pipeline:
         mapped = plan.of if all(present) else self._rows_of(present)
         plan = self.plan
         self.collect()
+        if self.born.waiting:
+            self.begin(present)
         plan.write_table(self.groups, self.steps + 1, unscale)
         chunks = plan.dense_chunks(tuple(dense), mapped)
         norm, coefficient = None, 1.0
@@ -546,12 +576,18 @@ class Pipeline:
             self._refuse_matrices(checked, members)
         if members is None:
             self.groups.assign(name, checked)
-            return
-        if whole is not None:
-            changes = self.groups.changes
-            paths = [self.flat.paths[k] for k in members]
-            check_acting(whole, paths, [{**changes[k], name: checked} for k in members], self.groups.base)
-        self.groups.override(members, name, checked)
+        else:
+            if whole is not None:
+                changes = self.groups.changes
+                paths = [self.flat.paths[k] for k in members]
+                check_acting(whole, paths, [{**changes[k], name: checked} for k in members], self.groups.base)
+            self.groups.override(members, name, checked)
+        self._begin_again(name)
+
+    def _begin_again(self, name: str) -> None:
+        """After a change of a hyperparameter, let states that begin at it begin again, before the first update."""
+        if self.rule.initial and (name == LR_SCALE or name in self.rule.initial.values()):
+            self._initialise(self._without_updates())
 
     def _refuse_matrices(self, chosen: Any, members: Sequence[int] | None) -> None:
         """Refuse to treat these parameters as matrices where one is not; None: those without a choice of their own."""
@@ -569,6 +605,7 @@ class Pipeline:
             self._refuse_matrices(self.groups.base[name], members)
         self.flush_rows()
         self.groups.release(members, name)
+        self._begin_again(name)
 
     def add(self, params: Any, hyper: Mapping[str, Any]) -> None:
         """Add parameters, with states as at the beginning: see `Optimizer.add`."""
@@ -640,6 +677,7 @@ class Pipeline:
     def elsewhere(self, context: str) -> Iterator[None]:
         """Restore the parameters at the end of the block."""
         self.flush_rows()
+        self.begin()
         backup = [array.copy() for array in self.flat.arrays]
         self.held = context
         try:
@@ -652,6 +690,29 @@ class Pipeline:
         """Write values into the parameters."""
         for own, array in zip(self.flat.arrays, arrays, strict=True):
             self.backend.copy(own, array)
+
+    def set_params(self, params: Any) -> None:
+        """Write values into the parameters: see `Optimizer.set_params`."""
+        self.refuse_while_held("set_params")
+        arrays = self.flat.check_values(params)
+        self.flush_rows()
+        self.put_params(arrays)
+        self.born.shown.clear()
+        self.born.begin(self.flat, self.views(), range(len(arrays)))
+
+    def restart(self) -> None:
+        """Begin again from the parameters as they are: see `Optimizer.restart`."""
+        self.refuse_while_held("restart")
+        self.flush_rows()
+        for buffer in self.buffers:
+            buffer.fill(0)
+        self.steps, self.nonfinite, self.pending = 0, (0, 0), None
+        self.groups.regroup(self.groups.changes, [0] * len(self.flat.paths))
+        self.born.shown.clear()
+        self._initialise(range(len(self.flat.paths)))
+        self._collect_buffers()
+        if self.device is not None:
+            self.device.recorded = None
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -681,6 +742,8 @@ class Pipeline:
         self.steps = steps
         self.nonfinite = nonfinite
         self.pending = None
+        self.born.shown.clear()
+        self.born.wait(len(self.flat.paths))
         if self.device is not None:
             self.device.recorded = None
 
@@ -697,6 +760,7 @@ class Pipeline:
             copied[...] = own
         twin.groups = Groups(self.rule, self.groups.base, self.groups.changes, self.groups.missed)
         twin.pending = copy.deepcopy(self.pending, memo)
+        twin.born = copy.deepcopy(self.born)
         if self.device is not None:
             twin.device = DeviceSteps(self.device.backend, self.rule, self.options)
         twin.plan = twin._planned()

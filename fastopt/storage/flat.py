@@ -365,6 +365,34 @@ class FlatParams:
                 raise ValueError(f"gradient {path!r}: must not overlap the parameters in memory; pass a copy")
         return leaves
 
+    def check_values(self, params: Any) -> list[Any]:
+        """Check a tree of values that are to be written into the parameters.
+
+        Args:
+            params: a tree like `params`, of arrays of the same shapes and of a floating dtype.
+
+        Returns:
+            A list of arrays of the backend, which share no memory with the parameters.
+
+        Raises:
+            TypeError, ValueError: another structure, type or shape. The error names the path.
+
+        >>> import numpy as np, fastopt
+        >>> fastopt.pack({"w": np.ones(2)}).check_values({"w": np.zeros(2, np.float32)})
+        [array([0., 0.], dtype=float32)]
+        """
+        found = []
+        for path, own, leaf in zip(self.paths, self.arrays, self.leaves_like(params, "params"), strict=True):
+            array = _check_leaf(path, leaf, self._backend, self.dtype)
+            if array.shape != own.shape:
+                raise ValueError(f"parameter {path!r}: must have shape {own.shape}, got {array.shape}")
+            found.append(
+                array.copy()
+                if any(self._backend.overlap(array, each) for each in self._buffers or self.arrays)
+                else array
+            )
+        return found
+
     def copy_grads(self, leaves: Sequence[Any]) -> None:
         """Copy gradients into `grad`.
 
