@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -134,6 +135,13 @@ class Optimizer:
             "_pipeline": None,
         }
         self.__dict__.update(own)
+        for context in (rule.gradients_in, rule.evaluated_in):
+            if context is not None and not hasattr(type(self), context):
+                warnings.warn(
+                    f"rule {rule.name!r}: must have an optimizer with the context {context}(), got "
+                    f"{type(self).__name__}; use the optimizer of that rule",
+                    stacklevel=2,
+                )
         copies = Flag().check("copy", copy)
         if params is not None:
             self._begin(params, copies)

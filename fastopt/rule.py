@@ -139,6 +139,9 @@ class Rule:
             ``"p"``.
         idle: the closed form of many zero-gradient steps, a `fastopt.closed_forms.Idle`; None for none, which rules out
             `Optimizer.step_rows`.
+        gradients_in, evaluated_in: the names of the context managers of the optimizer inside which gradients are
+            computed (``"lookahead"``), and inside which the parameters are evaluated (``"eval_params"``); None where
+            the parameters serve as they are.
     """
 
     def __init__(
@@ -153,6 +156,8 @@ class Rule:
         domains: Mapping[str, Domain] | None = None,
         initial: Mapping[str, float | str] | None = None,
         idle: Idle | None = None,
+        gradients_in: str | None = None,
+        evaluated_in: str | None = None,
     ):
         names = list(_parameters(function, "rule"))
         if len(names) < 3 or names[:2] != ["p", "g"] or names[-1] != "h":
@@ -179,6 +184,8 @@ class Rule:
         self.matrixwise = matrixwise
         self.initial = dict(initial or {})
         self.idle = idle
+        self.gradients_in = gradients_in
+        self.evaluated_in = evaluated_in
         self.hyperparameters = tuple(prepared)[1:]
         self.defaults: dict[str, Any] = {name: default for name, default in prepared.items() if default is not MISSING}
         self.owns_weight_decay = WEIGHT_DECAY in self.hyperparameters
@@ -365,6 +372,8 @@ class Rule:
                 domains=self._domains,
                 initial=self.initial,
                 idle=self.idle,
+                gradients_in=self.gradients_in,
+                evaluated_in=self.evaluated_in,
             )
             self._twin.defaults = self.defaults
             self._twin._twin = self
@@ -386,6 +395,8 @@ def rule(
     domains: Mapping[str, Domain] | None = None,
     initial: Mapping[str, float | str] | None = None,
     idle: Idle | None = None,
+    gradients_in: str | None = None,
+    evaluated_in: str | None = None,
 ) -> Callable[[Callable[..., Any]], Rule]:
     r"""Return a decorator that turns a scalar function into a Rule.
 
@@ -400,6 +411,9 @@ def rule(
             value at the first step), or ``"p"`` for the parameter itself, as it is at its first update.
         idle: the closed form of many zero-gradient steps, for `Optimizer.step_rows`: ``fastopt.Linear()`` for a rule
             that maps p and the states linearly where the gradient is 0.
+        gradients_in, evaluated_in: for a rule whose gradients are taken, or whose parameters are evaluated, elsewhere
+            than at p: the name of a method of its optimizer, a context manager that holds the parameters there. A
+            step without the first warns, and so does an optimizer without such a method.
 
     Returns:
         A decorator for a function ``(p, g, *states, h)`` that returns the tuple ``(p, *states)`` of new values, or p
@@ -438,6 +452,8 @@ def rule(
             domains=domains,
             initial=initial,
             idle=idle,
+            gradients_in=gradients_in,
+            evaluated_in=evaluated_in,
         )
 
     return decorate

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -220,7 +221,10 @@ def test_more_steps_extend_the_same_path(tmp_path):
 def test_lookahead_takes_its_gradient_ahead():
     surface = SURFACES["bowl"]
     ahead, here = np.array([-7.0, 2.0]), np.zeros(2)
-    for point in path_of(surface, "nesterov:lookahead", 0.1, 20)[1:]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = path_of(surface, "nesterov:lookahead", 0.1, 20)
+    for point in path[1:]:
         here = 0.9 * here + 0.1 * (ahead - 0.9 * here) * [0.2, 2.0]
         ahead = ahead - here
         np.testing.assert_allclose(point, ahead, rtol=1e-12)

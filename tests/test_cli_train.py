@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -375,7 +376,10 @@ def test_lookahead_takes_every_gradient_at_the_look_ahead_point():
     trained = {}
     for form in ("lookahead", "reformulated"):
         opt = trained[form] = fastopt.Nesterov(layers, lr=0.01, form=form)
-        train_network(opt, rows, epochs=3, batch_size=64, rng=np.random.default_rng(0), looks_ahead=form == "lookahead")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a step outside `lookahead` would warn
+            rng = np.random.default_rng(0)
+            train_network(opt, rows, epochs=3, batch_size=64, rng=rng, looks_ahead=form == "lookahead")
     # The look-ahead points of one form are the parameters of the other, if gradients are taken at the former.
     with trained["lookahead"].lookahead():
         np.testing.assert_allclose(trained["lookahead"].flat.data, trained["reformulated"].flat.data, atol=1e-5)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -716,6 +718,81 @@ def test_inside_lookahead_nothing_else_may_move_the_parameters():
         assert bits(opt) == held
     assert bits(opt) == before
     assert opt.step_count == 1
+
+
+OUTSIDE = (
+    r"^step\(\): gradients must be computed inside `with opt.lookahead\(\):`, which was not entered since the last "
+    r"step; otherwise rule 'nesterov_lookahead' is another algorithm$"
+)
+
+
+def test_a_step_whose_gradients_were_not_looked_ahead_for_warns_once(tmp_path):
+    grads = {"w": np.ones((2, 1))}
+    steps: dict[str, Callable[[fastopt.Optimizer], Any]] = {
+        "step": lambda opt: opt.step(grads),
+        "own gradients": lambda opt: opt.step(),
+        "accumulate": lambda opt: (opt.accumulate(grads), opt.step()),
+        "rows": lambda opt: opt.step_rows({"w": (np.array([1]), np.ones((1, 1)))}),
+        "update": lambda opt: opt.update(opt.params, grads),
+    }
+    for name, step in steps.items():
+        opt = lookahead({"w": np.zeros((2, 1))}, lr=0.1, copy=name != "update", nonfinite="skip")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(opt)  # the velocity is 0: the look-ahead point is p
+            for _ in range(2):
+                with opt.lookahead():
+                    pass
+                with pytest.raises(ValueError, match="w"):
+                    opt.step({"w": np.ones(3)})  # which is refused, and changes nothing
+                assert opt.step({"w": np.full((2, 1), np.nan)}).skipped
+                step(opt)
+            opt.restart()
+            step(opt)
+            opt.save(tmp_path / "run.safetensors")
+        before = opt.params["w"].tobytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match=OUTSIDE):
+                step(opt)
+        assert (opt.params["w"].tobytes(), opt.step_count) == (before, 1)
+        opt.zero_grad()
+        with pytest.warns(UserWarning, match=OUTSIDE) as told:
+            step(opt)
+        assert [Path(each.filename).name for each in told] == [Path(__file__).name]
+        assert opt.params["w"].tobytes() != before or name == "own gradients"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(opt)  # it has been said
+        resumed = lookahead({"w": np.zeros((2, 1))}, lr=0.1, copy=name != "update")
+        resumed.load(tmp_path / "run.safetensors")
+        with pytest.warns(UserWarning, match=OUTSIDE):
+            step(resumed)
+
+
+def test_a_block_that_was_left_by_an_error_does_not_count_as_looked_ahead():
+    opt = lookahead([np.zeros(2)], lr=0.1)
+    opt.step([np.ones(2)])
+    with pytest.raises(KeyError), opt.lookahead():
+        raise KeyError
+    with pytest.warns(UserWarning, match=OUTSIDE):
+        opt.step([np.ones(2)])
+
+
+@pytest.mark.parametrize("rule", [rules.nesterov_lookahead, rules.schedule_free_adamw], ids=lambda rule: rule.name)
+def test_a_rule_whose_optimizer_has_a_context_that_this_one_lacks_warns(rule):
+    context = rule.gradients_in or rule.evaluated_in
+    with pytest.warns(
+        UserWarning, match=rf"^rule '{rule.name}': must have an optimizer with the context {context}\(\)"
+    ):
+        opt = fastopt.Optimizer([np.ones(2)], rule)
+    assert opt.step([np.ones(2)]).step == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for case in PER_RULE:
+            case.make([np.ones((2, 2))])
+    if rule.gradients_in:
+        assert rule.decaying(True).gradients_in == "lookahead"
 
 
 def test_the_reformulated_form_has_nothing_to_look_ahead_to():

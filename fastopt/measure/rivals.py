@@ -189,6 +189,7 @@ def of_fastopt(work: Work) -> Contestant:
     """Return fastopt's step, on gradients already in ``opt.grads``."""
     overrides = {str(k): {"lr": work.lr(k)} for k in range(work.groups - 1)}
     optimizer = work.kind(work.start(), **work.options, overrides=overrides)
+    optimizer._running.gradients_in = None  # no gradients are computed: there is nothing to warn of
     flat = optimizer.flat
     for view, grad in zip(flat.views(flat.grad), work.grads, strict=True):
         view[...] = grad

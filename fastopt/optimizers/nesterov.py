@@ -28,7 +28,8 @@ class Nesterov(Optimizer, rules=(nesterov, nesterov_lookahead), conventions={"to
         params: tree of float32 or float64 arrays, or FlatParams; None leaves them to `update`.
         lr: learning rate, >= 0.
         momentum: decay rate of the velocity, in [0, 1].
-        form: ``"reformulated"``, or ``"lookahead"`` with the gradient computed inside ``with opt.lookahead():``.
+        form: ``"reformulated"``, or ``"lookahead"`` with the gradient computed inside ``with opt.lookahead():``; a step
+            for which that block was not entered warns, once.
         weight_decay: L2, >= 0.
         **options: see `Optimizer`.
 

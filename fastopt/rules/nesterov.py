@@ -30,6 +30,6 @@ def nesterov(p, g, velocity, h):
     return p - h.rate * (h.weight * g + h.momentum * velocity), velocity
 
 
-@rule(prepare_lookahead, idle=Linear(with_l2=True))
+@rule(prepare_lookahead, idle=Linear(with_l2=True), gradients_in="lookahead")
 def nesterov_lookahead(p, g, velocity, h):
     return momentum_rule(p, g, velocity, h)

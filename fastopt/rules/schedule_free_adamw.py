@@ -44,7 +44,7 @@ def prepare(
     )
 
 
-@rule(prepare, domains={"warmup_steps": POSITIVE_OR_ZERO}, initial={"z": "p"})
+@rule(prepare, domains={"warmup_steps": POSITIVE_OR_ZERO}, initial={"z": "p"}, evaluated_in="eval_params")
 def schedule_free_adamw(p, g, z, v, h):
     v = h.b2 * v + h.one_minus_b2 * g * g
     d = g / (math.sqrt(v) + h.eps) + h.weight_decay * p

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +66,10 @@ class Pipeline:
         self.pending: Pending | None = None
         self.held = ""
         """The name of the context that holds the parameters elsewhere."""
+        self.gradients_in = rule.gradients_in
+        """The context in which gradients are computed; None also after a warning."""
+        self.entered_at = 0
+        """The number of steps made when that context was last entered."""
         self.plan = self._planned()
         self.born = Born(rule, options)
         self._make_states()
@@ -169,6 +174,8 @@ class Pipeline:
         """Make a step: see `Optimizer.step`."""
         if self.held:
             self.refuse_while_held("step")
+        if self.gradients_in:
+            self._check_context()
         if self.watched:
             self.check_trees()
         if self.clocks:
@@ -484,6 +491,8 @@ class Pipeline:
     ) -> StepInfo:
         """Make a step in which only some rows have a gradient: see `Optimizer.step_rows`."""
         self.refuse_while_held("step_rows")
+        if self.gradients_in:
+            self._check_context()
         if self.device is not None:
             self.device.check_place(self.flat.device)
         if self.pending is not None:
@@ -682,9 +691,21 @@ class Pipeline:
         self.held = context
         try:
             yield
+            if context == self.gradients_in:
+                self.entered_at = self.steps
         finally:
             self.put_params(backup)
             self.held = ""
+
+    def _check_context(self) -> None:
+        """Warn once where the context of the gradients was not entered since the last step."""
+        if 0 < self.steps != self.entered_at:  # in the first step the velocity is 0: both are one
+            warnings.warn(
+                f"step(): gradients must be computed inside `with opt.{self.gradients_in}():`, which was not entered "
+                f"since the last step; otherwise rule {self.rule.name!r} is another algorithm",
+                stacklevel=4,
+            )
+            self.gradients_in = None
 
     def put_params(self, arrays: Sequence[Any]) -> None:
         """Write values into the parameters."""
