@@ -16,6 +16,7 @@ import numpy as np
 
 from fastopt.hyper import EMA, Flag
 from fastopt.rule import Rule, check_acting
+from fastopt.signals import deferred_signals
 from fastopt.state import OptimizerState, Snapshot
 from fastopt.step.groups import GroupsView, check_change, mark_matrices, match_overrides
 from fastopt.step.info import StepInfo
@@ -396,11 +397,11 @@ class Optimizer:
                 "parameters, or with copy=False"
             )
         steps, before = pipeline.steps, pipeline.flat.arrays
-        moved = pipeline.replace(params)
         try:
+            pipeline.replace(params)
             return pipeline.step(grads, grad_scale, "mean")
         except BaseException:
-            if moved and pipeline.steps == steps:
+            if pipeline.flat.arrays is not before and pipeline.steps == steps:
                 pipeline.replace(pipeline.flat.tree(before))
             raise
 
@@ -573,8 +574,8 @@ class Optimizer:
         pipeline.refuse_while_held("swap_ema")
         if pipeline.average is None:
             raise RuntimeError("swap_ema(): this optimizer keeps no average; construct it with ema=0.999")
-        with pipeline.elsewhere("swap_ema"):
-            pipeline.put_params(pipeline.flat.views(pipeline.average))
+        views = pipeline.flat.views(pipeline.average)
+        with pipeline.elsewhere("swap_ema", lambda: pipeline.put_params(views)):
             yield self.params
 
     def adopt(self, params: Any) -> None:
@@ -716,9 +717,10 @@ class Optimizer:
         """
         pipeline = self._running
         pipeline.flush_rows()  # the parameters are not part of the state, and keep what their rows have missed
-        pipeline.restore(snapshot.arrays, snapshot.step, snapshot.nonfinite)
-        pipeline.groups.base = dict(snapshot.values)
-        pipeline.groups.regroup(snapshot.changes, snapshot.missed)
+        with deferred_signals:
+            pipeline.restore(snapshot.arrays, snapshot.step, snapshot.nonfinite)
+            pipeline.groups.base = dict(snapshot.values)
+            pipeline.groups.regroup(snapshot.changes, snapshot.missed)
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
         """Write the parameters and everything else that a resumed run needs to one file, a safetensors one.
@@ -795,9 +797,10 @@ class Optimizer:
         pipeline = self._running
         pipeline.refuse_while_held("load")
         found = checkpoint.load(self.state, type(self).__name__, path)
-        self.restore(found.snapshot)
-        pipeline.put_params(found.params)
-        pipeline.keep_written()
+        with deferred_signals:
+            self.restore(found.snapshot)
+            pipeline.put_params(found.params)
+            pipeline.keep_written()
         return found.extra
 
 

@@ -33,7 +33,7 @@ FLOORS = [
     ("fastopt.closed_forms", "fastopt.hyper"),
     ("fastopt.kernels",),
     ("fastopt.kernels.contract", "fastopt.kernels.threads"),
-    ("fastopt.schedules", "fastopt.init", "fastopt.reference", "fastopt.version", "fastopt.lazy"),
+    ("fastopt.schedules", "fastopt.init", "fastopt.reference", "fastopt.version", "fastopt.lazy", "fastopt.signals"),
 ]
 """From the top down: a module imports from its own floor and from those below, never from above."""
 

@@ -251,7 +251,16 @@ def of_add(dtype: Any, adder: Adder, cc: tuple[int, int] = NEW) -> list[Code]:
 
     def use(backend: Recorder) -> None:
         present, overwrite = np.array([True, True]), np.array([False, True])
-        backend.add(places(2), present, overwrite, 0.5, chunks(2), np.zeros((2, 2)), adder, np.dtype(dtype))
+        backend.add(
+            places(2),
+            present,
+            overwrite,
+            np.array([0.5, 0.0], dtype),
+            chunks(2),
+            np.zeros((2, 2)),
+            adder,
+            np.dtype(dtype),
+        )
 
     return codes(cc, use)
 

@@ -64,8 +64,11 @@ class StepHyper(NamedTuple):
     ema_weight: float
     """The weight of the new parameters in their moving average."""
     proceeds: float
-    """0 where the step is skipped, which changes nothing; else 1."""
+    """0 where the step is skipped, which changes nothing; else 1. See `Kernel.launch` for what a kernel writes here."""
 
+
+PROCEEDS = StepHyper._fields.index("proceeds")
+"""The column of `StepHyper.proceeds` in a table of hyperparameters."""
 
 N_PLACE, N_CHUNK, N_STEP = len(Place._fields), len(Chunk._fields), len(StepHyper._fields)
 
@@ -153,7 +156,10 @@ class Kernel(Protocol):
     """The compiled update of one rule."""
 
     def launch(self, places: Array, states: tuple[Array, ...], table: Array, chunks: Array, elements: int) -> None:
-        """Update every chunk in place.
+        """Update every chunk in place: all of them, or none where a handler of a signal raises an exception.
+
+        The handlers run between two instructions of Python, and not in compiled code. A kernel of the CPU sets
+        ``table[0, PROCEEDS]`` to 0 when it has begun to write: after an exception, this shows whether it has run.
 
         places : a line of `Place` per parameter. The arrays at these addresses have the kernel's dtype, are contiguous
             and aligned, and do not overlap.
@@ -270,7 +276,7 @@ class Backend(Protocol):
         places: Array,
         present: Array,
         overwrite: Array,
-        weight: float,
+        weight: Any,
         chunks: Array,
         partials: Array,
         adder: Adder,
@@ -281,6 +287,8 @@ class Backend(Protocol):
         places : `Place.p` is the address of the sum, `Place.g` the address of the array that is added.
         present, overwrite : a bool per parameter: whether there is an array to add, and whether it overwrites the sum
             instead.
+        weight : a NumPy array of the dtype: the weight, and a 0, which becomes 1 when sums have begun to change. As in
+            `Kernel.launch`, a handler of a signal cannot interrupt the adding, and this shows whether it has run.
         chunks : as for `NormKernel`.
         partials : as `NormKernel` returns them. The lines of a parameter that is not present do not change.
         """

@@ -26,6 +26,7 @@ from fastopt.kernels.elements import scalar
 from fastopt.kernels.intrinsics import caller_of, invoke, keep, spill
 from fastopt.kernels.pool import JOB, Pool, Site, why_not
 from fastopt.kernels.threads import COMPILING, get_num_threads
+from fastopt.signals import deferred_signals
 
 SERIAL_BELOW = 24_576
 """Elements. Below this a second thread that is awake does not make a step faster: see docs/tuning.md."""
@@ -219,10 +220,12 @@ class Driver:
     ) -> None:
         edges = [units * k // threads for k in range(threads + 1)]
         ranges = [ends[::-1] if backwards else ends for ends in pairwise(edges)]
-        futures: list[Future[None]] = [self._workers().submit(loop.serial, *arguments, *ends) for ends in ranges[1:]]
-        loop.serial(*arguments, *ranges[0])
-        for future in futures:
-            future.result()
+        with deferred_signals:
+            submit = self._workers().submit
+            futures: list[Future[None]] = [submit(loop.serial, *arguments, *ends) for ends in ranges[1:]]
+            loop.serial(*arguments, *ranges[0])
+            for future in futures:
+                future.result()
 
     def _workers(self) -> ThreadPoolExecutor:
         if self._executor is None:

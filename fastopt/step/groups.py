@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastopt.hyper import POSITIVE_OR_ZERO, WEIGHT_DECAY, Flag
+from fastopt.signals import deferred_signals
 from fastopt.step.table import Point
 
 if TYPE_CHECKING:
@@ -184,20 +185,21 @@ class Groups:
         """Split every group that holds some of these parameters and others as well."""
         chosen = set(members)
         split = False
-        for number in sorted({self.of[k] for k in members}):
-            group = self.list[number]
-            others = [k for k in group.members if k not in chosen]
-            if not others:
-                continue
-            twin = ParamGroup(self.rule, self.base, group.changes, group.missed)
-            twin.members = others
-            group.members = [k for k in group.members if k in chosen]
-            for k in others:
-                self.of[k] = len(self.list)
-            self.list.append(twin)
-            split = True
-        if split:
-            self._structure_changed()
+        with deferred_signals:
+            for number in sorted({self.of[k] for k in members}):
+                group = self.list[number]
+                others = [k for k in group.members if k not in chosen]
+                if not others:
+                    continue
+                twin = ParamGroup(self.rule, self.base, group.changes, group.missed)
+                twin.members = others
+                group.members = [k for k in group.members if k in chosen]
+                for k in others:
+                    self.of[k] = len(self.list)
+                self.list.append(twin)
+                split = True
+            if split:
+                self._structure_changed()
 
     def miss(self, present: Sequence[bool]) -> None:
         """Count a missed update of every parameter without a gradient; no group holds one with and one without."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from fastopt.hyper import EMA
 from fastopt.kernels import get_backend
-from fastopt.kernels.contract import BLOCK, Adder, Decision
+from fastopt.kernels.contract import BLOCK, PROCEEDS, Adder, Decision
 from fastopt.rule import Rule, check_acting
+from fastopt.signals import deferred_signals
 from fastopt.step.born import Born
 from fastopt.step.device import MOST_IN_FLIGHT, DeviceSteps, Recorded
 from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_matrices, mark_matrices
@@ -133,12 +134,13 @@ class Pipeline:
 
     def _locate(self) -> None:
         """Take the addresses of the parameters, which may have moved: see `FlatParams.replace`."""
-        self.addresses = self.flat.addresses
+        addresses = self.flat.addresses
         averages = () if self.average is None else (self.average,)
-        self.places_of_params = self.flat.layout.places(self.addresses, self.addresses)
+        self.places_of_params = self.flat.layout.places(addresses, addresses)
         """For kernels that read no gradients."""
         self.intake = Intake(self.flat, self.backend, (*self.states, *averages))
         self.plan.forget_chunks()
+        self.addresses = addresses  # at the end: an interrupt before has all of it made again
 
     def _planned(self) -> Plan:
         gated = self.device is not None and self.device.gated
@@ -226,18 +228,29 @@ class Pipeline:
         if device is not None:
             return self._step_on_device(device, plan, places, present, rows, unscale)
         plan.write_table(self.groups, self.steps + 1, unscale)
-        norm, coefficient = None, 1.0
+        norm, coefficient, nonfinite = None, 1.0, self.nonfinite
         if self.measures:
-            norm, coefficient, proceeds = self.decide(plan, places, rows, unscale, present, kept, own=own)
+            norm, coefficient, proceeds, nonfinite = self.decide(plan, places, rows, unscale, present, kept, own=own)
             if not proceeds:
                 return self._info(norm, skipped=True)
         # Launch.
-        if self.rule.matrixwise is not None:
-            self._transform(plan, places, rows, plan.table.array, scaled=unscale != 1.0)
         kernel = plan.usual if own and unscale == self.sign else plan.kernel(scaled=unscale != 1.0, own=own)
         chunks = plan.joined if own and present is None else plan.chunks(rows, apart=not own)
-        kernel.launch(places, self.buffers, plan.table.array, chunks, self.size)
-        return self.commit(present, norm, coefficient)
+        table = plan.table.array
+        if present is not None or self.rule.matrixwise is not None:
+            with deferred_signals:
+                self._transform(plan, places, rows, table, scaled=unscale != 1.0)
+                kernel.launch(places, self.buffers, table, chunks, self.size)
+                return self.commit(present, norm, coefficient, nonfinite)
+        # Without a call between launch and commit, Python runs no handler of a signal there.
+        try:
+            kernel.launch(places, self.buffers, table, chunks, self.size)
+        except BaseException:  # of a handler: the kernel has run, or has not begun
+            if table[0, PROCEEDS] == 0.0:
+                self.steps, self.pending, self.nonfinite = self.steps + 1, None, nonfinite
+            raise
+        self.steps, self.pending, self.nonfinite = self.steps + 1, None, nonfinite
+        return StepInfo(self.steps, self.groups.base.get("lr"), norm, coefficient, False, nonfinite)
 
     def decide(
         self,
@@ -249,12 +262,13 @@ class Pipeline:
         grads: Any,
         *,
         own: bool,
-    ) -> tuple[float, float, bool]:
+    ) -> tuple[float, float, bool, tuple[int, int]]:
         """Measure the gradients, and decide what their norm decides.
 
         own : whether the gradients are in our buffer. grads : those that are not, for errors.
 
-        Returns the norm, the coefficient of clipping, which is written into the table, and whether there is a step.
+        Returns the norm, the coefficient of clipping, which is written into the table, whether there is a step, and
+        what `nonfinite` is after it.
         """
         partials, factor = self._partials(plan, places, rows, unscale, apart=not own)
         norm, finite = norm_of([self.backend.host(partials)])
@@ -263,15 +277,25 @@ class Pipeline:
         if proceeds:
             coefficient = self.options.coefficient(norm)
             plan.table.clip(coefficient)
-        return norm, coefficient, proceeds
+        return norm, coefficient, proceeds, self._counted(finite) if proceeds else self.nonfinite
 
-    def commit(self, present: Sequence[bool] | None, norm: float | None = None, coefficient: float = 1.0) -> StepInfo:
-        """Count the step that was launched. present : which parameters had a gradient; None: all."""
+    def commit(
+        self,
+        present: Sequence[bool] | None,
+        norm: float | None = None,
+        coefficient: float = 1.0,
+        nonfinite: tuple[int, int] | None = None,
+    ) -> StepInfo:
+        """Count the step that was launched, with signals deferred since before the launch.
+
+        present : which parameters had a gradient; None: all. nonfinite : the counters after the step; None: as before.
+        """
         self.steps += 1
         self.pending = None
+        self.nonfinite = self.nonfinite if nonfinite is None else nonfinite
         if present is not None:
             self.groups.miss(present)
-        return StepInfo(self.steps, self.groups.base.get("lr"), norm, coefficient, False, self.nonfinite)
+        return self._info(norm, coefficient)
 
     def _step_on_device(
         self,
@@ -292,25 +316,27 @@ class Pipeline:
             candidates = self._candidates(plan, unscale)
         elif not capturing:
             plan.write_table(self.groups, self.steps + 1, unscale)
-        norm, coefficient, decision = None, 1.0, None
-        table = device.backend.table(plan.table.array)
-        if self.measures and decides:
-            partials, factor = self._partials(plan, places, rows, unscale, table=table)
-            decision = device.decide(table, candidates, partials, factor)
-        elif self.measures:
-            norm, coefficient, proceeds = self.decide(plan, places, rows, unscale, present, None, own=True)
-            if not proceeds:
-                return self._info(norm, skipped=True)
-            table = plan.table.array
+        norm, coefficient, decision, nonfinite = None, 1.0, None, self.nonfinite
         scaled = unscale != 1.0
-        if self.rule.matrixwise is not None:
+        with deferred_signals:  # a device that decides counts skipped steps
+            table = device.backend.table(plan.table.array)
+            if self.measures and decides:
+                partials, factor = self._partials(plan, places, rows, unscale, table=table)
+                decision = device.decide(table, candidates, partials, factor)
+            elif self.measures:
+                norm, coefficient, proceeds, nonfinite = self.decide(
+                    plan, places, rows, unscale, present, None, own=True
+                )
+                if not proceeds:
+                    return self._info(norm, skipped=True)
+                table = plan.table.array
             self._transform(plan, places, rows, table, scaled=scaled)
-        plan.kernel(scaled=scaled).launch(places, self.buffers, table, plan.chunks(rows), self.size)
-        if capturing:
-            device.recorded = Recorded(table, rows, scaled, decision)
-            return self._info(norm, coefficient)
-        info = self.commit(present, norm, coefficient)
-        return info if decision is None else self._in_flight(info, decision)
+            plan.kernel(scaled=scaled).launch(places, self.buffers, table, plan.chunks(rows), self.size)
+            if capturing:
+                device.recorded = Recorded(table, rows, scaled, decision)
+                return self._info(norm, coefficient)
+            info = self.commit(present, norm, coefficient, nonfinite)
+            return info if decision is None else self._in_flight(info, decision)
 
     def replay(self, grad_scale: float) -> StepInfo:
         """Count a captured step that is about to be replayed: see `Optimizer.prepare_replay`."""
@@ -327,9 +353,10 @@ class Pipeline:
         if plan.table.array.shape != recorded.table.shape or plan.of != recorded.rows:
             raise RuntimeError("prepare_replay(): the groups are not those of the captured step: capture it again")
         plan.write_table(self.groups, self.steps + 1, unscale)
-        self.backend.copy(recorded.table, plan.table.array)
-        info = self.commit(None)
-        return info if recorded.decision is None else self._in_flight(info, recorded.decision)
+        with deferred_signals:
+            self.backend.copy(recorded.table, plan.table.array)
+            info = self.commit(None)
+            return info if recorded.decision is None else self._in_flight(info, recorded.decision)
 
     def _candidates(self, plan: Plan, unscale: float) -> np.ndarray:
         """The table of the next step for each number of steps in flight that the device may have skipped."""
@@ -373,9 +400,10 @@ class Pipeline:
         return kernel.launch(places, table, chunks, self.size), 1.0
 
     def _transform(self, plan: Plan, places: np.ndarray, rows: Sequence[int], table: Any, *, scaled: bool) -> None:
-        """Turn the gradients of matrices into the directions of their update."""
+        """Turn the gradients of matrices into the directions of their update, where the rule treats any as such."""
         whole = self.rule.matrixwise
-        assert whole is not None
+        if whole is None:
+            return
         values = [group.at_step(self.steps) for group in self.groups.list]
         chosen = tuple([row >= 0 and bool(values[row][whole.chosen]) for row in rows])
         kernel = plan.direction_kernel(scaled=scaled)
@@ -403,18 +431,21 @@ class Pipeline:
                             f"gradient {self.flat.paths[k]!r} holds NaN or infinity; nothing was updated. "
                             f"nonfinite='skip' would skip such steps"
                         )
-        if self._count(finite):
+        if finite or not self.options.skips:
+            return True
+        with deferred_signals:
+            self.nonfinite = self._counted(finite)
             self.pending = None
             if own and self.options.zero_grad:
                 self.flat.zero_grad()
-            return False
-        return True
+        return False
 
-    def _count(self, finite: bool) -> bool:
-        """Count a step whose gradients are finite or not; return whether it is skipped."""
+    def _counted(self, finite: bool) -> tuple[int, int]:
+        """What `nonfinite` is after a step whose gradients are finite or not."""
         consecutive, total = self.nonfinite
-        self.nonfinite = (0, total) if finite else (consecutive + 1, total + 1)
-        return not finite and self.options.skips
+        if self.options.nonfinite == "propagate":
+            return consecutive, total
+        return (0, total) if finite else (consecutive + 1, total + 1)
 
     def _info(self, norm: float | None = None, coefficient: float = 1.0, skipped: bool = False) -> StepInfo:
         return StepInfo(self.steps, self.groups.base.get("lr"), norm, coefficient, skipped, self.nonfinite)
@@ -439,13 +470,15 @@ class Pipeline:
         if device is None:
             return
         while device.in_flight and (len(device.in_flight) > most or device.in_flight[0][1].arrived):
-            info, decision = device.in_flight.popleft()
-            norm, coefficient, finite = decision.read()
-            skipped = self._count(finite)
-            self.steps -= skipped
-            device.known_skips += skipped
-            coefficient = 1.0 if skipped else coefficient  # nothing was clipped
-            info.complete(norm, coefficient, self.steps - len(device.in_flight), skipped, self.nonfinite)
+            with deferred_signals:
+                info, decision = device.in_flight.popleft()
+                norm, coefficient, finite = decision.read()
+                skipped = not finite and self.options.skips
+                self.nonfinite = self._counted(finite)
+                self.steps -= skipped
+                device.known_skips += skipped
+                coefficient = 1.0 if skipped else coefficient  # nothing was clipped
+                info.complete(norm, coefficient, self.steps - len(device.in_flight), skipped, self.nonfinite)
 
     # --- gradients that are accumulated -------------------------------------------------------------------------------
 
@@ -465,24 +498,25 @@ class Pipeline:
             partials = self.backend.zeros(2 * blocks, np.dtype(np.float64)).reshape(blocks, 2)
             pending = Pending(len(flat.paths), partials)
         present = np.ones(len(flat.paths), np.bool_) if given.present is None else np.array(given.present)
-        self.backend.add(
-            given.places,
-            present,
-            ~pending.present,
-            number,
-            plan.chunks(plan.of, whole=True),
-            pending.partials,
-            Adder(self.measures and self.options.clip_value is None, self.options.nonfinite == "zero"),
-            flat.dtype,
-        )
-        pending.present |= present
-        pending.weight += number
-        self.pending = pending
+        chunks, factor = plan.chunks(plan.of, whole=True), np.array([number, 0.0], flat.dtype)
+        adder = Adder(self.measures and self.options.clip_value is None, self.options.nonfinite == "zero")
+        places, overwrite, partials = given.places, ~pending.present, pending.partials
+        try:
+            self.backend.add(places, present, overwrite, factor, chunks, partials, adder, flat.dtype)
+        finally:  # also after an exception of a signal's handler, as in `step`
+            if factor[1] != 0.0:
+                pending.present |= present
+                pending.weight += number
+                self.pending = pending
 
     def zero_grad(self) -> None:
         """Zero our buffer of gradients, and drop what was accumulated."""
-        self.flat.zero_grad()
-        self.pending = None
+        if self.pending is None:
+            self.flat.zero_grad()
+        else:
+            with deferred_signals:
+                self.flat.zero_grad()
+                self.pending = None
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -523,7 +557,7 @@ class Pipeline:
             self.begin(present)
         plan.write_table(self.groups, self.steps + 1, unscale)
         chunks = plan.dense_chunks(tuple(dense), mapped)
-        norm, coefficient = None, 1.0
+        norm, coefficient, nonfinite = None, 1.0, self.nonfinite
         table = plan.table.array
         if self.measures:
             measure = plan.norm_kernel(scaled=unscale != 1.0)
@@ -535,17 +569,18 @@ class Pipeline:
             found = [touched[k][1] if k in touched else leaf for k, leaf in enumerate(leaves)]
             if not self._proceeds(finite, present, found, unscale, own=own):
                 return self._info(norm, skipped=True)
-            coefficient = self.options.coefficient(norm)
+            coefficient, nonfinite = self.options.coefficient(norm), self._counted(finite)
             plan.table.clip(coefficient)
-        if len(chunks):
-            kernel = plan.kernel(scaled=unscale != 1.0, own=own)
-            kernel.launch(places, self.buffers, table, chunks, self.size)
-        for k, (indices, row_grads) in touched.items():
-            group, line = self.groups.list[mapped[k]], table[mapped[k]]
-            flags = {**self.options.flags, "unscale": unscale != 1.0, "zero_grad": False}
-            self.rows.update(k, indices, row_grads, line, flags, plan)
-            self.clocks[k].tick(indices, line.copy(), self.steps + 1 - group.missed, group.point(self.steps))
-        return self.commit(None if all(present) else present, norm, coefficient)
+        with deferred_signals:
+            if len(chunks):
+                kernel = plan.kernel(scaled=unscale != 1.0, own=own)
+                kernel.launch(places, self.buffers, table, chunks, self.size)
+            for k, (indices, row_grads) in touched.items():
+                group, line = self.groups.list[mapped[k]], table[mapped[k]]
+                flags = {**self.options.flags, "unscale": unscale != 1.0, "zero_grad": False}
+                self.rows.update(k, indices, row_grads, line, flags, plan)
+                self.clocks[k].tick(indices, line.copy(), self.steps + 1 - group.missed, group.point(self.steps))
+            return self.commit(None if all(present) else present, norm, coefficient, nonfinite)
 
     def read_rows(self, path: str, indices: Any) -> np.ndarray:
         """Rows of a parameter, brought up to date: see `Optimizer.read_rows`."""
@@ -677,23 +712,33 @@ class Pipeline:
         plan = self.current_plan()
         plan.write_table(self.groups, self.steps + 1, 1.0)
         kernel = plan.moved_kernel(shift)
-        with self.elsewhere(context):
-            chunks = plan.chunks(plan.of, whole=True)
-            kernel.launch(self.places_of_params, self.states, plan.table.array, chunks, self.size)
+        chunks = plan.chunks(plan.of, whole=True)
+        arguments = self.places_of_params, self.states, plan.table.array, chunks, self.size
+        with self.elsewhere(context, lambda: kernel.launch(*arguments)):
             yield self.flat.params
 
     @contextmanager
-    def elsewhere(self, context: str) -> Iterator[None]:
-        """Restore the parameters at the end of the block."""
+    def elsewhere(self, context: str, move: Callable[[], None]) -> Iterator[None]:
+        """Move the parameters by `move`, and restore them at the end of the block."""
         self.flush_rows()
         self.begin()
         backup = [array.copy() for array in self.flat.arrays]
-        self.held = context
         try:
-            yield
-            if context == self.gradients_in:
-                self.entered_at = self.steps
+            try:
+                with deferred_signals:
+                    self.held = context
+                    move()
+                yield
+                if context == self.gradients_in:
+                    self.entered_at = self.steps
+            finally:
+                self._put_back(backup)
         finally:
+            if self.held:  # an interrupt came before its signal was deferred
+                self._put_back(backup)
+
+    def _put_back(self, backup: Sequence[Any]) -> None:
+        with deferred_signals:
             self.put_params(backup)
             self.held = ""
 
@@ -756,7 +801,10 @@ class Pipeline:
         return self.flat.replace(params, own)
 
     def restore(self, arrays: Mapping[str, Sequence[Any]], steps: int, nonfinite: tuple[int, int]) -> None:
-        """Continue from copies of these arrays, which are those of `views` by name and parameter."""
+        """Continue from copies of these arrays, which are those of `views` by name and parameter.
+
+        Signals must be deferred until the groups are restored as well.
+        """
         for name, views in self.views().items():
             for view, array in zip(views, arrays[name], strict=True):
                 self.backend.copy(view, array)

@@ -13,6 +13,7 @@ from fastopt.hyper import WEIGHT_DECAY
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import Backend, Chunk, Features, Kernel, Place, StepHyper
 from fastopt.rule import Rule
+from fastopt.signals import deferred_signals
 from fastopt.step.plan import Plan
 from fastopt.step.table import Point
 from fastopt.storage.flat import FlatParams, named
@@ -116,7 +117,7 @@ class RowSteps:
         behind = np.flatnonzero(clock.last < clock.now)
         for first in range(0, behind.size, ROWS_AT_ONCE):
             self.catch_up(k, behind[first : first + ROWS_AT_ONCE], plan)
-        del self.clocks[k]
+        del self.clocks[k]  # an interrupt before leaves a clock of rows that are up to date
 
     def catch_up(self, k: int, indices: np.ndarray, plan: Plan) -> None:
         """Bring rows of parameter number `k` up to date. `indices` has each row at most once."""
@@ -124,15 +125,16 @@ class RowSteps:
         indices = indices[clock.last[indices] < clock.now]
         if indices.size == 0:
             return
-        lines, coefficients = self._coefficients(k, indices, plan)
-        table = np.zeros((len(coefficients), len(StepHyper._fields) + coefficients.shape[1]), self._flat.dtype)
-        table[:, len(StepHyper._fields) :] = coefficients
         history = clock.history
         form = form_of(history.scalar, history.hyper)
         features = Features(still=True, scattered=True)
         kernel = self._backend.kernel(form, history.hyper, self._flat.dtype, features)
-        self._launch(k, kernel, indices, lines, table)
-        clock.last[indices] = clock.now
+        with deferred_signals:
+            lines, coefficients = self._coefficients(k, indices, plan)
+            table = np.zeros((len(coefficients), len(StepHyper._fields) + coefficients.shape[1]), self._flat.dtype)
+            table[:, len(StepHyper._fields) :] = coefficients
+            self._launch(k, kernel, indices, lines, table)
+            clock.last[indices] = clock.now
 
     def update(
         self,

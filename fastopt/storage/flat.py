@@ -13,6 +13,7 @@ import optree
 from fastopt.kernels import backend_of, get_backend
 from fastopt.kernels.contract import Backend
 from fastopt.lazy import lazy
+from fastopt.signals import deferred_signals
 from fastopt.storage.door import Door, is_masked, overlapping, usable_array
 from fastopt.storage.layout import Layout
 from fastopt.storage.trees import flatten, handed_out, leaves_like, plain
@@ -307,10 +308,11 @@ class FlatParams:
         sizes = np.array([array.nbytes for array in everything], np.int64)
         own = [f"the optimizer's own buffer {k}" for k in range(len(apart_from))]
         _check_apart(np.concatenate([addresses, self.addresses_of(apart_from)]), sizes, (*self.paths, *own))
-        self.arrays, self.addresses = leaves, addresses
-        self.params = handed_out(self.treespec, leaves, "opt.params")
-        self.__dict__.pop("places", None)
-        self.__dict__.pop("neighbours", None)
+        params = handed_out(self.treespec, leaves, "opt.params")
+        with deferred_signals:
+            self.arrays, self.addresses, self.params = leaves, addresses, params
+            self.__dict__.pop("places", None)
+            self.__dict__.pop("neighbours", None)
         return True
 
     def zero_grad(self) -> None:

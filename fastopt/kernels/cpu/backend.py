@@ -104,7 +104,7 @@ class CPU:
         places: Array,
         present: Array,
         overwrite: Array,
-        weight: float,
+        weight: Array,
         chunks: Array,
         partials: Array,
         adder: Adder,
@@ -113,8 +113,7 @@ class CPU:
         """As `fastopt.kernels.contract.Backend.add`."""
         loop: Loop = self._once(("add", dtype, adder), lambda: self._compile_add(dtype, adder))
         elements = int(chunks[:, 2].sum() - chunks[:, 1].sum())
-        arguments = (places, present, overwrite, np.array([weight], dtype), chunks, partials)
-        loop.run(*arguments, elements=elements, units=chunks.shape[0])
+        loop.run(places, present, overwrite, weight, chunks, partials, elements=elements, units=chunks.shape[0])
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         kernel = self._kernels.get(key)

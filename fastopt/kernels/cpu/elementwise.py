@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastopt.kernels.contract import N_CHUNK, N_PLACE, N_STEP, Array, Chunk, Place, StepHyper
+from fastopt.kernels.contract import N_CHUNK, N_PLACE, N_STEP, PROCEEDS, Array, Chunk, Place, StepHyper
 from fastopt.kernels.driver import Loop
 from fastopt.kernels.intrinsics import at_address, fetch, put_values, record, values_at, windows
 
@@ -51,6 +51,7 @@ def hyperparameters(table, group):
 
 def elementwise(places, states, table, chunks, first, last):
     """Update chunks by a rule whose every element stands alone; backwards where `last` is the smaller."""
+    table[0, PROCEEDS] = ZERO
     backwards = last < first
     count = first - last if backwards else last - first
     for k in range(count):

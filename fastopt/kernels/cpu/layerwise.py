@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.kernels.contract import BLOCK, N_CHUNK, N_PLACE, Array, Chunk, Place
+from fastopt.kernels.contract import BLOCK, N_CHUNK, N_PLACE, PROCEEDS, Array, Chunk, Place
 from fastopt.kernels.cpu.elementwise import ElementwiseKernel
 from fastopt.kernels.cpu.norms import SquaresKernel, blocks_of
 from fastopt.kernels.driver import Loop
 from fastopt.kernels.intrinsics import at_address, put_values, record, values_at, window, windows
+from fastopt.signals import deferred_signals
 
 # --- what `bind` supplies ---------------------------------------------------------------------------------------------
 
@@ -48,6 +49,7 @@ def propose(places, states, table, chunks, partials, first, last):
     u itself is not stored: the second pass computes it again from the new states, which reads no more memory than a
     buffer for u would.
     """
+    table[0, PROCEEDS] = ZERO
     for c in range(first, last):
         chunk = record(Chunk, chunks, c * N_CHUNK)
         place = record(Place, places, chunk.place * N_PLACE)
@@ -104,6 +106,7 @@ def scale(chunks, table, pp, gg, per_tensor, rows, own_rows):
     pp, gg : the partial sums of the squares of p and of g.
     rows, own_rows : overwritten: a table with a row per parameter, and the chunks that point to it.
     """
+    table[0, PROCEEDS] = ZERO
     width = table.shape[1]
     c = 0
     while c < chunks.shape[0]:
@@ -161,9 +164,10 @@ class LayerwiseKernel:
             return
         partials = np.empty((blocks_of(chunks), 2))
         ratios = np.empty(places.shape[0])
-        self._propose.run(places, states, table, chunks, partials, elements=elements, units=n)
-        self._merge(chunks, partials, ratios)
-        self._apply.run(places, ratios, states, table, chunks, elements=elements, units=n, backwards=True)
+        with deferred_signals:
+            self._propose.run(places, states, table, chunks, partials, elements=elements, units=n)
+            self._merge(chunks, partials, ratios)
+            self._apply.run(places, ratios, states, table, chunks, elements=elements, units=n, backwards=True)
 
 
 class ScaledKernel:
@@ -191,5 +195,6 @@ class ScaledKernel:
         gg = self._of_g.launch(places, table, chunks, elements)
         rows = np.empty((places.shape[0], table.shape[1]), table.dtype)
         own_rows = np.empty_like(chunks)
-        self._scale(chunks, table, pp, gg, per_tensor, rows, own_rows)
-        self._update.launch(places, states, rows, own_rows, elements)
+        with deferred_signals:
+            self._scale(chunks, table, pp, gg, per_tensor, rows, own_rows)
+            self._update.launch(places, states, rows, own_rows, elements)

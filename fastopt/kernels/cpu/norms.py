@@ -59,6 +59,7 @@ def squares(places, table, chunks, partials, first, last):
 
 def add(places, present, overwrite, weight, chunks, partials, first, last):
     """Add weight times an array to a sum, and measure what the sum is then: see `fastopt.kernels.contract.Backend`."""
+    weight[1] = DTYPE(1)
     for c in range(first, last):
         chunk = record(Chunk, chunks, c * N_CHUNK)
         if present[chunk.place]:

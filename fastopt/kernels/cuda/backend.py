@@ -61,6 +61,7 @@ from fastopt.kernels.cuda.norms import (
     sum_runs,
 )
 from fastopt.kernels.cuda.target import SIMULATED, THREADS, cuda, device, type_of
+from fastopt.signals import deferred_signals
 
 T = TypeVar("T")
 
@@ -301,7 +302,7 @@ class CUDA:
         places: Array,
         present: Array,
         overwrite: Array,
-        weight: float,
+        weight: np.ndarray,
         chunks: Array,
         partials: Array,
         adder: Adder,
@@ -309,13 +310,15 @@ class CUDA:
     ) -> None:
         """As `fastopt.kernels.contract.Backend`: a launch for what is added to, and one for what is overwritten."""
         found, where = self.chunks(chunks), self.places(places)
-        for overwriting in (False, True):
-            selected = present & (overwrite == overwriting)
-            if selected.any():
-                kernel = self._adding(dtype, adder, overwriting)
-                flags = self.upload(selected.astype(np.int64))
-                sums = partials.reshape(-1)
-                self.launch(kernel, found.length, where, flags, float(weight), found.lines, found.length, sums)
+        with deferred_signals:
+            for overwriting in (False, True):
+                selected = present & (overwrite == overwriting)
+                if selected.any():
+                    kernel = self._adding(dtype, adder, overwriting)
+                    flags = self.upload(selected.astype(np.int64))
+                    sums = partials.reshape(-1)
+                    self.launch(kernel, found.length, where, flags, float(weight[0]), found.lines, found.length, sums)
+            weight[1] = 1
 
     def sum_rows(self, grads: Array, order: np.ndarray, starts: np.ndarray) -> Array:
         """As `fastopt.kernels.contract.Backend`."""
