@@ -45,7 +45,9 @@ class Optimizer:
         clip_value: > 0. Every element of a gradient is moved into [-clip_value, clip_value], before its norm is taken.
         nonfinite: what to do about gradients that are NaN or infinite: ``"propagate"`` them, ``"skip"`` the step, count
             such elements as ``"zero"``, or ``"raise"`` FloatingPointError with the path of the first parameter that has
-            one. `StepInfo` counts them.
+            one. `StepInfo` counts them. States are not looked at, which would cost a pass over them: a finite
+            gradient of 1e21 in float32 overflows Adam's v, and the parameter stands still; `clip_value` or `max_norm`
+            prevents that.
         ema: decay rate, in (0, 1), of a moving average of the parameters: ``opt.ema``, which begins at each parameter
             as it is at its first update, and after every step moves towards them, ``e += (1 - ema) (p - e)``.
         zero_grad: set ``opt.grads`` to 0 in the pass that reads them; also after a step that was skipped. Gradients

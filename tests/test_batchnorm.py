@@ -314,9 +314,79 @@ def test_not_a_number_stays_in_its_channel_and_is_seen(activation):
     x[3, 1, 7] = np.nan
     mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
     y, _ = batchnorm_forward(x, None, None, mean, var, activation=activation)
-    for array in (y.transpose(1, 0, 2), mean, var):
-        assert np.isnan(array[1]).all()
-        assert np.isfinite(array[[0, 2]]).all()
+    assert np.isnan(y[:, 1]).all()
+    assert np.isfinite(y[:, [0, 2]]).all()
+
+
+@every_layout
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_batch_with_one_bad_value_is_not_recorded(shape, axis, bad, dtype):
+    a = case(shape, axis, dtype)
+    for at in (0, a["x"].size // 2, a["x"].size - 1):
+        x, mean, var = a["x"].copy(), a["running_mean"].copy(), a["running_var"].copy()
+        x.reshape(-1)[at] = bad
+        y, _ = batchnorm_forward(x, a["gamma"], a["beta"], mean, var, axis=axis)
+        assert np.isnan(y).any()
+        np.testing.assert_array_equal(mean, a["running_mean"])
+        np.testing.assert_array_equal(var, a["running_var"])
+    batchnorm_forward(a["x"], a["gamma"], a["beta"], mean, var, axis=axis)
+    assert (mean != a["running_mean"]).all()
+    assert (var != a["running_var"]).all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("nonfinite", ["skip", "raise", "zero"])
+def test_a_layer_in_an_optimizer_survives_a_bad_batch(nonfinite, momentum, tmp_path):
+    def network() -> tuple[fastopt.Optimizer, BatchNorm]:
+        bn = BatchNorm(3, momentum=momentum, dtype=np.float64)
+        opt = fastopt.SGD({"W": np.ones((4, 3)), "bn": bn.state}, lr=0.1, nonfinite=nonfinite, ema=0.5)
+        bn.attach(opt.params["bn"], opt.grads["bn"])
+        return opt, bn
+
+    def train(opt: fastopt.Optimizer, bn: BatchNorm, x: np.ndarray) -> None:
+        opt.grads["W"][...] = x.T @ bn.backward(bn.forward(x @ opt.params["W"]) - 1)
+        opt.step()
+
+    opt, bn = network()
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        train(opt, bn, rng.normal(size=(8, 4)))
+    kept = bn.state_dict()
+    bad = rng.normal(size=(8, 4))
+    bad[5, 2] = np.nan
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError):
+            train(opt, bn, bad)
+    else:
+        train(opt, bn, bad)
+    assert bn.num_batches_tracked == 2
+    for name in ("running_mean", "running_var"):
+        np.testing.assert_array_equal(bn.state_dict()[name], kept[name])
+        assert np.isfinite(opt.ema["bn"][name]).all()
+    bn.load_state_dict(bn.state_dict())
+    opt.save(tmp_path / "run.safetensors")
+    other, twin = network()
+    other.load(tmp_path / "run.safetensors")
+    if momentum is None:
+        assert twin.num_batches_tracked == 2
+    good = rng.normal(size=(8, 4))
+    for each, layer in ((opt, bn), (other, twin)):
+        train(each, layer, good)
+    np.testing.assert_array_equal(twin.running_var, bn.running_var)
+    np.testing.assert_array_equal(other.flat.data, opt.flat.data)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_running_statistics_stay_finite_where_the_variance_does_not(dtype):
+    mean, var = np.zeros(1, dtype), np.ones(1, dtype)
+    largest = np.finfo(dtype).max
+    batchnorm_forward(np.array([[largest / 8], [largest / 4]], dtype), None, None, mean, var, momentum=1.0)
+    if dtype == np.float32:  # the statistics are float64
+        np.testing.assert_allclose(mean, 3 / 16 * largest, rtol=1e-6)
+        np.testing.assert_array_equal(var, largest)
+    else:
+        np.testing.assert_array_equal([mean[0], var[0]], [0.0, 1.0])
 
 
 # --- tiles and threads ------------------------------------------------------------------------------------------------
@@ -481,6 +551,44 @@ def test_momentum_none_averages_all_batches():
     assert bn.num_batches_tracked == len(xs)
     np.testing.assert_allclose(bn.running_mean, np.mean([x.mean((0, 2)) for x in xs], 0), rtol=1e-12)
     np.testing.assert_allclose(bn.running_var, np.mean([x.var((0, 2)) * 30 / 29 for x in xs], 0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_count_of_momentum_none_is_kept_with_the_parameters(dtype, tmp_path):
+    def network() -> tuple[fastopt.Optimizer, BatchNorm]:
+        bn = BatchNorm(3, momentum=None, dtype=dtype)
+        opt = fastopt.SGD({"bn": bn.state}, lr=0.1)
+        bn.attach(opt.params["bn"], opt.grads["bn"])
+        return opt, bn
+
+    opt, bn = network()
+    assert set(opt.params["bn"]) == {"beta", "gamma", "running_count", "running_mean", "running_var"}
+    first, second, third = (x.astype(dtype) for x in batches(3))
+    for x in (first, second):
+        bn.forward(x)
+        bn.backward(np.ones_like(x))
+        opt.step()
+    opt.save(tmp_path / "run.safetensors")
+    other, twin = network()
+    other.load(tmp_path / "run.safetensors")
+    assert twin.num_batches_tracked == bn.num_batches_tracked == 2
+    for layer in (bn, twin):
+        layer.forward(third)
+        np.testing.assert_allclose(layer.running_mean, np.mean(batches(3), (0, 1, 3)), rtol=1e-6, atol=1e-6)
+    assert "running_count" not in BatchNorm(3).state
+    assert "running_count" not in BatchNorm(3, momentum=None, track_running_stats=False).state
+
+
+def test_the_count_may_be_set():
+    bn = BatchNorm(3, momentum=None, dtype=np.float64)
+    bn.num_batches_tracked = 3
+    (x,) = batches(1)
+    bn.forward(x)
+    np.testing.assert_allclose(bn.running_mean, x.mean((0, 2)) / 4, rtol=1e-12)
+    for bad in (-1, 1.0, True, "3"):
+        with pytest.raises(ValueError, match="num_batches_tracked: must be an int >= 0, got"):
+            bn.num_batches_tracked = bad
+    assert bn.num_batches_tracked == 4
 
 
 def test_without_running_statistics_inference_uses_the_batchs():

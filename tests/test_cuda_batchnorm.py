@@ -102,7 +102,8 @@ def ours(
     backend: str = "cuda",
     kernel: Any = None,
     eps: float = 1e-5,
-    weight: float = 0.1,
+    weight: float | None = 0.1,
+    count: Any = None,
     y_over: str | None = None,
     dx_over: str | None = None,
     backward: bool = True,
@@ -133,6 +134,7 @@ def ours(
         eps=eps,
         weight=weight,
         over=("x", "residual").index(y_over) if y_over else -1,
+        count=count,
     )
     mean, inv_std = saved[1]
     found = {"y": y, "running_mean": a["running_mean"], "running_var": a["running_var"], "mean": mean}
@@ -325,9 +327,30 @@ def test_not_a_number_stays_in_its_channel_and_is_seen(bad, relu):
     arrays = case((20, 3, 4), 1, np.float32)
     arrays["x"][3, 1, 2] = bad
     found = ours(arrays, axis=1, relu=relu, backward=False)
-    for array in (found["y"].transpose(1, 0, 2), found["running_var"], found["running_mean"]):
-        assert np.isfinite(array[[0, 2]]).all()
-        assert np.isnan(array[1]).all() or array is found["running_mean"]  # that of infinities is the largest number
+    assert np.isnan(found["y"][:, 1]).all()
+    assert np.isfinite(found["y"][:, [0, 2]]).all()
+
+
+@every_layout
+def test_a_batch_with_one_bad_value_is_not_recorded(shape, axis):
+    device = get_backend("cuda")
+    for dtype, bad in ((np.float32, np.nan), (np.float64, np.inf)):
+        arrays = case(shape, axis, dtype)
+        good = arrays["x"].copy()
+        count = device.zeros(1, np.dtype(dtype))
+        for at in (0, good.size - 1):
+            arrays["x"] = good.copy()
+            arrays["x"].reshape(-1)[at] = bad
+            found = ours(arrays, axis=axis, backward=False, count=count, weight=None)
+            assert np.isnan(found["y"]).any()
+            for name in ("running_mean", "running_var"):
+                np.testing.assert_array_equal(found[name], arrays[name])
+        assert device.host(count)[0] == 0
+        arrays["x"] = good
+        found = ours(arrays, axis=axis, backward=False, count=count, weight=None)
+        along = tuple(k for k in range(len(shape)) if k != axis % len(shape))
+        np.testing.assert_allclose(found["running_mean"], good.mean(along), rtol=1e-4, atol=1e-5)
+        assert device.host(count)[0] == 1
 
 
 @pytest.mark.parametrize("name", ["N,C long", "7x7", "channels last", *list(LAYOUTS)[12:]])
@@ -491,6 +514,24 @@ def test_the_layer_on_the_device_is_the_layer_on_the_cpu(axis):
         strict=True,
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_the_layer_on_the_device_does_not_record_a_bad_batch(momentum):
+    device = get_backend("cuda")
+    layers = {name: fastopt.BatchNorm(3, momentum=momentum, backend=name) for name in ("cuda", "cpu")}
+    for name, bn in layers.items():
+        opt = fastopt.SGD({"bn": bn.state}, lr=0.1, backend=name)
+        bn.attach(opt.params["bn"], opt.grads["bn"])
+    good, bad = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(np.float32)
+    bad[4, 1] = np.nan
+    for x in (good, bad, 3 * good):
+        layers["cuda"].forward(device.adopt(x))
+        layers["cpu"].forward(x)
+    assert layers["cuda"].num_batches_tracked == layers["cpu"].num_batches_tracked == 2
+    for name in ("running_mean", "running_var"):
+        found, expected = (layers[place].state_dict()[name] for place in ("cuda", "cpu"))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_arrays_of_two_places_are_refused():

@@ -499,6 +499,7 @@ def test_so_are_the_kernels_of_batchnorm_in_any_layout(relu, residual, dtype):
                 found = of_batchnorm(dtype, relu, residual, given, training, cc)
                 assert [code.loop for code in found] == ["forward_sums"] * training + [
                     "merge_statistics",
+                    *["record"] * (training and given),
                     "map_slices",
                     "backward_sums",
                     "merge_gradients",

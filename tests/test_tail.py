@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import BY_NAME, CASES, DTYPES, EVERYTHING, Case, gradients
+from cases import BY_NAME, CASES, DTYPES, EVERYTHING, PER_RULE, Case, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import compiled, run
@@ -440,6 +440,32 @@ def test_float64_squares_that_overflow_are_not_taken_for_infinite_gradients():
     opt = fastopt.SGD({"w": np.ones(3)}, nonfinite="skip")
     info = opt.step({"w": np.full(3, 1e200)})
     assert not info.skipped
+
+
+@pytest.mark.parametrize("options", [{"clip_value": 1e18}, {"max_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("case", PER_RULE, ids=str)
+def test_clipping_keeps_every_state_finite_where_the_square_of_a_gradient_is_not(case, options):
+    opt = case.make({"w": np.ones((2, 3), np.float32)}, **options)
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(4, 2, 3)).astype(np.float32)
+    grads[1, 0, 1] = 1e21
+    for grad in grads:
+        before = opt.params["w"].copy()
+        opt.step({"w": grad})
+    for name, state in opt.states.items():
+        assert np.isfinite(state["w"]).all(), name
+    assert np.isfinite(opt.params["w"]).all()
+    assert (opt.params["w"] != before).any()
+
+
+def test_nonfinite_does_not_look_at_states():
+    """As docs/numerics.md says."""
+    opt = fastopt.Adam({"w": np.ones(2, np.float32)}, nonfinite="raise")
+    opt.step({"w": np.array([1e21, 1.0], np.float32)})
+    assert np.isinf(opt.states["v"]["w"][0])
+    before = opt.params["w"].copy()
+    opt.step({"w": np.ones(2, np.float32)})
+    np.testing.assert_array_equal(opt.params["w"] == before, [True, False])
 
 
 # --- what a step returns ----------------------------------------------------------------------------------------------

@@ -167,8 +167,13 @@ def unbiased_variance(squares, count):
     return squares / (count - 1.0)
 
 
+def is_recordable(mean, var):
+    """Whether the statistics of a batch may enter the running ones, where an infinity or a NaN would stay for ever."""
+    return (mean - mean == 0.0) & (var - var == 0.0)
+
+
 def blend(running, batch, momentum, largest):
-    """A running statistic after a batch; at most `largest`, because an infinity would stay for ever."""
+    """A running statistic after a batch; at most `largest`: float64 holds a variance that the dtype may not."""
     new = (1.0 - momentum) * running + momentum * batch
     return largest if new > largest else new
 

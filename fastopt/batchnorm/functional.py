@@ -1,4 +1,4 @@
-"""`batchnorm_forward`, `batchnorm_backward`, `fold_batchnorm`: checks, then the backend's kernels."""
+"""`batchnorm_forward`, `batchnorm_backward`: checks, then the backend's kernels."""
 
 from __future__ import annotations
 
@@ -128,15 +128,17 @@ def batchnorm_forward(
 
     In training, mean and var are those of the batch, over all axes but the channels' (var divided by m, the number of
     values per channel), and the running statistics move: ``running = (1 - momentum) running + momentum batch``, with
-    the batch's unbiased variance (divided by m - 1). Otherwise mean and var are the running statistics. Memory
-    is read once for the sums and once for y. The bits are the same for any number of threads.
+    the batch's unbiased variance (divided by m - 1). A batch with a NaN or an infinity, whose mean or variance in some
+    channel is not finite, moves none of them: it would spoil the layer for ever. Its y shows the NaN. Otherwise mean
+    and var are the running statistics. Memory is read once for the sums and once for y. The bits are the same for any
+    number of threads.
 
     Args:
         x: float32 or float64, C-contiguous, of shape (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), or (N, ..., C)
             with ``axis=-1``. It is kept, not copied: leave it unchanged until the backward pass.
         gamma, beta: shape (C,), dtype of x; None for 1 and 0. [y]
         running_mean, running_var: shape (C,), dtype of x, written in place in training; both or neither. A variance
-            that the dtype cannot hold is stored as the largest number of the dtype. [x], [x]^2
+            that float32 cannot hold is stored as the largest number of the dtype. [x], [x]^2
         training: whether to use, and record, the batch's statistics.
         momentum: weight of the new batch in the running statistics, in [0, 1].
         eps: > 0. [x]^2
@@ -167,6 +169,47 @@ def batchnorm_forward(
     >>> batchnorm_backward(np.array([[1.0, 1.0], [0.0, 0.0]]), saved).dgamma.round(6)
     array([-1.,  0.])
     """
+    check_momentum(momentum)
+    return forward_pass(
+        x,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        axis=axis,
+        activation=activation,
+        residual=residual,
+        out=out,
+        count=None,
+    )
+
+
+def forward_pass(
+    x: np.ndarray,
+    gamma: np.ndarray | None,
+    beta: np.ndarray | None,
+    running_mean: np.ndarray | None,
+    running_var: np.ndarray | None,
+    *,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    axis: int,
+    activation: str | None,
+    residual: np.ndarray | None,
+    out: np.ndarray | None,
+    count: np.ndarray | None,
+) -> tuple[np.ndarray, Saved]:
+    """As `batchnorm_forward`; with `momentum` None the running statistics average all batches counted in `count`.
+
+    Args:
+        x, gamma, beta, running_mean, running_var, training, eps, axis, activation, residual, out: as there.
+        momentum: as there, or None.
+        count: an array of one number, which goes up by 1 where the batch moves the running statistics; or None.
+    """
     shape = _check_x(x, axis)
     channels = shape[1]
     backend = get_backend(backend_of(x))
@@ -178,12 +221,13 @@ def batchnorm_forward(
     _check_channelwise("running_mean", running_mean, x, channels, backend, written=training)
     _check_channelwise("running_var", running_var, x, channels, backend, written=training)
     check_options(eps=eps, activation=activation)
-    check_momentum(momentum)
-    count = shape[0] * shape[2]
+    if momentum is not None:
+        check_momentum(momentum)
+    values = shape[0] * shape[2]
     if training:
-        if count < 2:
+        if values < 2:
             raise ValueError(
-                f"x: must have at least 2 values per channel in training, got {count} (shape {x.shape}); use a larger "
+                f"x: must have at least 2 values per channel in training, got {values} (shape {x.shape}); use a larger "
                 f"batch, or training=False"
             )
         if running_mean is not None and running_var is not None and backend.overlap(running_mean, running_var):
@@ -228,8 +272,9 @@ def batchnorm_forward(
         (gamma, beta, running_mean, running_var),
         training=training,
         eps=float(eps),
-        weight=float(momentum),
+        weight=None if momentum is None else float(momentum),
         over=over,
+        count=count,
     )
     saved = Saved(
         backend,

@@ -12,12 +12,12 @@ from fastopt.batchnorm.functional import (
     DTYPES,
     Saved,
     batchnorm_backward,
-    batchnorm_forward,
     check_axis,
     check_like,
     check_momentum,
     check_options,
     check_variance,
+    forward_pass,
 )
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import Backend
@@ -50,7 +50,8 @@ class BatchNorm:
         params, grads: dicts of ``"gamma"`` and ``"beta"``, arrays of shape (C,) that begin as 1 and 0, and of their
             gradients; empty where affine is False.
         running_mean, running_var: of shape (C,); they begin as 0 and 1; None where track_running_stats is False.
-        num_batches_tracked: the number of batches in the running statistics.
+        num_batches_tracked: the number of batches in the running statistics; a batch with a NaN or an infinity is not
+            one of them. May be set. On a device, reading it waits for the device.
 
     Raises:
         TypeError, ValueError: naming the argument that is out of range.
@@ -76,7 +77,7 @@ class BatchNorm:
     grads: dict[str, np.ndarray]
     running_mean: np.ndarray | None
     running_var: np.ndarray | None
-    num_batches_tracked: int
+    _count: np.ndarray
     num_features: int
     momentum: float | None
     eps: float
@@ -126,7 +127,8 @@ class BatchNorm:
             self.grads = {"gamma": self._filled(0.0), "beta": self._filled(0.0)}
         self.running_mean = self._filled(0.0) if self.track_running_stats else None
         self.running_var = self._filled(1.0) if self.track_running_stats else None
-        self.num_batches_tracked = 0
+        # An array, on the device as well: there the host does not wait to learn whether a batch was recorded.
+        self._count = self._backend.zeros(1, self.dtype if momentum is None else np.dtype(np.float64))
         self._saved: Saved | None = None
 
     def _filled(self, value: float) -> np.ndarray:
@@ -142,6 +144,24 @@ class BatchNorm:
         return f"<BatchNorm({self.num_features}, {options}) of {self.dtype}, {self.num_batches_tracked} batches seen>"
 
     @property
+    def num_batches_tracked(self) -> int:
+        """The number of batches in the running statistics: see the class.
+
+        >>> import numpy as np, fastopt
+        >>> bn = fastopt.BatchNorm(1, dtype=np.float64)
+        >>> for x in ([[1.0], [3.0]], [[1.0], [np.nan]]):
+        ...     y = bn.forward(np.array(x))
+        >>> bn.num_batches_tracked, bn.running_mean
+        (1, array([0.2]))
+        """
+        return round(float(self._backend.host(self._count)[0]))
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, count: int) -> None:
+        check_count("num_batches_tracked", count)
+        self._count[...] = float(count)
+
+    @property
     def state(self) -> dict[str, np.ndarray]:
         """The parameters and the running statistics, if tracked: put them in an optimizer's tree, then `attach`.
 
@@ -153,8 +173,8 @@ class BatchNorm:
           end, and ``with opt.swap_ema()`` shows the average of the running statistics as well;
         - a rule that divides by a gradient (``eps=0``), or keeps the parameters in its states (schedule-free ones).
 
-        If one of these applies, use `params` and `state_dict`. ``num_batches_tracked``, which only ``momentum=None``
-        uses, is not an array: restore it by hand, for example from the `extra` of a checkpoint.
+        If one of these applies, use `params` and `state_dict`. With ``momentum=None``, ``running_count`` is the number
+        of batches that the running statistics average, an array of shape (1,), exact up to 2**24 in float32.
 
         >>> import numpy as np, fastopt
         >>> from fastopt.batchnorm import BatchNorm
@@ -169,6 +189,8 @@ class BatchNorm:
         state = dict(self.params)
         if self.running_mean is not None and self.running_var is not None:
             state.update(running_mean=self.running_mean, running_var=self.running_var)
+            if self.momentum is None:
+                state.update(running_count=self._count)
         return state
 
     def attach(self, params: Mapping[str, np.ndarray], grads: Mapping[str, np.ndarray]) -> None:
@@ -203,7 +225,7 @@ class BatchNorm:
                 both = f"; or pass {sorted(own)} in both" if len(own) > len(self.params) else ""
                 raise ValueError(f"{name}: must be a dict with the keys {sorted(keys)}, got {found}{both}")
             for key, array in tree.items():
-                check_like(f"{name}[{key!r}]", array, (self.num_features,), self.dtype, self._backend, written=True)
+                check_like(f"{name}[{key!r}]", array, own[key].shape, self.dtype, self._backend, written=True)
         for key in params:
             if self._backend.overlap(params[key], grads[key]):
                 raise ValueError(
@@ -214,6 +236,7 @@ class BatchNorm:
         self.grads = {key: grads[key] for key in names}
         if len(keys) > len(names):
             self.running_mean, self.running_var = params["running_mean"], params["running_var"]
+            self._count = params.get("running_count", self._count)
 
     def forward(
         self,
@@ -223,6 +246,8 @@ class BatchNorm:
         out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Normalise x: in training with the statistics of the batch, which are recorded, else with the running ones.
+
+        A batch with a NaN or an infinity is not recorded: the running statistics and their count stay.
 
         Args:
             x: of shape (N, C), (N, C, ...), or (N, ..., C) with ``axis=-1``, of the layer's dtype, C-contiguous. Kept,
@@ -253,24 +278,22 @@ class BatchNorm:
             raise ValueError(
                 f"x: must have {self.num_features} channels (num_features) on axis {self.axis}, got shape {x.shape}"
             )
-        weight = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
         use_batch = bool(training) or not self.track_running_stats
-        y, self._saved = batchnorm_forward(
+        y, self._saved = forward_pass(
             x,
             self.params.get("gamma"),
             self.params.get("beta"),
             self.running_mean,
             self.running_var,
             training=use_batch,
-            momentum=weight,
+            momentum=self.momentum,
             eps=self.eps,
             axis=self.axis,
             activation=self.activation,
             residual=residual,
             out=out,
+            count=self._count,
         )
-        if use_batch and self.track_running_stats:
-            self.num_batches_tracked += 1
         return y
 
     def backward(self, dy: np.ndarray, out: np.ndarray | None = None) -> Any:
@@ -355,8 +378,7 @@ class BatchNorm:
         if state["format"] != STATE_FORMAT:
             raise ValueError(f"state['format']: must be {STATE_FORMAT}, got {state['format']!r}; use a newer fastopt")
         count = state["num_batches_tracked"]
-        if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
-            raise ValueError(f"state['num_batches_tracked']: must be an int >= 0, got {count!r}")
+        check_count("state['num_batches_tracked']", count)
         for name in ("running_mean", "running_var"):
             own, new = getattr(self, name), state[name]
             if (own is None) != (new is None):
@@ -372,4 +394,10 @@ class BatchNorm:
         if self.running_mean is not None and self.running_var is not None:
             self._backend.copy(self.running_mean, state["running_mean"])
             self._backend.copy(self.running_var, state["running_var"])
-        self.num_batches_tracked = int(count)
+        self.num_batches_tracked = count
+
+
+def check_count(name: str, count: Any) -> None:
+    """Refuse anything but an int >= 0."""
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+        raise ValueError(f"{name}: must be an int >= 0, got {count!r}")

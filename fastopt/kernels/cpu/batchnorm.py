@@ -62,21 +62,28 @@ class BatchNormCPU:
         *,
         training: bool,
         eps: float,
-        weight: float,
+        weight: float | None,
         over: int,
+        count: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Write y to `out` and, in training, the running statistics; return what `backward` needs.
+        """Write y to `out` and, in training, record the batch; return what `backward` needs.
+
+        To record a batch is to move the running statistics and to add 1 to `count`. A batch with a NaN or an infinity
+        is not recorded, in any channel.
 
         x, residual, out : 1-D, (samples, channels, spatial) in memory.
         channelwise : (gamma, beta, running_mean, running_var), any of them None.
-        weight : of the new batch in the running statistics.
+        weight : of the new batch in the running statistics; None for 1 / (count + 1), the average of all batches.
+        count : an array of one number: how many batches were recorded.
         over : 0 or 1 where `out` is x or residual, -1 where it is neither.
         """
         channels = shape[1]
         gamma, beta, running_mean, running_var = channelwise
         cut = _plan(shape, across=training and x.nbytes < ACROSS_BELOW)
         one = self._pass(backward=False, training=training)
-        work = Forward(  # by position: 18 keywords take 0.7 us more
+        if weight is None:
+            weight = 0.0 if count is None else 1.0 / (float(count[0]) + 1.0)
+        work = Forward(  # by position: 20 keywords take 0.7 us more
             x,
             x if residual is None else residual,
             out,
@@ -89,6 +96,8 @@ class BatchNormCPU:
             self._filled(channels, 0.0) if beta is None else beta,
             self._filled(channels, 0.0) if running_mean is None else running_mean,
             self._filled(channels, 0.0) if running_var is None else running_var,
+            np.empty((2, channels), self._dtype),
+            np.zeros(1, np.bool_),
             eps,
             weight,
             one.sum_loop(),
@@ -100,6 +109,11 @@ class BatchNormCPU:
         one.run(work, cut, by_group)
         if np.count_nonzero(work.needs_wide):  # rare: of these channels only sums have been written yet
             one.run_with_wide_sums(work, cut, by_group)
+        # Only now is it known whether any channel forbids it.
+        if training and running_mean is not None and running_var is not None and not work.unrecordable[0]:
+            running_mean[...], running_var[...] = work.new_running
+            if count is not None:
+                count += 1
         return work.coefficients, work.stats
 
     def backward(

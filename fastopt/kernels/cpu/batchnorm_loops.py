@@ -39,6 +39,7 @@ BLEND: Any
 GAMMA_GRADIENT: Any
 GRADIENT_COEFFICIENTS: Any
 INVERSE_STD: Any
+IS_RECORDABLE: Any
 MOMENTS: Any
 ROUNDING: Any
 SQUARES_ABOUT: Any
@@ -65,6 +66,10 @@ class Forward(NamedTuple):
     beta: Any
     running_mean: Any
     running_var: Any
+    new_running: Any
+    """(2, channels), in the dtype of x: the running mean and variance after this batch."""
+    unrecordable: Any
+    """bool, one: whether a channel's statistics must not enter the running ones."""
     eps: Any
     momentum: Any
     sum_loop: Any
@@ -187,11 +192,18 @@ def merge_statistics(work, first, channels):
             block_squares = window(work.partials, (blocks + b) * pitch + first, channels)
             for c in range(channels):
                 squares[c] += SQUARES_ABOUT(means[c], work.counts[b], block_means[c], block_squares[c])
+        new_mean = window(work.new_running, first, channels)
+        new_var = window(work.new_running, pitch + first, channels)
+        recordable = 0
         for c in range(channels):
-            running_mean[c] = BLEND(np.float64(running_mean[c]), means[c], work.momentum, LARGEST)
+            recordable += IS_RECORDABLE(means[c], squares[c])
+        if recordable < channels:
+            work.unrecordable[0] = True
+        for c in range(channels):
+            new_mean[c] = BLEND(np.float64(running_mean[c]), means[c], work.momentum, LARGEST)
         for c in range(channels):
             unbiased = UNBIASED_VARIANCE(squares[c], total)
-            running_var[c] = BLEND(np.float64(running_var[c]), unbiased, work.momentum, LARGEST)
+            new_var[c] = BLEND(np.float64(running_var[c]), unbiased, work.momentum, LARGEST)
         for c in range(channels):
             inv_stds[c] = INVERSE_STD(VARIANCE(squares[c], total), work.eps)
     else:
@@ -293,7 +305,8 @@ def _type_of(work: type, dtype: np.dtype[Any]) -> Any:
         "partials": types.Array(types.float64, 3, "C"),
         "coefficients": array_types.coefficients,
         "stats": types.Array(types.float64, 2, "C"),
-        "needs_wide": types.Array(types.boolean, 1, "C"),
+        "new_running": array_types.coefficients,
+        **dict.fromkeys(("needs_wide", "unrecordable"), types.Array(types.boolean, 1, "C")),
         **dict.fromkeys(("eps", "momentum"), types.float64),
         **dict.fromkeys(("sum_loop", "wide_sum_loop", "map_loop"), types.int64),
     }
@@ -308,6 +321,7 @@ def _constants_of(formulas: ModuleType, dtype: np.dtype[Any], *, training: bool)
         "gamma_gradient",
         "gradient_coefficients",
         "inverse_std",
+        "is_recordable",
         "moments",
         "rounding",
         "squares_about",

@@ -9,7 +9,8 @@ x is (samples, channels, spatial) in memory; channels-last is spatial = 1. Three
 - slice: consecutive values of each channel of a tile.
 - task: what a block of threads works on at a time, one slice of one tile.
 
-A direction has three launches: the sums of every slice, the merge of the slices of every channel, the map. A thread
+A direction has three launches: the sums of every slice, the merge of the slices of every channel, the map. With running
+statistics the forward pass has a fourth, which records the batch, or not, when all channels are known. A thread
 sums VALUES_AT_ONCE values in the dtype of the data, deviations from a value of the channel, and goes on in float64; so
 do the trees over threads and slices. Where the sums have lost digits (`sums_are_exact`), a block sums its slice again
 in float64. How an array is cut depends on its shape alone: the same bits always.
@@ -65,7 +66,8 @@ OUTPUTS: Any
 TRAINING: Any
 GAMMA: Any
 BETA: Any
-TRACKED: Any
+AVERAGED: Any
+COUNTED: Any
 GUARDED: Any
 LARGEST: Any
 MAP: Any
@@ -78,6 +80,7 @@ BLEND: Any
 GAMMA_GRADIENT: Any
 GRADIENT_COEFFICIENTS: Any
 INVERSE_STD: Any
+IS_RECORDABLE: Any
 MERGE_MOMENTS: Any
 MOMENTS: Any
 ROUNDING: Any
@@ -256,8 +259,11 @@ def backward_sums(x, dy, y, cuts, coefficients, partials):
             partials[part.partial + 1] = sums_g_xhat[thread]
 
 
-def merge_statistics(cuts, partials, gamma, beta, eps, momentum, running_mean, running_var, coefficients, stats):
-    """Merge the slices of every channel, in a fixed order; leave its statistics and coefficients."""
+def merge_statistics(cuts, partials, gamma, beta, eps, running_mean, running_var, coefficients, stats):
+    """Merge the slices of every channel, in a fixed order; leave its statistics and coefficients.
+
+    stats : the mean and inv_std of every channel and, in training, the unbiased variance.
+    """
     counts = cuda.shared.array(THREADS, float64)
     means = cuda.shared.array(THREADS, float64)
     squares = cuda.shared.array(THREADS, float64)
@@ -295,10 +301,7 @@ def merge_statistics(cuts, partials, gamma, beta, eps, momentum, running_mean, r
             if TRAINING:
                 mean = means[thread]
                 var = VARIANCE(squares[thread], counts[thread])
-                if TRACKED:
-                    unbiased = UNBIASED_VARIANCE(squares[thread], counts[thread])
-                    running_mean[channel] = BLEND(float64(running_mean[channel]), mean, momentum, LARGEST)
-                    running_var[channel] = BLEND(float64(running_var[channel]), unbiased, momentum, LARGEST)
+                stats[2 * cut.channels + channel] = UNBIASED_VARIANCE(squares[thread], counts[thread])
             else:
                 mean = float64(running_mean[channel])
                 var = float64(running_var[channel])
@@ -314,6 +317,27 @@ def merge_statistics(cuts, partials, gamma, beta, eps, momentum, running_mean, r
             coefficients[line + 3] = inv_std
             stats[channel] = mean
             stats[cut.channels + channel] = inv_std
+
+
+def record(cuts, stats, momentum, running_mean, running_var, count):
+    """Move the running statistics by the batch of these `stats`, unless a channel of it forbids that. One block."""
+    cut = Cut(*UNPACK_CUT(cuts, 0))
+    thread = cuda.threadIdx.x
+    unrecordable = 0
+    for channel in range(thread, cut.channels, THREADS):
+        if not IS_RECORDABLE(stats[channel], stats[2 * cut.channels + channel]):
+            unrecordable = 1
+    if not cuda.syncthreads_or(unrecordable):
+        weight = momentum
+        if AVERAGED:
+            weight = 1.0 / (float64(count[0]) + 1.0)
+        for channel in range(thread, cut.channels, THREADS):
+            mean, var = float64(running_mean[channel]), float64(running_var[channel])
+            running_mean[channel] = BLEND(mean, stats[channel], weight, LARGEST)
+            running_var[channel] = BLEND(var, stats[2 * cut.channels + channel], weight, LARGEST)
+        cuda.syncthreads()
+        if COUNTED and thread == 0:
+            count[0] += 1
 
 
 def merge_gradients(cuts, partials, gamma, stats, dgamma, dbeta, coefficients):
@@ -466,45 +490,53 @@ class BatchNormCUDA:
         *,
         training: bool,
         eps: float,
-        weight: float,
+        weight: float | None,
         over: int,
+        count: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Write y to `out` and, in training, the running statistics; return what `backward` needs.
+        """Write y to `out` and, in training, record the batch; return what `backward` needs.
 
-        x, residual, out : 1-D, (samples, channels, spatial) in memory; in training not empty.
-        channelwise : (gamma, beta, running_mean, running_var), any of them None.
-        weight : of the new batch in the running statistics.
-        over : not used here.
+        As on the CPU; in training x is not empty, and `over` is not used.
         """
         backend, unused = self._backend, self._unused
         channels = shape[1]
         cut, cuts = self._cut(shape)
         coefficients = backend.xp.empty(channels * self._coefficients, self._dtype)
-        stats = backend.xp.empty(2 * channels, np.float64)
+        stats = backend.xp.empty(3 * channels, np.float64)
         gamma, beta, mean, var = channelwise
         partials = unused(np.float64)
         if training:
             partials = backend.xp.empty(2 * cut.slices * channels, np.float64)
             backend.launch(self._forward_sums(), cut.tiles * cut.slices, x, cuts, partials)
         backend.launch(
-            self._merge_statistics(training, gamma=gamma is not None, beta=beta is not None, tracked=mean is not None),
+            self._merge_statistics(training, gamma=gamma is not None, beta=beta is not None),
             -(-channels // cut.merged_channels),
             cuts,
             partials,
             unused() if gamma is None else gamma,
             unused() if beta is None else beta,
             eps,
-            weight,
             unused() if mean is None else mean,
             unused() if var is None else var,
             coefficients,
             stats,
         )
+        if training and mean is not None and var is not None:
+            backend.launch(
+                self._record(averaged=weight is None, count=None if count is None else count.dtype),
+                1,
+                cuts,
+                stats,
+                0.0 if weight is None else weight,
+                mean,
+                var,
+                unused() if count is None else count,
+            )
         if x.size:
             arrays = (x, unused() if residual is None else residual, unused())
             kernel = self._map(backward=False)
             backend.launch(kernel, cut.tiles * cut.slices, *arrays, cuts, coefficients, out, unused())
-        return coefficients, stats.reshape(2, channels)
+        return coefficients, stats[: 2 * channels].reshape(2, channels)
 
     def backward(
         self,
@@ -600,22 +632,33 @@ class BatchNormCUDA:
             },
         )
 
-    def _merge_statistics(self, training: bool, *, gamma: bool, beta: bool, tracked: bool) -> Any:
+    def _merge_statistics(self, training: bool, *, gamma: bool, beta: bool) -> Any:
         formulas = self._formulas
-        flags = {"TRAINING": training, "GAMMA": gamma, "BETA": beta, "TRACKED": tracked}
+        flags = {"TRAINING": training, "GAMMA": gamma, "BETA": beta}
         return self._kernel(
             merge_statistics,
             tuple(flags.items()),
             lambda: {
                 **flags,
                 "DTYPE": self._dtype.type,
-                "LARGEST": float(np.finfo(self._dtype).max),
                 "AFFINE_COEFFICIENTS": formulas.affine_coefficients,
-                "BLEND": formulas.blend,
                 "INVERSE_STD": formulas.inverse_std,
                 "MERGE_MOMENTS": formulas.merge_moments,
                 "UNBIASED_VARIANCE": formulas.unbiased_variance,
                 "VARIANCE": formulas.variance,
+            },
+        )
+
+    def _record(self, *, averaged: bool, count: np.dtype[Any] | None) -> Any:
+        formulas, flags = self._formulas, {"AVERAGED": averaged, "COUNTED": count is not None}
+        return self._kernel(
+            record,
+            (averaged, count),
+            lambda: {
+                **flags,
+                "LARGEST": float(np.finfo(self._dtype).max),
+                "BLEND": formulas.blend,
+                "IS_RECORDABLE": formulas.is_recordable,
             },
         )
 
