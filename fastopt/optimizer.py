@@ -334,8 +334,9 @@ class Optimizer:
         Args:
             grads: a tree of arrays in the structure, shapes and dtype of the parameters. On the CPU they are read where
                 they are, and ``opt.grads`` is not written; arrays that cannot be read in place (strided ones, Fortran
-                order, NumPy scalars) are converted. None (the default) uses what is in ``opt.grads``. A None in the
-                tree leaves that parameter, its state, its average and its count of updates untouched (as torch does).
+                order, NumPy scalars) are converted. None (the default) uses what `accumulate` was given since the last
+                step, or else what is in ``opt.grads``. A None in the tree leaves that parameter, its state, its average
+                and its count of updates untouched (as torch does).
             grad_scale: what the loss was multiplied by, a positive finite number; gradients are multiplied by its
                 inverse.
             reduction: ``"mean"`` or ``"sum"`` of what `accumulate` was given; the mean is the sum divided by the sum of
@@ -450,11 +451,12 @@ class Optimizer:
     def accumulate(self, grads: Any, weight: float = 1.0) -> None:
         """Add the gradients of a micro-batch to what the next ``step()`` will use.
 
-        The first call after a step overwrites ``opt.grads``. Where the step needs the norm of the sum, it is measured
-        in the same pass, so that clipping costs no pass of its own.
+        The sum is kept apart from ``opt.grads``, which may be among these gradients and be written again for the next
+        micro-batch, as the backward pass of an attached `BatchNorm` does. Where the step needs the norm of the sum, it
+        is measured in the same pass, so that clipping costs no pass of its own.
 
         Args:
-            grads: as for `step`. The step skips a parameter whose gradient was None every time.
+            grads: a tree as for `step`. The step skips a parameter whose gradient was None every time.
             weight: a positive finite number that these gradients are multiplied by, such as the number of samples.
 
         Raises:

@@ -579,6 +579,22 @@ def test_the_count_of_momentum_none_is_kept_with_the_parameters(dtype, tmp_path)
     assert "running_count" not in BatchNorm(3, momentum=None, track_running_stats=False).state
 
 
+@pytest.mark.parametrize("given", ["views", "copies", "tree"])
+def test_the_gradients_of_an_attached_layer_are_accumulated(given):
+    bn = BatchNorm(1, dtype=np.float64)
+    opt = fastopt.SGD({"bn": bn.params}, lr=1.0)
+    bn.attach(opt.params["bn"], opt.grads["bn"])
+    for dbeta in (4.0, 40.0):
+        bn.forward(np.array([[1.0], [2.0]]))
+        bn.backward(np.full((2, 1), dbeta / 2))
+        if given == "tree":
+            opt.accumulate(opt.grads)
+        else:
+            opt.accumulate({"bn": {k: g if given == "views" else g.copy() for k, g in opt.grads["bn"].items()}})
+    opt.step(reduction="sum")
+    np.testing.assert_allclose(opt.params["bn"]["beta"], -44.0)
+
+
 def test_the_count_may_be_set():
     bn = BatchNorm(3, momentum=None, dtype=np.float64)
     bn.num_batches_tracked = 3

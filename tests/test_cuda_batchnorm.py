@@ -534,6 +534,19 @@ def test_the_layer_on_the_device_does_not_record_a_bad_batch(momentum):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_the_gradients_of_an_attached_layer_are_accumulated():
+    device = get_backend("cuda")
+    bn = fastopt.BatchNorm(1, backend="cuda")
+    opt = fastopt.SGD({"bn": bn.params}, lr=1.0, backend="cuda", max_norm=1e6)
+    bn.attach(opt.params["bn"], opt.grads["bn"])
+    for dbeta in (4.0, 40.0):
+        bn.forward(device.adopt(np.array([[1.0], [2.0]], np.float32)))
+        bn.backward(device.adopt(np.full((2, 1), dbeta / 2, np.float32)))
+        opt.accumulate(opt.grads)
+    opt.step(reduction="sum")
+    np.testing.assert_allclose(device.host(opt.params["bn"]["beta"]), -44.0)
+
+
 def test_arrays_of_two_places_are_refused():
     x = get_backend("cuda").adopt(np.ones((4, 3), np.float32))
     with pytest.raises(TypeError, match="gamma: must be an array of the device, as x is, or None, got ndarray"):

@@ -394,8 +394,12 @@ def test_gradients_may_lie_in_the_own_buffer_and_not_in_parameters_or_states():
     for bad in (opt.params["a"], opt.params["b"], opt.states["m"]["a"], opt.flat.data[1:17]):
         with pytest.raises(ValueError, match="gradient 'a': must not overlap the parameters and states"):
             opt.step({"a": bad, "b": None})
-    with pytest.raises(ValueError, match=r"gradient 'a': must not overlap opt\.grads"):
-        opt.accumulate({"a": opt.grads["b"], "b": None})
+        with pytest.raises(ValueError, match="gradient 'a': must not overlap the parameters and states"):
+            opt.accumulate({"a": bad, "b": None})
+    for each, grad in ((opt, opt.grads["a"]), (plain, values)):
+        each.accumulate({"a": grad, "b": grad})
+        each.step()
+    assert bits(opt) == bits(plain)
 
 
 def test_a_step_without_gradients_of_its_own_makes_no_buffer():
@@ -405,6 +409,16 @@ def test_a_step_without_gradients_of_its_own_makes_no_buffer():
     opt.step()
     assert len(opt.flat.grad_buffers) == 1
     assert math.isclose(opt.params["w"][0], opt.params["w"][-1])
+
+
+def test_accumulating_makes_one_buffer_and_keeps_it():
+    opt = fastopt.Adam({"w": np.ones(1000)})
+    for _ in range(3):
+        opt.accumulate({"w": np.ones(1000)})
+        opt.step()
+        sums = opt._pipeline.sums
+    assert opt._pipeline.sums is sums
+    assert opt.flat.grad_buffers == []
 
 
 def test_an_optimizer_gives_its_memory_back_when_it_is_dropped():

@@ -299,6 +299,9 @@ class BatchNorm:
     def backward(self, dy: np.ndarray, out: np.ndarray | None = None) -> Any:
         """Return the gradient with respect to x of the last forward pass; write those of gamma and beta to ``grads``.
 
+        They replace what is there. To add up micro-batches of an attached layer, pass ``opt.grads`` to
+        `Optimizer.accumulate` after each backward pass.
+
         Args:
             dy: gradient with respect to y; shape and dtype of x.
             out: array to write dx to, shape of x; it may be dy or x.

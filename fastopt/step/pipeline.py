@@ -65,6 +65,8 @@ class Pipeline:
         self.nonfinite = (0, 0)
         """Steps in a row, and in all, whose gradients were not finite."""
         self.pending: Pending | None = None
+        self.sums: Any = None
+        """The buffer of accumulated gradients, made when it is first needed."""
         self.held = ""
         """The name of the context that holds the parameters elsewhere."""
         self.gradients_in = rule.gradients_in
@@ -138,6 +140,7 @@ class Pipeline:
         averages = () if self.average is None else (self.average,)
         self.places_of_params = self.flat.layout.places(addresses, addresses)
         """For kernels that read no gradients."""
+        self._sums_at: tuple[np.ndarray, list[Any]] | None = None
         self.intake = Intake(self.flat, self.backend, (*self.states, *averages))
         self.plan.forget_chunks()
         self.addresses = addresses  # at the end: an interrupt before has all of it made again
@@ -199,11 +202,13 @@ class Pipeline:
             unscale = self.sign * plan.table.unscale(grad_scale, divisor)
         # Check.
         kept = present = None
-        own = grads is None or device is not None
+        own = device is not None or (grads is None and pending is None)
         if grads is None:
-            places = self.flat.places
-            if pending is not None and not pending.present.all():
-                present = pending.present.tolist()
+            if pending is None:
+                places = self.flat.places
+            else:
+                places, kept = self._places_of_sums()
+                present = None if pending.present.all() else pending.present.tolist()
         elif pending is not None:
             raise ValueError(
                 "grads: must be None while accumulated gradients are waiting; call step() without grads, or "
@@ -226,7 +231,7 @@ class Pipeline:
         if self.born.waiting:
             self.begin(present)
         if device is not None:
-            return self._step_on_device(device, plan, places, present, rows, unscale)
+            return self._step_on_device(device, plan, places, present, rows, unscale, kept)
         plan.write_table(self.groups, self.steps + 1, unscale)
         norm, coefficient, nonfinite = None, 1.0, self.nonfinite
         if self.measures:
@@ -265,7 +270,7 @@ class Pipeline:
     ) -> tuple[float, float, bool, tuple[int, int]]:
         """Measure the gradients, and decide what their norm decides.
 
-        own : whether the gradients are in our buffer. grads : those that are not, for errors.
+        own : whether the gradients are in opt.grads. grads : those that are not, for errors.
 
         Returns the norm, the coefficient of clipping, which is written into the table, whether there is a step, and
         what `nonfinite` is after it.
@@ -305,6 +310,7 @@ class Pipeline:
         present: list[bool] | None,
         rows: Sequence[int],
         unscale: float,
+        grads: Any,
     ) -> StepInfo:
         """From the table of hyperparameters on, where the device decides."""
         decides = device.decides and (present is None or not self.options.skips)
@@ -325,7 +331,7 @@ class Pipeline:
                 decision = device.decide(table, candidates, partials, factor)
             elif self.measures:
                 norm, coefficient, proceeds, nonfinite = self.decide(
-                    plan, places, rows, unscale, present, None, own=True
+                    plan, places, rows, unscale, present, grads, own=True
                 )
                 if not proceeds:
                     return self._info(norm, skipped=True)
@@ -416,7 +422,7 @@ class Pipeline:
     def _proceeds(self, finite: bool, present: Sequence[bool] | None, grads: Any, unscale: float, *, own: bool) -> bool:
         """Whether to make the step.
 
-        grads : a gradient per parameter, for the error; None: those in our buffer. own : they are in our buffer.
+        grads : a gradient per parameter, for the error; None: those in opt.grads. own : they are in opt.grads.
         """
         nonfinite = self.options.nonfinite
         if nonfinite == "propagate":
@@ -435,9 +441,9 @@ class Pipeline:
             return True
         with deferred_signals:
             self.nonfinite = self._counted(finite)
-            self.pending = None
-            if own and self.options.zero_grad:
+            if own and self.pending is None and self.options.zero_grad:
                 self.flat.zero_grad()
+            self.pending = None
         return False
 
     def _counted(self, finite: bool) -> tuple[int, int]:
@@ -492,6 +498,7 @@ class Pipeline:
             raise ValueError(f"weight: must be in the range of {self.flat.dtype}, got {weight!r}")
         flat, plan = self.flat, self.current_plan()
         given = self.intake.take_to_add(grads)
+        places = flat.layout.places(self._places_of_sums()[0][:, 1], given.places[:, 1])
         pending = self.pending
         if pending is None:
             blocks = sum(-(-size // BLOCK) for size in flat.layout.sizes)
@@ -500,7 +507,7 @@ class Pipeline:
         present = np.ones(len(flat.paths), np.bool_) if given.present is None else np.array(given.present)
         chunks, factor = plan.chunks(plan.of, whole=True), np.array([number, 0.0], flat.dtype)
         adder = Adder(self.measures and self.options.clip_value is None, self.options.nonfinite == "zero")
-        places, overwrite, partials = given.places, ~pending.present, pending.partials
+        overwrite, partials = ~pending.present, pending.partials
         try:
             self.backend.add(places, present, overwrite, factor, chunks, partials, adder, flat.dtype)
         finally:  # also after an exception of a signal's handler, as in `step`
@@ -509,8 +516,18 @@ class Pipeline:
                 pending.weight += number
                 self.pending = pending
 
+    def _places_of_sums(self) -> tuple[np.ndarray, list[Any]]:
+        """Where accumulated gradients are, and views of them: in a buffer apart from opt.grads, which is the user's."""
+        flat = self.flat
+        if self.sums is None:
+            self.sums = flat.new_buffer()
+        if self._sums_at is None:
+            views = flat.views(self.sums)
+            self._sums_at = flat.layout.places(flat.addresses, flat.addresses_of(views)), views
+        return self._sums_at
+
     def zero_grad(self) -> None:
-        """Zero our buffer of gradients, and drop what was accumulated."""
+        """Zero opt.grads, and drop what was accumulated."""
         if self.pending is None:
             self.flat.zero_grad()
         else:
@@ -677,7 +694,7 @@ class Pipeline:
         groups.version = self.groups.version + 1
         saved = dict(self.__dict__)
         try:
-            self.flat, self.groups, self.size = flat, groups, flat.size
+            self.flat, self.groups, self.size, self.sums = flat, groups, flat.size, None
             self.plan = self._planned()
             self._make_states()
             for name, views in self.views().items():
@@ -830,6 +847,9 @@ class Pipeline:
         twin.groups = Groups(self.rule, self.groups.base, self.groups.changes, self.groups.missed)
         twin.pending = copy.deepcopy(self.pending, memo)
         twin.born = copy.deepcopy(self.born)
+        if self.sums is not None:
+            twin.sums = twin.flat.new_buffer()
+            twin.sums[...] = self.sums
         if self.device is not None:
             twin.device = DeviceSteps(self.device.backend, self.rule, self.options)
         twin.plan = twin._planned()

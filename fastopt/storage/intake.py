@@ -36,17 +36,16 @@ class Intake:
         self._backend = backend
         self._buffers = tuple(buffers)
         self._door: Door | None = None
-        self._door_of_sums: Door | None = None
         self._places = flat.layout.places(flat.addresses, 0)
         self._found = np.empty(len(flat.paths), np.int64)
 
-    def _made_door(self, buffers: Sequence[Array], whose: str) -> Door:
+    def _made_door(self) -> Door:
         """The checks of gradients that are read where they are, and must not overlap parameters and buffers."""
         flat = self._flat
         door = Door(flat.shapes, flat.dtype)
-        addresses = np.concatenate([flat.addresses, flat.addresses_of(buffers)])
-        sizes = np.concatenate([door.sizes, np.array([buffer.nbytes for buffer in buffers], np.int64)])
-        door.protect(*intervals(addresses, sizes), whose=whose)
+        addresses = np.concatenate([flat.addresses, flat.addresses_of(self._buffers)])
+        sizes = np.concatenate([door.sizes, np.array([buffer.nbytes for buffer in self._buffers], np.int64)])
+        door.protect(*intervals(addresses, sizes), whose="the parameters and states")
         return door
 
     def take(self, grads: Any) -> Taken:
@@ -66,38 +65,28 @@ class Intake:
             return Taken(flat.places, None if all(present) else present, leaves)
         leaves = flat.leaves_like(grads)
         if self._door is None:
-            self._door = self._made_door(self._buffers, "the parameters and states")
+            self._door = self._made_door()
         absent = self._door.admit(leaves, self._found, flat.paths)
         self._places[:, 1] = self._found
         return Taken(self._places, (self._found != 0).tolist() if absent else None, leaves)
 
     def take_to_add(self, grads: Any) -> Taken:
-        """Check a tree of gradients that are added to our buffer; the places are those of the sums and the gradients.
+        """As `take`, and on a device as well where they are: `opt.grads` may be among them.
 
         Args:
             grads: as for `FlatParams.check_grads`.
 
         Raises:
-            TypeError, ValueError: as `FlatParams.check_grads`; also where a gradient lies in our buffer.
+            TypeError, ValueError: as `FlatParams.check_grads`.
         """
         flat = self._flat
-        found = np.zeros(len(flat.paths), np.int64)
         if flat.device is None:
-            leaves = flat.leaves_like(grads)
-            flat.grad_arrays  # noqa: B018 makes the buffer
-            if self._door_of_sums is None:
-                self._door_of_sums = self._made_door(
-                    (*self._buffers, *flat.grad_buffers), "opt.grads, parameters and states"
-                )
-            self._door_of_sums.admit(leaves, found, flat.paths)
-        else:
-            leaves = flat.check_grads(grads)
-            for k, leaf in enumerate(leaves):
-                if leaf is None:
-                    continue
-                if any(self._backend.overlap(leaf, buffer) for buffer in flat.grad_buffers):
-                    raise ValueError(f"gradient {flat.paths[k]!r}: must not overlap opt.grads in memory; pass a copy")
+            return self.take(grads)
+        found = np.zeros(len(flat.paths), np.int64)
+        leaves = flat.check_grads(grads)
+        for k, leaf in enumerate(leaves):
+            if leaf is not None:
                 leaves[k] = leaf if leaf.flags.c_contiguous else leaf.copy(order="C")
                 found[k] = self._backend.address(leaves[k])
         present = [leaf is not None for leaf in leaves]
-        return Taken(flat.layout.places(flat.places[:, 1], found), None if all(present) else present, leaves)
+        return Taken(flat.layout.places(flat.addresses, found), None if all(present) else present, leaves)
