@@ -38,6 +38,7 @@ class Optimizer:
         copy: False leaves the parameters in their own arrays, which are updated in place: C-contiguous, aligned and
             writeable ones that do not overlap.
         overrides: ``{glob on parameter paths: {hyperparameter: value}}``; of two globs that match, the later one wins.
+            A path is that parameter alone, also where it has brackets.
             Besides the rule's hyperparameters, ``lr_scale`` multiplies the learning rate, or its schedule, and
             ``frozen=True`` keeps parameters as they are.
         max_norm: > 0. Gradients are multiplied by ``min(1, max_norm / (norm + 1e-6))``, `norm` being the global one of

@@ -729,6 +729,82 @@ def test_a_folded_layer_does_what_the_two_did(shape, axis, bias):
     np.testing.assert_allclose(x @ flat_folded + shift, expected, rtol=1e-12, atol=1e-12)
 
 
+# The layer by torch's name, its options, and the axis that fold_batchnorm needs.
+FOLDED = {
+    "Linear": ("Linear", (6, 6), {}, {"axis": 0}),
+    "conv": ("Conv2d", (3, 6, (3, 2)), {}, {}),
+    "square conv": ("Conv1d", (6, 6, 3), {}, {"axis": 0}),
+    "grouped": ("Conv2d", (4, 6, 3), {"groups": 2}, {}),
+    "grouped, told": ("Conv1d", (6, 6, 2), {"groups": 2}, {"groups": 2, "axis": 0}),
+    "depthwise": ("Conv1d", (6, 6, 3), {"groups": 6}, {}),
+    "transposed": ("ConvTranspose2d", (4, 6, 3), {}, {"axis": 1}),
+    "square transposed": ("ConvTranspose1d", (6, 6, 4), {}, {"axis": 1}),
+    "transposed, grouped": ("ConvTranspose2d", (4, 6, 3), {"groups": 2}, {"axis": 1, "groups": 2}),
+    "square transposed, grouped": ("ConvTranspose1d", (6, 6, 2), {"groups": 3}, {"axis": -2, "groups": 3}),
+    "transposed, depthwise": ("ConvTranspose1d", (6, 6, 4), {"groups": 6}, {"axis": 1, "groups": 6}),
+}
+
+
+@pytest.mark.parametrize(("kind", "sizes", "options", "told"), FOLDED.values(), ids=FOLDED)
+def test_every_layer_of_torch_is_folded(kind, sizes, options, told):
+    torch = pytest.importorskip("torch", reason="torch is not installed: it is the oracle of this test")
+    layer = getattr(torch.nn, kind)(*sizes, **options).double()
+    shape = (2, sizes[0], 5, 6, 7)[: layer.weight.ndim if "onv" in kind else 2]
+    rng = np.random.default_rng(0)
+    bn = BatchNorm(6, dtype=np.float64)
+    x = torch.from_numpy(rng.normal(size=shape))
+    with torch.no_grad():
+        y = layer(x).numpy()
+        bn.forward(np.ascontiguousarray(y))
+        for param in bn.params.values():
+            param[:] = rng.normal(size=6)
+        expected = bn.forward(np.ascontiguousarray(y), training=False)
+        weight, bias = fold_batchnorm(layer.weight.numpy(), layer.bias.numpy(), bn, **told)
+        layer.weight.copy_(torch.from_numpy(weight))
+        layer.bias.copy_(torch.from_numpy(bias))
+        np.testing.assert_allclose(layer(x).numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_depthwise_kernel_of_keras_is_folded():
+    rng = np.random.default_rng(0)
+    bn = BatchNorm(6, dtype=np.float64)
+    bn.running_var[:] = rng.uniform(1.0, 2.0, 6)
+    kernel = rng.normal(size=(3, 4, 2, 3))  # two channels, three outputs of each
+    found, _ = fold_batchnorm(kernel, None, bn, axis=-1, groups=2)
+    expected, _ = fold_batchnorm(kernel.transpose(2, 3, 0, 1).reshape(6, 1, 3, 4), None, bn)
+    np.testing.assert_array_equal(found.transpose(2, 3, 0, 1).reshape(6, 1, 3, 4), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((3, 3), 1), ((3, 3, 5), 1), ((3, 8, 3), 1), ((3, 5, 5, 3), 1), ((6, 2, 5), 3)], ids=str
+)
+def test_an_axis_that_is_not_certain_must_be_given(shape, groups):
+    channels = 6 if groups > 1 else 3
+    bn = BatchNorm(channels)
+    weight = np.ones(shape, np.float32)
+    with pytest.raises(ValueError, match=r"axis: must be given for a weight of shape \(.*\), whose axes \d and"):
+        fold_batchnorm(weight, None, bn, groups=groups)
+    fold_batchnorm(weight, None, bn, axis=0, groups=groups)
+    fold_batchnorm(np.ones((1, 1), np.float32), None, BatchNorm(1))  # the same along either axis
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -0.5])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_running_statistics_that_are_no_statistics_are_refused(name, bad):
+    bn = BatchNorm(3)
+    getattr(bn, name)[1] = bad
+    calls = (
+        lambda: fold_batchnorm(np.ones((4, 3), np.float32), None, bn),
+        lambda: bn.forward(np.ones((4, 3), np.float32), training=False),
+    )
+    for call in calls:
+        if name == "running_mean" and bad == -0.5:
+            call()
+            continue
+        with pytest.raises(ValueError, match=rf"{name}: must be (finite|>= 0), got {bad}"):
+            call()
+
+
 def test_state_goes_from_one_layer_to_another():
     bn, other = BatchNorm(3, momentum=None, dtype=np.float64), BatchNorm(3, momentum=None, dtype=np.float64)
     first, *rest = batches()

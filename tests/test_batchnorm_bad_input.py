@@ -482,7 +482,7 @@ FOLD: list[tuple[str, Call, type[Exception], str]] = [
         "another width",
         lambda o: fold_batchnorm(np.ones((3, 4)), None, o["bn"]),
         ValueError,
-        r"weight: must have 3 output channels, as bn has, got 4 \(axis -1 of \(3, 4\)\); pass their axis as axis=",
+        r"weight: must have 3 output channels, as bn has, got 4 \(axis 1 of \(3, 4\)\); pass their axis as axis=",
     ),
     (
         "axis",
@@ -490,6 +490,19 @@ FOLD: list[tuple[str, Call, type[Exception], str]] = [
         ValueError,
         r"axis: must be an axis of weight, whose shape is \(4, 3\), got 2",
     ),
+    (
+        "axis of groups",
+        lambda o: fold_batchnorm(np.ones((4, 1, 2)), None, o["bn"], axis=1, groups=3),
+        ValueError,
+        r"weight: must have 3 output channels, as bn has, got 1 \(axis 1 of \(4, 1, 2\)\)",
+    ),
+    (
+        "axis True",
+        lambda o: fold_batchnorm(WEIGHT, None, o["bn"], axis=True),
+        ValueError,
+        r"axis: must be an axis of weight, whose shape is \(4, 3\), got True",
+    ),
+    ("groups", lambda o: fold_batchnorm(WEIGHT, None, o["bn"], groups=0), ValueError, r"groups: must be an int >= 1"),
     (
         "bias",
         lambda o: fold_batchnorm(WEIGHT, np.ones(4), o["bn"]),

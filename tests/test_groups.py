@@ -215,6 +215,24 @@ def test_globs_that_match_nothing_and_other_keys_are_refused():
         _ = opt.groups[7]
 
 
+def test_an_exact_path_is_not_a_glob():
+    paths = ("layers0.w", "layers[0].w", "layers[1].w", "*.w")
+    lrs = dict(zip(paths, (1.0, 2.0, 3.0, 4.0), strict=True))
+    for late in (False, True):
+        opt = fastopt.SGD(
+            {path: np.zeros(1) for path in paths},
+            lr=0.0,
+            overrides=None if late else {path: {"lr": lr} for path, lr in lrs.items()},
+        )
+        if late:
+            for path, lr in lrs.items():
+                opt.groups[path].lr = lr
+        opt.step({path: np.ones(1) for path in paths})
+        assert {path: -opt.params[path][0] for path in paths} == lrs
+    opt.groups["layers[[]?].w"].lr = 7.0  # a glob as before
+    assert [opt.groups[path].lr for path in paths] == [1.0, 7.0, 7.0, 4.0]
+
+
 def test_a_rate_of_the_other_half_of_muon_is_refused():
     opt = fastopt.Muon(tree())
     with pytest.raises(ValueError, match=r"w: lr: must be absent where orthogonal=False, got 0.1; use adamw_lr"):

@@ -892,6 +892,65 @@ def test_a_group_without_momentum_is_accepted():
     assert mine.state_dict()["overrides"] == {"w": {"momentum": 0.0}}
 
 
+# --- the order of parameters ------------------------------------------------------------------------------------------
+
+ONE_SHAPE = {"w": np.zeros((3, 4)), "bn": {"gamma": np.ones(3), "beta": np.zeros(3)}}
+
+
+def without_names(state: dict[str, Any]) -> dict[str, Any]:
+    for group in state["param_groups"]:
+        del group["param_names"]
+    return state
+
+
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_a_position_among_sorted_keys_does_not_choose_between_parameters_of_one_shape(framework):
+    opt, other = (fastopt.Adam(ONE_SHAPE, convention=framework) for _ in range(2))
+    filled(opt)
+    order = ["bn.gamma", "bn.beta", "w"]
+    message = (
+        r"names: must be the paths in the order of \w+, because 'bn\.beta' and 'bn\.gamma' have one shape, \(3,\),"
+    )
+    before = bits(other)
+    if framework == "torch":
+        state: Any = without_names(to_torch_state(opt, names=order))
+        with pytest.raises(ValueError, match=message):
+            from_torch_state(other, state)
+        assert bits(other) == before
+        from_torch_state(other, state, names=order)
+    else:
+        variables = list(to_keras_state(opt, names=order).values())
+        with pytest.raises(ValueError, match=message):
+            from_keras_state(other, variables)
+        assert bits(other) == before
+        from_keras_state(other, variables, names=order)
+    assert bits(other.state_dict()["state"]) == bits(opt.state_dict()["state"])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        [np.zeros(3), np.ones(3)],
+        [{"w": np.zeros((3, 3)), "b": np.zeros(3)}, {"w": np.zeros((3, 3)), "b": np.zeros(3)}],
+        OrderedDict(weight=np.zeros(3), bias=np.ones(3)),
+        {"w": np.zeros((3, 2)), "b": np.ones(3)},
+    ],
+    ids=["list", "list of dicts", "ordered", "shapes"],
+)
+def test_a_position_serves_where_the_order_is_given_or_the_shapes_differ(params):
+    opt, other = filled(fastopt.Adam(params)), fastopt.Adam(params)
+    from_torch_state(other, without_names(to_torch_state(opt)))
+    assert bits(other.state_dict()["state"]) == bits(opt.state_dict()["state"])
+
+
+def test_positions_are_free_where_there_is_nothing_to_confuse():
+    plain = fastopt.SGD(ONE_SHAPE, lr=0.5)
+    from_torch_state(fastopt.SGD(ONE_SHAPE), without_names(to_torch_state(plain)))
+    plain.groups["bn.beta"].lr = 0.25
+    with pytest.raises(ValueError, match="names: must be the paths in the order of torch"):
+        from_torch_state(fastopt.SGD(ONE_SHAPE), without_names(to_torch_state(plain)))
+
+
 # --- optax ------------------------------------------------------------------------------------------------------------
 
 L2 = {"weight_decay": 0.1}

@@ -154,7 +154,7 @@ def batchnorm_forward(
     Raises:
         TypeError, ValueError: naming the argument, before anything is written: a dtype, shape, memory order or range
             other than above, fewer than two values per channel in training, running statistics that are needed and are
-            missing or negative, arrays that overlap.
+            missing, negative or not finite, arrays that overlap.
         RuntimeError: the arrays are on a device that cannot be used here.
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167, algorithm 1.
@@ -237,7 +237,7 @@ def forward_pass(
             "running_mean: must be an array with training=False, got None; pass both statistics, or training=True"
         )
     elif backend.name == "cpu":  # reading it from a device would wait for the device
-        check_variance("running_var", running_var)
+        check_statistics("running_mean", running_mean, "running_var", running_var)
     if residual is not None:
         check_like("residual", residual, x.shape, x.dtype, backend)
     over = -1
@@ -478,10 +478,13 @@ def check_like(
     _check_memory(name, array, written)
 
 
-def check_variance(name: str, array: np.ndarray) -> None:
-    """Refuse negative numbers and NaN."""
-    if not (array >= 0.0).all():
-        raise ValueError(f"{name}: must be >= 0, got {array[~(array >= 0.0)][0]}")
+def check_statistics(mean_name: str, mean: np.ndarray, var_name: str, var: np.ndarray) -> None:
+    """Refuse running statistics that are not finite, and variances below 0."""
+    for name, array in ((mean_name, mean), (var_name, var)):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name}: must be finite, got {array[~np.isfinite(array)][0]}")
+    if not (var >= 0.0).all():
+        raise ValueError(f"{var_name}: must be >= 0, got {var[~(var >= 0.0)][0]}")
 
 
 def _check_place(name: str, array: Any, backend: Backend, none: str = "") -> None:

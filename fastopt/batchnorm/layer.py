@@ -16,7 +16,7 @@ from fastopt.batchnorm.functional import (
     check_like,
     check_momentum,
     check_options,
-    check_variance,
+    check_statistics,
     forward_pass,
 )
 from fastopt.kernels import get_backend
@@ -390,10 +390,9 @@ class BatchNorm:
             if own is None:
                 continue
             check_like(f"state[{name!r}]", new, own.shape, self.dtype, get_backend("cpu"))
-            if not np.isfinite(new).all():
-                raise ValueError(f"state[{name!r}]: must be finite, got {new[~np.isfinite(new)][0]}")
         if self.running_var is not None:
-            check_variance("state['running_var']", state["running_var"])
+            means, variances = state["running_mean"], state["running_var"]
+            check_statistics("state['running_mean']", means, "state['running_var']", variances)
         if self.running_mean is not None and self.running_var is not None:
             self._backend.copy(self.running_mean, state["running_mean"])
             self._backend.copy(self.running_var, state["running_var"])

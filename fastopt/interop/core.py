@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import optree
 
 from fastopt.hyper import WEIGHT_DECAY
 from fastopt.optimizer import Optimizer
@@ -112,6 +114,27 @@ def order_of(opt: Optimizer, names: Any, what: str = "names") -> list[int]:
     if lacking:
         raise ValueError(f"{what}: must name every parameter once, got no {lacking[0]!r}")
     return list(order.values())
+
+
+def check_positions(opt: Optimizer, other: str) -> None:
+    """Raise ValueError where a position does not tell parameters apart, in the order of `other`.
+
+    Those are parameters of one shape whose order is that of a dict's sorted keys: `other` knows another one, and no
+    shape would show the mistake.
+    """
+    last: dict[tuple[int, ...], int] = {}
+    accessors, paths, shapes = opt.flat.treespec.accessors(), opt.flat.paths, opt.flat.shapes
+    for k, shape in enumerate(shapes):
+        before = last.get(shape)
+        last[shape] = k
+        if before is None:
+            continue
+        parting = next(b for a, b in zip(accessors[before], accessors[k], strict=False) if a != b)
+        if isinstance(parting, optree.MappingEntry) and not issubclass(parting.type, OrderedDict):
+            raise ValueError(
+                f"names: must be the paths in the order of {other}, because {paths[before]!r} and {paths[k]!r} have "
+                f"one shape, {shape}, and only sorted keys decide here which is the first, got None"
+            )
 
 
 def views_of(opt: Optimizer) -> dict[str, list[np.ndarray]]:

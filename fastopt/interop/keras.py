@@ -13,6 +13,7 @@ from fastopt.interop.core import (
     array_from,
     check_forms,
     check_one_count,
+    check_positions,
     check_same_for_all,
     check_uphill,
     count_from,
@@ -196,7 +197,8 @@ def from_keras_state(
             the dtype of the parameters.
         names: the paths of the parameters in Keras' order, that of ``model.trainable_variables``. With None, a dict is
             matched by its names, where ``"dense_kernel_momentum"`` belongs to the parameter ``"dense.kernel"``, and a
-            list by the order of ``opt.flat.paths``, which sorts the keys of a dict.
+            list by the order of ``opt.flat.paths``, which sorts the keys of a dict; that is refused where two
+            parameters of one shape are in the order of sorted keys.
 
     Raises:
         TypeError, ValueError: variables of another class or form (amsgrad, centered, momentum, averages, accumulated
@@ -244,6 +246,8 @@ Found = tuple[dict[Any, Any], dict[Any, str]]
 
 
 def _by_place(opt: Optimizer, form: Form, variables: Sequence[Any], order: Sequence[int] | None) -> Found:
+    if order is None and form.blocks:
+        check_positions(opt, "Keras")
     numbers = range(len(opt.flat.paths)) if order is None else order
     keys = [(kind, k) for block in form.blocks for k in numbers for kind in block]
     heads = [ITERATION, RATE][: len(variables) - len(keys)]

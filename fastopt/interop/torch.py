@@ -12,6 +12,7 @@ from fastopt.interop.core import (
     Demand,
     array_from,
     check_forms,
+    check_positions,
     count_from,
     decays,
     mapping_from,
@@ -232,7 +233,7 @@ def from_torch_state(
             arrays, or anything that ``np.asarray`` reads, in the dtype of the parameters.
         names: the paths of the parameters in torch's order, that of its groups one after another. None means torch's
             own names (``param_names``) if the state has them, or else the order of ``opt.flat.paths``, which sorts the
-            keys of a dict.
+            keys of a dict; that is refused where two parameters of one shape are in the order of sorted keys.
         step: number of steps made, from 0, for schedules and ``step_count``; None means the largest count of a
             parameter. torch's SGD has no counts: None then keeps ``step_count``, or sets it to 1 if it is 0 and there
             are velocities, because dampening depends on whether a parameter had its first step.
@@ -255,7 +256,8 @@ def from_torch_state(
     if "state" not in root or "param_groups" not in root:
         raise ValueError(f"state_dict: must have 'state' and 'param_groups', got {', '.join(map(repr, root))}")
     groups = _groups_of(root["param_groups"])
-    number_of = _numbers(opt, groups, names)
+    positions_matter = bool(form.states) or len(groups) > 1
+    number_of = _numbers(opt, groups, names, positions_matter)
     values: list[dict[str, Any]] = [{} for _ in opt.flat.paths]
     for g, group in enumerate(groups):
         found = _hyper_of(opt, form, name, group, f"state_dict['param_groups'][{g}]")
@@ -284,7 +286,9 @@ def _groups_of(found: Any) -> list[Mapping[str, Any]]:
     return groups
 
 
-def _numbers(opt: Optimizer, groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> dict[Any, int]:
+def _numbers(
+    opt: Optimizer, groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None, positions_matter: bool
+) -> dict[Any, int]:
     """Return the index of the parameter here by torch's index."""
     paths = opt.flat.paths
     indices = list(chain.from_iterable(group["params"] for group in groups))
@@ -299,6 +303,8 @@ def _numbers(opt: Optimizer, groups: Sequence[Mapping[str, Any]], names: Sequenc
     if names is not None:
         return dict(enumerate(order_of(opt, names)))
     if not any("param_names" in group for group in groups):
+        if positions_matter:
+            check_positions(opt, "torch")
         return {index: index for index in indices}
     kept: list[str] = []
     for g, group in enumerate(groups):

@@ -232,13 +232,20 @@ class Groups:
         """The parameters whose path matches; KeyError where none does."""
         if not isinstance(glob, str):
             raise TypeError(f"groups: must be given a glob on parameter paths, got {glob!r}")
-        found = tuple([k for k, path in enumerate(paths) if fnmatch.fnmatchcase(path, glob)])
+        found = tuple(matching(paths, glob))
         if not found:
             raise KeyError(f"groups[{glob!r}]: must match a parameter; the paths are {', '.join(paths)}")
         return found
 
 
 # --- overrides --------------------------------------------------------------------------------------------------------
+
+
+def matching(paths: Sequence[str], glob: str) -> list[int]:
+    """The numbers of the paths that a glob matches; a path stands for itself alone, also where it has brackets."""
+    if glob in paths:
+        return [paths.index(glob)]
+    return [k for k, path in enumerate(paths) if fnmatch.fnmatchcase(path, glob)]
 
 
 def match_overrides(paths: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -252,7 +259,7 @@ def match_overrides(paths: Sequence[str], overrides: Mapping[str, Mapping[str, A
     for glob, values in overrides.items():
         if not isinstance(glob, str) or not isinstance(values, Mapping):
             raise TypeError(f"overrides[{glob!r}]: must be a dict of hyperparameters under a glob on parameter paths")
-        matches = [k for k, path in enumerate(paths) if fnmatch.fnmatchcase(path, glob)]
+        matches = matching(paths, glob)
         if not matches:
             raise ValueError(f"overrides[{glob!r}]: must match a parameter; the paths are {', '.join(paths)}")
         for k in matches:
