@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from fastopt import scalars
 from fastopt.hyper import WEIGHT_DECAY
 from fastopt.rule import Rule
 from fastopt.step.features import features_of
@@ -68,16 +68,15 @@ def update_(rule: Rule, p: Any, g: Any, *states: Any, t: int = 1, grad_scale: fl
         if number.dtype != np.float64 or number.size != 1:
             raise TypeError(f"{name}: must be 1 number of float64, got {number.size} of {number.dtype}")
         numbers.append(number)
-    if not isinstance(t, Integral) or isinstance(t, bool) or t < 1:
-        raise ValueError(f"t: must be the number of this update, an int from 1, got {t!r}")
+    t = scalars.count("t", t, 1, "the number of this update, an int from 1")
     values = rule.complete(hyper)
-    values = {name: rule.check(name, value) for name, value in values.items()}
+    values = {name: rule.check(name, value, dtype=vectors[0].dtype) for name, value in values.items()}
     point = Point.of(rule, values)
     hyper_type = hyper_of(rule, point)
     size, dtype = vectors[0].size, vectors[0].dtype
     table = Table(rule, hyper_type, dtype)
     unscale = table.unscale(grad_scale)
-    table.write(0, int(t), point, unscale)
+    table.write(0, t, point, unscale)
     features = features_of(rule, decays=values[WEIGHT_DECAY] != 0.0, unscale=unscale != 1.0)
     kernel = backend.kernel(rule, hyper_type, dtype, features)
     layout, chunks = _one_parameter(size, rule.whole, backend.device)

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastopt import scalars
 from fastopt.init import generator
 from fastopt.kernels import backend_of, get_backend
 
@@ -116,8 +117,7 @@ def minibatches(
         found = ", ".join(f"{name} with {rows}" for name, rows in lengths.items())
         raise ValueError(f"arrays: must all have the same number of rows (length of the first axis), got {found}")
     for name, flag in (("shuffle", shuffle), ("drop_last", drop_last)):
-        if not isinstance(flag, bool | np.bool_):
-            raise TypeError(f"{name}: must be True or False, got {flag!r}")
+        scalars.flag(name, flag)
 
     rows = lengths["X"]
     size = _checked_batch_size(batch_size, rows)
@@ -195,7 +195,7 @@ def _gathers_by_take(array: Array) -> bool:
 
 
 def _as_rows(name: str, array: ArrayLike) -> Array:
-    if isinstance(array, np.ma.MaskedArray):
+    if scalars.is_masked(array):
         raise TypeError(
             f"{name}: must be an array without a mask, got a masked array; "
             f"pass {name}.filled(value), and the mask as a further array"
@@ -223,8 +223,4 @@ def _checked_batch_size(batch_size: object, rows: int) -> int:
         if batch_size == "full":
             return max(rows, 1)
         raise ValueError(f"batch_size: must be an int >= 1 or 'full', got {batch_size!r}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
-        raise TypeError(f"batch_size: must be an int >= 1 or 'full', got {batch_size!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: must be an int >= 1 or 'full', got {int(batch_size)}")
-    return int(batch_size)
+    return scalars.count("batch_size", batch_size, 1, "an int >= 1 or 'full'")

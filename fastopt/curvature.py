@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastopt import scalars
 from fastopt.init import generator
 from fastopt.kernels import get_backend
 from fastopt.storage.flat import FlatParams, pack
@@ -82,10 +83,7 @@ def dominant_eigenvalue(
     """
     if not callable(grad):
         raise TypeError(f"grad: must be a function of the parameters, got {type(grad).__name__}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int | np.integer):
-        raise TypeError(f"iterations: must be an int, got {type(iterations).__name__}")
-    if iterations < 1:
-        raise ValueError(f"iterations: must be at least 1, got {iterations}")
+    iterations = scalars.count("iterations", iterations, 1)
     source = generator(rng)
     flat = params if isinstance(params, FlatParams) else pack(params)
     if not sum(flat.layout.sizes):

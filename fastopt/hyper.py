@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-import numpy as np
+from fastopt import scalars
 
 WEIGHT_DECAY = "weight_decay"
+EPS = ("eps", "adamw_eps")
+"""What bounds a quotient, so that it must not become 0 in the dtype that is computed in."""
+
 EMA = "ema"
 """The name of the moving average of the parameters among the arrays of an optimizer."""
 
@@ -47,7 +49,8 @@ class Interval:
 
         Args:
             name: the hyperparameter, for the message.
-            value: a number of Python or NumPy, or a sequence of `length` numbers.
+            value: anything 0-d and real: a number, a NumPy scalar, a 0-d array or tensor; or a sequence or 1-D array of
+                `length` such numbers.
 
         Returns:
             `value` as a float, or a tuple of floats.
@@ -62,8 +65,9 @@ class Interval:
         if type(value) is float and self.length is None and -math.inf < value < self.high and value >= self.low:
             return value
         if self.length is not None:
-            if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str) or len(value) != self.length:
-                raise TypeError(f"{name}: must be {self}, got {value!r}")
+            listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+            if scalars.is_masked(value) or not (listed or getattr(value, "ndim", 0) == 1) or len(value) != self.length:
+                raise TypeError(f"{name}: must be {self}, got {scalars.shown(value)}")
             if type(value) is tuple:
                 for item in value:
                     if type(item) is not float or not -math.inf < item < self.high or item < self.low:
@@ -72,12 +76,7 @@ class Interval:
                     return value
             one = Interval(self.low, self.high, self.open)
             return tuple(one.check(f"{name}[{k}]", item) for k, item in enumerate(value))
-        if not isinstance(value, Real | np.floating | np.integer) or isinstance(value, bool):
-            raise TypeError(f"{name}: must be {self}, got {value!r}")
-        try:
-            number = float(value)
-        except OverflowError:  # an int beyond the range of floats
-            number = math.inf
+        number = scalars.number(name, value, str(self))
         if not (math.isfinite(number) and self.low <= number <= self.high) or (self.open and number == self.high):
             raise ValueError(f"{name}: must be {self}, got {value!r}")
         return number
@@ -96,7 +95,7 @@ class Flag:
 
         Args:
             name: the hyperparameter, for the message.
-            value: a bool of Python or NumPy.
+            value: a bool of Python or NumPy, or a 0-d array of one.
 
         Returns:
             `value` as a bool.
@@ -108,9 +107,7 @@ class Flag:
         >>> Flag().check("nesterov", True)
         True
         """
-        if not isinstance(value, bool | np.bool_):
-            raise TypeError(f"{name}: must be True or False, got {value!r}")
-        return bool(value)
+        return scalars.flag(name, value)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ convolution kernels.
 from __future__ import annotations
 
 import math
-import operator
+import sys
 from collections.abc import Iterator, Sequence
-from numbers import Real
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastopt import scalars
 
 __all__ = ["fans", "he_normal_", "he_uniform_", "normal_", "xavier_normal_", "xavier_uniform_", "zeros_"]
 
@@ -62,7 +63,7 @@ def fans(shape: Sequence[int]) -> tuple[int, int]:
     (147, 3136)
     """
     try:
-        sizes = tuple(operator.index(n) for n in shape)
+        sizes = tuple(scalars.count(f"shape[{axis}]", n, -sys.maxsize) for axis, n in enumerate(shape))
     except TypeError:
         raise TypeError(f"shape: must be a sequence of ints such as (784, 256), got {shape!r}") from None
     if any(n < 0 for n in sizes):
@@ -258,14 +259,12 @@ def generator(rng: int | np.random.Generator | None) -> np.random.Generator:
     """
     if rng is None or isinstance(rng, np.random.Generator):
         return np.random.default_rng(rng)
-    if isinstance(rng, bool | np.bool_) or not isinstance(rng, int | np.integer):
+    if not isinstance(scalars.real(rng), int):
         raise TypeError(
             f"rng: must be None, an int seed or a numpy.random.Generator, got {type(rng).__name__}; "
             "use numpy.random.default_rng(seed)"
         )
-    if rng < 0:
-        raise ValueError(f"rng: must be a seed >= 0, got {int(rng)}")
-    return np.random.default_rng(int(rng))
+    return np.random.default_rng(scalars.count("rng", rng, 0, "a seed >= 0"))
 
 
 def _xavier_std(w: NDArray[Any], gain: float) -> float:
@@ -295,11 +294,12 @@ def _fans_of(w: NDArray[Any]) -> tuple[int, int]:
 
 
 def _check_weights(w: object) -> None:
+    scalars.refuse_masked("w", w)
     if not isinstance(w, np.ndarray):
         raise TypeError(f"w: must be a NumPy array, got {type(w).__name__}; pass np.empty(shape, np.float32)")
     if w.dtype != np.float32 and w.dtype != np.float64:
         raise TypeError(
-            f"w: must be float32 or float64 in native byte order, got {w.dtype.str!r}; "
+            f"w: must be float32 or float64 in native byte order, got {scalars.dtype_name(w.dtype)}; "
             "convert it with w.astype(np.float32)"
         )
     if not w.flags.writeable:
@@ -310,12 +310,7 @@ def _number(name: str, value: object, at_least: float = -math.inf, above: float 
     expected = "a finite number" + (
         f" >= {at_least:g}" if at_least > -math.inf else f" > {above:g}" if above > -math.inf else ""
     )
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: must be {expected}, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
+    number = scalars.number(name, value, expected)
     if not (math.isfinite(number) and number >= at_least and number > above):
         raise ValueError(f"{name}: must be {expected}, got {value!r}")
     return number

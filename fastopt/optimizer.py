@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fastopt import scalars
 from fastopt.hyper import EMA, Flag
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
@@ -163,7 +164,8 @@ class Optimizer:
         rule, changes = self.rule, match_overrides(flat.paths, self._overrides)
         mark_matrices(rule, changes, flat.shapes)
         checked = [
-            check_change(rule, change, f"overrides: {path}: ") for path, change in zip(flat.paths, changes, strict=True)
+            check_change(rule, change, f"overrides: {path}: ", flat.dtype)
+            for path, change in zip(flat.paths, changes, strict=True)
         ]
         if rule.matrixwise is not None:
             check_acting(rule.matrixwise, flat.paths, checked, self._base)
@@ -175,7 +177,7 @@ class Optimizer:
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_names", ()):
             value = self._hyper[name]
-            return value(self.step_count) if callable(value) else value
+            return self.rule.check(name, value(self.step_count)) if callable(value) else value
         if hasattr(type(self), name):  # a property raised it
             return object.__getattribute__(self, name)
         raise AttributeError(f"{name}: {type(self).__name__} has no such attribute")
@@ -208,7 +210,7 @@ class Optimizer:
         if "lr" not in self._names:
             raise AttributeError(f"lr: rule {self.rule.name!r} has no lr; it has {', '.join(self.rule.names())}")
         value = self._hyper["lr"]
-        return float(value(self.step_count)) if callable(value) else float(value)
+        return scalars.number("lr", value(self.step_count) if callable(value) else value)
 
     @lr.setter
     def lr(self, value: Any) -> None:
@@ -335,9 +337,10 @@ class Optimizer:
         Args:
             grads: a tree of arrays in the structure, shapes and dtype of the parameters. On the CPU they are read where
                 they are, and ``opt.grads`` is not written; arrays that cannot be read in place (strided ones, Fortran
-                order, NumPy scalars) are converted. None (the default) uses what `accumulate` was given since the last
-                step, or else what is in ``opt.grads``. A None in the tree leaves that parameter, its state, its average
-                and its count of updates untouched (as torch does).
+                order) are converted. A number of any kind (0.5, a NumPy scalar, a 0-d tensor) is the gradient of a 0-d
+                parameter. None (the default) uses what `accumulate` was given since the last step, or else what is in
+                ``opt.grads``. A None in the tree, in place of an array or of a whole subtree, leaves those parameters,
+                their states, averages and counts of updates untouched (as torch does).
             grad_scale: what the loss was multiplied by, a positive finite number; gradients are multiplied by its
                 inverse.
             reduction: ``"mean"`` or ``"sum"`` of what `accumulate` was given; the mean is the sum divided by the sum of
@@ -457,8 +460,9 @@ class Optimizer:
         is measured in the same pass, so that clipping costs no pass of its own.
 
         Args:
-            grads: a tree as for `step`. The step skips a parameter whose gradient was None every time.
-            weight: a positive finite number that these gradients are multiplied by, such as the number of samples.
+            grads: as for `step`. The step skips a parameter whose gradient was None every time.
+            weight: a finite number >= 0 that these gradients are multiplied by, such as the number of samples. With 0
+                they are checked and not read, as if each of them were None.
 
         Raises:
             TypeError, ValueError: naming the parameter's path or the argument, before anything is changed.

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from fastopt import scalars
 from fastopt.closed_forms import Idle
-from fastopt.hyper import DOMAINS, EMA, WEIGHT_DECAY, Domain, Flag, Interval
+from fastopt.hyper import DOMAINS, EMA, EPS, WEIGHT_DECAY, Domain, Flag, Interval
 
 MISSING = inspect.Parameter.empty
 NOT_PLAIN = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
@@ -230,6 +231,8 @@ class Rule:
                     f"rule {self.name!r}: initial[{state!r}]: must be a number, 'p' or a hyperparameter "
                     f"({', '.join(self.hyperparameters)}), got {value!r}"
                 )
+            if not isinstance(value, str):
+                scalars.number(f"rule {self.name!r}: initial[{state!r}]", value)
         self._domains = {**DOMAINS, **(domains or {})}
         self._twin: Rule | None = None
 
@@ -259,13 +262,15 @@ class Rule:
         """
         return self.hyperparameters if self.owns_weight_decay else (*self.hyperparameters, WEIGHT_DECAY)
 
-    def check(self, name: str, value: Any, where: str = "") -> Any:
+    def check(self, name: str, value: Any, where: str = "", dtype: Any = None) -> Any:
         """Return a hyperparameter that is in range; refuse others.
 
         Args:
             name: the hyperparameter.
             value: a number, flag or name. `check_all` also accepts schedules.
             where: the beginning of the message.
+            dtype: the dtype that is computed in, in which an eps other than 0 must not be 0; None where it is not known
+                yet.
 
         Returns:
             `value` in the form that `prepare` expects.
@@ -280,15 +285,19 @@ class Rule:
         domain = self._domains.get(name)
         if domain is None:
             domain = Flag() if isinstance(self.defaults.get(name), bool) else Interval()
-        return domain.check(where + name, value)
+        checked = domain.check(where + name, value)
+        if dtype is not None and name in EPS:
+            scalars.check_eps(where + name, checked, dtype)
+        return checked
 
-    def check_all(self, values: Mapping[str, Any], where: str = "", step: int = 0) -> dict[str, Any]:
+    def check_all(self, values: Mapping[str, Any], where: str = "", step: int = 0, dtype: Any = None) -> dict[str, Any]:
         """Return hyperparameters that the rule has and that are in range; refuse others.
 
         Args:
             values: by name: values that `check` accepts, or schedules.
             where: the beginning of messages.
             step: the next step, an int from 0, at which schedules are evaluated.
+            dtype: as for `check`.
 
         Returns:
             A dict of `values` as `check` returns them; schedules stay as they are.
@@ -306,10 +315,10 @@ class Rule:
         checked = {}
         for name, value in values.items():
             if callable(value):
-                self.check(name, value(step), f"{where}at step {step}, schedule of ")
+                self.check(name, value(step), f"{where}at step {step}, schedule of ", dtype)
                 checked[name] = value
             else:
-                checked[name] = self.check(name, value, where)
+                checked[name] = self.check(name, value, where, dtype)
         return checked
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Literal, cast
+
+from fastopt import scalars
 
 __all__ = [
     "Schedule",
@@ -72,7 +73,7 @@ class Schedule:
         object.__setattr__(self, name, value)
 
     def _refuse(self, kind: type[Exception], name: str, expected: str, found: object) -> Exception:
-        return kind(f"{type(self).__name__}.{name}: must be {expected}, got {found!r}")
+        return kind(f"{type(self).__name__}.{name}: must be {expected}, got {scalars.shown(found)}")
 
     def _checked_number(
         self,
@@ -88,12 +89,7 @@ class Schedule:
             f"{sign} {limit:g}" for sign, limit in limits if math.isfinite(limit)
         )
         expected = expected.rstrip()
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise self._refuse(TypeError, name, expected, value)
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
+        number = scalars.number(f"{type(self).__name__}.{name}", value, expected)
         if not (math.isfinite(number) and at_least <= number <= at_most and above < number < below):
             raise self._refuse(ValueError, name, expected, value)
         return number
@@ -103,11 +99,7 @@ class Schedule:
 
     def _checked_count(self, name: str, value: object, at_least: int) -> int:
         expected = f"an int >= {at_least} (a number of steps)"
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise self._refuse(TypeError, name, expected, value)
-        if value < at_least:
-            raise self._refuse(ValueError, name, expected, value)
-        return int(value)
+        return scalars.count(f"{type(self).__name__}.{name}", value, at_least, expected)
 
     def _count(self, name: str, at_least: int) -> None:
         self._store(name, self._checked_count(name, getattr(self, name), at_least))
@@ -145,7 +137,7 @@ class Schedule:
     def _part(self, name: str, value: object) -> Callable[[int], float] | float:
         if callable(value) and not isinstance(value, type):
             return cast("Callable[[int], float]", value)
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if scalars.real(value) is None:
             raise self._refuse(
                 TypeError, name, "a schedule constructed with its settings, a function of the step, or a number", value
             )
@@ -153,11 +145,7 @@ class Schedule:
 
 
 def _checked_step(step: object) -> int:
-    if isinstance(step, bool) or not isinstance(step, Integral):
-        raise TypeError(f"step: must be an int >= 0 (0 at the first update), got {step!r}")
-    if step < 0:
-        raise ValueError(f"step: must be >= 0 (0 at the first update), got {step!r}")
-    return int(step)
+    return scalars.count("step", step, 0, "an int >= 0 (0 at the first update)")
 
 
 # Both curves from `start` (fraction 0) to `end` (fraction 1) are weighted means, which reach both ends exactly and stay
@@ -175,7 +163,7 @@ def _half_cosine(start: float, end: float, fraction: float) -> float:
 
 
 def _value(part: Callable[[int], float] | float, step: int) -> float:
-    return float(part(step)) if callable(part) else part
+    return scalars.number(f"schedule at step {step}", part(step)) if callable(part) else part
 
 
 @dataclass(frozen=True, slots=True)

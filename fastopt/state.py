@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastopt import scalars
 from fastopt.hyper import EMA
 from fastopt.kernels import get_backend
 from fastopt.rule import Rule
@@ -123,7 +123,7 @@ class Snapshot(NamedTuple):
         late = [path for path, count in missed.items() if count > step]
         if late:
             raise ValueError(f"state: missed[{late[0]!r}]: must be at most step={step}, got {missed[late[0]]}")
-        restored = _values_from(rule, state["hyper"], values, "hyper: ", step)
+        restored = _values_from(here, state["hyper"], values, "hyper: ", step)
         if set(restored) != set(values):
             lacking = ", ".join(sorted(set(values) - set(restored)))
             raise ValueError(f"state: hyper: must hold all hyperparameters, got no {lacking}")
@@ -146,7 +146,7 @@ class Snapshot(NamedTuple):
             [missed.get(path, 0) for path in paths],
             restored,
             [
-                _values_from(rule, overrides.get(path, {}), {**values, **change}, f"overrides of {path!r}: ", step)
+                _values_from(here, overrides.get(path, {}), {**values, **change}, f"overrides of {path!r}: ", step)
                 for path, change in zip(paths, changes, strict=True)
             ],
             arrays,
@@ -160,7 +160,7 @@ class Snapshot(NamedTuple):
 def try_step(here: OptimizerState, snapshot: Snapshot) -> None:
     """Raise the error that the next step with these hyperparameters would raise, before they are restored."""
     for change, missed in zip(snapshot.changes, snapshot.missed, strict=True):
-        point = ParamGroup(here.rule, snapshot.values, change, missed).point(snapshot.step)
+        point = ParamGroup(here.rule, here.flat.dtype, snapshot.values, change, missed).point(snapshot.step)
         table = Table(here.rule, hyper_of(here.rule, point), here.flat.dtype)
         table.write(0, snapshot.step + 1 - missed, point, 1.0)
 
@@ -171,7 +171,7 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _values_from(
-    rule: Rule, stored: Mapping[str, Any], present: Mapping[str, Any], where: str, step: int
+    here: OptimizerState, stored: Mapping[str, Any], present: Mapping[str, Any], where: str, step: int
 ) -> dict[str, Any]:
     values = {}
     for name, value in stored.items():
@@ -188,7 +188,7 @@ def _values_from(
                 f"construct it with {name}={value!r}, and assign the schedule after loading"
             )
         values[name] = value
-    return check_change(rule, values, f"state: {where}", step)
+    return check_change(here.rule, values, f"state: {where}", here.flat.dtype, step)
 
 
 def _arrays_from(
@@ -201,6 +201,7 @@ def _arrays_from(
     arrays = []
     for path, view in zip(paths, own, strict=True):
         array = stored[name][path]
+        scalars.refuse_masked(f"state: {name}[{path!r}]", array)
         if not isinstance(array, np.ndarray) or array.dtype != view.dtype or array.shape != view.shape:
             found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
             raise ValueError(f"state: {name}[{path!r}]: must be {view.dtype} {view.shape}, got {found}")
@@ -209,6 +210,4 @@ def _arrays_from(
 
 
 def _count(value: Any, name: str) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"state: {name}: must be an int from 0, got {value!r}")
-    return int(value)
+    return scalars.count(f"state: {name}", value, 0, "an int from 0")

@@ -14,6 +14,7 @@ import fastopt
 from fastopt import rules
 from fastopt.hyper import Interval
 from fastopt.rule import rule
+from fastopt.scalars import dtype_name
 
 N = 64
 T, V = TypeError, ValueError  # so that a row of a table is a line
@@ -57,7 +58,7 @@ TYPES = [
         f"{name} {kind}",
         {name: np.ones(N, kind)},
         T,
-        rf"^{name}: must have dtype float32 or float64.*{np.dtype(kind).str!r}",
+        rf"^{name}: must have dtype float32 or float64.*, got {re.escape(dtype_name(np.dtype(kind)))}",
     )
     for name in ("p", "g", "v")
     for kind in (np.int64, np.float16, np.longdouble, np.complex64, np.bool_, object, ">f8", ">f4")
@@ -95,7 +96,7 @@ BARE = [
     ("betas one", {"betas": (0.9, 1.0)}, V, r"^betas\[1\]: must be a number in \[0, 1\), got 1\.0"),
     ("unknown hyper", {"learning_rate": 0.1}, T, r"^learning_rate: must be a hyperparameter of 'adam' \(lr, "),
     *[
-        (f"t {t!r}", {"t": t}, V, r"^t: must be the number of this update, an int from 1, got ")
+        (f"t {t!r}", {"t": t}, V if t in (0, -1) else T, r"^t: must be the number of this update, an int from 1, got ")
         for t in (0, -1, True, 1.5, 1.0, math.nan, "1", None)
     ],
     *[
@@ -199,7 +200,7 @@ TREES = [
             f"leaf {kind}",
             leaf(np.ones(3, kind)),
             T,
-            rf"^parameter 'layer\.0\.bad': must have dtype float32 or .*, got '{re.escape(np.dtype(kind).str)}'",
+            rf"^parameter 'layer\.0\.bad': must have dtype float32 or .*, got {re.escape(dtype_name(np.dtype(kind)))}",
         )
         for kind in (
             np.int32,
@@ -271,7 +272,7 @@ NUMBERS = [
             rf"^{name}: {ZERO_UP}, got ",
         )
         for name in ("lr", "eps", "weight_decay")
-        for value in ("x", None, True, np.True_, [0.1], 1j, np.array(0.1))
+        for value in ("x", None, True, np.True_, [0.1], 1j, np.array([0.1]), np.ma.masked, np.array(True))
     ],
     ("lr beyond floats", lambda: adam(lr=10**400), V, r"^lr: must be .*, got 1000"),
     ("betas one", lambda: adam(betas=(0.9, 1.0)), V, rf"^betas\[1\]: {BELOW_ONE}, got 1\.0"),
@@ -460,7 +461,7 @@ GRADIENTS = [
             f"dtype {dtype}",
             lambda opt, dtype=dtype: put(np.ones((2, 3), dtype)),
             T,
-            rf"^gradient 'layer\.w': must have dtype '<f4' as .*, got {np.dtype(dtype).str!r}; use grad\.astype",
+            rf"^gradient 'layer\.w': must have dtype float32 as .*, got {dtype_name(np.dtype(dtype))}; use grad",
         )
         for dtype in (np.float64, np.float16, np.int32, np.complex64, object, ">f4")
     ],
@@ -519,7 +520,7 @@ def test_gradients_may_lie_anywhere_in_the_buffer_of_gradients(part, norm):
     assert opt.flat.data.tobytes() == twin.flat.data.tobytes()
 
 
-@pytest.mark.parametrize("value", [1.5, 2, np.float32(1.5)], ids=["float", "int", "float32"])
+@pytest.mark.parametrize("value", [1.5, 2, np.float32(1.5), np.float64(1.5), np.array(1.5), np.array(2)], ids=repr)
 def test_a_number_is_a_gradient_of_a_0_d_parameter(value):
     opt = fastopt.SGD({"s": np.ones((), np.float32)}, lr=1.0)
     opt.step({"s": value})
@@ -528,10 +529,11 @@ def test_a_number_is_a_gradient_of_a_0_d_parameter(value):
 
 @refused(
     [
-        ("bool", True, T, r"^gradient 's': must be a NumPy array or None, got bool"),
-        ("complex", 1j, T, r"^gradient 's': must be a NumPy array or None, got complex"),
-        ("text", "1", T, r"^gradient 's': must be a NumPy array or None, got str"),
-        ("float64", np.float64(1.0), T, r"^gradient 's': must have dtype '<f4' as its parameter, got '<f8'"),
+        ("bool", True, T, r"^gradient 's': must be a NumPy array, number or None, got bool"),
+        ("complex", 1j, T, r"^gradient 's': must be a NumPy array, number or None, got complex"),
+        ("text", "1", T, r"^gradient 's': must be a NumPy array, number or None, got str"),
+        ("array of bools", np.array(True), T, r"^gradient 's': must have dtype float32 as its parameter, got bool"),
+        ("complex array", np.array(1j), T, r"^gradient 's': must have dtype float32 as its parameter, got complex128"),
         ("beyond floats", 10**400, V, r"^gradient 's': must be in the range of float32, got a larger int"),
         ("1-D", np.ones(1, np.float32), V, r"^gradient 's': must have shape \(\) as its parameter, got \(1,\)"),
     ]
@@ -758,7 +760,7 @@ TOGETHER = [
     ("tied", lambda: dict.fromkeys("bw", WHOLE), V, r"^parameters 'b' and 'w': must be two arrays, got one and the sa"),
     ("mixed", lambda: {"b": WHOLE, "w": np.ones(3, np.float32)}, T, r"^parameter 'w': must have dtype float64, got f"),
     ("nothing", dict, V, r"^params: must hold at least one array"),
-    ("integers", lambda: {"w": np.ones(3, int)}, T, r"^parameter 'w': .*float32 or float64.*'<i8'"),
+    ("integers", lambda: {"w": np.ones(3, int)}, T, r"^parameter 'w': .*float32 or float64.*int64"),
 ]
 
 
@@ -793,7 +795,12 @@ UPDATES = [
     ("None first", lambda: {**of_the_caller(), "b": None}, T, r"^parameter 'b': must be a NumPy array, got None"),
     ("leaf list", lambda: {**of_the_caller(), "b": [1.0] * 3}, T, r"^parameter 'b': must be a NumPy array, got list"),
     ("shape", lambda: {**of_the_caller(), "w": np.ones((3, 2))}, V, r"^parameter 'w': must have shape \(2, 3\), got"),
-    ("dtype", lambda: {**of_the_caller(), "w": W.astype("f4")}, T, r"^parameter 'w': must have dtype '<f8', got '<f4'"),
+    (
+        "dtype",
+        lambda: {**of_the_caller(), "w": W.astype("f4")},
+        T,
+        r"^parameter 'w': must have dtype float64, got float32",
+    ),
     ("overlap", lambda: {"b": WHOLE[5:8], "w": WHOLE[:6].reshape(2, 3)}, V, r"^parameters 'b' and 'w': must not ov"),
     *[
         (name, lambda make=make: {**of_the_caller(), "w": make()}, error, rf"^parameter 'w': {message}")
@@ -937,7 +944,12 @@ STATES = [
         r"^state: rule: must be 'adam', .* got 'amsgrad'",
     ),
     *[
-        (f"step {value!r}", changed("step", to=value), V, r"^state: step: must be an int from 0, got ")
+        (
+            f"step {value!r}",
+            changed("step", to=value),
+            V if value == -1 else T,
+            r"^state: step: must be an int from 0, got ",
+        )
         for value in (-1, 1.5, True, "5", None)
     ],
     ("step before missed", changed("step", to=0), V, r"^state: missed\['b'\]: must be at most step=0, got 1"),

@@ -41,8 +41,8 @@ LONG = np.zeros(2 * 48, np.float32)
 FORWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     # what is wrong, arguments in place of the good ones, error, message
     ("list", {"x": [[1.0]]}, TypeError, r"x: must be a NumPy array, got list; use np\.asarray"),
-    ("integers", {"x": np.ones(SHAPE, int)}, TypeError, r"x: must be float32 or float64 .* got dtype '<i8'"),
-    ("half", {"x": np.ones(SHAPE, np.float16)}, TypeError, r"x: must be float32 or float64 .*'<f2'"),
+    ("integers", {"x": np.ones(SHAPE, int)}, TypeError, r"x: must be float32 or float64 .* got dtype int64"),
+    ("half", {"x": np.ones(SHAPE, np.float16)}, TypeError, r"x: must be float32 or float64 .*float16"),
     ("big-endian", {"x": np.ones(SHAPE, ">f4")}, TypeError, r"x: .* native byte order, got dtype '>f4'"),
     ("no channels", {"x": np.ones(3, np.float32)}, ValueError, r"x: must have shape \(N, C\) or .*, got \(3,\)"),
     ("0-d", {"x": np.array(1.0, np.float32), "axis": -1}, ValueError, r"x: must have shape \(N, \.\.\., C\)"),
@@ -72,15 +72,15 @@ FORWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("eps zero", {"eps": 0.0}, ValueError, r"eps: must be a finite number > 0, got 0\.0"),
     ("eps negative", {"eps": -1e-5}, ValueError, r"eps: must be a finite number > 0, got -1e-05"),
     ("eps NaN", {"eps": float("nan")}, ValueError, r"eps: must be a finite number > 0, got nan"),
-    ("eps text", {"eps": "1e-5"}, TypeError, r"eps: must be a number, got '1e-5'"),
-    ("momentum high", {"momentum": 1.1}, ValueError, r"momentum: must be in \[0, 1\], got 1\.1"),
-    ("momentum NaN", {"momentum": float("nan")}, ValueError, r"momentum: must be in \[0, 1\], got nan"),
+    ("eps text", {"eps": "1e-5"}, TypeError, r"eps: must be a finite number > 0, got '1e-5'"),
+    ("momentum high", {"momentum": 1.1}, ValueError, r"momentum: must be a number in \[0, 1\], got 1\.1"),
+    ("momentum NaN", {"momentum": float("nan")}, ValueError, r"momentum: must be a number in \[0, 1\], got nan"),
     ("momentum None", {"momentum": None}, ValueError, r"momentum: must be .* got None; .* BatchNorm\(momentum=None\)"),
-    ("momentum text", {"momentum": "0.1"}, TypeError, r"momentum: must be a number, got '0\.1'"),
+    ("momentum text", {"momentum": "0.1"}, TypeError, r"momentum: must be a number in \[0, 1\], got '0\.1'"),
     ("activation", {"activation": "tanh"}, ValueError, r"activation: must be None or 'relu', got 'tanh'"),
     ("short gamma", {"gamma": np.ones(2, np.float32)}, ValueError, r"gamma: must have shape \(3,\), .* got \(2,\)"),
     ("2-D beta", {"beta": np.ones((1, 3), np.float32)}, ValueError, r"beta: must have shape \(3,\), .* got \(1, 3\)"),
-    ("double gamma", {"gamma": np.ones(3)}, TypeError, r"gamma: must be of dtype '<f4', as x is, got '<f8'"),
+    ("double gamma", {"gamma": np.ones(3)}, TypeError, r"gamma: must be of dtype float32, as x is, got float64"),
     ("list beta", {"beta": [0.0] * 3}, TypeError, r"beta: must be a NumPy array or None, got list"),
     ("strided gamma", {"gamma": np.ones(6, np.float32)[::2]}, ValueError, r"gamma: must be C-contiguous"),
     (
@@ -89,7 +89,7 @@ FORWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"running_mean: must have shape \(3,\), one number per channel of x \(4, 3, 2, 2\), got \(4,\)",
     ),
-    ("double running_var", {"running_var": np.ones(3)}, TypeError, r"running_var: must be of dtype '<f4'"),
+    ("double running_var", {"running_var": np.ones(3)}, TypeError, r"running_var: must be of dtype float32"),
     (
         "read-only var",
         {"running_var": read_only(np.ones(3, np.float32))},
@@ -132,7 +132,7 @@ FORWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"residual: must have shape \(4, 3, 2, 2\)",
     ),
-    ("double residual", {"residual": np.ones(SHAPE)}, TypeError, r"residual: must be of dtype '<f4', got '<f8'"),
+    ("double residual", {"residual": np.ones(SHAPE)}, TypeError, r"residual: must be of dtype float32, got float64"),
     ("list out", {"out": []}, TypeError, r"out: must be a NumPy array, got list"),
     ("short out", {"out": np.ones((4, 3, 2, 1), np.float32)}, ValueError, r"out: must have shape \(4, 3, 2, 2\)"),
     (
@@ -204,7 +204,7 @@ BACKWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"dy: must have shape \(4, 3, 2, 2\), got \(4, 3\)",
     ),
-    ("double", {"dy": np.ones(SHAPE)}, TypeError, r"dy: must be of dtype '<f4', got '<f8'"),
+    ("double", {"dy": np.ones(SHAPE)}, TypeError, r"dy: must be of dtype float32, got float64"),
     ("strided", {"dy": np.ones((8, 3, 2, 2), np.float32)[::2]}, ValueError, r"dy: must be C-contiguous"),
     ("short out", {"out": np.ones(3, np.float32)}, ValueError, r"out: must have shape \(4, 3, 2, 2\)"),
     (
@@ -220,7 +220,7 @@ BACKWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         r"out: must be dy or share no memory with it",
     ),
     ("short dgamma", {"dgamma": np.ones(2, np.float32)}, ValueError, r"dgamma: must have shape \(3,\)"),
-    ("double dbeta", {"dbeta": np.ones(3)}, TypeError, r"dbeta: must be of dtype '<f4'"),
+    ("double dbeta", {"dbeta": np.ones(3)}, TypeError, r"dbeta: must be of dtype float32"),
     (
         "read-only dgamma",
         {"dgamma": read_only(np.ones(3, np.float32))},
@@ -284,10 +284,10 @@ def test_a_destination_without_a_gradient_is_refused(name):
 # --- the layer --------------------------------------------------------------------------------------------------------
 
 LAYER: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
-    ("float features", (3.0,), {}, TypeError, r"num_features: must be an int, got 3\.0"),
-    ("bool features", (True,), {}, TypeError, r"num_features: must be an int, got True"),
-    ("no features", (0,), {}, ValueError, r"num_features: must be >= 1, got 0"),
-    ("momentum", (3,), {"momentum": -0.1}, ValueError, r"momentum: must be in \[0, 1\], got -0\.1"),
+    ("float features", (3.0,), {}, TypeError, r"num_features: must be an int >= 1, got 3\.0"),
+    ("bool features", (True,), {}, TypeError, r"num_features: must be an int >= 1, got True"),
+    ("no features", (0,), {}, ValueError, r"num_features: must be an int >= 1, got 0"),
+    ("momentum", (3,), {"momentum": -0.1}, ValueError, r"momentum: must be a number in \[0, 1\], got -0\.1"),
     ("eps", (3,), {"eps": 0}, ValueError, r"eps: must be a finite number > 0, got 0"),
     ("axis", (3,), {"axis": 0}, ValueError, r"axis: must be 1 .*, got 0"),
     ("activation", (3,), {"activation": "gelu"}, ValueError, r"activation: must be None or 'relu', got 'gelu'"),
@@ -315,7 +315,7 @@ def test_a_refused_forward_pass_leaves_the_layer_as_it_was():
             ValueError,
             r"x: must have 3 channels \(num_features\) on axis 1, got .*\(4, 2\)",
         ),
-        (np.ones((4, 3)), TypeError, r"x: must be of dtype '<f4', as the layer is, got '<f8'"),
+        (np.ones((4, 3)), TypeError, r"x: must be of dtype float32, as the layer is, got float64"),
         ([[1.0, 2.0, 3.0]], TypeError, r"x: must be a NumPy array, got list"),
     ):
         with pytest.raises(error, match=message):
@@ -347,7 +347,7 @@ ONE = pair()
 ATTACH: list[tuple[str, Any, Any, type[Exception], str]] = [
     ("no dict", [1.0], pair(), ValueError, r"params: must be a dict with the keys \['beta', 'gamma'\], got list"),
     ("a key short", {"gamma": np.ones(3)}, pair(), ValueError, r"params: must be a dict with the keys"),
-    ("double", pair(np.float64), pair(), TypeError, r"params\['gamma'\]: must be of dtype '<f4', got '<f8'"),
+    ("double", pair(np.float64), pair(), TypeError, r"params\['gamma'\]: must be of dtype float32, got float64"),
     ("short", pair(), pair(shape=(2,)), ValueError, r"grads\['gamma'\]: must have shape \(3,\), got \(2,\)"),
     (
         "read-only",
@@ -380,7 +380,7 @@ def test_a_state_is_attached_whole_or_not_at_all():
         bn.attach(own, bn.grads)
     with pytest.raises(ValueError, match=rf"params: must be .* \['beta', 'gamma'\], got .*; or pass {both} in both"):
         bn.attach({**pair(), "running_mean": np.zeros(3, np.float32)}, grads)
-    with pytest.raises(TypeError, match=r"params\['running_var'\]: must be of dtype '<f4', got '<f8'"):
+    with pytest.raises(TypeError, match=r"params\['running_var'\]: must be of dtype float32, got float64"):
         bn.attach({**own, "running_var": np.ones(3)}, grads)
     with pytest.raises(ValueError, match=r"grads\['running_var'\]: must share no memory with params\['running_var'\]"):
         bn.attach(own, {**grads, "running_var": own["running_var"]})
@@ -419,7 +419,7 @@ STATES: list[tuple[str, Any, type[Exception], str]] = [
         ValueError,
         r"state\['running_mean'\]: must have shape \(3,\), got \(2,\)",
     ),
-    ("double", state(running_mean=np.ones(3)), TypeError, r"state\['running_mean'\]: must be of dtype '<f4'"),
+    ("double", state(running_mean=np.ones(3)), TypeError, r"state\['running_mean'\]: must be of dtype float32"),
     (
         "infinite",
         state(running_mean=np.full(3, np.inf, np.float32)),
@@ -470,7 +470,7 @@ FOLD: list[tuple[str, Call, type[Exception], str]] = [
         "integers",
         lambda o: fold_batchnorm(np.ones((4, 3), int), None, o["bn"]),
         TypeError,
-        r"weight: must be float32 or float64, got dtype '<i8'",
+        r"weight: must be float32 or float64, got dtype int64",
     ),
     (
         "1-D",

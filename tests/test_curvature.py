@@ -276,9 +276,9 @@ ONES = {"w": np.ones(3)}
     ("changed", "kind", "message"),
     [
         ({"grad": None}, TypeError, "grad: must be a function of the parameters, got NoneType"),
-        ({"iterations": 0}, ValueError, "iterations: must be at least 1, got 0"),
-        ({"iterations": 2.0}, TypeError, "iterations: must be an int, got float"),
-        ({"iterations": True}, TypeError, "iterations: must be an int, got bool"),
+        ({"iterations": 0}, ValueError, "iterations: must be an int >= 1, got 0"),
+        ({"iterations": 2.0}, TypeError, "iterations: must be an int >= 1, got 2"),
+        ({"iterations": True}, TypeError, "iterations: must be an int >= 1, got True"),
         ({"rng": -1}, ValueError, "rng: must be a seed >= 0, got -1"),
         ({"rng": "0"}, TypeError, "rng: must be None, an int seed"),
         ({"params": {}}, ValueError, "params: must hold at least one array"),

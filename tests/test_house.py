@@ -34,6 +34,7 @@ FLOORS = [
     ("fastopt.kernels",),
     ("fastopt.kernels.contract", "fastopt.kernels.threads"),
     ("fastopt.schedules", "fastopt.init", "fastopt.reference", "fastopt.version", "fastopt.lazy", "fastopt.signals"),
+    ("fastopt.scalars",),
 ]
 """From the top down: a module imports from its own floor and from those below, never from above."""
 

@@ -299,13 +299,13 @@ BAD_ROWS: list[tuple[Any, type[Exception], str]] = [
     ({"e": ONE}, TypeError, r"rows\['e'\]: must be \(indices, row_grads\), got ndarray"),
     ({"e": ([ROWS], ONE)}, ValueError, r"rows\['e'\]: indices: must be row numbers from 0 to 39, got 40"),
     ({"e": ([-1], ONE)}, ValueError, r"rows\['e'\]: indices: must be row numbers from 0 to 39, got -1"),
-    ({"e": ([0.0], ONE)}, TypeError, r"rows\['e'\]: indices: must be integers, got dtype '<f8'"),
+    ({"e": ([0.0], ONE)}, TypeError, r"rows\['e'\]: indices: must be integers, got dtype float64"),
     ({"e": ([True], ONE)}, TypeError, r"rows\['e'\]: indices: must be integers, got"),
     ({"e": ([[0]], ONE)}, ValueError, r"rows\['e'\]: indices: must be a 1-D array"),
     ({"e": ([0, 1], ONE)}, ValueError, r"rows\['e'\]: row_grads: must have shape \(2, 7\), a row for each index, got"),
     ({"e": ([0], ONE[0])}, ValueError, r"rows\['e'\]: row_grads: must have shape \(1, 7\)"),
     ({"e": ([0], ONE[:, :3])}, ValueError, r"rows\['e'\]: row_grads: must have shape"),
-    ({"e": ([0], ONE.astype(np.float32))}, TypeError, r"rows\['e'\]: row_grads: must have dtype '<f8'"),
+    ({"e": ([0], ONE.astype(np.float32))}, TypeError, r"rows\['e'\]: row_grads: must have dtype float64"),
     ({"e": ([0], ONE.tolist())}, TypeError, r"rows\['e'\]: row_grads: must be a NumPy array"),
 ]
 

@@ -712,7 +712,7 @@ BAD_CALLS = [
     (
         lambda opt: opt.accumulate({**GOOD, "b": np.ones(2)}),
         TypeError,
-        r"^gradient 'b': must have dtype '<f4' as its parameter",
+        r"^gradient 'b': must have dtype float32 as its parameter",
     ),
     (lambda opt: opt.accumulate({**GOOD, "b": [1.0, 2.0]}), TypeError, r"^gradient 'b': must be .*, got list"),
     (
@@ -721,7 +721,6 @@ BAD_CALLS = [
         r"^gradient 'b': must be a NumPy array or None, got str",
     ),
     (lambda opt: opt.accumulate({**GOOD, "b": np.ma.ones(2)}), TypeError, r"^gradient 'b': must be .* without a mask"),
-    (lambda opt: opt.accumulate(opt.grads), ValueError, r"^gradient 'a': must not overlap opt.grads, parameters"),
     (lambda opt: opt.accumulate(opt.params), ValueError, r"^gradient 'a': must not overlap .*parameters and states"),
     (
         lambda opt: opt.accumulate(opt.states["m"]),
@@ -729,15 +728,14 @@ BAD_CALLS = [
         r"^gradient 'a': must not overlap .*parameters and states",
     ),
     (lambda opt: opt.accumulate(opt.ema), ValueError, r"^gradient 'a': must not overlap .*parameters and states"),
-    (lambda opt: opt.accumulate(GOOD, weight=0), ValueError, r"^weight: must be a number > 0, got 0$"),
-    (lambda opt: opt.accumulate(GOOD, weight=-1), ValueError, r"^weight: must be a number > 0, got -1$"),
-    (lambda opt: opt.accumulate(GOOD, weight=math.nan), ValueError, r"weight: must be a finite number, got nan"),
+    (lambda opt: opt.accumulate(GOOD, weight=-1), ValueError, r"^weight: must be a number in \[0, inf\), got -1$"),
+    (lambda opt: opt.accumulate(GOOD, weight=math.nan), ValueError, r"weight: must be a number in \[0, inf\), got nan"),
     (
         lambda opt: opt.accumulate(GOOD, weight=1e39),
         ValueError,
         r"^weight: must be in the range of float32, got 1e\+39$",
     ),
-    (lambda opt: opt.accumulate(GOOD, weight=math.nan), ValueError, r"weight: must be a finite number, got nan"),
+    (lambda opt: opt.accumulate(GOOD, weight=math.nan), ValueError, r"weight: must be a number in \[0, inf\), got nan"),
     (
         lambda opt: opt.step(GOOD),
         ValueError,
@@ -766,7 +764,8 @@ def test_bad_calls_are_refused_and_change_nothing(call, error, match):
     assert [*contents(opt), opt.flat.grad.tobytes()] == before
     assert opt.step_count == 1
     opt.accumulate(GOOD, weight=2.0)
-    np.testing.assert_array_equal(opt.grads["a"], 4 * GOOD["a"])
+    assert not opt.grads["a"].any()
+    np.testing.assert_array_equal(opt.flat.views(opt._pipeline.sums)[0], 4 * GOOD["a"])
     assert opt.step().grad_norm == pytest.approx(math.sqrt(5), rel=1e-6)
 
 

@@ -327,7 +327,6 @@ def test_augmented_assignment_is_the_arrays_own():
         np.array([1.0, 2.0], "f2"),
         np.array([1.0, 2.0], ">f4"),
         np.array([9.0, 1.0, 9.0, 2.0])[1::2],
-        np.ma.masked_array([1.0, 2.0]),
     ],
     ids=repr,
 )

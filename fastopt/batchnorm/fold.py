@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fastopt import scalars
 from fastopt.batchnorm import formulas
 from fastopt.batchnorm.functional import DTYPES, check_like, check_statistics
 from fastopt.batchnorm.layer import BatchNorm
@@ -59,10 +60,11 @@ def fold_batchnorm(
     mean, var = bn.running_mean, bn.running_var
     if mean is None or var is None:
         raise ValueError("bn: must have running statistics, got a layer with track_running_stats=False")
+    scalars.refuse_masked("weight", weight)
     if not isinstance(weight, np.ndarray):
         raise TypeError(f"weight: must be a NumPy array, got {type(weight).__name__}")
     if weight.dtype not in DTYPES:
-        raise TypeError(f"weight: must be float32 or float64, got dtype {weight.dtype.str!r}; convert it with astype")
+        raise TypeError(f"weight: must be float32 or float64, got dtype {scalars.dtype_name(weight.dtype)}; use astype")
     if weight.ndim < 2:
         raise ValueError(f"weight: must have at least 2 dimensions, got shape {weight.shape}")
     channels = mean.size

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastopt import scalars
 from fastopt.batchnorm import formulas
 from fastopt.kernels import backend_of, get_backend
 from fastopt.kernels.contract import Backend
@@ -169,7 +169,6 @@ def batchnorm_forward(
     >>> batchnorm_backward(np.array([[1.0, 1.0], [0.0, 0.0]]), saved).dgamma.round(6)
     array([-1.,  0.])
     """
-    check_momentum(momentum)
     return forward_pass(
         x,
         gamma,
@@ -177,7 +176,7 @@ def batchnorm_forward(
         running_mean,
         running_var,
         training=training,
-        momentum=momentum,
+        momentum=check_momentum(momentum),
         eps=eps,
         axis=axis,
         activation=activation,
@@ -210,6 +209,7 @@ def forward_pass(
         momentum: as there, or None.
         count: an array of one number, which goes up by 1 where the batch moves the running statistics; or None.
     """
+    axis, training = check_axis(axis), scalars.flag("training", training)
     shape = _check_x(x, axis)
     channels = shape[1]
     backend = get_backend(backend_of(x))
@@ -220,9 +220,9 @@ def forward_pass(
         raise ValueError(f"{missing}: must be an array, as {there} is, got None; pass both, or neither")
     _check_channelwise("running_mean", running_mean, x, channels, backend, written=training)
     _check_channelwise("running_var", running_var, x, channels, backend, written=training)
-    check_options(eps=eps, activation=activation)
+    eps = check_options(eps=eps, activation=activation, dtype=x.dtype)
     if momentum is not None:
-        check_momentum(momentum)
+        momentum = check_momentum(momentum)
     values = shape[0] * shape[2]
     if training:
         if values < 2:
@@ -271,8 +271,8 @@ def forward_pass(
         out.reshape(-1),
         (gamma, beta, running_mean, running_var),
         training=training,
-        eps=float(eps),
-        weight=None if momentum is None else float(momentum),
+        eps=eps,
+        weight=momentum,
         over=over,
         count=count,
     )
@@ -397,42 +397,46 @@ def batchnorm_backward(
 # --- the checks -------------------------------------------------------------------------------------------------------
 
 
-def check_options(*, eps: float, activation: str | None) -> None:
-    """Refuse options out of their range."""
-    if isinstance(eps, bool) or not isinstance(eps, Real):
-        raise TypeError(f"eps: must be a number, got {eps!r}")
-    if not (math.isfinite(eps) and eps > 0.0):
+def check_options(*, eps: Any, activation: Any, dtype: np.dtype[Any]) -> float:
+    """Return eps as a float; refuse options out of their range."""
+    number = scalars.number("eps", eps, "a finite number > 0")
+    if not (math.isfinite(number) and number > 0.0):
         raise ValueError(f"eps: must be a finite number > 0, got {eps!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: must be None or 'relu', got {activation!r}")
+    scalars.check_eps("eps", number, dtype)
+    if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
+        raise ValueError(f"activation: must be None or 'relu', got {scalars.shown(activation)}")
+    return number
 
 
-def check_momentum(momentum: float) -> None:
-    """Refuse a weight of the new batch that is not in [0, 1]."""
+def check_momentum(momentum: Any) -> float:
+    """Return the weight of the new batch as a float; refuse one that is not in [0, 1]."""
     if momentum is None:
         raise ValueError(
             "momentum: must be a number in [0, 1], got None; for the average over all batches pass 1 / (batches seen, "
             "including this one), or use the layer BatchNorm(momentum=None), which counts them"
         )
-    if isinstance(momentum, bool) or not isinstance(momentum, Real):
-        raise TypeError(f"momentum: must be a number, got {momentum!r}")
-    if not 0.0 <= momentum <= 1.0:
-        raise ValueError(f"momentum: must be in [0, 1], got {momentum!r}")
+    number = scalars.number("momentum", momentum, "a number in [0, 1]")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"momentum: must be a number in [0, 1], got {momentum!r}")
+    return number
 
 
-def check_axis(axis: int) -> None:
-    """Refuse an axis other than 1 and -1."""
-    if isinstance(axis, bool) or axis not in AXES:
-        raise ValueError(f"axis: must be 1 for (N, C, ...) or -1 for (N, ..., C), got {axis!r}")
+def check_axis(axis: Any) -> int:
+    """Return 1 or -1; refuse any other axis."""
+    found = scalars.real(axis)
+    if not isinstance(found, int) or found not in AXES:
+        raise ValueError(f"axis: must be 1 for (N, C, ...) or -1 for (N, ..., C), got {scalars.shown(axis)}")
+    return found
 
 
 def _check_x(x: Any, axis: int) -> tuple[int, int, int]:
-    check_axis(axis)
+    scalars.refuse_masked("x", x)
     if not isinstance(x, get_backend(backend_of(x)).array_type):
         raise TypeError(f"x: must be a NumPy array, got {type(x).__name__}; use np.asarray(x)")
     if x.dtype not in DTYPES:
         raise TypeError(
-            f"x: must be float32 or float64 in native byte order, got dtype {x.dtype.str!r}; convert it with astype"
+            f"x: must be float32 or float64 in native byte order, got dtype {scalars.dtype_name(x.dtype)}; use "
+            f"x.astype('float32')"
         )
     if x.ndim < 2:
         layout = "(N, C) or (N, C, ...)" if axis == 1 else "(N, ..., C)"
@@ -472,7 +476,7 @@ def check_like(
     """Refuse an array that is not of this shape and dtype, contiguous, on this backend; written: or not writeable."""
     _check_place(name, array, backend)
     if array.dtype != dtype:
-        raise TypeError(f"{name}: must be of dtype {dtype.str!r}, got {array.dtype.str!r}; convert it with astype")
+        raise TypeError(f"{name}: must be of dtype {dtype}, got {scalars.dtype_name(array.dtype)}; use astype")
     if array.shape != shape:
         raise ValueError(f"{name}: must have shape {shape}, got {array.shape}")
     _check_memory(name, array, written)
@@ -489,6 +493,7 @@ def check_statistics(mean_name: str, mean: np.ndarray, var_name: str, var: np.nd
 
 def _check_place(name: str, array: Any, backend: Backend, none: str = "") -> None:
     """Refuse anything but an array of this backend."""
+    scalars.refuse_masked(name, array)
     if not isinstance(array, backend.array_type):
         expected = "a NumPy array" if backend.name == "cpu" else "an array of the device, as x is,"
         raise TypeError(f"{name}: must be {expected}{none}, got {type(array).__name__}")
@@ -502,7 +507,7 @@ def _check_channelwise(
     _check_place(name, array, backend, " or None")
     if array.dtype != x.dtype:
         raise TypeError(
-            f"{name}: must be of dtype {x.dtype.str!r}, as x is, got {array.dtype.str!r}; convert it with astype"
+            f"{name}: must be of dtype {x.dtype}, as x is, got {scalars.dtype_name(array.dtype)}; use astype"
         )
     if array.shape != (channels,):
         raise ValueError(

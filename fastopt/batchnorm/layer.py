@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from fastopt import scalars
 from fastopt.batchnorm.functional import (
     DTYPES,
     Saved,
@@ -101,25 +101,17 @@ class BatchNorm:
         dtype: Any = np.float32,
         backend: str = "auto",
     ):
-        if isinstance(num_features, bool) or not isinstance(num_features, Integral):
-            raise TypeError(f"num_features: must be an int, got {num_features!r}")
-        if num_features < 1:
-            raise ValueError(f"num_features: must be >= 1, got {num_features}")
-        if momentum is not None:
-            check_momentum(momentum)
-        check_options(eps=eps, activation=activation)
-        check_axis(axis)
+        self.num_features = scalars.count("num_features", num_features, 1)
+        self.momentum = None if momentum is None else check_momentum(momentum)
+        self.axis = check_axis(axis)
         self.dtype = np.dtype(dtype)
         if self.dtype not in DTYPES:
             raise TypeError(f"dtype: must be float32 or float64, got {dtype!r}")
         self.backend = "cpu" if backend == "auto" else backend
         self._backend = get_backend(self.backend)
-        self.num_features = int(num_features)
-        self.momentum = momentum
-        self.eps = float(eps)
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
-        self.axis = axis
+        self.eps = check_options(eps=eps, activation=activation, dtype=self.dtype)
+        self.affine = scalars.flag("affine", affine)
+        self.track_running_stats = scalars.flag("track_running_stats", track_running_stats)
         self.activation = activation
         self.params, self.grads = {}, {}
         if self.affine:
@@ -145,7 +137,10 @@ class BatchNorm:
 
     @property
     def num_batches_tracked(self) -> int:
-        """The number of batches in the running statistics: see the class.
+        """The number of batches in the running statistics: see the class. Assign an int >= 0.
+
+        Raises:
+            TypeError, ValueError: what is assigned is not an int >= 0.
 
         >>> import numpy as np, fastopt
         >>> bn = fastopt.BatchNorm(1, dtype=np.float64)
@@ -158,8 +153,7 @@ class BatchNorm:
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, count: int) -> None:
-        check_count("num_batches_tracked", count)
-        self._count[...] = float(count)
+        self._count[...] = float(scalars.count("num_batches_tracked", count, 0))
 
     @property
     def state(self) -> dict[str, np.ndarray]:
@@ -273,12 +267,12 @@ class BatchNorm:
         if not array and self.backend != "cpu":
             raise TypeError(f"x: must be an array of the device, as the layer is, got {type(x).__name__}")
         if array and x.dtype != self.dtype:
-            raise TypeError(f"x: must be of dtype {self.dtype.str!r}, as the layer is, got {x.dtype.str!r}")
+            raise TypeError(f"x: must be of dtype {self.dtype}, as the layer is, got {scalars.dtype_name(x.dtype)}")
         if array and x.ndim >= 2 and x.shape[self.axis] != self.num_features:
             raise ValueError(
                 f"x: must have {self.num_features} channels (num_features) on axis {self.axis}, got shape {x.shape}"
             )
-        use_batch = bool(training) or not self.track_running_stats
+        use_batch = scalars.flag("training", training) or not self.track_running_stats
         y, self._saved = forward_pass(
             x,
             self.params.get("gamma"),
@@ -381,7 +375,7 @@ class BatchNorm:
         if state["format"] != STATE_FORMAT:
             raise ValueError(f"state['format']: must be {STATE_FORMAT}, got {state['format']!r}; use a newer fastopt")
         count = state["num_batches_tracked"]
-        check_count("state['num_batches_tracked']", count)
+        count = scalars.count("state['num_batches_tracked']", count, 0)
         for name in ("running_mean", "running_var"):
             own, new = getattr(self, name), state[name]
             if (own is None) != (new is None):
@@ -397,9 +391,3 @@ class BatchNorm:
             self._backend.copy(self.running_mean, state["running_mean"])
             self._backend.copy(self.running_var, state["running_var"])
         self.num_batches_tracked = count
-
-
-def check_count(name: str, count: Any) -> None:
-    """Refuse anything but an int >= 0."""
-    if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
-        raise ValueError(f"{name}: must be an int >= 0, got {count!r}")

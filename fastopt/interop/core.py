@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optree
 
+from fastopt import scalars
 from fastopt.hyper import WEIGHT_DECAY
 from fastopt.optimizer import Optimizer
 from fastopt.step.groups import LR_SCALE
@@ -60,6 +61,7 @@ def mapping_from(value: Any, where: str, what: str) -> Mapping[Any, Any]:
 
 
 def _read(value: Any, where: str) -> np.ndarray:
+    scalars.refuse_masked(where, value)
     try:
         return np.asarray(value)
     except Exception as error:  # foreign arrays raise various errors: on a GPU, part of a graph, deleted

@@ -27,10 +27,11 @@ MOST_UNIONS = 256
 class ParamGroup:
     """Parameters that share hyperparameters and the number of updates they have had: one row of the table."""
 
-    __slots__ = ("changes", "fixed", "frozen", "members", "missed", "rule", "scale", "scheduled", "values")
+    __slots__ = ("changes", "dtype", "fixed", "frozen", "members", "missed", "rule", "scale", "scheduled", "values")
 
-    def __init__(self, rule: Rule, base: Mapping[str, Any], changes: Mapping[str, Any], missed: int):
+    def __init__(self, rule: Rule, dtype: Any, base: Mapping[str, Any], changes: Mapping[str, Any], missed: int):
         self.rule = rule
+        self.dtype = dtype
         self.changes = dict(changes)
         """The hyperparameters that are not those of the optimizer, `lr_scale` and `frozen` among them."""
         self.missed = missed
@@ -63,7 +64,7 @@ class ParamGroup:
         """The hyperparameters by name at `step` (0 at the first update), schedules evaluated and checked."""
         values = dict(self.values)
         for name in self.scheduled:
-            values[name] = self.rule.check(name, values[name](step), f"at step {step}, schedule of ")
+            values[name] = self.rule.check(name, values[name](step), f"at step {step}, schedule of ", self.dtype)
         if self.scale != 1.0:
             for name in RATES:
                 if name in values:
@@ -92,12 +93,14 @@ class Groups:
     def __init__(
         self,
         rule: Rule,
+        dtype: Any,
         base: Mapping[str, Any],
         changes: Sequence[Mapping[str, Any]],
         missed: Sequence[int],
     ):
-        """base : the hyperparameters of the optimizer. changes : for each parameter those that differ."""
+        """dtype : of the parameters. base : the optimizer's hyperparameters. changes : each parameter's that differ."""
         self.rule = rule
+        self.dtype = dtype
         self.base = dict(base)
         self.list: list[ParamGroup] = []
         self.of: list[int] = []
@@ -120,7 +123,7 @@ class Groups:
             number = known.get(key)
             if number is None:
                 number = known[key] = len(self.list)
-                self.list.append(ParamGroup(self.rule, self.base, change, count))
+                self.list.append(ParamGroup(self.rule, self.dtype, self.base, change, count))
             self.of.append(number)
             self.list[number].members.append(k)
         self._structure_changed()
@@ -191,7 +194,7 @@ class Groups:
                 others = [k for k in group.members if k not in chosen]
                 if not others:
                     continue
-                twin = ParamGroup(self.rule, self.base, group.changes, group.missed)
+                twin = ParamGroup(self.rule, self.dtype, self.base, group.changes, group.missed)
                 twin.members = others
                 group.members = [k for k in group.members if k in chosen]
                 for k in others:
@@ -267,13 +270,13 @@ def match_overrides(paths: Sequence[str], overrides: Mapping[str, Mapping[str, A
     return found
 
 
-def check_change(rule: Rule, change: Mapping[str, Any], where: str, step: int = 0) -> dict[str, Any]:
+def check_change(rule: Rule, change: Mapping[str, Any], where: str, dtype: Any, step: int = 0) -> dict[str, Any]:
     """An override, checked: the rule's hyperparameters, `lr_scale` and `frozen`.
 
     Raises TypeError or ValueError that begins with `where` and names the hyperparameter.
     """
     own = {name: value for name, value in change.items() if name not in (LR_SCALE, FROZEN)}
-    checked = rule.check_all(own, where, step)
+    checked = rule.check_all(own, where, step, dtype)
     if LR_SCALE in change:
         if "lr" not in rule.names():
             raise TypeError(f"{where}{LR_SCALE}: rule {rule.name!r} has no lr to scale")

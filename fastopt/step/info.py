@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fastopt import scalars
+
 
 class StepInfo:
     """What a step did. On a device, reading a result that depends on the gradients waits for the step.
@@ -104,9 +106,8 @@ class StepInfo:
     @property
     def lr(self) -> float | None:
         """The learning rate of this step (of parameters without an override); None for a rule that has none."""
-        if callable(self._lr):
-            return float(self._lr(self.step if self.skipped else self.step - 1))
-        return None if self._lr is None else float(self._lr)
+        lr = self._lr(self.step if self.skipped else self.step - 1) if callable(self._lr) else self._lr
+        return None if lr is None else float(scalars.unwrap(lr))
 
     @property
     def grad_norm(self) -> float | None:

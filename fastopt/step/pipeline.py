@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.hyper import EMA
+from fastopt.hyper import EMA, POSITIVE_OR_ZERO
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import BLOCK, PROCEEDS, Adder, Decision
 from fastopt.rule import Rule, check_acting
@@ -20,7 +20,7 @@ from fastopt.step.device import MOST_IN_FLIGHT, DeviceSteps, Recorded
 from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_matrices, mark_matrices
 from fastopt.step.info import StepInfo
 from fastopt.step.norms import Pending, norm_of
-from fastopt.step.options import REDUCTION, StepOptions, positive
+from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.plan import Plan
 from fastopt.step.rows import RowSteps, check_indices, one_run
 from fastopt.step.table import is_normal
@@ -58,7 +58,10 @@ class Pipeline:
         self.device: DeviceSteps | None = None
         if self.backend.asynchronous:
             self.device = DeviceSteps(self.backend, rule, options)  # type: ignore[arg-type]
-        self.groups = Groups(rule, base, changes, [0] * len(flat.paths))
+        for name, value in base.items():
+            if not callable(value):  # the first plan evaluates schedules
+                rule.check(name, value, dtype=flat.dtype)
+        self.groups = Groups(rule, flat.dtype, base, changes, [0] * len(flat.paths))
         self._check_matrices(self.groups)
         self.steps = 0
         """How many were made; on a device, how many were launched."""
@@ -198,7 +201,7 @@ class Pipeline:
         if type(grad_scale) is float and grad_scale == 1.0 and pending is None:
             unscale = self.sign
         else:
-            divisor = pending.weight if pending is not None and reduction == "mean" else 1.0
+            divisor = (pending.weight or 1.0) if pending is not None and reduction == "mean" else 1.0
             unscale = self.sign * plan.table.unscale(grad_scale, divisor)
         # Check.
         kept = present = None
@@ -493,8 +496,8 @@ class Pipeline:
         self.refuse_while_held("accumulate")
         if self.device is not None:
             self.device.check_place(self.flat.device)
-        number = positive("weight", weight)
-        if not is_normal(number, self.flat.dtype):
+        number = POSITIVE_OR_ZERO.check("weight", weight)
+        if number != 0.0 and not is_normal(number, self.flat.dtype):
             raise ValueError(f"weight: must be in the range of {self.flat.dtype}, got {weight!r}")
         flat, plan = self.flat, self.current_plan()
         given = self.intake.take_to_add(grads)
@@ -505,6 +508,7 @@ class Pipeline:
             partials = self.backend.zeros(2 * blocks, np.dtype(np.float64)).reshape(blocks, 2)
             pending = Pending(len(flat.paths), partials)
         present = np.ones(len(flat.paths), np.bool_) if given.present is None else np.array(given.present)
+        present &= number != 0.0  # 0 times NaN, the mean over no samples, is no part of the sum
         chunks, factor = plan.chunks(plan.of, whole=True), np.array([number, 0.0], flat.dtype)
         adder = Adder(self.measures and self.options.clip_value is None, self.options.nonfinite == "zero")
         overwrite, partials = ~pending.present, pending.partials
@@ -627,11 +631,11 @@ class Pipeline:
         elif self.device is not None:
             self.collect()
         if name in (LR_SCALE, FROZEN):
-            checked = check_change(self.rule, {name: value}, "")[name]
+            checked = check_change(self.rule, {name: value}, "", self.flat.dtype)[name]
         elif callable(value):
-            checked = self.rule.check_all({name: value}, step=self.steps)[name]
+            checked = self.rule.check_all({name: value}, step=self.steps, dtype=self.flat.dtype)[name]
         else:
-            checked = self.rule.check(name, value)
+            checked = self.rule.check(name, value, dtype=self.flat.dtype)
         whole = self.rule.matrixwise
         if whole is not None and name == whole.chosen:
             self._refuse_matrices(checked, members)
@@ -681,11 +685,12 @@ class Pipeline:
         new_changes = [changes[old_numbers[path]] if path in old_numbers else dict(hyper) for path in flat.paths]
         mark_matrices(self.rule, [new_changes[k] for k in added], [flat.shapes[k] for k in added])
         for k in added:
-            new_changes[k] = check_change(self.rule, new_changes[k], f"{flat.paths[k]}: ", self.steps)
+            new_changes[k] = check_change(self.rule, new_changes[k], f"{flat.paths[k]}: ", flat.dtype, self.steps)
         if self.rule.matrixwise is not None:
             check_acting(self.rule.matrixwise, flat.paths, new_changes, self.groups.base)
         groups = Groups(
             self.rule,
+            flat.dtype,
             self.groups.base,
             new_changes,
             [missed[old_numbers[path]] if path in old_numbers else self.steps for path in flat.paths],
@@ -844,7 +849,7 @@ class Pipeline:
         mine, theirs = (*self.states, *self.per_tensor), (*twin.states, *twin.per_tensor)
         for own, copied in (*zip(mine, theirs, strict=True), *averages):
             copied[...] = own
-        twin.groups = Groups(self.rule, self.groups.base, self.groups.changes, self.groups.missed)
+        twin.groups = Groups(self.rule, self.flat.dtype, self.groups.base, self.groups.changes, self.groups.missed)
         twin.pending = copy.deepcopy(self.pending, memo)
         twin.born = copy.deepcopy(self.born)
         if self.sums is not None:

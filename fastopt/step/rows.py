@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastopt import scalars
 from fastopt.closed_forms import MOST, History
 from fastopt.hyper import WEIGHT_DECAY
 from fastopt.kernels import get_backend
@@ -205,11 +206,12 @@ class RowSteps:
 
 def check_indices(name: str, indices: Any, rows: int, backend: Backend) -> np.ndarray:
     """Return `indices` as int64 on the host; raise an error unless they are 1-D integers in [0, rows)."""
+    scalars.refuse_masked(name, indices)
     array = np.asarray(backend.host(indices) if isinstance(indices, backend.array_type) else indices)
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int64)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"{name}: must be integers, got dtype {array.dtype.str!r}")
+        raise TypeError(f"{name}: must be integers, got dtype {scalars.dtype_name(array.dtype)}")
     if array.ndim != 1:
         raise ValueError(f"{name}: must be a 1-D array of row numbers, got shape {array.shape}")
     if array.min() < 0 or array.max() >= rows:
@@ -222,11 +224,12 @@ def check_row_grads(
     name: str, grads: Any, shape: tuple[int, int], dtype: np.dtype[Any], backend: Backend
 ) -> np.ndarray:
     """Return `grads` as a C-contiguous array; raise an error unless they have the backend, shape and dtype."""
+    scalars.refuse_masked(name, grads)
     if not isinstance(grads, backend.array_type):
         raise TypeError(f"{name}: must be {named(backend.array_type)} of row gradients, got {named(type(grads))}")
     if grads.dtype != dtype:
         raise TypeError(
-            f"{name}: must have dtype {dtype.str!r} as its parameter, got {grads.dtype.str!r}; "
+            f"{name}: must have dtype {dtype} as its parameter, got {scalars.dtype_name(grads.dtype)}; "
             f"use grad.astype({dtype.name!r})"
         )
     if grads.shape != shape:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastopt import scalars
 from fastopt.hyper import WEIGHT_DECAY
 from fastopt.kernels.contract import N_STEP, StepHyper
 
@@ -129,9 +129,7 @@ class Table:
 
     def unscale(self, grad_scale: Any, divisor: float = 1.0) -> float:
         """Return 1 / (grad_scale divisor); raise an error unless it is a positive normal number of the dtype."""
-        if not isinstance(grad_scale, Real | np.floating) or isinstance(grad_scale, bool):
-            raise TypeError(f"grad_scale: must be a positive finite number, got {grad_scale!r}")
-        number = float(grad_scale)
+        number = scalars.number("grad_scale", grad_scale, "a positive finite number")
         if isfinite(number) and number > 0.0 and is_normal(1.0 / (number * divisor), self.array.dtype):
             return 1.0 / (number * divisor)
         raise ValueError(

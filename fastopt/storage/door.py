@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastopt import scalars
 from fastopt.kernels.threads import COMPILING
 
 if TYPE_CHECKING:  # `_compile` supplies them to the compiled pass: their module imports numba
@@ -227,7 +228,7 @@ class Door:
         self.shapes = tuple(tuple(shape) for shape in shapes)
         given = np.dtype(dtype)
         if not given.isnative:
-            raise ValueError(f"dtype: must be in native byte order, got {given.str!r}")
+            raise ValueError(f"dtype: must be in native byte order, got {scalars.dtype_name(given)}")
         self.dtype = np.dtype(given.type)  # the object that NumPy gives most arrays
         self.writeable = writeable
         sizes = [math.prod(shape) * self.dtype.itemsize for shape in self.shapes]
@@ -391,7 +392,7 @@ def usable_array(leaf: Any, shape: tuple[int, ...], dtype: np.dtype[Any], what: 
     """Return an array of NumPy's own type, C-contiguous and aligned, in the place of a leaf.
 
     Return the leaf, or a view of it, where its memory can be used as it is. Otherwise, if the leaf is only to be read,
-    return a copy: of an array of other strides, of a NumPy scalar, or of a number for a parameter of shape ().
+    return a copy: of an array of other strides, or of a number, of any dtype, for a parameter of shape ().
 
     Args:
         leaf: anything.
@@ -404,22 +405,24 @@ def usable_array(leaf: Any, shape: tuple[int, ...], dtype: np.dtype[Any], what: 
         ValueError: it has another shape; it would have to be copied to be updated; a number is out of range.
     """
     name = "param" if writeable else "grad"
-    if is_masked(leaf):
-        raise TypeError(f"{what}: must be an array without a mask, got a masked array; use {name}.filled(0)")
+    scalars.refuse_masked(what, leaf)
     array: np.ndarray
+    if shape == () and not writeable and not (isinstance(leaf, np.ndarray) and leaf.dtype == dtype):
+        number = number_array(leaf, dtype, what)
+        if number is not None:
+            return number
     if isinstance(leaf, np.ndarray):
         array = leaf if type(leaf) is np.ndarray else leaf.view(np.ndarray)
-    elif isinstance(leaf, np.generic) and not writeable:
+    elif isinstance(leaf, np.generic) and not writeable:  # of another dtype, or for another shape
         array = np.asarray(leaf)
-    elif isinstance(leaf, int | float) and not isinstance(leaf, bool) and shape == () and not writeable:
-        return _number(leaf, dtype, what)
     else:
-        expected = "a NumPy array" if writeable else "a NumPy array or None"
-        raise TypeError(f"{what}: must be {expected}, got {_type_name(leaf)}{_remedy(leaf, name)}")
+        accepted = "" if writeable else " or None" if shape else ", number or None"
+        raise TypeError(f"{what}: must be a NumPy array{accepted}, got {_type_name(leaf)}{remedy(leaf, name)}")
     if array.dtype != dtype:
         whose = "" if writeable else " as its parameter"
         raise TypeError(
-            f"{what}: must have dtype {dtype.str!r}{whose}, got {array.dtype.str!r}; use {name}.astype({dtype.name!r})"
+            f"{what}: must have dtype {dtype}{whose}, got {scalars.dtype_name(array.dtype)}; "
+            f"use {name}.astype({dtype.name!r})"
         )
     if array.shape != shape:
         whose = "" if writeable else " as its parameter"
@@ -436,14 +439,17 @@ def usable_array(leaf: Any, shape: tuple[int, ...], dtype: np.dtype[Any], what: 
     return array
 
 
-def is_masked(leaf: Any) -> bool:
-    """Whether a leaf is a masked array. Loads no numpy.ma: a process forked meanwhile would wait for it forever."""
-    return isinstance(leaf, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
+def number_array(leaf: Any, dtype: np.dtype[Any], what: str) -> np.ndarray | None:
+    """Return a number, as `scalars.real` defines it, as a 0-d array of this dtype; None for any other leaf.
 
-
-def _number(number: int | float, dtype: np.dtype[Any], what: str) -> np.ndarray:
+    Infinite where the number is beyond the range of the dtype, as in any other arithmetic of the dtype; ValueError for
+    an int beyond the range of floats.
+    """
+    number = scalars.real(leaf)
+    if number is None:
+        return None
     try:
-        with np.errstate(over="ignore"):  # infinity, as in any other arithmetic of the dtype
+        with np.errstate(over="ignore"):
             return np.array(float(number), dtype)
     except OverflowError:
         raise ValueError(f"{what}: must be in the range of {dtype.name}, got a larger int") from None
@@ -454,10 +460,21 @@ def _type_name(leaf: Any) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 
-def _remedy(leaf: Any, name: str) -> str:
-    if getattr(leaf, "requires_grad", False):
+def remedy(leaf: Any, name: str) -> str:
+    """The end of an error about an array of another library: how NumPy can read it."""
+    if not hasattr(type(leaf), "__array__"):
+        return ""
+    detach = ".detach()" if getattr(leaf, "requires_grad", False) else ""
+    half = str(getattr(leaf, "dtype", "")).rpartition(".")[2]
+    if half in ("bfloat16", "float16", "half"):
+        return (
+            f"; it is {half}: use {name}{detach}.float().numpy()"
+            if hasattr(leaf, "float")
+            else (f"; it is {half}: use np.asarray({name}, np.float32)")
+        )
+    if detach:
         return f"; it requires grad: use {name}.detach().numpy()"
-    return f"; use np.asarray({name})" if hasattr(type(leaf), "__array__") else ""
+    return f"; use np.asarray({name})"
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

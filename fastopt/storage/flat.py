@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import optree
 
+from fastopt import scalars
 from fastopt.kernels import backend_of, get_backend
 from fastopt.kernels.contract import Backend
 from fastopt.lazy import lazy
 from fastopt.signals import deferred_signals
-from fastopt.storage.door import Door, is_masked, overlapping, usable_array
+from fastopt.storage.door import Door, number_array, overlapping, remedy, usable_array
 from fastopt.storage.layout import Layout
 from fastopt.storage.trees import flatten, handed_out, leaves_like, plain
 
@@ -417,6 +418,10 @@ class FlatParams:
     def _check_gradient(self, path: str, leaf: Any, view: Any) -> Any:
         """Return a gradient as an array of the backend; raise an error if it does not match the parameter."""
         array: Any = leaf if isinstance(leaf, self._backend.array_type) else None
+        if view.shape == () and (array is None or array.dtype != self.dtype):
+            number = number_array(leaf, self.dtype, f"gradient {path!r}")
+            if number is not None:
+                return self._backend.adopt(number)
         if array is None and not isinstance(leaf, np.ndarray):
             array = _adopted(
                 f"gradient {path!r}", leaf, self._backend
@@ -428,8 +433,8 @@ class FlatParams:
             )
         if array.dtype != view.dtype:
             raise TypeError(
-                f"gradient {path!r}: must have dtype {view.dtype.str!r} as its parameter, got {array.dtype.str!r}; "
-                f"use grad.astype({view.dtype.name!r})"
+                f"gradient {path!r}: must have dtype {view.dtype} as its parameter, got "
+                f"{scalars.dtype_name(array.dtype)}; use grad.astype({view.dtype.name!r})"
             )
         if array.shape != view.shape:
             raise ValueError(f"gradient {path!r}: must have shape {view.shape} as its parameter, got {array.shape}")
@@ -596,22 +601,23 @@ def _check_apart(addresses: np.ndarray, sizes: np.ndarray, paths: Sequence[str])
 
 
 def _check_leaf(path: str, given: Any, memory: Backend, wanted: np.dtype[Any] | None) -> Any:
-    if is_masked(given):
-        raise TypeError(f"parameter {path!r}: must be an array without a mask, got a masked array; use .filled(0)")
+    scalars.refuse_masked(f"parameter {path!r}", given)
     leaf = _adopted(f"parameter {path!r}", given, memory)
     if leaf is None:
-        of_device = backend_of(given) == "cuda"
-        hint = "; backend='cuda' takes arrays of a GPU" if of_device and memory.name == "cpu" else ""
-        raise TypeError(
-            f"parameter {path!r}: must be a NumPy array, got {type(given).__name__}; use np.asarray(...), or "
-            f"tensor.numpy() for a torch tensor on the CPU{hint}{_hint(given) if of_device else ''}"
-        )
+        if backend_of(given) == "cuda":
+            hint = "; backend='cuda' takes arrays of a GPU" if memory.name == "cpu" else ""
+            hint += _hint(given)
+        else:
+            hint = remedy(given, "param") or "; use np.asarray(param)"
+        raise TypeError(f"parameter {path!r}: must be a NumPy array, got {type(given).__name__}{hint}")
     _check_device(f"parameter {path!r}", leaf, memory, memory.device, "the current one")
-    if leaf.dtype in DTYPES or (wanted is not None and leaf.dtype.kind == "f" and leaf.dtype.isnative):
+    found = scalars.dtype_name(leaf.dtype)
+    floating = leaf.dtype.kind == "f" or found == "bfloat16"
+    if leaf.dtype in DTYPES or (wanted is not None and floating and leaf.dtype.isnative):
         return leaf
     raise TypeError(
-        f"parameter {path!r}: must have dtype float32 or float64 in native byte order, got {leaf.dtype.str!r}; "
-        f"convert it with astype"
+        f"parameter {path!r}: must have dtype float32 or float64 in native byte order, got {found}; "
+        f"use param.astype('float32')"
     )
 
 
@@ -627,6 +633,7 @@ def check_vectors(given: Mapping[str, Any], *, read_only: str) -> tuple[Backend,
     backend = get_backend(place)
     arrays: dict[str, Any] = {}
     for name, array in given.items():
+        scalars.refuse_masked(name, array)
         if places[name] != place and isinstance(array, np.ndarray):
             other = next(other for other in names if places[other] == place)
             raise TypeError(
@@ -642,8 +649,8 @@ def check_vectors(given: Mapping[str, Any], *, read_only: str) -> tuple[Backend,
     for name, array in arrays.items():
         if array.dtype not in DTYPES:
             raise TypeError(
-                f"{name}: must have dtype float32 or float64 in native byte order, got {array.dtype.str!r}; "
-                f"convert it with astype"
+                f"{name}: must have dtype float32 or float64 in native byte order, got "
+                f"{scalars.dtype_name(array.dtype)}; use {name}.astype('float32')"
             )
         if array.ndim != 1:
             raise ValueError(f"{name}: must be 1-D, got shape {array.shape}; pass a view by reshape(-1)")

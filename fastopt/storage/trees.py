@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optree
 
+from fastopt import scalars
 from fastopt.kernels import backend_of, get_backend
 
 NAMESPACE = "fastopt"
@@ -80,7 +81,8 @@ def leaves_like(treespec: Any, tree: Any) -> list[Any]:
 
     Args:
         treespec: as `flatten` returned it.
-        tree: of plain or handed-out containers, or both.
+        tree: of plain or handed-out containers, or both. None in place of a subtree stands for None at each of its
+            leaves.
 
     Returns:
         A list of the leaves, in the order of the treespec.
@@ -93,14 +95,36 @@ def leaves_like(treespec: Any, tree: Any) -> list[Any]:
     try:
         leaves: list[Any] = treespec.flatten_up_to(tree)
     except (TypeError, ValueError):
-        if not any(map(_is_handed_out, _containers(tree))):
+        leaves = [None] * treespec.num_leaves
+        if tree is None or not _spread(treespec.unflatten(range(len(leaves))), tree, leaves):
             raise
-        leaves = treespec.flatten_up_to(plain(tree))
     return leaves
 
 
+def _spread(node: Any, tree: Any, leaves: list[Any]) -> bool:
+    """Write the parts of `tree` into `leaves`, at the numbers that are the leaves of `node`; whether it is like `node`.
+
+    A subtree that is None leaves its own as they are.
+    """
+    if type(node) is int:
+        leaves[node] = tree
+        return True
+    if tree is None or node is None:
+        return tree is None
+    kinds = {type(node), PLAIN.get(type(tree), type(tree))}
+    parts, theirs = _parts(node) or [], {part.suffix: part.child for part in _parts(tree) or []}
+    alike = (len(kinds) == 1 or kinds <= MAPPINGS) and {part.suffix for part in parts} == theirs.keys()
+    return alike and all(_spread(part.child, theirs[part.suffix], leaves) for part in parts)
+
+
 def _register_dataclass(kind: type) -> None:
-    names = tuple(field.name for field in dataclasses.fields(kind) if field.init)
+    names = tuple(field.name for field in dataclasses.fields(kind))
+    for field in dataclasses.fields(kind):
+        if not field.init:
+            raise TypeError(
+                f"{kind.__name__}.{field.name}: must be a field with init=True to be part of a tree, got init=False; "
+                f"register the class by optree.register_pytree_node to say what its parts are"
+            )
 
     def flatten(instance: Any) -> tuple[tuple[Any, ...], None, tuple[str, ...]]:
         return tuple(getattr(instance, name) for name in names), None, names
@@ -531,6 +555,7 @@ def _write(writes: list[Write]) -> None:
 
 def _checked(leaf: Any, value: Any, code: str) -> Any:
     """`value` as an array of the leaf's backend, dtype and shape; an error where it is not like the leaf."""
+    scalars.refuse_masked(code, value)
     place = "cpu" if type(leaf) is np.ndarray else backend_of(leaf)
     if place == "cpu" and backend_of(value) != "cpu":
         raise TypeError(f"{code}: must be an array of the host, got {_kind(value)}; copy it to the host")
