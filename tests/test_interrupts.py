@@ -194,6 +194,8 @@ METHODS: dict[str, tuple[Callable[[], Opt], Call, Call]] = {
     "step of rows behind": (lambda: fastopt.Momentum(tree()), lag, step),
     "flush_rows": (lambda: fastopt.Momentum(tree()), lag, flush_rows),
     "read_rows": (lambda: fastopt.Adam(tree()), lag, read_rows),
+    "set_params": (lambda: adam(ema=0.9), nothing, lambda opt: opt.set_params(tree(5))),
+    "restart": (lambda: fastopt.ScheduleFreeAdamW(tree()), step, lambda opt: opt.restart()),
     "swap_ema": (lambda: adam(ema=0.9), nothing, swap_ema),
     "eval_params": (lambda: fastopt.ScheduleFreeAdamW(tree()), nothing, eval_params),
     "lookahead": (lambda: fastopt.Nesterov(tree(), form="lookahead"), nothing, lookahead),
@@ -221,7 +223,7 @@ def interrupt(opt: Opt, before: Call, call: Call, tries: int) -> Counter[str]:
     expected = {False: calls(nothing), True: calls(call)}
     longest = 1.2 * expected[True][2]
     outcomes: Counter[str] = Counter()
-    while outcomes["tries"] < tries:
+    while outcomes["tries"] < tries or not outcomes["raised"]:
         outcomes["tries"] += 1
         twin = prepared()
         raised = interrupted(lambda: call(twin), random.uniform(0.0, longest))  # noqa: B023 called here

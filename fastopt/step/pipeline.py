@@ -784,23 +784,25 @@ class Pipeline:
         self.refuse_while_held("set_params")
         arrays = self.flat.check_values(params)
         self.flush_rows()
-        self.put_params(arrays)
-        self.born.shown.clear()
-        self.born.begin(self.flat, self.views(), range(len(arrays)))
+        with deferred_signals:
+            self.put_params(arrays)
+            self.born.shown.clear()
+            self.born.begin(self.flat, self.views(), range(len(arrays)))
 
     def restart(self) -> None:
         """Begin again from the parameters as they are: see `Optimizer.restart`."""
         self.refuse_while_held("restart")
         self.flush_rows()
-        for buffer in self.buffers:
-            buffer.fill(0)
-        self.steps, self.nonfinite, self.pending = 0, (0, 0), None
-        self.groups.regroup(self.groups.changes, [0] * len(self.flat.paths))
-        self.born.shown.clear()
-        self._initialise(range(len(self.flat.paths)))
-        self._collect_buffers()
-        if self.device is not None:
-            self.device.recorded = None
+        with deferred_signals:
+            for buffer in self.buffers:
+                buffer.fill(0)
+            self.steps, self.nonfinite, self.pending = 0, (0, 0), None
+            self.groups.regroup(self.groups.changes, [0] * len(self.flat.paths))
+            self.born.shown.clear()
+            self._initialise(range(len(self.flat.paths)))
+            self._collect_buffers()
+            if self.device is not None:
+                self.device.recorded = None
 
     # --- state --------------------------------------------------------------------------------------------------------
 
