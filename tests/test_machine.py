@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,7 @@ from cases import BY_NAME, Case, Oracle
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from test_interrupts import interrupted, raise_alarm
 
 import fastopt
 from fastopt import reference
@@ -51,7 +53,7 @@ class Model:
         self.own_lr: set[str] = set()
         self.steps = self.skipped = 0
         self.pending: dict[str, np.ndarray] = {}
-        self.weight = 0.0
+        self.weight, self.sums = 0.0, False
         self.running = {"mean": np.zeros(3), "var": np.ones(3), "batches": 0}
 
     @property
@@ -60,7 +62,7 @@ class Model:
 
     def step(self, grads: dict[str, np.ndarray | None]) -> None:
         present = {path: g for path, g in grads.items() if g is not None}
-        self.pending, self.weight = {}, 0.0
+        self.drop_the_sum()
         if self.options["nonfinite"] == "skip" and not all(np.isfinite(g).all() for g in present.values()):
             self.skipped += 1
             return
@@ -78,10 +80,26 @@ class Model:
         for path, g in grads.items():
             if g is not None:
                 self.pending[path] = self.pending.get(path, np.zeros(SHAPES[path])) + weight * g
-        self.weight += weight
+        self.weight, self.sums = self.weight + weight, True
+
+    def drop_the_sum(self) -> None:
+        self.pending, self.weight, self.sums = {}, 0.0, False
+
+    def begin_at(self, params: dict[str, np.ndarray]) -> None:
+        """New weights: the average and the states that begin at the weights begin there again."""
+        for path, oracle in self.oracles.items():
+            oracle.p[...] = self.average[path][...] = params[path]
+            if "z" in oracle.state:
+                oracle.state["z"][...] = params[path]
+
+    def restart(self, case: Case) -> None:
+        self.oracles = {path: case.oracle(oracle.p) for path, oracle in self.oracles.items()}
+        self.average = {path: oracle.p.copy() for path, oracle in self.oracles.items()}
+        self.steps = self.skipped = 0
+        self.drop_the_sum()
 
     def accumulated(self, reduction: str) -> dict[str, np.ndarray | None]:
-        divisor = self.weight if reduction == "mean" else 1.0
+        divisor = self.weight or 1.0 if reduction == "mean" else 1.0
         return {path: self.pending[path] / divisor if path in self.pending else None for path in PATHS}
 
 
@@ -124,6 +142,7 @@ class Machine(RuleBasedStateMachine):
         self.case = BY_NAME[name]
         self.options = {"ema": ema, "max_norm": max_norm, "nonfinite": "skip", "copy": copies}
         self.folder = TemporaryDirectory()
+        self.handler = signal.signal(signal.SIGALRM, raise_alarm)
         self.bn = fastopt.BatchNorm(3, dtype=np.float64)
         params = {path: rng.normal(size=shape) for path, shape in SHAPES.items()}
         params.update({"bn.beta": np.zeros(3), "bn.gamma": np.ones(3)})
@@ -135,6 +154,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "folder"):
             self.folder.cleanup()
+            signal.signal(signal.SIGALRM, self.handler)
 
     def grads(self, seed: int, absent: tuple[str, ...] = ()) -> dict[str, np.ndarray | None]:
         rng = np.random.default_rng(seed)
@@ -142,7 +162,7 @@ class Machine(RuleBasedStateMachine):
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: not self.model.weight)
+    @precondition(lambda self: not self.model.sums)
     @rule(seed=seeds, absent=masks)
     def step(self, seed: int, absent: tuple[str, ...]) -> None:
         grads = self.grads(seed, absent)
@@ -150,7 +170,7 @@ class Machine(RuleBasedStateMachine):
         self.model.step(grads)
         assert (info.step, info.skipped) == (self.model.steps, False)
 
-    @precondition(lambda self: not self.model.weight)
+    @precondition(lambda self: not self.model.sums)
     @rule(seed=seeds, path=st.sampled_from(PATHS), value=st.sampled_from([np.nan, np.inf, -np.inf]))
     def step_that_is_not_finite(self, seed: int, path: str, value: float) -> None:
         grads = self.grads(seed)
@@ -164,18 +184,27 @@ class Machine(RuleBasedStateMachine):
         self.opt.accumulate(tree_of(grads), weight)
         self.model.accumulate(grads, weight)
 
-    @precondition(lambda self: self.model.weight)
+    @precondition(lambda self: self.model.sums)
     @rule(reduction=st.sampled_from(["mean", "sum"]))
     def step_along_the_sum(self, reduction: str) -> None:
         self.opt.step(reduction=reduction)
         self.model.step(self.model.accumulated(reduction))
 
+    @rule(seed=seeds, size=st.sampled_from([1e-6, 3e-5, 1e-4, 1e-3]))
+    def interrupt_a_step(self, seed: int, size: float) -> None:
+        """Ctrl-C at any moment: the step was made, or it was not."""
+        grads = self.grads(seed) if not self.model.sums else self.model.accumulated("mean")
+        given = None if self.model.sums else tree_of(grads)
+        if interrupted(lambda: self.opt.step(given), size) and self.opt.step_count == self.model.steps:
+            return
+        self.model.step(grads)
+
     @rule()
     def drop_the_sum(self) -> None:
         self.opt.zero_grad()
-        self.model.pending, self.model.weight = {}, 0.0
+        self.model.drop_the_sum()
 
-    @precondition(lambda self: not self.model.weight)
+    @precondition(lambda self: not self.model.sums)
     @rule(seed=seeds)
     def train_through_the_layer(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -193,6 +222,32 @@ class Machine(RuleBasedStateMachine):
         np.testing.assert_allclose(y, expected, rtol=1e-7, atol=1e-9)
         back = reference.batchnorm_backward(dy, cache)
         self.model.step({**grads, "W": x.T @ back["dx"], "bn.beta": back["dbeta"], "bn.gamma": back["dgamma"]})
+
+    @rule(seed=seeds, weight=st.sampled_from([0.0, 1.0, 2.0]))
+    def accumulate_through_the_layer(self, seed: int, weight: float) -> None:
+        """Each backward pass writes into opt.grads, and what was there has been added before."""
+        rng = np.random.default_rng(seed)
+        z, dy = rng.normal(size=(6, 3)), rng.normal(size=(6, 3))
+        self.bn.forward(z)
+        self.bn.backward(dy)
+        self.opt.accumulate({"W": None, "b": None, "bn": self.opt.grads["bn"], "s": 0.5}, weight)
+        params, running = self.model.params, self.model.running
+        _, cache = reference.batchnorm_forward(
+            z, params["bn.gamma"], params["bn.beta"], running["mean"], running["var"]
+        )
+        running["batches"] += 1
+        back = reference.batchnorm_backward(dy, cache)
+        absent = dict.fromkeys(("W", "b"))
+        sums = {"bn.beta": back["dbeta"], "bn.gamma": back["dgamma"], "s": np.array(0.5)}
+        self.model.accumulate(absent | (sums if weight else dict.fromkeys(sums)), weight)
+
+    @rule(seed=seeds, value=st.sampled_from([np.nan, np.inf]))
+    def poison_the_layer(self, seed: int, value: float) -> None:
+        """A batch that is not finite leaves nothing that lasts."""
+        z = np.random.default_rng(seed).normal(size=(6, 3))
+        z[seed % 6, seed % 3] = value
+        with np.errstate(invalid="ignore"):
+            self.bn.forward(z)
 
     @rule(seed=seeds)
     def evaluate_the_layer(self, seed: int) -> None:
@@ -216,6 +271,30 @@ class Machine(RuleBasedStateMachine):
         self.model.lr.update(dict.fromkeys(glob[1], lr))
         self.model.own_lr.update(glob[1])
 
+    # --- weights that come from elsewhere -----------------------------------------------------------------------------
+
+    @rule(seed=seeds)
+    def set_the_weights(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        new = {path: rng.normal(size=shape) for path, shape in SHAPES.items()}
+        self.opt.set_params(tree_of(new))
+        self.model.begin_at(new)
+
+    @precondition(lambda self: not self.model.steps)
+    @rule(seed=seeds)
+    def write_the_weights(self, seed: int) -> None:
+        """Before the first step the arrays themselves may be written."""
+        rng = np.random.default_rng(seed)
+        new = {path: rng.normal(size=shape) for path, shape in SHAPES.items()}
+        for path, array in leaves_of(self.opt.params).items():
+            array[...] = new[path]
+        self.model.begin_at(new)
+
+    @rule()
+    def restart(self) -> None:
+        self.opt.restart()
+        self.model.restart(self.case)
+
     # --- copies, files, contexts --------------------------------------------------------------------------------------
 
     @rule(seed=seeds)
@@ -223,7 +302,7 @@ class Machine(RuleBasedStateMachine):
         """What happens to the original afterwards does not reach the copy."""
         original, bn = self.opt, self.bn
         self.opt, self.bn = copy.deepcopy((original, bn))  # together, so that they stay tied
-        if not self.model.weight:
+        if not self.model.sums:
             original.step(tree_of(self.grads(seed)))
         bn.forward(np.random.default_rng(seed).normal(size=(4, 3)))
 
@@ -244,7 +323,7 @@ class Machine(RuleBasedStateMachine):
             {name: np.array(values) if isinstance(values, list) else values for name, values in extra["bn"].items()}
         )
         self.bn = bn
-        self.model.pending, self.model.weight = {}, 0.0  # gradients that are being accumulated are not saved
+        self.model.drop_the_sum()  # gradients that are being accumulated are not saved
 
     @rule()
     def go_on_from_a_state(self) -> None:
@@ -253,7 +332,7 @@ class Machine(RuleBasedStateMachine):
         opt.load_state_dict(state)
         self.opt = opt
         self.bn.attach(opt.params["bn"], opt.grads["bn"])
-        self.model.pending, self.model.weight = {}, 0.0
+        self.model.drop_the_sum()
 
     @precondition(lambda self: self.options["ema"] is not None)
     @rule()
@@ -289,9 +368,6 @@ class Machine(RuleBasedStateMachine):
             assert_same(leaves_of(opt.ema), model.average, "average")
         missed = {path: model.steps - oracle.t for path, oracle in model.oracles.items() if model.steps != oracle.t}
         assert opt.state_dict()["missed"] == missed
-        if model.weight:
-            sums = leaves_of(opt.grads)
-            assert_same(sums, model.pending, "sum")
         np.testing.assert_allclose(self.bn.running_mean, model.running["mean"], rtol=1e-7, atol=1e-9)
         np.testing.assert_allclose(self.bn.running_var, model.running["var"], rtol=1e-7, atol=1e-9)
         assert self.bn.num_batches_tracked == model.running["batches"]
@@ -299,5 +375,7 @@ class Machine(RuleBasedStateMachine):
             assert np.shares_memory(own, opt.params["bn"][name])
 
 
-TestMachine = Machine.TestCase
+TestMachine = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")(
+    Machine.TestCase
+)
 TestMachine.settings = settings(max_examples=EXAMPLES, stateful_step_count=30, deadline=None)
