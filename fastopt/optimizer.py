@@ -26,6 +26,9 @@ from fastopt.step.pipeline import Pipeline
 from fastopt.storage.flat import FlatParams, pack
 from fastopt.storage.trees import adopt, handed_out
 
+SHARED = frozenset({"rule", "_base", "_overrides"})
+"""Attributes that hold rules or schedules, which a deep copy shares."""
+
 
 class Optimizer:
     """Updates a tree of parameters in place by a rule: one launch, whatever the number of tensors and groups.
@@ -315,13 +318,15 @@ class Optimizer:
             pipeline.views(),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_groups"}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
         """An independent optimizer at the same point, on memory of its own; rule and schedules are shared."""
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        twin.__dict__["_base"] = dict(self._base)
-        twin.__dict__["_pipeline"] = copy.deepcopy(self._pipeline, memo)
-        twin.__dict__.pop("_groups", None)
+        twin = memo[id(self)] = copy.copy(self)
+        own = twin.__dict__
+        own["_base"] = dict(self._base)
+        own.update({name: copy.deepcopy(value, memo) for name, value in own.items() if name not in SHARED})
         return twin
 
     def __repr__(self) -> str:

@@ -7,6 +7,8 @@ are its state buffers, which begin at zero. It returns the new p and the new sta
 from __future__ import annotations
 
 import inspect
+import pickle
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -235,10 +237,29 @@ class Rule:
                 scalars.number(f"rule {self.name!r}: initial[{state!r}]", value)
         self._domains = {**DOMAINS, **(domains or {})}
         self._twin: Rule | None = None
+        self._plain: Rule | None = None
+        """The rule whose twin this is."""
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the scalar function, so that one rule can be written in terms of another."""
         return self.scalar(*arguments)
+
+    def __copy__(self) -> Rule:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
+        return self
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Pickle the rule by its name, as functions are pickled."""
+        if self._plain is not None:
+            return Rule.decaying, (self._plain, self.decoupled)
+        if getattr(sys.modules.get(self.__module__), self.__name__, None) is not self:
+            raise pickle.PicklingError(
+                f"rule {self.name!r}: must be a global of its module ({self.__module__}) under its own name to be "
+                f"pickled, got another or none there; define it at the top of a module that can be imported"
+            )
+        return self.__name__
 
     def __repr__(self) -> str:
         return f"<rule {self.name}({', '.join(('p', 'g', *self.states, 'h'))})>"
@@ -385,7 +406,7 @@ class Rule:
                 evaluated_in=self.evaluated_in,
             )
             self._twin.defaults = self.defaults
-            self._twin._twin = self
+            self._twin._twin = self._twin._plain = self
         return self._twin
 
     if TYPE_CHECKING:  # attached by `fastopt.bare`: a rule launches nothing

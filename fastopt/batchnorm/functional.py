@@ -101,9 +101,22 @@ class Saved:
         state = "used" if self.used else "not used yet"
         return f"<Saved: BatchNorm of {self.dtype} {self.shape}, training={self.training}, {state}>"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _saved_again, ({name: getattr(self, name) for name in self.__slots__ if name != "_kernel"},)
+
     def _mark_used(self) -> None:
         self.used = True
         self._x = self._y = None
+
+
+def _saved_again(fields: dict[str, Any]) -> Saved:
+    """Return a copy of a `Saved`, or the one that was pickled, with the kernel of this process."""
+    saved = Saved.__new__(Saved)
+    for name, value in fields.items():
+        setattr(saved, name, value)
+    activated = saved._activation is not None
+    saved._kernel = saved._backend.batchnorm(formulas, saved.dtype, relu=activated, residual=saved._residual)
+    return saved
 
 
 def batchnorm_forward(

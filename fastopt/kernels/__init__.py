@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from contextlib import suppress
 from typing import Any
 
@@ -24,8 +25,15 @@ def get_backend(name: str) -> Backend:
         with COMPILING:
             backend = _made.get(name)
             if backend is None:
-                backend = _made[name] = _make(name)
+                backend = _make(name)
+                copyreg.pickle(type(backend), _by_name)
+                _made[name] = backend
     return backend
+
+
+def _by_name(backend: Backend) -> tuple[Any, ...]:
+    """How a backend is copied and pickled: there is one in a process."""
+    return get_backend, (backend.name,)
 
 
 def _make(name: str) -> Backend:

@@ -379,6 +379,9 @@ class GroupView:
     def __dir__(self) -> list[str]:
         return ["paths", *self._names()]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GroupView, (self._owner, self._members)
+
     def _names(self) -> tuple[str, ...]:
         return (*self._owner.rule.names(), LR_SCALE, FROZEN)
 
@@ -415,6 +418,9 @@ class GroupsView(Sequence[GroupView]):
             return GroupView(owner, tuple(owner.groups.list[key].members))
         except TypeError:
             raise TypeError(f"groups: must be given a glob on parameter paths, or a number, got {key!r}") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GroupsView, (self._owner,)
 
     def __len__(self) -> int:
         return len(self._owner.groups.list)

@@ -80,6 +80,11 @@ class StepInfo:
             self._pending(self)
         return self
 
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """What is copied and pickled: the results, after waiting for them."""
+        self._known()
+        return None, {name: getattr(self, name) for name in self.__slots__}
+
     @property
     def step(self) -> int:
         """The number of updates made so far, this one included."""

@@ -842,6 +842,7 @@ class Pipeline:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
         """A pipeline at the same point, on memory of its own; the rule and schedules are shared."""
+        self.refuse_while_held("deepcopy")
         self.flush_rows()
         twin = copy.copy(self)
         memo[id(self)] = twin
@@ -862,3 +863,21 @@ class Pipeline:
         twin.plan = twin._planned()
         twin._collect_buffers()
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: everything but plan, kernels and addresses, which another process makes again."""
+        self.refuse_while_held("pickle")
+        self.flush_rows()
+        groups = self.groups
+        return {
+            "made": (self.rule, self.flat, self.options, groups.base, groups.changes),
+            "missed": groups.missed,
+            "restored": (self.views(), self.steps, self.nonfinite),
+            "rest": {name: getattr(self, name) for name in ("pending", "born", "gradients_in", "entered_at")},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(*state["made"])  # type: ignore[misc]
+        self.groups.regroup(self.groups.changes, state["missed"])
+        self.restore(*state["restored"])
+        self.__dict__.update(state["rest"])

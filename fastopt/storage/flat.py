@@ -17,7 +17,7 @@ from fastopt.lazy import lazy
 from fastopt.signals import deferred_signals
 from fastopt.storage.door import Door, number_array, overlapping, remedy, usable_array
 from fastopt.storage.layout import Layout
-from fastopt.storage.trees import flatten, handed_out, leaves_like, plain
+from fastopt.storage.trees import containers, flatten, handed_out, leaves_like, plain
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -109,14 +109,43 @@ class FlatParams:
         return handed_out(self.treespec, self.grad_arrays, "opt.grads")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatParams:
-        """Return a copy with its own arrays."""
+        """Return a copy with its own arrays; arrays and containers handed out are copied as those of the copy."""
         leaves = [array.copy() for array in self.arrays] if self.in_place else self.arrays
         twin = FlatParams(leaves, self.paths, self.treespec, self.dtype, self.backend, copy=not self.in_place)
-        memo[id(self)] = twin
         if self._grad_arrays is not None:
             for view, array in zip(twin.grad_arrays, self._grad_arrays, strict=True):
                 view[...] = array
+        twin = twin._using([memo.get(id(array)) for array in self.arrays], self._copied_grads(memo))
+        memo[id(self)] = twin
+        pairs = [(self.arrays, twin.arrays), (containers(self.params), containers(twin.params))]
+        if self._grad_arrays is not None:
+            pairs += [(self.grad_arrays, twin.grad_arrays), (containers(self.grads), containers(twin.grads))]
+        for mine, theirs in pairs:
+            memo.update({id(own): copied for own, copied in zip(mine, theirs, strict=True)})
         return twin
+
+    def _copied_grads(self, memo: Mapping[int, Any]) -> list[Any]:
+        return [memo.get(id(array)) for array in self._grad_arrays or ()]
+
+    def _using(self, params: Sequence[Any], grads: Sequence[Any]) -> FlatParams:
+        """Return these parameters in the arrays that are given, where one is given: copies that were made before."""
+        if all(array is None for array in (*params, *grads)):
+            return self
+        leaves = [own if given is None else given for own, given in zip(self.arrays, params, strict=True)]
+        twin = FlatParams(leaves, self.paths, self.treespec, self.dtype, self.backend, copy=False)
+        twin.in_place = self.in_place
+        twin._buffers = [*self._buffers, *filter(_is_given, params)] if self._buffers else []
+        if self._grad_arrays is not None:
+            twin._grad_arrays = [
+                own if given is None else given for own, given in zip(self._grad_arrays, grads, strict=True)
+            ]
+            twin.grad_buffers = [*self.grad_buffers, *filter(_is_given, grads)]
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arrays one by one, so that what else was pickled with them shares them afterwards."""
+        grads = None if self._grad_arrays is None else list(self._grad_arrays)
+        return _unpickled, (plain(self.params), grads, self.backend, self.in_place)
 
     def extended(self, params: Any) -> FlatParams:
         """Return these parameters together with others, which get a buffer of their own or stay in their arrays.
@@ -466,6 +495,30 @@ class FlatParams:
             raise ValueError(
                 f"{what}: must have the structure of the parameters ({', '.join(self.paths)}): {found}"
             ) from None
+
+
+def _is_given(array: Any) -> bool:
+    return array is not None
+
+
+def _unpickled(params: Any, grads: list[Any] | None, backend: str, in_place: bool) -> FlatParams:
+    """Return pickled parameters in the arrays that were unpickled, or in copies where these cannot be written."""
+    leaves, treespec, paths = flatten(params)
+    leaves = [_updatable(leaf) for leaf in leaves]
+    flat = FlatParams(leaves, paths, treespec, leaves[0].dtype, backend, copy=False)
+    flat.in_place = in_place
+    if grads is not None:
+        flat._grad_arrays = [_updatable(array) for array in grads]
+        flat.grad_buffers = list(flat._grad_arrays)
+    return flat
+
+
+def _updatable(array: Any) -> Any:
+    """Return an array, or a copy of one that cannot be updated where it is: a read-only memory map, as of joblib."""
+    if not isinstance(array, np.ndarray):
+        return array
+    usable = type(array) is np.ndarray and array.flags.c_contiguous and array.flags.aligned and array.flags.writeable
+    return array if usable else np.array(array, order="C")
 
 
 def _merged(tree: Any, more: Any) -> Any:

@@ -637,12 +637,13 @@ def _matched(node: Any, parts: list[Part], value: Any, code: str) -> list[Any]:
     return [part.child for part in found]
 
 
-def _containers(node: Any) -> Iterator[Any]:
+def containers(node: Any) -> Iterator[Any]:
+    """The containers of a tree, from the outermost one inwards, in the order of their items."""
     parts = _parts(node)
     if parts is not None:
         yield node
         for part in parts:
-            yield from _containers(part.child)
+            yield from containers(part.child)
 
 
 def _item(key: Any) -> str:
@@ -691,7 +692,7 @@ def watched(tree: Any) -> bool:
     >>> watched(handed_out(treespec, [1.0, 2.0], "opt.params"))
     True
     """
-    return not all(map(_is_fixed, _containers(tree)))
+    return not all(map(_is_fixed, containers(tree)))
 
 
 def _is_fixed(node: Any) -> bool:
