@@ -709,8 +709,9 @@ def test_a_resumed_run_has_the_result_of_an_uninterrupted_one(tmp_path, argument
         with pytest.MonkeyPatch.context() as patch:
             interrupt(patch, after)
             result = invoke(*arguments, "--checkpoint", file, "--resume")
-        assert result.exit_code != 0
-        assert file.exists()
+        assert result.exit_code == 130
+        message = f"Interrupted: {file} holds the run after epoch {after} of 5. To continue, run the command again with"
+        assert plain(result.stderr).strip() == f"{message} --resume"
     first = describe(file)
     assert first["step"] == unbroken["runs"][0]["steps"] * 3 // 5
     if "--batch-norm" in arguments:  # also interrupt the second run
@@ -722,6 +723,38 @@ def test_a_resumed_run_has_the_result_of_an_uninterrupted_one(tmp_path, argument
     assert without_times(resumed) == without_times(unbroken)
     again = run_json(tmp_path, *arguments, "--checkpoint", file, "--resume")
     assert without_times(again) == without_times(unbroken)
+
+
+def test_a_run_interrupted_in_the_first_epoch_keeps_nothing(tmp_path, monkeypatch):
+    def keep(self, outcome):
+        raise KeyboardInterrupt
+
+    file = tmp_path / "run.safetensors"
+    monkeypatch.setattr(Keeper, "keep", keep)
+    result = invoke(*CANCER, "--epochs", 2, "--checkpoint", file)
+    assert result.exit_code == 130
+    assert f"Interrupted in epoch 1: {file} was not written" in plain(result.stderr)
+    assert not file.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals need POSIX")
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05])
+def test_ctrl_c_reports_the_epoch_in_the_file(tmp_path, delay):
+    file = tmp_path / "run.safetensors"
+    arguments = (*CANCER, "--epochs", 400, "--schedule", "cosine", "--checkpoint", file)
+    with command("train", *arguments) as process:
+        deadline = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate()
+    assert process.returncode == 130
+    epoch = describe(file)["step"] // 15
+    assert 0 < epoch < 400
+    assert f"holds the run after epoch {epoch} of 400" in stderr
+    assert "Traceback" not in stderr
+    assert stdout == ""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals need POSIX")

@@ -54,6 +54,15 @@ class Keeper:
         }
         self._opt.save(self.path, extra={"fastopt train": {"settings": self._settings, "progress": progress}})
 
+    @property
+    def epochs(self) -> int:
+        """The number of finished epochs in the file; 0 without a file."""
+        from fastopt.checkpoint import describe  # imports safetensors
+
+        if not self.path.exists():
+            return 0
+        return _outcome_of(describe(self.path)["extra"]["fastopt train"]["progress"]).epochs
+
     def resume(self) -> Outcome:
         """Restore the optimizer and its norms from the file; return the outcome of the run so far.
 

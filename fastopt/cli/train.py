@@ -25,7 +25,11 @@ from fastopt.cli.compare import COMPARISONS, PLAIN, own_defaults
 from fastopt.cli.network import ACTIVATIONS
 from fastopt.cli.output import STDOUT, blame, check_files, check_writable, console, write_json
 from fastopt.cli.report import Result, print_results, report, settings_of, title_of
+from fastopt.cli.resume import Keeper
 from fastopt.cli.runs import Plan, Setting, beside, make_run, train_all
+
+INTERRUPTED = 130
+"""The exit code of shells after Ctrl-C: 128 + SIGINT."""
 
 EXAMPLES = "\n\n".join(
     [
@@ -161,7 +165,8 @@ def train(
         typer.Option(
             metavar="FILE",
             help="Save the run after every epoch (safetensors), so that an interrupted run loses at most the epoch in "
-            "progress. Needs a single optimizer; with --batch-norm the second run has its own file, "
+            "progress; Ctrl-C reports the last epoch in the file, with exit code 130. Needs a single optimizer; with "
+            "--batch-norm the second run has its own file, "
             "run.batch-norm.safetensors beside run.safetensors.",
         ),
     ] = None,
@@ -241,7 +246,13 @@ def train(
         ]
     resumed_after = [0 if before is None else before.epochs for before in begun]
     seen = [comparison.look(plan, setting) for plan in plans]
-    outcomes = train_all(runs, setting, begun)
+    try:
+        outcomes = train_all(runs, setting, begun)
+    except KeyboardInterrupt:
+        if checkpoint is None:
+            raise
+        typer.echo(_interrupted([run.keeper for run in runs if run.keeper is not None], setting.epochs), err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
     results = [Result(*parts) for parts in zip(runs, outcomes, seen, strict=True)]
     settings = settings_of(setting, plans)
@@ -258,6 +269,16 @@ def train(
     if json is not None:
         with blame("--json"):
             write_json(json, report(settings, results, compare))
+
+
+def _interrupted(keepers: Sequence[Keeper], epochs: int) -> str:
+    """Return what Ctrl-C left in the files, and how to continue."""
+    kept = [
+        f"{keeper.path} holds the run after epoch {keeper.epochs} of {epochs}" for keeper in keepers if keeper.epochs
+    ]
+    if not kept:
+        return f"Interrupted in epoch 1: {keepers[0].path} was not written; run the command again from the start"
+    return f"Interrupted: {'; '.join(kept)}. To continue, run the command again with --resume"
 
 
 def _check_batch_norm(widths: Sequence[int], rows: int, batch_rows: int) -> None:
