@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastopt.hyper import EMA
 from fastopt.kernels import get_backend
+from fastopt.signals import deferred_signals
 from fastopt.state import STATE_FORMAT, OptimizerState, Snapshot, try_step
 from fastopt.version import __version__
 
@@ -263,6 +264,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
 def _replace(target: Path, write: Callable[[BinaryIO], None]) -> None:
     """Replace a file atomically by the output of `write`; on any error the old file stays."""
     temporary: Path | None = None
+    file: BinaryIO | None = None
     try:
         try:
             old = target.stat()
@@ -272,7 +274,8 @@ def _replace(target: Path, write: Callable[[BinaryIO], None]) -> None:
             raise ValueError(
                 f"{target}: must be a regular file, which can be replaced, got another kind; choose another name"
             )
-        temporary, file = _new_file(target)
+        with deferred_signals:  # a file that is made is known here, and removed
+            temporary, file = _new_file(target)
         with file:
             write(file)
             file.flush()
@@ -282,7 +285,8 @@ def _replace(target: Path, write: Callable[[BinaryIO], None]) -> None:
         os.replace(temporary, target)  # noqa: PTH105 what a test makes fail
         _sync_folder(target.parent)
     except BaseException as error:
-        if temporary is not None:
+        if temporary is not None and file is not None:
+            file.close()
             with contextlib.suppress(OSError):
                 temporary.unlink()
         if isinstance(error, OSError) and error.errno is not None:  # it names the temporary file, or no file

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import copy
 import os
+import random
+import signal
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -180,6 +184,69 @@ def test_a_skipped_step_changes_nothing():
     raising = fastopt.Adam(tree(4), backend="cuda", nonfinite="raise")
     with pytest.raises(FloatingPointError, match="gradient 'b' holds NaN or infinity"):
         raising.step(uploaded(bad))
+
+
+class AlarmError(BaseException):
+    """What a signal's handler raises."""
+
+
+def interrupted(call: Callable[[], Any], seconds: float) -> bool:
+    def handle(*_: Any) -> None:
+        raise AlarmError
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            call()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except AlarmError:
+        return True
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    return False
+
+
+def kept(opt: fastopt.Optimizer) -> tuple[Any, ...]:
+    pending = opt._running.pending
+    sums = None if pending is None else (pending.weight, pending.present.tobytes(), host(pending.partials).tobytes())
+    buffers = [host(buffer).tobytes() for buffer in (opt.flat.data, *opt._running.buffers)]
+    return opt.step_count, opt._running.nonfinite, opt._running.groups.missed, buffers, sums
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
+@pytest.mark.parametrize("what", ["step", "skip", "partial", "LAMB", "accumulate", "eval_params"])
+def test_an_interrupted_call_is_launched_whole_or_not_at_all(what):
+    grads = grads_of(tree(4), 1)
+    if what == "skip":
+        grads["b"] = np.full((3, 4), np.inf, np.float32)
+    given = uploaded({**grads, "b": None} if what == "partial" else grads)
+    options = {"max_norm": 0.5, "nonfinite": "skip"} if what != "LAMB" else {}
+    kind = {"LAMB": fastopt.LAMB, "eval_params": fastopt.ScheduleFreeAdamW}.get(what, fastopt.Adam)
+    opt = kind(tree(4), backend="cuda", **options)
+    opt.step(uploaded(grads_of(tree(4), 0)))
+
+    def call(opt: fastopt.Optimizer) -> None:
+        if what == "eval_params":
+            with opt.eval_params():
+                pass
+        else:
+            (opt.accumulate if what == "accumulate" else opt.step)(given)
+
+    twin = copy.deepcopy(opt)
+    call(twin)
+    expected = kept(opt), kept(twin)
+    twin = copy.deepcopy(opt)
+    started = time.perf_counter()
+    call(twin)
+    longest = 1.2 * (time.perf_counter() - started)
+    for _ in range(8):
+        twin = copy.deepcopy(opt)
+        raised = interrupted(lambda: call(twin), random.uniform(1e-5, longest))  # noqa: B023 called here
+        there = kept(twin)
+        assert there == expected[1] or (raised and there == expected[0])
+        assert not twin._running.held
 
 
 def test_contexts_copies_states_and_checkpoints(tmp_path):

@@ -7,18 +7,23 @@ import os
 import pickle
 import random
 import signal
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fastopt
+from fastopt.checkpoint import describe
 from fastopt.kernels.driver import DRIVER
+from fastopt.signals import deferred_signals
 
-TRIES = int(os.environ.get("FASTOPT_TEST_INTERRUPTS", "60"))
+TRIES = int(os.environ.get("FASTOPT_TEST_INTERRUPTS", "30"))
 """Interrupts of each method in each mode. `FASTOPT_TEST_INTERRUPTS=1000` runs the long version."""
 
 MODES = ("serial", "pool", "numba", "executor")
@@ -52,6 +57,33 @@ def mode(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
     fastopt.set_num_threads(None)
     DRIVER.mode, DRIVER.adaptive = before, adaptive
+
+
+def interrupted_at(call: Callable[[], Any], moment: int) -> tuple[bool, bool]:
+    """Make a call with a signal at one of the moments at which Python runs handlers, counted from 0.
+
+    These are the beginning of each function in Python, and the end of each call of one in C.
+
+    Returns whether there was such a moment, and whether the call raised.
+    """
+    left = moment
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal left
+        if event in ("call", "c_return"):
+            left -= 1
+            if left == -1:
+                signal.raise_signal(signal.SIGALRM)
+
+    try:
+        try:
+            sys.setprofile(profile)
+            call()
+        finally:
+            sys.setprofile(None)
+    except AlarmError:
+        return True, True
+    return left < 0, False
 
 
 def interrupted(call: Callable[[], Any], seconds: float) -> bool:
@@ -163,6 +195,16 @@ def nothing(opt: Opt) -> None:
     pass
 
 
+def moved(opt: Opt) -> None:
+    opt.update(tree(5), tree(2))
+
+
+def raised_inside(opt: Opt) -> None:
+    with opt.swap_ema() as params:
+        for _ in range(10):
+            np.dot(params["W"], params["W"].T)
+
+
 def adam(**options: Any) -> Opt:
     return fastopt.AdamW(tree(), **options)
 
@@ -197,51 +239,253 @@ METHODS: dict[str, tuple[Callable[[], Opt], Call, Call]] = {
     "set_params": (lambda: adam(ema=0.9), nothing, lambda opt: opt.set_params(tree(5))),
     "restart": (lambda: fastopt.ScheduleFreeAdamW(tree()), step, lambda opt: opt.restart()),
     "swap_ema": (lambda: adam(ema=0.9), nothing, swap_ema),
+    "inside swap_ema": (lambda: adam(ema=0.9), nothing, raised_inside),
     "eval_params": (lambda: fastopt.ScheduleFreeAdamW(tree()), nothing, eval_params),
     "lookahead": (lambda: fastopt.Nesterov(tree(), form="lookahead"), nothing, lookahead),
+    "update of other arrays": (lambda: fastopt.Adam(tree(), copy=False), nothing, moved),
 }
 """For each method the optimizer, calls before, and the call that is interrupted."""
 
 
-def interrupt(opt: Opt, before: Call, call: Call, tries: int) -> Counter[str]:
-    """Interrupt a call at random times, and look at what is left; count the outcomes."""
+class Trial:
+    """A call that is interrupted on copies of one optimizer, and what it may leave behind."""
 
-    def prepared() -> Opt:
-        twin = copy.deepcopy(opt)
-        before(twin)
-        return twin
-
-    def calls(first: Call) -> tuple[bytes, bytes, float]:
-        """What is kept after a first call and after another; and how long that takes."""
-        twin = prepared()
-        first(twin)
-        there = kept(twin)  # brings rows up to date, which changes the bits of what follows
+    def __init__(self, opt: Opt, before: Call, call: Call):
+        self.opt, self.before, self.call = opt, before, call
+        self.expected = {False: self._kept(nothing), True: self._kept(call)}
+        twin = self.prepared()
         started = time.perf_counter()
         call(twin)
-        return there, kept(twin), time.perf_counter() - started
+        self.seconds = time.perf_counter() - started
 
-    expected = {False: calls(nothing), True: calls(call)}
-    longest = 1.2 * expected[True][2]
-    outcomes: Counter[str] = Counter()
-    while outcomes["tries"] < tries or not outcomes["raised"]:
-        outcomes["tries"] += 1
-        twin = prepared()
-        raised = interrupted(lambda: call(twin), random.uniform(0.0, longest))  # noqa: B023 called here
-        outcomes["raised"] += raised
+    def prepared(self) -> Opt:
+        twin = copy.deepcopy(self.opt)
+        self.before(twin)
+        return twin
+
+    def _kept(self, first: Call) -> tuple[bytes, bytes]:
+        """What is kept after `first`, and after the call."""
+        twin = self.prepared()
+        first(twin)
+        there = kept(twin)  # brings rows up to date, which changes the bits of what follows
+        self.call(twin)
+        return there, kept(twin)
+
+    def check(self, twin: Opt, raised: bool) -> bool:
+        """Check that the call was made or not, and that the next one works; return whether it was made."""
         there = kept(twin)
-        made = there == expected[True][0]
-        assert made or (raised and there == expected[False][0])
-        outcomes["made"] += raised and made
-        call(twin)
-        assert kept(twin) == expected[made][1]
-    return outcomes
+        made = there == self.expected[True][0]
+        assert made or (raised and there == self.expected[False][0])
+        self.call(twin)
+        assert kept(twin) == self.expected[made][1]
+        return made
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_an_interrupted_call_is_made_whole_or_not_at_all(mode, method):
+def trial(method: str) -> Trial:
     make, before, call = METHODS[method]
     opt = with_gradients(make())
     opt.step()
-    with_gradients(opt)
-    outcomes = interrupt(opt, before, call, TRIES)
-    assert outcomes["raised"] > 0
+    return Trial(with_gradients(opt), before, call)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_call_is_whole_or_not_made_whenever_a_handler_raises(mode, method):
+    if mode in ("numba", "pool"):
+        pytest.skip("as serial: the same calls of Python")
+    each = trial(method)
+    outcomes: Counter[bool] = Counter()
+    for moment in count():
+        twin = each.prepared()
+        reached, raised = interrupted_at(lambda: each.call(twin), moment)  # noqa: B023 called here
+        outcomes[each.check(twin, raised)] += 1
+        if not reached:
+            break
+        assert raised
+    assert outcomes[True] > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_call_is_whole_or_not_made_at_random_times(mode, method):
+    each = trial(method)
+    interrupts = 0
+    for _ in range(TRIES):
+        twin = each.prepared()
+        raised = interrupted(lambda: each.call(twin), random.uniform(0.0, 1.2 * each.seconds))  # noqa: B023 called here
+        each.check(twin, raised)
+        interrupts += raised
+    assert interrupts > 0
+
+
+@pytest.mark.parametrize("method", ["load", "load_state_dict"])
+def test_a_state_is_restored_whole_or_not_at_all(method, tmp_path):
+    saved = with_gradients(adam(ema=0.9, nonfinite="skip", overrides={"b": {"lr": 0.5}}))
+    for call in (step, partial_step, infinite_step):
+        call(saved)
+    path = tmp_path / "run.safetensors"
+    saved.save(path)
+    state = saved.state_dict()
+
+    def restore(opt: Opt) -> None:
+        opt.load(path) if method == "load" else opt.load_state_dict(state)
+
+    opt = with_gradients(adam(ema=0.9, nonfinite="skip", lr=0.1))
+    opt.step()
+    each = Trial(opt, accumulate, restore)
+    for moment in count():
+        twin = each.prepared()
+        reached, raised = interrupted_at(lambda: restore(twin), moment)  # noqa: B023 called here
+        each.check(twin, raised)
+        if not reached:
+            break
+    assert moment > 100
+
+
+def test_a_file_is_the_old_or_the_new_one_and_nothing_else_is_left(tmp_path):
+    opt = with_gradients(fastopt.Momentum(tree(), ema=0.9))
+    lag(opt)
+    path = tmp_path / "run.safetensors"
+    opt.save(path, extra={"moment": -1})
+    there = kept(opt)
+    for moment in count():
+        reached, raised = interrupted_at(lambda: opt.save(path, extra={"moment": moment}), moment)  # noqa: B023
+        assert kept(opt) == there
+        found = describe(path)["extra"]["moment"]
+        assert found == moment or (raised and found == -1)
+        assert list(tmp_path.iterdir()) == [path]
+        if found == moment:
+            opt.save(path, extra={"moment": -1})
+        if not reached:
+            break
+    assert moment > 100
+
+
+# --- deferred signals -------------------------------------------------------------------------------------------------
+
+
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in sorted(signal.valid_signals())]
+
+
+def test_a_handler_runs_at_the_end_of_the_outermost_block():
+    before, order = handlers(), []
+    signal.signal(signal.SIGALRM, lambda number, frame: order.append((number, frame.f_code.co_name)))
+    with deferred_signals:
+        with deferred_signals:
+            signal.raise_signal(signal.SIGALRM)
+            order.append("inside")
+        order.append("outside")
+    name = test_a_handler_runs_at_the_end_of_the_outermost_block.__name__
+    assert order == ["inside", "outside", (signal.SIGALRM, name)]
+    signal.signal(signal.SIGALRM, raise_alarm)
+    assert handlers() == before
+    assert deferred_signals._held == {}
+
+
+def test_an_error_of_the_block_is_the_context_of_an_interrupt():
+    def fail(interrupted: bool) -> None:
+        with deferred_signals:
+            if interrupted:
+                signal.raise_signal(signal.SIGALRM)
+            raise ValueError("of the block")
+
+    with pytest.raises(AlarmError) as raised:
+        fail(True)
+    assert type(raised.value.__context__) is ValueError
+    with pytest.raises(ValueError, match="of the block"):
+        fail(False)
+
+
+def test_all_handlers_run_where_one_of_them_raises():
+    ran = []
+
+    def handle(number: int, frame: Any) -> None:
+        ran.append(number)
+        raise AlarmError
+
+    def receive_all() -> None:
+        with deferred_signals:
+            for number in (*numbers, *numbers):  # as in the system, one that waits already is not counted
+                signal.raise_signal(number)
+
+    numbers = (signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.signal(number, handle) for number in numbers]
+    try:
+        with pytest.raises(AlarmError):
+            receive_all()
+        assert sorted(ran) == sorted(numbers)
+        assert [signal.getsignal(number) for number in numbers] == [handle] * 3
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_handler_that_the_block_sets_stays():
+    def other(*_: Any) -> None:
+        """Do nothing."""
+
+    with deferred_signals:
+        signal.signal(signal.SIGALRM, other)
+    assert signal.getsignal(signal.SIGALRM) is other
+
+
+def test_other_threads_defer_nothing():
+    found = []
+
+    def work() -> None:
+        before = handlers()
+        with deferred_signals:
+            found.append(handlers() == before)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    with deferred_signals:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert signal.getsignal(signal.SIGALRM) is not raise_alarm  # still deferred here
+    assert found == [True, True]
+    assert signal.getsignal(signal.SIGALRM) is raise_alarm
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("of_main", [True, False])
+def test_a_forked_child_is_in_a_block_only_where_the_main_thread_forked(of_main):
+    statuses = []
+
+    def fork() -> None:
+        process = os.fork()
+        if process == 0:
+            os._exit(signal.getsignal(signal.SIGALRM) is raise_alarm)
+        statuses.append(os.waitpid(process, 0)[1])
+
+    with deferred_signals:
+        if of_main:
+            fork()
+        else:
+            thread = threading.Thread(target=fork)
+            thread.start()
+            thread.join()
+    assert os.waitstatus_to_exitcode(statuses[0]) == (not of_main)
+
+
+def test_no_moment_of_a_block_loses_a_handler_or_cuts_the_block_short():
+    done = []
+
+    def block() -> None:
+        with deferred_signals:
+            done.append("begun")
+            done.append("done")
+
+    for moment in count():
+        done.clear()
+        reached, raised = interrupted_at(block, moment)
+        assert done in ([], ["begun", "done"])
+        assert raised or done
+        assert signal.getsignal(signal.SIGALRM) is raise_alarm
+        assert deferred_signals._depth == 0
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if not reached:
+            break
+    assert moment > 5
