@@ -1,4 +1,4 @@
-"""`save` and `load`: an optimizer with its parameters in one safetensors file, which is written atomically.
+"""`save` and `load`: an optimizer with its parameters in one safetensors file, which is written whole or not at all.
 
 Any program that reads safetensors can read the arrays: parameters under their own path (``"bn.gamma"``), states under
 ``"<state>/<path>"`` (``"m/bn.gamma"``), the moving average under ``"ema/<path>"``. The metadata hold two texts:
@@ -13,20 +13,29 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fastopt.files import file_at, replace_file
 from fastopt.hyper import EMA
 from fastopt.kernels import get_backend
-from fastopt.signals import deferred_signals
-from fastopt.state import STATE_FORMAT, OptimizerState, Snapshot, try_step
+from fastopt.state import (
+    NO_PLACE,
+    STATE_FORMAT,
+    LoadReport,
+    OptimizerState,
+    Snapshot,
+    check_keep,
+    fit,
+    misfit,
+    other_options,
+    try_step,
+)
 from fastopt.version import __version__
 
 __all__ = ["describe"]
@@ -55,29 +64,27 @@ FIELDS = {
 }
 """The fields of a document. ``state_format`` is the format of the fields shared with `Optimizer.state_dict`."""
 
-SAME = {"ema": "ema", "maximize": "maximize", "decoupled": "decoupled_weight_decay"}
-"""The options that must be the same to continue a run, and the arguments that set them."""
-
 NAMES = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32"}
 """The names of dtypes in safetensors."""
 
 MOST_STEPS = 2**53
 LONGEST_HEADER = 100_000_000  # bytes; the longest that safetensors reads
+BLOCK = 2**16  # bytes that are read back at once
 
 
 class Loaded(NamedTuple):
     """The content of a file, checked against the optimizer that will continue from it."""
 
     snapshot: Snapshot
-    params: list[np.ndarray]
-    extra: dict[str, Any]
+    params: list[Any]
+    report: LoadReport
 
 
 def save(
     state: OptimizerState, optimizer: str, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None
 ) -> None:
     """Write an optimizer to a file: see `Optimizer.save`. optimizer : the name of its class."""
-    target = _target(path)
+    target = file_at(path)
     host = get_backend(state.flat.backend).host
     own = {key: np.require(host(array), requirements="C") for key, array in _arrays_of(state).items()}
     document = {
@@ -89,7 +96,6 @@ def save(
         "paths": list(state.flat.paths),
         "state_format": STATE_FORMAT,
         **state.described(),
-        "options": _options(state),
         "sha256": {key: _digest(_bytes_of(array)) for key, array in own.items()},
         "extra": _checked_extra(extra),
     }
@@ -104,38 +110,79 @@ def save(
         for array in arrays.values():
             file.write(_bytes_of(array))
 
-    _replace(target, write)
+    def check(file: BinaryIO) -> None:
+        _check_written(file, header, arrays, document["sha256"])
+
+    replace_file(target, write, check)
 
 
-def load(here: OptimizerState, optimizer: str, path: str | os.PathLike[str]) -> Loaded:
+def load(
+    here: OptimizerState,
+    optimizer: str,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    keep: Collection[str] = (),
+) -> Loaded:
     """Read a file and check all of it: see `Optimizer.load`. optimizer : the name of its class."""
-    paths = here.flat.paths
+    paths, keep = here.flat.paths, check_keep(keep, here)
     with _opened(path) as (where, file):
         document = _document_of(where, file)
         own = _arrays_of(here)
-        _check_kind(where, document, here, optimizer)
-        _check_tree(where, document["paths"], paths)
-        _check_arrays(where, file, own)
+        _check_kind(where, document, here, optimizer, strict=strict)
+        if strict:
+            for _, wrong in other_options(document["options"], here, keep):
+                raise ValueError(f"{where}: {wrong}")
+            _check_tree(where, document["paths"], paths)
+            _check_arrays(where, file, own)
+        there, mine = _places(set(file.keys()), document["paths"]), _places(set(own), paths)
+        if set(file.keys()) != set(there):
+            key = sorted(set(file.keys()) ^ set(there))[0]
+            raise ValueError(f"{where}: array {key!r}: must be that of a parameter in 'paths'; the file is damaged")
+        fitting = [
+            key
+            for key, place in there.items()
+            if mine.get(key) == place and _kind(file, key) == (NAMES[own[key].dtype.name], own[key].shape)
+        ]
         # Copies, so that nothing can change them between the check and the use.
-        arrays = {key: file.get_tensor(key) for key in own}
+        arrays = {key: file.get_tensor(key) for key in fitting}
+        held: dict[str, dict[str, np.ndarray]] = {"": {}}
+        for key, (name, of) in there.items():
+            held.setdefault(name, {})[of] = arrays[key] if key in arrays else _stand_in(*_kind(file, key))
     for key, array in arrays.items():
         if document["sha256"].get(key) != _digest(_bytes_of(np.require(array, requirements="C"))):
             raise ValueError(f"{where}: {key!r}: must have the SHA-256 stored in the file, got another; it is damaged")
-    states = {name: {path: arrays[f"{name}/{path}"] for path in paths} for name in here.arrays}
+    saved = held.pop("")
+    params = {path: arrays[path] for path in paths if path in arrays}
+    if not params and paths:
+        raise ValueError(
+            f"{where}: must share a parameter with this optimizer ({_listed(list(paths))}), got {_listed(list(saved))}"
+        )
     state = {
-        **{key: document[key] for key in ("rule", "step", "missed", "hyper", "overrides", "nonfinite")},
+        **{key: document[key] for key in ("rule", "step", "missed", "hyper", "overrides", "nonfinite", "options")},
         "format": document["state_format"],
-        "state": states,
-        "ema": states.get(EMA),
+        "state": {name: of_path for name, of_path in held.items() if name != EMA},
+        "ema": held.get(EMA),
     }
     try:
-        snapshot = Snapshot.of(state, here)
+        fitted, report = fit(state, here, strict=strict, keep=keep, params=params)
+        snapshot = Snapshot.of(fitted, here)
         try_step(here, snapshot)
     except TypeError as error:
         raise TypeError(f"{where}: {error}") from error
     except Exception as error:  # a schedule and `prepare` are user code, and may raise anything
         raise ValueError(f"{where}: {error}") from error
-    return Loaded(snapshot, [arrays[path] for path in paths], document["extra"])
+    views = dict(zip(paths, here.flat.arrays, strict=True))
+    lacking = {path: misfit(saved.get(path), view) for path, view in views.items() if path not in params}
+    unexpected = dict.fromkeys((path for path in saved if path not in views), NO_PLACE)
+    report = LoadReport(
+        (*params, *report.loaded),
+        {**lacking, **report.missing},
+        {**unexpected, **report.unexpected},
+        report.kept,
+        document["extra"],
+    )
+    return Loaded(snapshot, [params.get(path, view) for path, view in views.items()], report)
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -200,10 +247,6 @@ def _arrays_of(state: OptimizerState) -> dict[str, Any]:
     return arrays
 
 
-def _options(state: OptimizerState) -> dict[str, Any]:
-    return {**asdict(state.options), "decoupled": state.rule.decoupled}
-
-
 def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
     if extra is None:
         return {}
@@ -253,64 +296,24 @@ def _header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> by
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _target(path: str | os.PathLike[str]) -> Path:
-    """Return the file at `path`; for a symbolic link, the file that the link points to."""
-    target = Path(os.path.realpath(os.fsdecode(path)))
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a directory; give the name of a file in it", str(target))
-    return target
-
-
-def _replace(target: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Replace a file atomically by the output of `write`; on any error the old file stays."""
-    temporary: Path | None = None
-    file: BinaryIO | None = None
-    try:
-        try:
-            old = target.stat()
-        except FileNotFoundError:
-            old = None
-        if old is not None and not stat.S_ISREG(old.st_mode):
-            raise ValueError(
-                f"{target}: must be a regular file, which can be replaced, got another kind; choose another name"
-            )
-        with deferred_signals:  # a file that is made is known here, and removed
-            temporary, file = _new_file(target)
-        with file:
-            write(file)
-            file.flush()
-            if old is not None:
-                temporary.chmod(stat.S_IMODE(old.st_mode))
-            os.fsync(file.fileno())
-        os.replace(temporary, target)  # noqa: PTH105 what a test makes fail
-        _sync_folder(target.parent)
-    except BaseException as error:
-        if temporary is not None and file is not None:
-            file.close()
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        if isinstance(error, OSError) and error.errno is not None:  # it names the temporary file, or no file
-            raise OSError(error.errno, error.strerror, str(target)) from error
-        raise
-
-
-def _new_file(target: Path) -> tuple[Path, BinaryIO]:
-    """Create a file beside `target`, open for writing, with a unique name and the default mode."""
-    while True:
-        # A name has at most 255 bytes, and a character at most 4.
-        temporary = target.with_name(f".{target.name[:56]}.{secrets.token_hex(8)}.tmp")
-        with contextlib.suppress(FileExistsError):
-            return temporary, temporary.open("xb")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until the new name is on the disk."""
-    if os.name != "nt":  # Windows cannot sync a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _check_written(file: BinaryIO, header: bytes, arrays: Mapping[str, np.ndarray], digests: Mapping[str, str]) -> None:
+    """Read a file back that was just written, and raise RuntimeError unless it holds what it should."""
+    wrong = "the description" if file.read(len(header)) != header else ""
+    for key, array in arrays.items():
+        digest, left = hashlib.sha256(), array.nbytes
+        while left:
+            part = file.read(min(left, BLOCK))
+            if not part:
+                break
+            digest.update(part)
+            left -= len(part)
+        if not wrong and digest.hexdigest() != digests[key]:
+            wrong = repr(key)
+    if wrong:
+        raise RuntimeError(
+            f"{wrong}: must be in the new file as it was given, got other bytes: another thread wrote into the arrays "
+            f"during save(), or the disk is damaged. The old file was kept; save again, or save copy.deepcopy(opt)"
+        )
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -373,10 +376,12 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_kind(where: str, document: Mapping[str, Any], state: OptimizerState, optimizer: str) -> None:
-    """Refuse another rule, another dtype, and options that would change the run."""
+def _check_kind(
+    where: str, document: Mapping[str, Any], state: OptimizerState, optimizer: str, *, strict: bool
+) -> None:
+    """Refuse another dtype, and, where `strict`, another rule."""
     there, here = (document["optimizer"], document["rule"]), (optimizer, state.rule.name)
-    if there[1] != here[1]:
+    if strict and there[1] != here[1]:
         raise ValueError(
             f"{where}: must be saved by {here[0]} (rule {here[1]!r}), as this optimizer, got {there[0]} (rule "
             f"{there[1]!r})"
@@ -386,13 +391,6 @@ def _check_kind(where: str, document: Mapping[str, Any], state: OptimizerState, 
             f"{where}: must hold {state.flat.dtype.name} parameters, as this optimizer, got {document['dtype']}; "
             f"construct the optimizer with fastopt.pack(params, dtype={document['dtype']!r})"
         )
-    options = _options(state)
-    for name, argument in SAME.items():
-        if document["options"].get(name) != options[name]:
-            raise ValueError(
-                f"{where}: must be saved with {argument}={options[name]!r}, as this optimizer, got "
-                f"{argument}={document['options'].get(name)!r}; construct the optimizer with the same"
-            )
 
 
 def _check_tree(where: str, there: Iterable[str], here: Iterable[str]) -> None:
@@ -401,13 +399,41 @@ def _check_tree(where: str, there: Iterable[str], here: Iterable[str]) -> None:
         got = [f"{what} {_listed(paths)}" for what, paths in (("lacks", missing), ("also has", unexpected)) if paths]
         raise ValueError(
             f"{where}: must hold the parameters of this optimizer, got a file that {' and '.join(got)}; construct the "
-            f"tree it was saved from"
+            f"tree it was saved from, or load with strict=False"
         )
 
 
 def _listed(paths: list[str], most: int = 20) -> str:
     more = f" and {len(paths) - most} more" if len(paths) > most else ""
     return ", ".join(map(repr, paths[:most])) + more
+
+
+def _places(keys: set[str], paths: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Return, by its name in the file, which state of which parameter an array is; "" stands for the parameter itself.
+
+    keys : the names in the file. A state has an array for every parameter.
+    """
+    others = keys - set(paths)
+    places = {path: ("", path) for path in paths}
+    for first in list(paths)[:1]:
+        for key in sorted(others):
+            name = key.removesuffix(f"/{first}")
+            of_name = {f"{name}/{path}": (name, path) for path in paths}
+            if name != key and of_name.keys() <= others:
+                places.update(of_name)
+    return places
+
+
+def _kind(file: Any, key: str) -> tuple[str, tuple[int, ...]]:
+    """Return the dtype, by its name in safetensors, and the shape of an array, without reading it."""
+    found = file.get_slice(key)
+    return found.get_dtype(), tuple(found.get_shape())
+
+
+def _stand_in(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array of this shape and dtype that takes no memory, for an array that is not read."""
+    known = {name: np.dtype(numpys) for numpys, name in NAMES.items()}
+    return np.broadcast_to(np.zeros((), known.get(dtype, np.dtype("V1"))), shape)
 
 
 def _check_arrays(where: str, file: Any, own: Mapping[str, np.ndarray]) -> None:
@@ -418,8 +444,7 @@ def _check_arrays(where: str, file: Any, own: Mapping[str, np.ndarray]) -> None:
         expected, got = ("be in the file", "none") if key in own else ("not be in the file", "one")
         raise ValueError(f"{where}: array {key!r}: must {expected}, got {got}; the file is damaged")
     for key, array in own.items():
-        found = file.get_slice(key)
-        dtype, shape = found.get_dtype(), tuple(found.get_shape())
+        dtype, shape = _kind(file, key)
         if shape != array.shape:
             raise ValueError(f"{where}: {key!r}: must have shape {array.shape} as in this optimizer, got {shape}")
         if dtype != NAMES[array.dtype.name]:

@@ -6,11 +6,12 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from threading import get_ident
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from fastopt import scalars
 from fastopt.hyper import EMA, Flag
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
-from fastopt.state import OptimizerState, Snapshot
+from fastopt.state import LoadReport, OptimizerState, Snapshot, check_keep, fit
 from fastopt.step.groups import GroupsView, check_change, mark_matrices, match_overrides
 from fastopt.step.info import StepInfo
 from fastopt.step.options import StepOptions
@@ -302,7 +303,7 @@ class Optimizer:
         """Everything that a resumed run needs, typed; its arrays are views. For those who write formats."""
         pipeline = self._running
         pipeline.check_trees()
-        pipeline.flush_rows()
+        self.flush_rows()
         pipeline.begin(show=True)
         groups = pipeline.groups
         return OptimizerState(
@@ -367,7 +368,15 @@ class Optimizer:
         >>> opt.params["w"], opt.step_count
         (array([-1.,  0.]), 2)
         """
-        return (self._pipeline or self._running).step(grads, grad_scale, reduction)
+        pipeline = self._pipeline or self._running
+        gate = pipeline.gate
+        gate.stepping = get_ident()
+        try:
+            if gate.taken:
+                gate.wait()
+            return pipeline.step(grads, grad_scale, reduction)
+        finally:
+            gate.stepping = 0
 
     def update(self, params: Any, grads: Any, grad_scale: float = 1.0) -> StepInfo:
         """Update parameters that the caller owns, in place, by these gradients. Nothing is copied.
@@ -408,14 +417,7 @@ class Optimizer:
                 "update(): this optimizer has packed parameters of its own; call step(grads), or construct it without "
                 "parameters, or with copy=False"
             )
-        steps, before = pipeline.steps, pipeline.flat.arrays
-        try:
-            pipeline.replace(params)
-            return pipeline.step(grads, grad_scale, "mean")
-        except BaseException:
-            if pipeline.flat.arrays is not before and pipeline.steps == steps:
-                pipeline.replace(pipeline.flat.tree(before))
-            raise
+        return pipeline.update(params, grads, grad_scale)
 
     def prepare_replay(self, grad_scale: float = 1.0) -> StepInfo:
         """Count a step and send its hyperparameters to the device, before each replay of a captured ``step()``.
@@ -554,7 +556,8 @@ class Optimizer:
         >>> opt.params["embedding"].ravel()
         array([-1.5, -1. ])
         """
-        self._running.flush_rows()
+        with self._running.gate.take("flush_rows"):
+            self._running.flush_rows()
 
     def zero_grad(self) -> None:
         """Set ``opt.grads`` to zero, and forget what was accumulated.
@@ -680,8 +683,8 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters that a resumed run needs, as plain data and copies of the state arrays.
 
-        Keys: ``format``, ``rule``, ``step``, ``missed`` (updates without a gradient, by path), ``hyper`` and
-        ``overrides`` (by path; a schedule is kept as its repr: it is a function of the step, and is given again at
+        Keys: ``format``, ``rule``, ``options``, ``step``, ``missed`` (updates without a gradient, by path), ``hyper``
+        and ``overrides`` (by path; a schedule is kept as its repr: it is a function of the step, and is given again at
         construction), ``state`` (by state name, then path), ``ema`` (by path; None where no average is kept) and
         ``nonfinite`` (the counters of `StepInfo`). Gradients that are being accumulated are not part of it.
 
@@ -690,17 +693,24 @@ class Optimizer:
         >>> sorted(opt.state_dict()["state"])
         ['m', 'v']
         """
-        return self.state.as_dict()
+        with self._running.gate.take("state_dict"):
+            return self.state.as_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, strict: bool = True, keep: Collection[str] = ()
+    ) -> LoadReport:
         """Continue where the optimizer that gave `state` stopped: states, step count, hyperparameters.
 
         Args:
             state: what `state_dict` returned.
+            strict, keep: as for `load`. The parameters are not part of `state`, and stay as they are.
+
+        Returns:
+            `LoadReport`: which arrays were loaded.
 
         Raises:
-            TypeError, ValueError: that says what differs (another rule, other paths, shapes or dtype, a newer format, a
-                schedule that is not given here); the optimizer is then unchanged.
+            TypeError, ValueError: that says what differs (another rule, other paths, shapes or dtype, a newer format,
+                another option or schedule, as for `load`); the optimizer is then unchanged.
             RuntimeError: inside a ``with`` block that holds the parameters elsewhere.
 
         >>> import numpy as np, fastopt
@@ -708,11 +718,17 @@ class Optimizer:
         >>> _ = opt.step({"w": np.ones(2)})
         >>> resumed = fastopt.Adam({"w": opt.params["w"]})
         >>> resumed.load_state_dict(opt.state_dict())
+        <loaded 2 arrays>
         >>> resumed.step_count
         1
         """
-        self._running.refuse_while_held("load_state_dict")
-        self.restore(Snapshot.of(state, self.state))
+        pipeline = self._running
+        with pipeline.gate.take("load_state_dict"):
+            pipeline.refuse_while_held("load_state_dict")
+            here = self.state
+            fitted, report = fit(state, here, strict=strict, keep=check_keep(keep, here))
+            self.restore(Snapshot.of(fitted, here))
+        return report
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a state that was checked against this optimizer: see `load_state_dict`.
@@ -730,8 +746,8 @@ class Optimizer:
         (0, array([0., 0.]))
         """
         pipeline = self._running
-        pipeline.flush_rows()  # the parameters are not part of the state, and keep what their rows have missed
-        with deferred_signals:
+        with pipeline.gate.take("restore"), deferred_signals:
+            pipeline.flush_rows()  # the parameters are not part of the state, and keep what their rows have missed
             pipeline.restore(snapshot.arrays, snapshot.step, snapshot.nonfinite)
             pipeline.groups.base = dict(snapshot.values)
             pipeline.groups.regroup(snapshot.changes, snapshot.missed)
@@ -740,8 +756,11 @@ class Optimizer:
         """Write the parameters and everything else that a resumed run needs to one file, a safetensors one.
 
         The file is complete at every moment: a temporary one beside it (``.<name>.<random>.tmp``) takes its place once
-        it is on the disk. A killed process may leave such a file behind, which may be deleted. The mode of the old file
-        is kept, and a symbolic link stays one. Arrays are not copied for it.
+        it is on the disk and was read back. A killed process may leave such a file behind, which may be deleted. The
+        mode of the old file is kept, and a symbolic link stays one.
+
+        Arrays are not copied: steps in other threads wait until the file is written. To go on meanwhile, save a copy,
+        ``copy.deepcopy(opt)``, in the other thread.
 
         The keys are ``"W"`` for a parameter, ``"m/W"`` for a state, ``"ema/W"`` for the average. Gradients that are
         being accumulated are not part of it. `fastopt.checkpoint.describe` shows what a file holds.
@@ -755,7 +774,8 @@ class Optimizer:
             TypeError, ValueError: an `extra` that is no JSON, two arrays that would have one key, a path that names
                 something else than a file.
             OSError: it could not be written; what was there before still is.
-            RuntimeError: inside a ``with`` block that holds the parameters elsewhere.
+            RuntimeError: inside a ``with`` block that holds the parameters elsewhere; within a step (from a schedule or
+                a signal handler); or the arrays changed meanwhile, because another thread writes into them.
 
         >>> import pathlib, tempfile
         >>> import numpy as np, fastopt
@@ -772,25 +792,45 @@ class Optimizer:
         """
         from fastopt import checkpoint  # and safetensors, which is loaded by those who save
 
-        self._running.refuse_while_held("save")
-        checkpoint.save(self.state, type(self).__name__, path, extra)
+        with self._running.gate.take("save"):
+            self._running.refuse_while_held("save")
+            checkpoint.save(self.state, type(self).__name__, path, extra)
 
-    def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+    @overload
+    def load(
+        self, path: str | os.PathLike[str], *, strict: Literal[True] = True, keep: Collection[str] = ()
+    ) -> dict[str, Any]: ...
+
+    @overload
+    def load(
+        self, path: str | os.PathLike[str], *, strict: Literal[False], keep: Collection[str] = ()
+    ) -> LoadReport: ...
+
+    def load(
+        self, path: str | os.PathLike[str], *, strict: bool = True, keep: Collection[str] = ()
+    ) -> dict[str, Any] | LoadReport:
         """Continue from a file that `save` wrote: parameters, states, average, step count and hyperparameters.
 
         All of it is read and checked, to the last bit, before anything is changed.
 
         Args:
             path: of the file.
+            strict: False loads what fits, and leaves the rest of this optimizer as it is. A parameter is loaded where
+                its path and shape are in the file. Its states are loaded where all of them are there; else they and its
+                count of updates are as here, but an average, or a state that begins at the parameters, begins at the
+                loaded ones. From another rule no hyperparameters are loaded, and states where both rules have the same
+                names of states (Adam and AdamW: ``m``, ``v``).
+            keep: the names of hyperparameters and options that stay as they are here, such as ``{"lr"}``.
 
         Returns:
-            The `extra` that `save` was given; without one, an empty dict.
+            The `extra` that `save` was given; without one, an empty dict. With ``strict=False`` a `LoadReport`, which
+            says what was loaded and what was not, and has the `extra` as an attribute.
 
         Raises:
             ValueError, TypeError: the file is no checkpoint, is damaged, or is of a newer format; or it is of another
-                optimizer, which is named with what differs: rule, paths, shapes, dtype, the options ``ema``,
-                ``maximize`` and ``decoupled_weight_decay``, a schedule that is not given here. Other options are those
-                of this optimizer. It is then unchanged.
+                optimizer, which is named with what differs: rule, paths, shapes, dtype, an option that changes the run
+                (all but ``zero_grad`` and ``grad_norm``), a schedule with other parameters; `keep` names something
+                else. With ``strict=False``: another dtype, or no parameter that fits. It is then unchanged.
             OSError: the file cannot be read.
             RuntimeError: inside a ``with`` block that holds the parameters elsewhere.
 
@@ -809,13 +849,14 @@ class Optimizer:
         from fastopt import checkpoint
 
         pipeline = self._running
-        pipeline.refuse_while_held("load")
-        found = checkpoint.load(self.state, type(self).__name__, path)
-        with deferred_signals:
-            self.restore(found.snapshot)
-            pipeline.put_params(found.params)
-            pipeline.keep_written()
-        return found.extra
+        with pipeline.gate.take("load"):
+            pipeline.refuse_while_held("load")
+            found = checkpoint.load(self.state, type(self).__name__, path, strict=strict, keep=keep)
+            with deferred_signals:
+                self.restore(found.snapshot)
+                pipeline.put_params(found.params)
+                pipeline.keep_written()
+        return dict(found.report.extra) if strict else found.report
 
 
 def _conventional(init: Callable[..., None], signature: inspect.Signature) -> Callable[..., None]:

@@ -1051,7 +1051,7 @@ def test_loading_a_step_at_which_the_schedule_here_goes_wrong():
     def make() -> fastopt.Optimizer:
         return trained(lr=lambda step: 0.1 if step < 4 else math.nan)
 
-    state = changed("hyper", "lr", to=SCHEDULE)
+    state = changed("hyper", "lr", to={"schedule": repr(make().groups[0].lr)})
     assert_refuses(make, lambda opt: opt.load_state_dict(state()), V, r"at step 6, schedule of lr: must be .*, got nan")
 
 

@@ -7,6 +7,7 @@ there. Each prints one JSON object.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -17,20 +18,30 @@ import re
 import signal
 import stat
 import sys
+import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import BY_NAME, EVERYTHING
+from cases import BY_NAME, EVERYTHING, PER_RULE
 from safetensors.numpy import load_file, save_file
 from scripts import compiled, run
 
 import fastopt
-from fastopt import schedules
+from fastopt import checkpoint, schedules
 from fastopt.checkpoint import CHECKPOINT_FORMAT, describe
+from fastopt.interop import (
+    from_keras_state,
+    from_optax_state,
+    from_torch_state,
+    to_keras_state,
+    to_optax_state,
+    to_torch_state,
+)
 
 posix = pytest.mark.skipif(os.name == "nt", reason="of POSIX systems")
 
@@ -273,7 +284,9 @@ def test_saving_copies_no_arrays_and_loading_only_once(tmp_path):
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-def refuses(opt: fastopt.Optimizer, path: Any, kinds: Any = ValueError, match: str | None = None) -> None:
+def refuses(
+    opt: fastopt.Optimizer, path: Any, kinds: Any = ValueError, match: str | None = None, **options: Any
+) -> None:
     """`load` raises, and the optimizer stays as it was: arrays, counters and hyperparameters."""
     before, said = (
         bits(opt),
@@ -286,7 +299,7 @@ def refuses(opt: fastopt.Optimizer, path: Any, kinds: Any = ValueError, match: s
         ),
     )
     with pytest.raises(kinds, match=match) as caught:
-        opt.load(path)
+        opt.load(path, **options)
     assert os.fsdecode(path) in str(caught.value)
     assert bits(opt) == before
     assert (
@@ -581,7 +594,559 @@ def test_a_schedule_that_fails_at_the_step_of_the_file_changes_nothing(tmp_path)
     opt = fastopt.SGD(tree(1), lr=schedules.constant(0.1))
     opt.step(tree(2))
     opt.save(tmp_path / "x")
-    refuses(fastopt.SGD(tree(3), lr=relu), tmp_path / "x", match="a schedule that ends")
+    refuses(fastopt.SGD(tree(3), lr=relu), tmp_path / "x", match="a schedule that ends", keep={"lr"})
+
+
+# --- options and schedules --------------------------------------------------------------------------------------------
+
+CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("max_norm", {"max_norm": 1.0}, {"max_norm": 2.0}),
+    ("max_norm", {"max_norm": 1.0}, {}),
+    ("clip_value", {}, {"clip_value": 0.5}),
+    ("nonfinite", {"nonfinite": "skip"}, {"nonfinite": "zero"}),
+    ("nonfinite", {}, {"nonfinite": "raise"}),
+    ("maximize", {}, {"maximize": True}),
+    ("ema", {"ema": 0.9}, {"ema": 0.99}),
+    ("decoupled_weight_decay", {}, {"decoupled_weight_decay": True}),
+    ("decoupled_weight_decay", {"convention": "keras"}, {}),
+    ("lr", {"lr": schedules.cosine(0.1, 0.0, steps=10)}, {"lr": schedules.cosine(0.1, 0.0, steps=20)}),
+    ("lr", {"lr": schedules.cosine(0.1, 0.0, steps=10)}, {"lr": schedules.linear(0.1, 0.0, steps=10)}),
+    ("lr", {"lr": schedules.constant(0.1)}, {"lr": 0.1}),
+    ("lr", {"lr": 0.1}, {"lr": schedules.constant(0.1)}),
+    ("lr", {"lr": lambda step: 0.1}, {"lr": math.sqrt}),
+    ("weight_decay", {"weight_decay": schedules.constant(0.1)}, {"weight_decay": schedules.constant(0.2)}),
+    (
+        "lr",
+        {"overrides": {"b": {"lr": schedules.constant(0.1)}}},
+        {"overrides": {"b": {"lr": schedules.constant(0.2)}}},
+    ),
+]
+
+
+@pytest.mark.parametrize("way", ["load", "load_state_dict"])
+@pytest.mark.parametrize(("name", "there", "here"), CHANGES)
+def test_what_changes_the_run_is_compared_unless_it_is_kept(tmp_path, way, name, there, here):
+    saved, opt, kept = (fastopt.Adam(tree(3), **options) for options in (there, here, here))
+    saved.step(tree(1))
+    saved.save(tmp_path / "x")
+    state = saved.state_dict()
+
+    def restore(opt: fastopt.Optimizer, **options: Any) -> None:
+        opt.load(tmp_path / "x", **options) if way == "load" else opt.load_state_dict(state, **options)
+
+    before = bits(opt)
+    with pytest.raises(ValueError, match=rf"(?=.*\b{name}\b).*must be .*, got .*keep=\{{'{name}'\}}"):
+        restore(opt)
+    assert (bits(opt), opt.step_count) == (before, 0)
+    wanted = [group.values[name] for group in kept._pipeline.groups.list] if name in kept.rule.names() else None
+    restore(kept, keep={name, "lr"})
+    assert kept.step_count == 1
+    assert kept._pipeline.options == opt._pipeline.options
+    if wanted is not None:
+        assert [group.values[name] for group in kept._pipeline.groups.list] == wanted
+    for array, own in zip(saved.states["m"].values(), kept.states["m"].values(), strict=True):
+        np.testing.assert_array_equal(own, array)
+
+
+@pytest.mark.parametrize("way", ["load", "load_state_dict"])
+def test_options_that_leave_the_update_as_it_is_may_differ(adam, tmp_path, way):
+    adam.save(tmp_path / "x")
+    opt = fresh(zero_grad=True, grad_norm=True)
+    opt.load(tmp_path / "x") if way == "load" else opt.load_state_dict(adam.state_dict())
+    assert opt.step_count == 1
+
+
+def test_the_same_function_is_the_same_schedule_in_another_process(tmp_path):
+    def schedule(address: int) -> Any:
+        class Schedule:
+            def __call__(self, step: int) -> float:
+                return 0.1
+
+            def __repr__(self) -> str:
+                return f"<function schedule at {address:#x}>"
+
+        return Schedule()
+
+    fastopt.SGD(tree(1), lr=schedule(0x7F01)).save(tmp_path / "x")
+    fastopt.SGD(tree(1), lr=schedule(0x7F02)).load(tmp_path / "x")
+
+
+def test_the_states_of_versions_without_options_are_read(adam):
+    state = adam.state_dict()
+    del state["options"]
+    opt = fresh(max_norm=1.0)
+    opt.load_state_dict(state)
+    assert opt.step_count == 1
+
+
+def test_keep_leaves_hyperparameters_as_they_are_for_every_parameter(tmp_path):
+    saved = fastopt.AdamW(tree(1), lr=0.1, weight_decay=0.1, overrides={"b": {"lr": 0.01, "weight_decay": 0.0}})
+    saved.save(tmp_path / "x")
+    for keep in ({"lr"}, ["lr"], ("lr",), {"lr": 1}, frozenset({"lr"})):
+        opt = fastopt.AdamW(tree(1), lr=0.5, weight_decay=0.5, overrides={"W": {"lr": 0.05, "frozen": True}})
+        opt.load(tmp_path / "x", keep=keep)
+        assert (opt.lr, opt.weight_decay) == (0.5, 0.1)
+        assert (opt.groups["W"].lr, opt.groups["b"].lr) == (0.05, 0.5)
+        assert (opt.groups["b"].weight_decay, opt.groups["W"].frozen) == (0.0, False)
+    opt = fastopt.AdamW(tree(1), overrides={"W": {"lr_scale": 0.5, "frozen": True}})
+    opt.load(tmp_path / "x", keep={"lr_scale", "frozen"})
+    assert (opt.groups["W"].lr_scale, opt.groups["W"].frozen, opt.lr) == (0.5, True, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("keep", "error", "message"),
+    [
+        ("lr", TypeError, r"keep: must be a set of names, such as \{'lr'\}, got 'lr'"),
+        (3, TypeError, "keep: must be a set of names"),
+        ({1}, TypeError, "keep: must be a set of names"),
+        (
+            {"momentum"},
+            ValueError,
+            r"keep: must name hyperparameters or options \(lr, betas.*max_norm.*\), got 'momentum'",
+        ),
+        ({"zero_grad"}, ValueError, "keep: must name hyperparameters or options"),
+    ],
+)
+def test_a_keep_that_names_nothing_is_refused(adam, tmp_path, keep, error, message):
+    adam.save(tmp_path / "x")
+    opt = fresh()
+    for call in (
+        lambda: opt.load(tmp_path / "x", keep=keep),
+        lambda: opt.load_state_dict(adam.state_dict(), keep=keep),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert opt.step_count == 0
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+def trained(opt: fastopt.Optimizer, steps: int = 3) -> fastopt.Optimizer:
+    for number in range(steps):
+        opt.step({path: np.full_like(array, 1 + number) for path, array in opt.params.items()})
+    return opt
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_what_fits_is_everything_for_an_equal_optimizer(saved, name):
+    folder, _ = saved
+    path = folder / f"{list(BY_NAME).index(name)}.safetensors"
+    strict, loose = (make(name, seed=2) for _ in range(2))
+    strict.load(path)
+    report = loose.load(path, strict=False)
+    assert set(report.loaded) == set(load_file(path))
+    assert (report.missing, report.unexpected, report.kept) == ({}, {}, {})
+    assert report.extra == {"name": name}
+    assert bits(loose) == bits(strict)
+    assert same(loose.state_dict(), strict.state_dict())
+    assert repr(report) == f"<loaded {len(report.loaded)} arrays>"
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_layer_that_was_added_goes_on_as_after_add(tmp_path, name):
+    case = BY_NAME[name]
+    grown, opt = (case.make(tree(1), lr=0.01) for _ in range(2))
+    for one in (grown, opt):
+        trained(one)
+    opt.save(tmp_path / "x")
+    head = np.full((2, 3), 0.5, np.float32)
+    grown.add({"head": head}, lr_scale=0.5)
+    loaded = case.make({**tree(9), "head": head}, lr=0.01, overrides={"head": {"lr_scale": 0.5}})
+    report = loaded.load(tmp_path / "x", strict=False)
+    states = (*case.rule.states, *case.rule.numbers)
+    assert set(report.missing) == {"head", *(f"{state}/head" for state in states)}
+    assert report.missing["head"] == "none was saved"
+    assert report.unexpected == {}
+    for _ in range(2):
+        assert loaded.step_count == grown.step_count
+        for name, array in checkpoint._arrays_of(grown.state).items():
+            np.testing.assert_array_equal(checkpoint._arrays_of(loaded.state)[name], array, err_msg=name)
+        for one in (grown, loaded):
+            trained(one)
+
+
+def test_a_layer_that_was_removed_or_has_another_shape_is_reported(tmp_path):
+    trained(fastopt.Adam({**tree(1), "head": np.ones(4, np.float32)}, ema=0.9)).save(tmp_path / "x")
+    opt = fastopt.Adam({"W": tree(2)["W"], "b": np.ones(5, np.float32)}, ema=0.9)
+    before = opt.state_dict()
+    report = opt.load(tmp_path / "x", strict=False)
+    assert set(report.loaded) == {"W", "m/W", "v/W", "ema/W"}
+    assert report.missing == dict.fromkeys(["b", "m/b", "v/b", "ema/b"], "shape (3,) was saved, not (5,)")
+    gone = "has no place in this optimizer"
+    assert report.unexpected == dict.fromkeys(["head", "m/head", "v/head", "ema/head"], gone)
+    assert repr(report).startswith("<loaded 4 arrays; missing: b, m/b, v/b, ema/b; unexpected: head")
+    np.testing.assert_array_equal(opt.states["m"]["b"], before["state"]["m"]["b"])
+    assert opt.step_count == 3
+    assert opt.state_dict()["missed"] == {"b": 3}  # its states begin here, and so does its bias correction
+
+
+def test_an_average_that_is_new_begins_at_the_loaded_parameters(tmp_path):
+    trained(fastopt.Adam(tree(1))).save(tmp_path / "x")
+    opt = fastopt.Adam(tree(2), ema=0.9)
+    report = opt.load(tmp_path / "x", strict=False)
+    assert report.missing == {"ema/W": "none was saved", "ema/b": "none was saved"}
+    assert report.kept == {"ema": "None was saved"}
+    for path in ("W", "b"):
+        np.testing.assert_array_equal(opt.ema[path], opt.params[path])
+    opt.save(tmp_path / "y")
+    report = fastopt.Adam(tree(2)).load(tmp_path / "y", strict=False)
+    assert set(report.unexpected) == {"ema/W", "ema/b"}
+
+
+def test_states_that_begin_at_the_parameters_begin_at_the_loaded_ones(tmp_path):
+    trained(fastopt.Adam(tree(1))).save(tmp_path / "x")
+    opt = fastopt.ScheduleFreeAdamW(tree(2))
+    report = opt.load(tmp_path / "x", strict=False)
+    assert report.loaded == ("W", "b")
+    assert report.missing["z/W"] == "none was saved"
+    np.testing.assert_array_equal(opt.states["z"]["W"], opt.params["W"])
+    assert opt.state_dict()["missed"] == {"W": 3, "b": 3}
+
+
+def test_adamw_goes_on_with_the_states_of_adam_and_its_own_hyperparameters(tmp_path):
+    adam = trained(fastopt.Adam(tree(1), lr=0.1, betas=(0.5, 0.75)))
+    adam.save(tmp_path / "x")
+    opt = fastopt.AdamW(tree(2), lr=0.3, weight_decay=0.2)
+    report = opt.load(tmp_path / "x", strict=False)
+    assert set(report.loaded) == {"W", "b", "m/W", "m/b", "v/W", "v/b"}
+    assert report.kept["rule"] == "the saved hyperparameters are of rule 'adam', not 'adamw'"
+    assert report.kept["decoupled_weight_decay"] == "False was saved"
+    assert bits(opt) == bits(adam)
+    assert (opt.step_count, opt.lr, opt.betas, opt.weight_decay) == (3, 0.3, (0.9, 0.999), 0.2)
+    opt.load_state_dict(adam.state_dict(), strict=False)
+    assert (opt.step_count, opt.lr) == (3, 0.3)
+
+
+@pytest.mark.parametrize(("there", "here"), [("SGD", "Adam"), ("Adam", "Lion"), ("Lion", "Adam"), ("Adan", "Adam")])
+def test_states_of_a_rule_with_other_states_begin_anew(tmp_path, there, here):
+    """A first moment without its second would make steps that are many times too long."""
+    trained(getattr(fastopt, there)(tree(1), lr=0.01)).save(tmp_path / "x")
+    opt, new = (getattr(fastopt, here)(tree(2), lr=0.01) for _ in range(2))
+    report = opt.load(tmp_path / "x", strict=False)
+    assert report.loaded == ("W", "b")
+    new.flat.data[...] = opt.flat.data
+    assert bits(opt) == bits(new)
+    for one in (opt, new):
+        trained(one, 2)
+    assert bits(opt) == bits(new)
+    assert (opt.step_count, new.step_count) == (5, 2)
+
+
+def test_what_fits_of_a_state_dict(adam):
+    opt = fastopt.Adam({**tree(2), "head": np.ones(1, np.float32)}, lr=schedules.constant(0.5), max_norm=1.0)
+    params = opt.flat.data.copy()
+    report = opt.load_state_dict(adam.state_dict(), strict=False)
+    assert set(report.loaded) == {"m/W", "m/b", "v/W", "v/b"}
+    assert set(report.missing) == {"m/head", "v/head"}
+    assert set(report.unexpected) == {"ema/W", "ema/b"}
+    said = {"lr": "0.001 was saved", "b: lr": "0.01 was saved", "ema": "0.9 was saved", "max_norm": "None was saved"}
+    assert report.kept == said
+    assert (opt.lr, opt.groups["b"].lr(0)) == (0.5, 0.5)
+    np.testing.assert_array_equal(opt.flat.data, params)
+    np.testing.assert_array_equal(opt.states["m"]["W"], adam.states["m"]["W"])
+
+
+def test_a_parameter_is_not_taken_for_a_state_of_its_name(tmp_path):
+    fastopt.SGD({"w": np.ones(2), "m/w": np.full(2, 7.0), "v/w": np.full(2, 7.0)}).save(tmp_path / "x")
+    opt = fastopt.Adam({"w": np.zeros(2)})
+    report = opt.load(tmp_path / "x", strict=False)
+    assert report.loaded == ("w",)
+    assert set(report.unexpected) == {"m/w", "v/w"}
+    assert not opt.states["m"]["w"].any()
+
+
+def test_paths_that_end_alike_are_told_apart(tmp_path):
+    params = {"b": np.ones(1), "a/b": np.full(1, 2.0), "m": np.full(1, 3.0)}
+    trained(fastopt.Adam(params)).save(tmp_path / "x")
+    opt = fastopt.Adam({path: np.zeros(1) for path in params})
+    report = opt.load(tmp_path / "x", strict=False)
+    assert (len(report.loaded), report.missing, report.unexpected) == (9, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: fastopt.Adam(tree(3, np.float64)), "must hold float64 parameters"),
+        (
+            lambda: fastopt.Adam({"c": np.ones(3, np.float32)}),
+            "must share a parameter with this optimizer .'c'., got 'W', 'b'",
+        ),
+        (lambda: fastopt.Adam({"b": np.ones(4, np.float32)}), "must share a parameter"),
+    ],
+)
+def test_a_file_of_which_nothing_fits_is_refused(adam, tmp_path, other, message):
+    adam.save(tmp_path / "x")
+    refuses(other(), tmp_path / "x", match=message, strict=False)
+
+
+def test_damage_is_found_where_not_everything_fits(adam, tmp_path):
+    path = tmp_path / "x"
+    forge(adam, path, {"sha256": {}})
+    refuses(fresh(ema=None), path, match="must have the SHA-256 stored in the file", strict=False)
+    forge(adam, path, **{"m/W": None})
+    refuses(
+        fresh(ema=None),
+        path,
+        match="array 'm/b': must be that of a parameter in 'paths'; the file is damaged",
+        strict=False,
+    )
+    forge(adam, path, W=None)
+    refuses(fresh(ema=None), path, match="the file is damaged", strict=False)
+    forge(adam, path, {"hyper": {"lr": -1.0}})
+    refuses(fresh(), path, match="lr: must be", strict=False)
+    forge(adam, path, {"missed": {"W": 5}})
+    refuses(fresh(), path, match="must be at most step=1, got 5", strict=False)
+
+
+# --- saving while another thread trains -------------------------------------------------------------------------------
+
+
+def grads_of(number: int, size: int) -> dict[str, Any]:
+    rng = np.random.default_rng(number)
+    return {"W": rng.normal(size=(size, size)).astype(np.float32), "b": rng.normal(size=size).astype(np.float32)}
+
+
+@pytest.mark.parametrize("name", [str(case) for case in PER_RULE])
+def test_what_is_saved_or_copied_in_a_thread_is_of_one_moment(tmp_path, name):
+    """One thread saves, copies and takes states while another one trains: each result is that after some step."""
+    size, steps = 120, 8
+    opt, twin, reader = (BY_NAME[name].make(grads_of(99, size), ema=0.9) for _ in range(3))
+    moments = {0: bits(twin)}
+    for number in range(steps):
+        twin.step(grads_of(number, size))
+        moments[number + 1] = bits(twin)
+    grads = [grads_of(number, size) for number in range(steps)]
+    done, saved, found = threading.Event(), [], []
+
+    def save() -> None:
+        while not done.is_set():
+            saved.append(tmp_path / str(len(saved)))
+            opt.save(saved[-1])
+            found.append(copy.deepcopy(opt))
+            reader.load_state_dict(opt.state_dict())
+            arrays = {name: value for name, value in bits(reader).items() if name}
+            assert arrays == {name: value for name, value in moments[reader.step_count].items() if name}
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            saving = pool.submit(save)
+            for each in grads:
+                opt.step(each)
+            while len(saved) < 3 and not saving.done():
+                time.sleep(1e-3)
+            done.set()
+            saving.result()
+    finally:
+        sys.setswitchinterval(interval)
+    for path in saved:
+        reader.load(path)
+        assert bits(reader) == moments[reader.step_count]
+    for one in found:
+        assert bits(one) == moments[one.step_count]
+    assert bits(opt) == moments[steps]
+
+
+def test_saves_of_large_arrays_in_a_thread_can_be_read(tmp_path):
+    """Six of six such files were unreadable."""
+    opt = fastopt.SGD({"w": np.zeros(1_000_000, np.float32)}, lr=1.0)
+    grads = {"w": np.ones(1_000_000, np.float32)}
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(lambda: [opt.save(tmp_path / str(k)) for k in range(6)])
+        while not saving.done():
+            opt.step(grads)
+        saving.result()
+    reader = fastopt.SGD({"w": np.ones(1_000_000, np.float32)}, lr=1.0)
+    for k in range(6):
+        reader.load(tmp_path / str(k))
+        assert (reader.params["w"] == -reader.step_count).all()
+
+
+def waits_for_a_save(opt: fastopt.Optimizer, path: Path, monkeypatch: Any, call: Any) -> None:
+    """While one thread is within a save, another one does not get on with `call`."""
+    writing, go_on = threading.Event(), threading.Event()
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        writing.set()
+        assert go_on.wait(60.0)
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(os, "fsync", slow)
+        saving = pool.submit(opt.save, path)
+        assert writing.wait(60.0)
+        other = pool.submit(call)
+        time.sleep(0.02)
+        assert not other.done()
+        go_on.set()
+        saving.result(60.0)
+        other.result(60.0)
+
+
+def test_all_that_uses_the_state_waits_for_a_save(adam, tmp_path, monkeypatch):
+    adam.save(tmp_path / "y")
+    state, snapshot = adam.state_dict(), fastopt.state.Snapshot.of(adam.state_dict(), adam.state)
+
+    def swap() -> None:
+        with adam.swap_ema():
+            pass
+
+    calls = [
+        lambda: adam.step(tree(1)),
+        lambda: adam.accumulate(tree(1)),
+        lambda: adam.step(),
+        lambda: adam.step_rows({"W": (np.array([1]), np.ones((1, 3), np.float32))}),
+        lambda: adam.read_rows("W", [1]),
+        adam.flush_rows,
+        lambda: setattr(adam.groups["b"], "lr", 0.5),
+        lambda: delattr(adam.groups["b"], "lr"),
+        lambda: adam.load_state_dict(state),
+        lambda: adam.load(tmp_path / "y"),
+        lambda: adam.restore(snapshot),
+        swap,
+        lambda: adam.add({"c": np.ones(1, np.float32)}),
+        lambda: copy.deepcopy(adam),
+        adam.state_dict,
+    ]
+    for call in calls:
+        waits_for_a_save(adam, tmp_path / "x", monkeypatch, call)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        to_torch_state,
+        to_optax_state,
+        lambda opt: from_torch_state(opt, to_torch_state(opt)),
+        lambda opt: from_optax_state(opt, to_optax_state(opt)),
+    ],
+)
+def test_states_of_other_frameworks_wait_for_a_save(tmp_path, monkeypatch, call):
+    opt = fastopt.Adam(tree(1))
+    waits_for_a_save(opt, tmp_path / "x", monkeypatch, lambda: call(opt))
+
+
+def test_variables_of_keras_wait_for_a_save(tmp_path, monkeypatch):
+    opt = fastopt.Adam(tree(1), convention="keras")
+    waits_for_a_save(opt, tmp_path / "x", monkeypatch, lambda: from_keras_state(opt, to_keras_state(opt)))
+
+
+def test_update_waits_for_a_save_as_well(tmp_path, monkeypatch):
+    opt = fastopt.SGD(lr=1.0)
+    params = {"w": np.zeros(2)}
+    opt.update(params, {"w": np.ones(2)})
+    seen = []
+
+    def fsync(descriptor: int) -> None:
+        if not seen:
+            other = pool.submit(opt.update, params, {"w": np.ones(2)})
+            time.sleep(0.02)
+            seen.append((other, other.done()))
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(os, "fsync", fsync)
+        opt.save(tmp_path / "x")
+        assert not seen[0][1]
+        seen[0][0].result(60.0)
+    assert opt.step_count == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+@pytest.mark.parametrize("what", ["step", "save"])
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded")
+def test_a_fork_does_not_wait_for_a_thread_that_it_does_not_have(tmp_path, monkeypatch, what):
+    """The parent forks while another of its threads is within a step or a save."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def stop(*arguments: Any) -> float:
+        inside.set()
+        assert go_on.wait(60.0)
+        return 1.0
+
+    go_on.set()  # a schedule is evaluated at construction
+    opt = fastopt.SGD({"w": np.zeros(2)}, lr=stop if what == "step" else 1.0)
+    if what == "save":
+        monkeypatch.setattr(os, "fsync", stop)
+    opt.step({"w": np.ones(2)})
+    inside.clear()
+    go_on.clear()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(*((opt.step, {"w": np.ones(2)}) if what == "step" else (opt.save, tmp_path / "x")))
+        assert inside.wait(60.0)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            go_on.set()
+            opt.save(tmp_path / "child")
+            opt.step({"w": np.ones(2)})
+            os._exit(0 if opt.step_count == 2 else 1)
+        go_on.set()
+        other.result(60.0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_save_within_a_step_is_refused(tmp_path):
+    """From a schedule, as from a signal handler, the optimizer is half way between two states."""
+
+    def schedule(step: int) -> float:
+        if opt is not None and inside:
+            call()
+        return 1.0
+
+    opt: Any = None
+    inside = False
+    opt = fastopt.SGD({"w": np.zeros(1)}, lr=schedule, momentum=0.5)
+    calls = {
+        "save": lambda: opt.save(tmp_path / "x"),
+        "state_dict": lambda: opt.state_dict(),
+        "copy.deepcopy": lambda: copy.deepcopy(opt),
+    }
+    for name, call in calls.items():  # noqa: B007 the schedule calls it
+        inside = True
+        with pytest.raises(RuntimeError, match=rf"^{re.escape(name)}\(\): must be called outside a step"):
+            opt.step({"w": np.ones(1)})
+        inside = False
+        opt.step({"w": np.ones(1)})
+    opt.save(tmp_path / "x")
+    assert listing(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("end", ["array", "description"])
+def test_what_was_written_is_read_back_before_it_replaces_the_old_file(adam, tmp_path, monkeypatch, end):
+    path = tmp_path / "x"
+    adam.save(path)
+    before = path.read_bytes()
+    adam.step(tree(5))
+    fsync = os.fsync
+
+    def damage(descriptor: int) -> None:
+        fsync(descriptor)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            at = len(before) - 1 if end == "array" else 100
+            os.pwrite(descriptor, b"\xfe", at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", damage)
+        with pytest.raises(RuntimeError, match=r"must be in the new file .*, got other bytes.*old file was kept"):
+            adam.save(path)
+    assert path.read_bytes() == before
+    assert listing(tmp_path) == ["x"]
+
+
+def test_a_write_into_the_parameters_during_a_save_is_noticed(adam, tmp_path, monkeypatch):
+    header = checkpoint._header
+
+    def late(*arguments: Any) -> bytes:
+        adam.params["W"][0, 0] += 1.0  # as another thread could, after the digests were taken
+        return header(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_header", late)
+    with pytest.raises(RuntimeError, match=r"^'W': must be in the new file as it was given"):
+        adam.save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 # --- failures and kills while saving ----------------------------------------------------------------------------------

@@ -33,8 +33,15 @@ FLOORS = [
     ("fastopt.closed_forms", "fastopt.hyper"),
     ("fastopt.kernels",),
     ("fastopt.kernels.contract", "fastopt.kernels.threads"),
-    ("fastopt.schedules", "fastopt.init", "fastopt.reference", "fastopt.version", "fastopt.lazy", "fastopt.signals"),
-    ("fastopt.scalars",),
+    (
+        "fastopt.schedules",
+        "fastopt.init",
+        "fastopt.reference",
+        "fastopt.version",
+        "fastopt.lazy",
+        "fastopt.files",
+    ),
+    ("fastopt.scalars", "fastopt.signals"),
 ]
 """From the top down: a module imports from its own floor and from those below, never from above."""
 

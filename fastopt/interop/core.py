@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import optree
@@ -14,6 +15,23 @@ from fastopt import scalars
 from fastopt.hyper import WEIGHT_DECAY
 from fastopt.optimizer import Optimizer
 from fastopt.step.groups import LR_SCALE
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def of_one_moment(function: Callable[Concatenate[Optimizer, P], R]) -> Callable[Concatenate[Optimizer, P], R]:
+    """Have the steps of other threads wait while `function` reads or replaces the state of an optimizer."""
+
+    @wraps(function)
+    def waiting(opt: Optimizer, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not isinstance(opt, Optimizer):
+            raise TypeError(f"opt: must be an Optimizer, got {type(opt).__name__}")
+        with opt._running.gate.take(function.__name__):
+            return function(opt, *args, **kwargs)
+
+    return waiting
+
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from fastopt.interop.core import (
     is_scheduled,
     missed_before,
     number_from,
+    of_one_moment,
     order_of,
     put,
     rule_of,
@@ -115,6 +116,7 @@ def _form_of(opt: Optimizer) -> Form:
 # --- to Keras ---------------------------------------------------------------------------------------------------------
 
 
+@of_one_moment
 def to_keras_state(opt: Optimizer, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Return the optimizer's state as ``{v.path: v.numpy() for v in optimizer.variables}`` of Keras 3, in Keras' order.
 
@@ -181,6 +183,7 @@ def _stem(path: str) -> str:
 # --- from Keras -------------------------------------------------------------------------------------------------------
 
 
+@of_one_moment
 def from_keras_state(
     opt: Optimizer, variables: Mapping[str, Any] | Sequence[Any], names: Sequence[str] | None = None
 ) -> None:

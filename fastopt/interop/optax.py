@@ -20,6 +20,7 @@ from fastopt.interop.core import (
     decays,
     is_scheduled,
     missed_before,
+    of_one_moment,
     put,
     rule_of,
     states_in,
@@ -120,6 +121,7 @@ def _form_of(opt: Optimizer) -> Form:
 # --- to optax ---------------------------------------------------------------------------------------------------------
 
 
+@of_one_moment
 def to_optax_state(opt: Optimizer) -> tuple[Any, ...]:
     """Return the optimizer's state as optax stores it, with tuples and dicts instead of optax's NamedTuples.
 
@@ -184,6 +186,7 @@ def _signed(array: np.ndarray, sign: float) -> np.ndarray:
 # --- from optax -------------------------------------------------------------------------------------------------------
 
 
+@of_one_moment
 def from_optax_state(opt: Optimizer, state: Any, step: int | None = None) -> None:
     """Continue a run of optax: replace the states and the step count by those of optax.
 

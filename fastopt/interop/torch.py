@@ -18,6 +18,7 @@ from fastopt.interop.core import (
     mapping_from,
     missed_before,
     number_from,
+    of_one_moment,
     order_of,
     put,
     rule_of,
@@ -132,6 +133,7 @@ def _form_of(opt: Optimizer) -> tuple[Form, str]:
 # --- to torch ---------------------------------------------------------------------------------------------------------
 
 
+@of_one_moment
 def to_torch_state(opt: Optimizer, names: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the optimizer's state in the form of ``torch.optim.Optimizer.state_dict()``, with NumPy arrays.
 
@@ -218,6 +220,7 @@ def _state(
 # --- from torch -------------------------------------------------------------------------------------------------------
 
 
+@of_one_moment
 def from_torch_state(
     opt: Optimizer, state_dict: Mapping[str, Any], names: Sequence[str] | None = None, step: int | None = None
 ) -> None:

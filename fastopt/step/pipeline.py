@@ -17,6 +17,7 @@ from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
 from fastopt.step.born import Born
 from fastopt.step.device import MOST_IN_FLIGHT, DeviceSteps, Recorded
+from fastopt.step.gate import Gate, through_gate
 from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_matrices, mark_matrices
 from fastopt.step.info import StepInfo
 from fastopt.step.norms import Pending, norm_of
@@ -72,6 +73,7 @@ class Pipeline:
         """The buffer of accumulated gradients, made when it is first needed."""
         self.held = ""
         """The name of the context that holds the parameters elsewhere."""
+        self.gate = Gate()
         self.gradients_in = rule.gradients_in
         """The context in which gradients are computed; None also after a warning."""
         self.entered_at = 0
@@ -260,6 +262,18 @@ class Pipeline:
         self.steps, self.pending, self.nonfinite = self.steps + 1, None, nonfinite
         return StepInfo(self.steps, self.groups.base.get("lr"), norm, coefficient, False, nonfinite)
 
+    @through_gate
+    def update(self, params: Any, grads: Any, grad_scale: float) -> StepInfo:
+        """Make a step of other arrays: see `Optimizer.update`."""
+        steps, before = self.steps, self.flat.arrays
+        moved = self.replace(params)
+        try:
+            return self.step(grads, grad_scale, "mean")
+        except BaseException:
+            if moved and self.steps == steps:
+                self.replace(self.flat.tree(before))
+            raise
+
     def decide(
         self,
         plan: Plan,
@@ -347,6 +361,7 @@ class Pipeline:
             info = self.commit(present, norm, coefficient, nonfinite)
             return info if decision is None else self._in_flight(info, decision)
 
+    @through_gate
     def replay(self, grad_scale: float) -> StepInfo:
         """Count a captured step that is about to be replayed: see `Optimizer.prepare_replay`."""
         self.refuse_while_held("prepare_replay")
@@ -491,6 +506,7 @@ class Pipeline:
 
     # --- gradients that are accumulated -------------------------------------------------------------------------------
 
+    @through_gate
     def accumulate(self, grads: Any, weight: float) -> None:
         """Add gradients to those of the next step: see `Optimizer.accumulate`."""
         self.refuse_while_held("accumulate")
@@ -541,6 +557,7 @@ class Pipeline:
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
+    @through_gate
     def step_rows(
         self, rows: Mapping[str, tuple[Any, np.ndarray]], grads: Any = None, grad_scale: float = 1.0
     ) -> StepInfo:
@@ -603,6 +620,7 @@ class Pipeline:
                 self.clocks[k].tick(indices, line.copy(), self.steps + 1 - group.missed, group.point(self.steps))
             return self.commit(None if all(present) else present, norm, coefficient, nonfinite)
 
+    @through_gate
     def read_rows(self, path: str, indices: Any) -> np.ndarray:
         """Rows of a parameter, brought up to date: see `Optimizer.read_rows`."""
         self.refuse_while_held("read_rows")
@@ -646,8 +664,13 @@ class Pipeline:
                 changes = self.groups.changes
                 paths = [self.flat.paths[k] for k in members]
                 check_acting(whole, paths, [{**changes[k], name: checked} for k in members], self.groups.base)
-            self.groups.override(members, name, checked)
+            self._override(members, name, checked)
         self._begin_again(name)
+
+    @through_gate
+    def _override(self, members: tuple[int, ...], name: str, value: Any) -> None:
+        """Set a checked hyperparameter of some parameters, which may split groups."""
+        self.groups.override(members, name, value)
 
     def _begin_again(self, name: str) -> None:
         """After a change of a hyperparameter, let states that begin at it begin again, before the first update."""
@@ -664,6 +687,7 @@ class Pipeline:
         paths, shapes = [self.flat.paths[k] for k in numbers], [self.flat.shapes[k] for k in numbers]
         check_matrices(self.rule, [chosen] * len(paths), paths, shapes)
 
+    @through_gate
     def release_hyper(self, name: str, members: tuple[int, ...]) -> None:
         """Let some parameters have the optimizer's hyperparameter again."""
         if self.rule.matrixwise is not None and name == self.rule.matrixwise.chosen:
@@ -672,6 +696,7 @@ class Pipeline:
         self.groups.release(members, name)
         self._begin_again(name)
 
+    @through_gate
     def add(self, params: Any, hyper: Mapping[str, Any]) -> None:
         """Add parameters, with states as at the beginning: see `Optimizer.add`."""
         self.refuse_while_held("add")
@@ -742,9 +767,11 @@ class Pipeline:
     @contextmanager
     def elsewhere(self, context: str, move: Callable[[], None]) -> Iterator[None]:
         """Move the parameters by `move`, and restore them at the end of the block."""
-        self.flush_rows()
-        self.begin()
-        backup = [array.copy() for array in self.flat.arrays]
+        with self.gate.take(context):
+            self.refuse_while_held(context)
+            self.flush_rows()
+            self.begin()
+            backup = [array.copy() for array in self.flat.arrays]
         try:
             try:
                 with deferred_signals:
@@ -783,8 +810,8 @@ class Pipeline:
         """Write values into the parameters: see `Optimizer.set_params`."""
         self.refuse_while_held("set_params")
         arrays = self.flat.check_values(params)
-        self.flush_rows()
-        with deferred_signals:
+        with self.gate.take("set_params"), deferred_signals:
+            self.flush_rows()
             self.put_params(arrays)
             self.born.shown.clear()
             self.born.begin(self.flat, self.views(), range(len(arrays)))
@@ -792,8 +819,8 @@ class Pipeline:
     def restart(self) -> None:
         """Begin again from the parameters as they are: see `Optimizer.restart`."""
         self.refuse_while_held("restart")
-        self.flush_rows()
-        with deferred_signals:
+        with self.gate.take("restart"), deferred_signals:
+            self.flush_rows()
             for buffer in self.buffers:
                 buffer.fill(0)
             self.steps, self.nonfinite, self.pending = 0, (0, 0), None
@@ -842,10 +869,15 @@ class Pipeline:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
         """A pipeline at the same point, on memory of its own; the rule and schedules are shared."""
+        with self.gate.take("copy.deepcopy"):
+            return self._copied(memo)
+
+    def _copied(self, memo: dict[int, Any]) -> Pipeline:
         self.refuse_while_held("deepcopy")
         self.flush_rows()
         twin = copy.copy(self)
         memo[id(self)] = twin
+        twin.gate = Gate()
         twin.flat = copy.deepcopy(self.flat, memo)
         twin._make_states()
         averages = ((self.average, twin.average),) if self.average is not None else ()
@@ -866,18 +898,23 @@ class Pipeline:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: everything but plan, kernels and addresses, which another process makes again."""
-        self.refuse_while_held("pickle")
-        self.flush_rows()
-        groups = self.groups
-        return {
-            "made": (self.rule, self.flat, self.options, groups.base, groups.changes),
-            "missed": groups.missed,
-            "restored": (self.views(), self.steps, self.nonfinite),
-            "rest": {name: getattr(self, name) for name in ("pending", "born", "gradients_in", "entered_at")},
-        }
+        with self.gate.take("pickle"):
+            self.refuse_while_held("pickle")
+            self.flush_rows()
+            groups = self.groups
+            return {
+                "made": (self.rule, self.flat, self.options, groups.base, groups.changes),
+                "missed": groups.missed,
+                "restored": (self.views(), self.steps, self.nonfinite),
+                "sums": self.sums,
+                "rest": {name: getattr(self, name) for name in ("pending", "born", "gradients_in", "entered_at")},
+            }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["made"])  # type: ignore[misc]
         self.groups.regroup(self.groups.changes, state["missed"])
         self.restore(*state["restored"])
+        if state["sums"] is not None:
+            self.sums = self.flat.new_buffer()
+            self.backend.copy(self.sums, state["sums"])
         self.__dict__.update(state["rest"])

@@ -1,0 +1,89 @@
+"""Files that are written whole or not at all: the one writer of checkpoints, and of what the command writes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from fastopt.signals import deferred_signals
+
+
+def file_at(path: str | os.PathLike[str]) -> Path:
+    """Return the file at `path`; for a symbolic link, the file that the link points to."""
+    target = Path(os.path.realpath(os.fsdecode(path)))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory; give the name of a file in it", str(target))
+    return target
+
+
+def replace_file(
+    target: Path, write: Callable[[BinaryIO], object], check: Callable[[BinaryIO], object] | None = None
+) -> None:
+    """Replace a file atomically by the output of `write`; on any error the old file stays.
+
+    Args:
+        target: as `file_at` returned it.
+        write: writes the content to a file open for writing, a temporary one beside the target.
+        check: reads this file back, from its beginning, and raises an error where it is not as it should be.
+
+    Raises:
+        OSError: it names the target; the file could not be written.
+        ValueError: the target is a device, a pipe or a socket.
+    """
+    temporary: Path | None = None
+    file: BinaryIO | None = None
+    try:
+        try:
+            old = target.stat()
+        except FileNotFoundError:
+            old = None
+        if old is not None and not stat.S_ISREG(old.st_mode):
+            raise ValueError(
+                f"{target}: must be a regular file, which can be replaced, got another kind; choose another name"
+            )
+        with deferred_signals:  # a file that is made is known here, and removed
+            temporary, file = _new_file(target)
+        with file:
+            write(file)
+            file.flush()
+            if old is not None:
+                temporary.chmod(stat.S_IMODE(old.st_mode))
+            os.fsync(file.fileno())
+        if check is not None:
+            with temporary.open("rb") as file:
+                check(file)
+        os.replace(temporary, target)  # noqa: PTH105 what a test makes fail
+        _sync_folder(target.parent)
+    except BaseException as error:
+        if temporary is not None and file is not None:
+            file.close()
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        if isinstance(error, OSError) and error.errno is not None:  # it names the temporary file, or no file
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
+
+
+def _new_file(target: Path) -> tuple[Path, BinaryIO]:
+    """Create a file beside `target`, open for writing, with a unique name and the default mode."""
+    while True:
+        # A name has at most 255 bytes, and a character at most 4.
+        temporary = target.with_name(f".{target.name[:56]}.{secrets.token_hex(8)}.tmp")
+        with contextlib.suppress(FileExistsError):
+            return temporary, temporary.open("xb")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the new name is on the disk."""
+    if os.name != "nt":  # Windows cannot sync a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
