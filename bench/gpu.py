@@ -42,6 +42,7 @@ from tail import DECAY, EMA, LR, MAX_NORM, SCALE, torch_sequence
 
 import fastopt
 from fastopt import reference
+from fastopt.files import write_file
 from fastopt.kernels import get_backend
 from fastopt.measure import Spread
 
@@ -605,7 +606,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path is not None:
         text = json.dumps(report(results, device, options.quick), indent=1) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_file(path, text.encode())
         print(f"\nstored: {path}", file=sys.stderr)
     by_title = {result.title: result for result in results}
     failed = any("fastopt" in result.missing for result in results)

@@ -20,6 +20,7 @@ import bars
 from results import Stored, load, store
 
 import fastopt
+from fastopt.files import write_file
 from fastopt.measure import Result
 from fastopt.measure.machine import Cache
 
@@ -380,10 +381,10 @@ def main(arguments: Any = None) -> None:
     if options.bars:
         print(bars.table(stored))
         return
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
-    INIT.write_text(render_init(INIT.read_text(encoding="utf-8")), encoding="utf-8")
+    write_file(README, render(README.read_text(encoding="utf-8")).encode())
+    write_file(INIT, render_init(INIT.read_text(encoding="utf-8")).encode())
     PERFORMANCE.parent.mkdir(exist_ok=True)
-    PERFORMANCE.write_text(performance(stored), encoding="utf-8")
+    write_file(PERFORMANCE, performance(stored).encode())
     draw(stored, IMAGES)
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastopt.files import write_file
 from fastopt.measure import Result
 
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -61,5 +62,5 @@ def store(path: Path, folder: Path = FOLDER) -> list[str]:
     for name, of_file in records.items():
         lines = ",\n".join("  " + json.dumps(record) for record in of_file)  # one per line, for readable diffs
         head = json.dumps(run["fastopt"], indent=1)[:-2]
-        (folder / f"{name}.json").write_text(f'{head},\n "results": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+        write_file(folder / f"{name}.json", f'{head},\n "results": [\n{lines}\n ]\n}}\n'.encode())
     return sorted(records)

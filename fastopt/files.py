@@ -13,6 +13,9 @@ from typing import BinaryIO
 
 from fastopt.signals import deferred_signals
 
+OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
+"""Names of files that are open already, and have to stay the same files."""
+
 
 def file_at(path: str | os.PathLike[str]) -> Path:
     """Return the file at `path`; for a symbolic link, the file that the link points to."""
@@ -87,3 +90,32 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; a device or a pipe cannot be replaced, and is written directly.
+
+    Raises OSError, which names `path`; an old file is then as it was.
+    """
+    if is_stream(path):
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    else:
+        replace_file(file_at(path), lambda file: file.write(content))
+
+
+def is_stream(path: Path) -> bool:
+    """Return whether `path` is a device or a pipe; so is ``/dev/stdout``, wherever it leads."""
+    return str(path).startswith(OPEN_FILES) or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Return whether two paths are of one file, also by links, and also where there is no file yet."""
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them does not exist
+        return False

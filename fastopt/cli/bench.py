@@ -20,7 +20,7 @@ from rich.table import Table
 import fastopt
 from fastopt import get_num_threads
 from fastopt.cli.choices import Choice, one_of, optimizers, parse_optimizers, parse_sizes
-from fastopt.cli.output import blame, check_files, console, spelled, write_json
+from fastopt.cli.output import blame, check_files, console, spelled, write_json, writing
 from fastopt.kernels.threads import processors, using
 from fastopt.measure import Result, Work, compare_batchnorm, compare_company, compare_step, machine
 from fastopt.measure.company import ways
@@ -137,7 +137,7 @@ def bench(
     with blame("--threads"):
         if threads is not None and threads > processors():
             raise ValueError(f"must be at most {processors()}, the number of processors, got {threads}")
-    check_files(plot, json)
+    check_files({"--plot": plot, "--json": json})
 
     out = console(for_json=json)
     machine.keep_freed_memory()
@@ -146,7 +146,7 @@ def bench(
         with blame("--optimizer"):
             steps, norms = _cases(choices, counts, dtype, batch_norm)
             together = [Case(COMPANY, _company)] if company else []
-            results, skipped = _measure([*steps, *norms, *together], seconds)
+        results, skipped = _measure([*steps, *norms, *together], seconds)
         by_title = {result.title: result for result in results}
         step_results = [by_title[case.title] for case in steps if case.title in by_title]
         norm_results = [by_title[case.title] for case in norms if case.title in by_title]
@@ -157,20 +157,19 @@ def bench(
         share = others.share()
         if share is not None and share > BUSY:
             out.print(_busy(share, results))
+        if json is not None:  # first: the figure can be drawn from it, if its own disk is full
+            with writing("--json"):
+                write_json(json, {**_report(results, skipped, facts, dtype, seconds), "others_share": share})
         if plot is not None and step_results:
             from fastopt.cli.plots.speed import draw_throughput
 
-            with blame("--plot"):
-                panels = {
-                    choice.label: [r for r in step_results if r.title.startswith(f"{choice.label} ")]
-                    for choice in choices
-                }
-                panels = {label: results for label, results in panels.items() if results}
+            panels = {
+                choice.label: [r for r in step_results if r.title.startswith(f"{choice.label} ")] for choice in choices
+            }
+            panels = {label: results for label, results in panels.items() if results}
+            with writing("--plot"):
                 draw_throughput(plot, _title(facts, dtype), panels, machine.caches())
             out.print(f"throughput: {plot}", soft_wrap=True)
-        if json is not None:
-            with blame("--json"):
-                write_json(json, {**_report(results, skipped, facts, dtype, seconds), "others_share": share})
 
 
 def _company(*, seconds: float, after_round: Callable[[], object], times: dict[str, list[np.ndarray]]) -> Result:

@@ -17,7 +17,7 @@ import fastopt
 from fastopt.cli.choices import Choice, check_lr, parse_optimizers
 from fastopt.cli.descent import LEARNING_RATES, Outcome, descend, measure, suggest_lr
 from fastopt.cli.expression import CONSTANTS, FUNCTIONS
-from fastopt.cli.output import blame, check_files, check_writable, console, progress, write_json
+from fastopt.cli.output import blame, check_files, console, progress, write_json, writing
 from fastopt.cli.surfaces import SURFACES, Point, Surface, Window, placed, surface_of
 
 EXAMPLES = "\n\n".join(
@@ -137,13 +137,7 @@ def contour(
         surface = placed(surface, begin, seen)
     with blame("--tolerance"):
         near = TOLERANCE * surface.window.extent if tolerance is None else _check_tolerance(tolerance)
-    check_files(plot, json)
-    with blame("--animate"):
-        if animate is not None:
-            check_writable(animate)
-            from fastopt.cli.plots.style import check_gif
-
-            check_gif(animate)
+    check_files({"--plot": plot, "--animate": animate, "--json": json})
 
     count = surface.steps if steps is None else steps
     with blame("--optimizer"):  # make all optimizers before the first step: a value out of range ends the command here
@@ -164,6 +158,9 @@ def contour(
 
     out = console(for_json=json)
     _print_results(out, surface, runs, count, near)
+    if json is not None:  # first: a picture can be drawn from it, if its own disk is full
+        with writing("--json"):
+            write_json(json, _report(surface, runs, count, near))
     if plot is not None or animate is not None:
         from fastopt.cli.plots.paths import Scene, animate_paths, draw_paths, frames_of
 
@@ -172,17 +169,14 @@ def contour(
         lowest = min((float(surface.f(*point)) for point in surface.minima), default=math.inf)
         scene = Scene(_title(surface, count), x, y, surface.f(x, y), lowest, surface.start, surface.minima, paths)
         if plot is not None:
-            with blame("--plot"):
+            with writing("--plot"):
                 draw_paths(plot, scene)
             out.print(f"picture: {plot}", soft_wrap=True)
         if animate is not None:
-            with progress("frames") as bar, blame("--animate"):
+            with progress("frames") as bar, writing("--animate"):
                 task = bar.add_task("animation", total=len(frames_of(scene)))
                 animate_paths(animate, scene, lambda: bar.advance(task))
             out.print(f"animation: {animate}", soft_wrap=True)
-    if json is not None:
-        with blame("--json"):
-            write_json(json, _report(surface, runs, count, near))
 
 
 def _numbers(text: str, names: Sequence[str]) -> list[float]:

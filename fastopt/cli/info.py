@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fastopt
-from fastopt.cli.output import STDOUT, blame, check_writable, console, write_json
+from fastopt.cli.output import STDOUT, check_files, console, write_json, writing
 from fastopt.kernels import find_cuda
 from fastopt.kernels.bind import CACHE_VARIABLE, cache_directory
 from fastopt.kernels.driver import DRIVER
@@ -39,14 +39,12 @@ def info(
 
     The command changes nothing, and a missing part is not an error: if CUDA cannot work, the reason is printed.
     """
-    with blame("--json"):
-        if json is not None:
-            check_writable(json)
+    check_files({"--json": json})
     found = gather()
     if json != STDOUT:
         console().print(_table(found))
     if json is not None:
-        with blame("--json"):
+        with writing("--json"):
             write_json(json, found)
 
 

@@ -1,4 +1,4 @@
-"""Output shared by all commands: consoles, JSON, checks of paths before the work begins, errors."""
+"""Output shared by all commands: consoles, JSON, files, checks of paths before the work begins, errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fastopt.files import is_stream, same_file, write_file
 
 STDOUT = Path("-")
 
@@ -48,30 +50,55 @@ def blame(option: str) -> Iterator[None]:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 
+@contextmanager
+def writing(option: str) -> Iterator[None]:
+    """Report an error of a file inside the block, which the work has led to: its message, no usage, exit code 1."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        typer.echo(f"Error: {option}: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
 def check_writable(path: Path) -> None:
     """Raise OSError unless `path` is ``-`` or can be written: check it before the training, not after."""
-    folder = path.parent
     if path == STDOUT:
         return
     if path.is_dir():
         raise IsADirectoryError(f"{path}: must be a file, got a directory; give the name of a file in it")
+    stream = is_stream(path)
+    folder = (Path(os.path.realpath(path)) if path.is_symlink() and not stream else path).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{path}: must be in an existing directory, got {folder}; run: mkdir -p {folder}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"{path}: must be writable; choose another file")
+    # A new file is made beside the old one, and replaces it.
+    if not stream and not os.access(folder, os.W_OK):
+        raise PermissionError(
+            f"{path}: must be writable; choose another file, in a directory where files can be made, unlike {folder}"
+        )
 
 
-def check_files(plot: Path | None, json: Path | None) -> None:
-    """Check that the files of ``--plot`` and ``--json`` can be written, and that the plot format can be drawn."""
-    with blame("--plot"):
-        if plot is not None:
-            check_writable(plot)
-            from fastopt.cli.plots.style import check_format  # importing matplotlib takes 0.5 s: only for a plot
+def check_files(files: Mapping[str, Path | None]) -> None:
+    """Check that the files of options such as ``--plot`` and ``--json`` can be written, and that they differ.
 
-            check_format(plot)
-    with blame("--json"):
-        if json is not None:
-            check_writable(json)
+    An error names the option. A plot and an animation must also have a format that can be drawn.
+    """
+    seen: dict[str, Path] = {}
+    for option, path in files.items():
+        if path is None:
+            continue
+        with blame(option):
+            check_writable(path)
+            if option in ("--plot", "--animate"):
+                from fastopt.cli.plots import style  # importing matplotlib takes 0.5 s: only for a plot
+
+                check = style.check_format if option == "--plot" else style.check_gif
+                check(path)
+            for other, taken in seen.items():
+                if same_file(path, taken):
+                    raise ValueError(f"{path}: must be another file than that of {other}, got the same; choose another")
+        seen[option] = path
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -79,8 +106,9 @@ def write_json(path: Path, content: Any) -> None:
     text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
     if path == STDOUT:
         sys.stdout.write(text)
+        sys.stdout.flush()
     else:
-        path.write_text(text, encoding="utf-8")
+        write_file(path, text.encode())
 
 
 def _finite(content: Any) -> Any:

@@ -19,7 +19,7 @@ import fastopt
 from fastopt.cli import data
 from fastopt.cli.choices import INITS, SCHEDULES, Choice
 from fastopt.cli.network import Layer, backward, new_layers, new_norms
-from fastopt.cli.output import blame, progress
+from fastopt.cli.output import blame, progress, writing
 from fastopt.cli.resume import OPTIONS, Keeper
 from fastopt.cli.trainer import Outcome, train_network
 
@@ -203,5 +203,5 @@ def train_all(runs: Sequence[Run], setting: Setting, begun: Sequence[Outcome | N
 def _after_epoch(bar: Progress, task: TaskID, keeper: Keeper | None, outcome: Outcome) -> None:
     bar.update(task, advance=1, loss=f"loss {outcome.losses[-1]:.4f}")
     if keeper is not None:
-        with blame("--checkpoint"):
+        with writing("--checkpoint"):
             keeper.keep(outcome)

@@ -23,7 +23,7 @@ from fastopt.cli.choices import (
 )
 from fastopt.cli.compare import COMPARISONS, PLAIN, own_defaults
 from fastopt.cli.network import ACTIVATIONS
-from fastopt.cli.output import STDOUT, blame, check_files, check_writable, console, write_json
+from fastopt.cli.output import STDOUT, blame, check_files, console, write_json, writing
 from fastopt.cli.report import Result, print_results, report, settings_of, title_of
 from fastopt.cli.resume import Keeper
 from fastopt.cli.runs import Plan, Setting, beside, make_run, train_all
@@ -216,7 +216,8 @@ def train(
     with blame("--compare"):
         if compare is not None:
             comparison.check(given, choices, widths)
-    check_files(plot, json)
+    second = {"--checkpoint with --batch-norm": beside(checkpoint)} if checkpoint is not None and batch_norm else {}
+    check_files({"--plot": plot, "--json": json, "--checkpoint": checkpoint, **second})
     with blame("--resume"):
         if resume and checkpoint is None:
             raise ValueError("must be given with --checkpoint FILE, the file to continue from")
@@ -262,13 +263,13 @@ def train(
         if run.keeper is not None:
             note = f", continued after epoch {done}" if done else ""
             out.print(f"checkpoint: {run.keeper.path}{note}", soft_wrap=True)
+    if json is not None:  # first: the figure can be drawn from it, if its own disk is full
+        with writing("--json"):
+            write_json(json, report(settings, results, compare))
     if plot is not None:
-        with blame("--plot"):
+        with writing("--plot"):
             comparison.draw(plot, title_of(settings), results)
         out.print(f"{comparison.picture}: {plot}", soft_wrap=True)
-    if json is not None:
-        with blame("--json"):
-            write_json(json, report(settings, results, compare))
 
 
 def _interrupted(keepers: Sequence[Keeper], epochs: int) -> str:
@@ -292,14 +293,12 @@ def _check_batch_norm(widths: Sequence[int], rows: int, batch_rows: int) -> None
 
 
 def _check_checkpoint(path: Path, optimizers: int, batch_norm: bool, resume: bool) -> None:
-    """Refuse a file that cannot be written or would be overwritten, and more than one optimizer."""
+    """Refuse a file that would be overwritten, and more than one optimizer."""
     if optimizers > 1:
         raise ValueError(f"--optimizer: must name one optimizer, got {optimizers}; train them one by one")
     for one in [path, beside(path)] if batch_norm else [path]:
         if one == STDOUT:
             raise ValueError("must be the name of a file, such as run.safetensors, got -")
-        check_writable(one)
-        check_writable(one.parent / f".{one.name}.tmp")  # saving writes this file, which then replaces `one`
         if one.exists() and not resume:
             raise FileExistsError(
                 f"{one}: must not exist yet; continue it with --resume, delete it, or choose another file"

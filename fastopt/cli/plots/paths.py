@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastopt.cli.plots.style import COLOURS, line_style, save
+from fastopt.files import write_file
 
 GROUND = LinearSegmentedColormap.from_list("ground", ["#FFFFFF", "#C3CAD3"])
 """Low values are white, high ones a grey from which each of `COLOURS` stands out."""
@@ -114,7 +115,7 @@ def animate_paths(path: Path, scene: Scene, after: Callable[[], object]) -> None
         duration=[duration] * (len(steps) - 1) + [LAST_FRAME_MS],
         loop=0,
     )
-    path.write_bytes(content.getvalue())
+    write_file(path, content.getvalue())
 
 
 def frames_of(scene: Scene) -> list[int]:

@@ -5,6 +5,7 @@ Figures do not use pyplot: no window, no global state, and the same result on a 
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -13,6 +14,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from fastopt.files import write_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe & Ito's colours, distinct in every type of colour vision; without their yellow, which is too faint on white."""
@@ -61,8 +64,10 @@ def tidy(axes: Axes) -> None:
 
 def save(figure: Figure, path: Path, digest: str | None = None) -> None:
     """Write a figure; with a `digest` of its data, write a reproducible SVG that contains the digest."""
+    content = BytesIO()
     if digest is None:
-        figure.savefig(path, dpi=150)
+        figure.savefig(content, format=path.suffix[1:].lower(), dpi=150)
     else:
         with rc_context({"svg.hashsalt": digest}):
-            figure.savefig(path, format="svg", metadata={"Date": None, "Description": digest})
+            figure.savefig(content, format="svg", metadata={"Date": None, "Description": digest})
+    write_file(path, content.getvalue())
