@@ -15,7 +15,7 @@ from fastopt.hyper import WEIGHT_DECAY
 from fastopt.rule import Rule
 from fastopt.step.features import features_of
 from fastopt.step.table import Point, Table, hyper_of
-from fastopt.storage.flat import check_vectors
+from fastopt.storage.flat import check_apart, check_vectors
 from fastopt.storage.layout import Layout
 
 
@@ -68,6 +68,7 @@ def update_(rule: Rule, p: Any, g: Any, *states: Any, t: int = 1, grad_scale: fl
         if number.dtype != np.float64 or number.size != 1:
             raise TypeError(f"{name}: must be 1 number of float64, got {number.size} of {number.dtype}")
         numbers.append(number)
+    check_apart(dict(zip((*named, *rule.numbers), (*vectors, *numbers), strict=True)), backend)
     t = scalars.count("t", t, 1, "the number of this update, an int from 1")
     values = rule.complete(hyper)
     values = {name: rule.check(name, value, dtype=vectors[0].dtype) for name, value in values.items()}

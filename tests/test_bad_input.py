@@ -1359,6 +1359,92 @@ def test_one_array_under_two_paths():
         fastopt.pack({"a": shared, "b": shared})
 
 
+COMPLEX = np.ones(6, complex)
+VIEWS = {
+    "the same memory": (WHOLE[:], WHOLE[:]),
+    "a part": (WHOLE, WHOLE[2:4]),
+    "an end": (WHOLE[:4], WHOLE[3:]),
+    "its transpose": (WHOLE[:6].reshape(2, 3), WHOLE[:6].reshape(2, 3).T),
+    "every other element": (WHOLE[::2], WHOLE[4::4]),
+    "backwards": (WHOLE[:5], WHOLE[::-2]),
+    "rows and a column": (WHOLE[:6].reshape(2, 3)[::2], WHOLE[:6].reshape(2, 3)[:, 1]),
+}
+APART = {
+    "interleaved": (WHOLE[::2], WHOLE[1::2]),
+    "columns": (WHOLE[:6].reshape(2, 3)[:, 0], WHOLE[:6].reshape(2, 3)[:, 2]),
+    "halves of complex numbers": (COMPLEX.real, COMPLEX.imag),
+    "neighbours": (WHOLE[:3], WHOLE[3:]),
+    "nothing": (WHOLE, WHOLE[2:2]),
+}
+
+
+@pytest.mark.parametrize("views", VIEWS.values(), ids=VIEWS)
+def test_two_views_of_one_array_are_refused_by_address(views):
+    one, other = views
+    tied = {"a": one, "c": np.ones(2), "layer": [other]}
+    message = (
+        r"^parameters 'a' and 'layer\.0': must not overlap in memory .*; keep one of them in the tree, or pass a copy"
+    )
+    for make in (fastopt.pack, fastopt.Adam, lambda tree: fastopt.pack(tree, dtype=np.float32)):
+        with pytest.raises(ValueError, match=message):
+            make(tied)
+    opt = fastopt.SGD({"a": np.ones(3)})
+    with pytest.raises(ValueError, match=r"^parameters 'b' and 'c': must not overlap in memory"):
+        opt.add({"b": one, "c": other})
+    assert opt.flat.paths == ("a",)
+
+
+@pytest.mark.parametrize("views", APART.values(), ids=APART)
+def test_views_that_share_no_element_are_not_refused(views):
+    one, other = views
+    flat = fastopt.pack({"a": one, "b": other})
+    assert [array.tolist() for array in flat.arrays] == [one.tolist(), other.tolist()]
+    opt = fastopt.SGD({"a": np.ones(3)})
+    opt.add({"b": one, "c": other})
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_what_is_added_must_not_lie_in_what_is_there(copies):
+    own = {"a": np.ones((4, 4)), "b": np.ones(3)}
+    opt = fastopt.Adam(own, copy=copies)
+    for more in (opt.params["a"], opt.params["a"][1:3], opt.params["b"][:2]):
+        path = "b" if more.ndim == 1 else "a"
+        with pytest.raises(ValueError, match=rf"^parameters '{path}' and 'c': must not overlap in memory"):
+            opt.add({"c": more})
+    if not copies:
+        for more in (opt.states["m"]["a"], opt.grads["b"]):
+            with pytest.raises(
+                ValueError, match=r"^parameters 'c' and \"the optimizer's own buffer \d\": must not overl"
+            ):
+                opt.add({"c": more})
+    assert opt.flat.paths == ("a", "b")
+    opt.add({"c": own["a"] if copies else np.ones(2)})  # packed parameters are copies
+
+
+def test_a_gradient_in_the_gaps_of_parameters_is_not_refused():
+    whole = np.zeros((5, 4))
+    whole[1::2] = 1.0
+    opt = fastopt.SGD({"a": whole[0:1], "b": whole[2:3], "c": np.zeros((2, 4))}, lr=1.0, copy=False)
+    opt.step({"a": None, "b": None, "c": whole[1::2]})
+    assert (opt.params["c"] == -1.0).all()
+    opt.accumulate({"a": None, "b": None, "c": whole[1::2]})
+    opt.zero_grad()
+    assert opt.flat.check_grads({"a": None, "b": None, "c": whole[1::2]})[2].tolist() == [[1.0] * 4] * 2
+    for grad in (whole[:2], whole[2:4], whole[::3]):
+        for take in (opt.step, opt.accumulate, opt.flat.check_grads):
+            with pytest.raises(ValueError, match=r"^gradient 'c': must not overlap"):
+                take({"a": None, "b": None, "c": grad})
+
+
+@pytest.mark.parametrize(("v", "named"), [("p", "p and v"), ("g", "g and v"), ("m", "m and v")])
+def test_a_number_of_a_rule_is_no_part_of_its_arrays(v, named):
+    arrays = dict(zip("pgm", np.ones((3, 4)), strict=True))
+    arrays = {name: array.copy() for name, array in arrays.items()}
+    with pytest.raises(ValueError, match=rf"^{named}: must not overlap in memory"):
+        rules.novograd.update_(*arrays.values(), arrays[v][:1])
+    assert all((array == 1.0).all() for array in arrays.values())
+
+
 def test_a_dtype_that_is_none():
     with pytest.raises(TypeError, match=r"^dtype: must be float32 or float64, got 'nonsense'"):
         fastopt.pack({"a": np.ones(3)}, dtype="nonsense")

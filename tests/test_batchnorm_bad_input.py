@@ -114,6 +114,16 @@ FORWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"running_var: must share no memory with running_mean",
     ),
+    *[
+        (
+            f"{name} in {other}",
+            {name: LONG[:3], other: LONG[2:5]},
+            ValueError,
+            rf"{other}: must share no memory with {name}, got an array that overlaps it",
+        )
+        for name in ("gamma", "beta")
+        for other in ("running_mean", "running_var")
+    ],
     (
         "inference without statistics",
         {"training": False, "running_mean": None, "running_var": None},
@@ -356,7 +366,16 @@ ATTACH: list[tuple[str, Any, Any, type[Exception], str]] = [
         ValueError,
         r"grads\['beta'\]: must be writeable, got a read-only array",
     ),
-    ("the same twice", ONE, ONE, ValueError, r"grads\['gamma'\]: must share no memory with params\['gamma'\]"),
+    ("the same twice", ONE, ONE, ValueError, r"^params\['(\w+)'\] and grads\['\1'\]: must not overlap in mem"),
+    ("half of one", {"gamma": LONG[:3], "beta": LONG[2:5]}, pair(), ValueError, r"^params\['gamma'\] and params\['bet"),
+    ("one gradient", pair(), dict.fromkeys(ONE, LONG[:3]), ValueError, r"^grads\['gamma'\] and grads\['beta'\]: must"),
+    (
+        "crossed",
+        {**pair(), "gamma": LONG[:3]},
+        {**pair(), "beta": LONG[:3]},
+        ValueError,
+        r"^params\['gamma'\] and grads\['beta'\]: must not overlap in memory; pass arrays that share none",
+    ),
 ]
 
 
@@ -382,8 +401,10 @@ def test_a_state_is_attached_whole_or_not_at_all():
         bn.attach({**pair(), "running_mean": np.zeros(3, np.float32)}, grads)
     with pytest.raises(TypeError, match=r"params\['running_var'\]: must be of dtype float32, got float64"):
         bn.attach({**own, "running_var": np.ones(3)}, grads)
-    with pytest.raises(ValueError, match=r"grads\['running_var'\]: must share no memory with params\['running_var'\]"):
+    with pytest.raises(ValueError, match=r"^params\['running_var'\] and grads\['running_var'\]: must not overlap"):
         bn.attach(own, {**grads, "running_var": own["running_var"]})
+    with pytest.raises(ValueError, match=r"^params\['gamma'\] and running_mean: must not overlap in memory"):
+        bn.attach({**pair(), "gamma": own["running_mean"]}, pair())
     assert all(bn.state[name] is own[name] for name in own)
     assert set(BatchNorm(3, track_running_stats=False).state) == {"gamma", "beta"}
     statistics = BatchNorm(3, affine=False).state

@@ -222,6 +222,34 @@ def test_an_optimizer_works_where_its_arrays_are():
 # --- owners and streams -----------------------------------------------------------------------------------------------
 
 
+def test_views_of_one_array_are_refused_where_their_elements_are_the_same():
+    whole = uploaded(np.ones((5, 4)))
+    tied = {"a": whole[:3], "c": uploaded(np.ones(2)), "layer": [whole[2:]]}
+    for copies in (True, False):
+        with pytest.raises(V, match=r"^parameters 'a' and 'layer\.0': must not overlap in memory"):
+            fastopt.SGD(tied, copy=copies)
+    with pytest.raises(V, match=r"^parameters 'a' and 'b': must not overlap in memory"):
+        fastopt.SGD({"a": whole[::2], "b": whole[:, 1]})
+    assert fastopt.pack({"a": whole[::2], "b": whole[1::2]}).backend == "cuda"
+    opt = fastopt.SGD({"a": whole[0:1], "b": whole[2:3]}, lr=1.0, copy=False)
+    opt.step({"a": whole[1:2], "b": whole[3:4]})
+    assert not host(whole)[::2][:2].any()
+    with pytest.raises(V, match=r"^gradient 'b': must not overlap the parameters in memory"):
+        opt.step({"a": whole[1:2], "b": whole[0:1]})
+    with pytest.raises(V, match=r"^parameters 'a' and 'c': must not overlap in memory"):
+        opt.add({"c": whole[:1]})
+
+
+def test_a_number_is_the_gradient_of_a_0_d_parameter():
+    opt = fastopt.SGD({"s": uploaded(np.zeros((), np.float32))}, lr=1.0)
+    for value in (0.25, np.float64(0.25), np.array(0.25), uploaded(np.array(0.25))):
+        opt.step({"s": value})
+    assert host(opt.params["s"]) == -1.0
+    for wrong in (True, "1", 1j, np.array([0.25], np.float32)):
+        with pytest.raises((T, V), match=r"^gradient 's': must "):
+            opt.step({"s": wrong})
+
+
 def test_memory_outlives_its_owner_where_it_is_used_and_is_let_go_where_it_was_copied():
     owner = Foreign(np.arange(3.0))
     watched = weakref.ref(owner)

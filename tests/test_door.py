@@ -7,6 +7,7 @@ import gc
 import math
 import pickle
 import sys
+import time
 import weakref
 from functools import cache
 from itertools import combinations, pairwise
@@ -19,9 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import run
 
-from fastopt.storage import door as door_module
 from fastopt.storage import door as module
-from fastopt.storage.door import NONE, REFUSED, Door, address_of, bounds_of, intervals, overlapping, usable_array
+from fastopt.storage.door import (
+    NONE,
+    REFUSED,
+    Door,
+    address_of,
+    bounds_of,
+    intervals,
+    overlapping,
+    runs_of,
+    sharing,
+    usable_array,
+)
 
 F4, F8 = np.dtype(np.float32), np.dtype(np.float64)
 PASSES = ("compiled", "python")
@@ -72,7 +83,7 @@ def read_only(array: np.ndarray) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled pass from the first call on."""
-    monkeypatch.setattr(door_module.Patience, "left", 0)
+    monkeypatch.setattr(module.Patience, "left", 0)
 
 
 # --- what the passes accept -------------------------------------------------------------------------------------------
@@ -731,12 +742,54 @@ def test_bounds(data):
         assert low == high
 
 
+def a_view(data: Any, of: np.ndarray) -> np.ndarray:
+    """A view of any strides, some of whose elements may be one and the same."""
+    view: Any = of.transpose(data.draw(st.permutations(range(of.ndim))))
+    for axis, size in enumerate(view.shape):
+        view = view[(slice(None),) * axis + (data.draw(st.slices(size)),)]
+    if data.draw(st.booleans()):
+        view = np.broadcast_to(view, (2, *view.shape))
+    return view
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("limits", [{}, {"FEW_PAIRS": 0}, {"HARD": 1}], ids=str)
+def test_views_share_memory_only_where_their_elements_do(data, limits):
+    whole = np.zeros((4, 5, 6), data.draw(st.sampled_from([F4, F8])))
+    arrays = [a_view(data, whole) for _ in range(data.draw(st.integers(0, 6)))]
+    pairs = [(i, j) for i, j in combinations(range(len(arrays)), 2) if np.shares_memory(arrays[i], arrays[j])]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in limits.items():
+            patch.setattr(module, name, value)
+        found = sharing(arrays)
+    assert found in pairs if pairs else found is None
+    for array in arrays:
+        begins, ends = runs_of(array)
+        bytes_of: set[int] = set()
+        for element in np.ndindex(array.shape):
+            first = address_of(array) + sum(k * stride for k, stride in zip(element, array.strides, strict=True))
+            bytes_of.update(range(first, first + array.itemsize))
+        assert set().union(*map(range, begins.tolist(), ends.tolist())) == bytes_of
+        assert (ends[:-1] < begins[1:]).all()
+
+
+def test_thousands_of_interleaved_views_are_compared_in_no_time():
+    """Each lies in the gaps of all others: 12 million pairs."""
+    whole = np.zeros((50, 5_000), F4)
+    columns = [whole[:, k] for k in range(5_000)]
+    start = time.perf_counter()
+    assert sharing(columns) is None
+    assert sharing([*columns, whole[10, 4_000:4_001]]) == (4_000, 5_000)
+    assert sharing([np.zeros(4_000_000, F4)[k::2] for k in (0, 1)]) is None
+    assert time.perf_counter() - start < 5.0
+
+
 def test_python_makes_the_first_passes_of_a_process(monkeypatch):
-    monkeypatch.setattr(door_module.Patience, "left", 7)
-    monkeypatch.setattr(door_module, "_compile", cache(lambda: None))
+    monkeypatch.setattr(module.Patience, "left", 7)
+    monkeypatch.setattr(module, "_compile", cache(lambda: None))
     door, addresses = Door([(2,), (3,)], np.float32), np.zeros(2, np.int64)
     calls = []
-    monkeypatch.setattr(door_module, "compiled_pass", lambda: calls.append(1))
+    monkeypatch.setattr(module, "compiled_pass", lambda: calls.append(1))
     for _ in range(6):
         assert door.take([None, None], addresses) == (0, 2)
     assert len(calls) == 2  # after 8 arrays

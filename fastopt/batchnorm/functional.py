@@ -243,8 +243,13 @@ def forward_pass(
                 f"x: must have at least 2 values per channel in training, got {values} (shape {x.shape}); use a larger "
                 f"batch, or training=False"
             )
-        if running_mean is not None and running_var is not None and backend.overlap(running_mean, running_var):
-            raise _overlap("running_var", "running_mean")
+        if running_mean is not None and running_var is not None:
+            if backend.overlap(running_mean, running_var):
+                raise _overlap("running_var", "running_mean")
+            for name, array in (("gamma", gamma), ("beta", beta)):
+                for written_name, written in (("running_mean", running_mean), ("running_var", running_var)):
+                    if array is not None and backend.overlap(written, array):
+                        raise _overlap(written_name, name)
     elif running_mean is None or running_var is None:
         raise ValueError(
             "running_mean: must be an array with training=False, got None; pass both statistics, or training=True"

@@ -21,6 +21,7 @@ from fastopt.batchnorm.functional import (
 )
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import Backend
+from fastopt.storage.flat import check_apart
 
 STATE_FORMAT = 1
 
@@ -198,8 +199,8 @@ class BatchNorm:
                 statistics are not written.
 
         Raises:
-            TypeError, ValueError: naming the array: other keys, shapes or dtypes than the layer's, read-only arrays;
-                the layer is then unchanged.
+            TypeError, ValueError: naming the array: other keys, shapes or dtypes than the layer's, read-only arrays,
+                two that share memory; the layer is then unchanged.
 
         >>> import numpy as np, fastopt
         >>> bn = fastopt.BatchNorm(2, dtype=np.float64)
@@ -219,12 +220,11 @@ class BatchNorm:
                 both = f"; or pass {sorted(own)} in both" if len(own) > len(self.params) else ""
                 raise ValueError(f"{name}: must be a dict with the keys {sorted(keys)}, got {found}{both}")
             for key, array in tree.items():
-                check_like(f"{name}[{key!r}]", array, own[key].shape, self.dtype, self._backend, written=True)
-        for key in params:
-            if self._backend.overlap(params[key], grads[key]):
-                raise ValueError(
-                    f"grads[{key!r}]: must share no memory with params[{key!r}], got an overlap; pass opt.grads"
-                )
+                check_like(f"{name}[{key!r}]", array, (self.num_features,), self.dtype, self._backend, written=True)
+        apart = {f"params[{key!r}]": params[key] for key in params} | {f"grads[{key!r}]": grads[key] for key in grads}
+        if len(keys) < len(own):  # the running statistics stay where they are
+            apart |= {key: own[key] for key in set(own) - keys}
+        check_apart(apart, self._backend)
         names = tuple(self.params)
         self.params = {key: params[key] for key in names}
         self.grads = {key: grads[key] for key in names}

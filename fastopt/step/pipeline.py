@@ -142,11 +142,10 @@ class Pipeline:
     def _locate(self) -> None:
         """Take the addresses of the parameters, which may have moved: see `FlatParams.replace`."""
         addresses = self.flat.addresses
-        averages = () if self.average is None else (self.average,)
         self.places_of_params = self.flat.layout.places(addresses, addresses)
         """For kernels that read no gradients."""
         self._sums_at: tuple[np.ndarray, list[Any]] | None = None
-        self.intake = Intake(self.flat, self.backend, (*self.states, *averages))
+        self.intake = Intake(self.flat, self.backend, self.buffers)
         self.plan.forget_chunks()
         self.addresses = addresses  # at the end: an interrupt before has all of it made again
 
@@ -704,7 +703,7 @@ class Pipeline:
             raise RuntimeError("add(): accumulated gradients are waiting; call step(), or zero_grad() to drop them")
         self.flush_rows()
         before, old, old_numbers = self.flat, self.views(), {path: k for k, path in enumerate(self.flat.paths)}
-        flat = before.extended(params)
+        flat = before.extended(params, (*self.buffers, *before.grad_buffers) if before.in_place else ())
         added = [k for k, path in enumerate(flat.paths) if path not in old_numbers]
         changes, missed = self.groups.changes, self.groups.missed
         new_changes = [changes[old_numbers[path]] if path in old_numbers else dict(hyper) for path in flat.paths]

@@ -19,6 +19,7 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -364,7 +365,8 @@ class Door:
         what = f"{'parameter' if self.writeable else 'gradient'} {path!r}"
         array = usable_array(leaf, self.shapes[k], self.dtype, what, writeable=self.writeable)
         protected = self._header.protected
-        if len(protected.begins) > 0 and isinstance(leaf, np.ndarray) and protected.overlaps(*bounds_of(leaf)):
+        within = len(protected.begins) > 0 and isinstance(leaf, np.ndarray) and protected.overlaps(*bounds_of(leaf))
+        if within and protected.overlaps(*runs_of(leaf)).any():
             own = protected.own
             if own is None or not leaf.flags.c_contiguous or address_of(leaf) != own[k]:
                 # Also where the leaf was converted: a gradient that lies in the parameters is a mistake.
@@ -486,15 +488,21 @@ def address_of(array: np.ndarray) -> int:
     return address
 
 
-def bounds_of(array: np.ndarray) -> tuple[int, int]:
-    """Return the addresses from and up to which an array of any strides lies."""
-    low = high = address_of(array)
+def bounds_of(array: Any, address: int | None = None) -> tuple[int, int]:
+    """Return the addresses from and up to which an array of any strides lies; `address`: of an array of a device."""
+    low = high = address_of(array) if address is None else address
     if array.size == 0:
         return low, high
     for count, stride in zip(array.shape, array.strides, strict=True):
         low += min(stride, 0) * (count - 1)
         high += max(stride, 0) * (count - 1)
     return low, high + array.itemsize
+
+
+def described(array: Any, address: int) -> np.ndarray:
+    """Return a NumPy array of the shape, strides and address of an array of a device, to compare and never to read."""
+    interface = {"shape": array.shape, "strides": array.strides, "typestr": array.dtype.str, "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__={**interface, "data": (address, True)}))
 
 
 def overlapping(addresses: np.ndarray, sizes: np.ndarray) -> tuple[int, int] | None:
@@ -512,6 +520,77 @@ def overlapping(addresses: np.ndarray, sizes: np.ndarray) -> tuple[int, int] | N
     before = int(np.argmax(begins[:after] + sizes[order[:after]]))
     first, second = sorted((int(order[before]), int(order[after])))
     return first, second
+
+
+FEW_PAIRS = 1_000
+"""How many pairs of arrays that lie within each other's bounds are compared one by one, times the logarithm of how many
+arrays there are."""
+
+HARD = 100_000
+"""The work of `np.shares_memory` (for two arrays of many strides a hard problem), beyond which runs are compared."""
+
+
+def sharing(arrays: Sequence[np.ndarray]) -> tuple[int, int] | None:
+    """Return the numbers of two arrays of any strides that share memory, the smaller one first; None where no two do.
+
+    Exact: ``a[::2]`` and ``a[1::2]`` share none. Arrays are sorted by their bounds. Where those of several overlap,
+    pairs are compared by `np.shares_memory` or, where there are many pairs, the contiguous runs of all these arrays are
+    sorted. So the time grows as n log n with the arrays, or with the runs of those that lie in each other's gaps.
+    """
+    bounds = np.array([bounds_of(array) for array in arrays], np.int64).reshape(-1, 2)
+    order, begins, ends = _sorted(bounds[:, 0], bounds[:, 1] - bounds[:, 0])
+    if len(order) == 0:
+        return None
+    (starts,) = np.nonzero(np.r_[True, begins[1:] >= ends[:-1]])
+    for cluster in np.split(order, starts[1:]):
+        if len(cluster) > 1:
+            pair = _sharing_in([int(k) for k in cluster], arrays, bounds)
+            if pair is not None:
+                return min(pair), max(pair)
+    return None
+
+
+def _sharing_in(cluster: Sequence[int], arrays: Sequence[np.ndarray], bounds: np.ndarray) -> tuple[int, int] | None:
+    """The same for arrays whose bounds overlap, sorted by where they begin."""
+    left = FEW_PAIRS * len(cluster).bit_length()
+    active: list[int] = []
+    try:
+        for k in cluster:
+            active = [other for other in active if bounds[other, 1] > bounds[k, 0]]
+            left -= len(active)
+            if left < 0:
+                return _runs_sharing(cluster, arrays)
+            for other in active:
+                if np.shares_memory(arrays[other], arrays[k], max_work=HARD):  # type: ignore[arg-type]
+                    return other, k
+            active.append(k)
+    except np.exceptions.TooHardError:
+        return _runs_sharing(cluster, arrays)
+    return None
+
+
+def _runs_sharing(numbers: Sequence[int], arrays: Sequence[np.ndarray]) -> tuple[int, int] | None:
+    """Two of these arrays that share memory, by the contiguous runs of all of them."""
+    runs = [runs_of(arrays[k]) for k in numbers]
+    begins, ends = (np.concatenate(each) for each in zip(*runs, strict=True))
+    owners = np.repeat(np.array(numbers), [len(each) for each, _ in runs])
+    pair = overlapping(begins, ends - begins)
+    return None if pair is None else (int(owners[pair[0]]), int(owners[pair[1]]))
+
+
+def runs_of(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The addresses from and up to which an array of any strides lies: sorted intervals, as few as possible."""
+    if array.size == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    size = array.itemsize
+    offsets = np.zeros(1, np.int64)
+    for stride, count in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True)):
+        if stride == size and len(offsets) == 1:
+            size *= count
+        else:
+            offsets = (offsets + stride * np.arange(count if stride else 1)[:, None]).reshape(-1)
+    begins = bounds_of(array)[0] + offsets
+    return intervals(begins, np.full(len(begins), size))
 
 
 def intervals(addresses: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,19 @@ from fastopt.kernels import backend_of, get_backend
 from fastopt.kernels.contract import Backend
 from fastopt.lazy import lazy
 from fastopt.signals import deferred_signals
-from fastopt.storage.door import Door, number_array, overlapping, remedy, usable_array
+from fastopt.storage.door import (
+    Door,
+    Protected,
+    bounds_of,
+    described,
+    intervals,
+    number_array,
+    overlapping,
+    remedy,
+    runs_of,
+    sharing,
+    usable_array,
+)
 from fastopt.storage.layout import Layout
 from fastopt.storage.trees import containers, flatten, handed_out, leaves_like, plain
 
@@ -147,17 +159,19 @@ class FlatParams:
         grads = None if self._grad_arrays is None else list(self._grad_arrays)
         return _unpickled, (plain(self.params), grads, self.backend, self.in_place)
 
-    def extended(self, params: Any) -> FlatParams:
+    def extended(self, params: Any, apart_from: Sequence[Any] = ()) -> FlatParams:
         """Return these parameters together with others, which get a buffer of their own or stay in their arrays.
 
         Args:
             params: a dict of trees to add to a dict, or a list of trees to add to a list.
+            apart_from: a list of buffers of the backend that the arrays must not overlap where they stay in place.
 
         Returns:
             A `FlatParams` that shares its arrays with this one.
 
         Raises:
-            TypeError, ValueError: as `pack`; a key that is there already, parameters that are not in a dict or list.
+            TypeError, ValueError: as `pack`; a key that is there already, parameters that are not in a dict or list,
+                arrays that overlap those that are there.
             RuntimeError: as `pack`.
 
         >>> import numpy as np, fastopt
@@ -170,9 +184,8 @@ class FlatParams:
             raise TypeError(f"params: must have dtype {self.dtype} as the other parameters, got {others.dtype}")
         merged = _merged(plain(self.params), plain(others.params))
         leaves, treespec, paths = flatten(merged)
-        if self.in_place:
-            addresses = self.addresses_of(leaves)
-            _check_apart(addresses, np.array([leaf.nbytes for leaf in leaves], np.int64), paths)
+        given = flatten(_merged(plain(self.params), plain(params)))[0]
+        _refuse_sharing([*given, *apart_from], self._backend, (*paths, *_own(apart_from)))
         twin = FlatParams(leaves, paths, treespec, self.dtype, self.backend, copy=False)
         twin.in_place = self.in_place
         twin._buffers = [*self._buffers, *others._buffers]
@@ -334,15 +347,15 @@ class FlatParams:
             leaves, addresses = arrays, self.addresses_of(arrays)
         if (addresses == self.addresses).all():
             return False
-        everything = [*arrays, *apart_from]
-        sizes = np.array([array.nbytes for array in everything], np.int64)
-        own = [f"the optimizer's own buffer {k}" for k in range(len(apart_from))]
-        _check_apart(np.concatenate([addresses, self.addresses_of(apart_from)]), sizes, (*self.paths, *own))
+        sizes = np.array([array.nbytes for array in (*arrays, *apart_from)], np.int64)
+        pair = overlapping(np.concatenate([addresses, self.addresses_of(apart_from)]), sizes)
+        if pair is not None:
+            raise _tied(pair, (*self.paths, *_own(apart_from)))
         params = handed_out(self.treespec, leaves, "opt.params")
         with deferred_signals:
             self.arrays, self.addresses, self.params = leaves, addresses, params
-            self.__dict__.pop("places", None)
-            self.__dict__.pop("neighbours", None)
+            for name in ("places", "neighbours", "_memory"):
+                self.__dict__.pop(name, None)
         return True
 
     def zero_grad(self) -> None:
@@ -377,23 +390,32 @@ class FlatParams:
         [None, array([1., 2.])]
         """
         leaves = self.leaves_like(grads)
-        kind, overlap, device = self._backend.array_type, self._backend.overlap, self.device
+        kind, device = self._backend.array_type, self.device
+        given = list(leaves)  # also where an array is converted: one that lies in the parameters is a mistake
+        bounds = np.zeros((len(leaves), 2), np.int64)
         leaf: Any
         for k, (path, view, leaf) in enumerate(zip(self.paths, self.grad_arrays, leaves, strict=True)):
             if leaf is None or leaf is view:
                 continue
             if device is None:
-                leaf = leaves[k] = usable_array(leaf, view.shape, self.dtype, f"gradient {path!r}", writeable=False)
+                leaves[k] = usable_array(leaf, view.shape, self.dtype, f"gradient {path!r}", writeable=False)
+                leaf = given[k] = leaf if isinstance(leaf, np.ndarray) else leaves[k]
             elif type(leaf) is not kind or leaf.dtype != self.dtype or leaf.shape != view.shape:
-                leaf = leaves[k] = self._check_gradient(path, leaf, view)
+                leaf = leaves[k] = given[k] = self._check_gradient(path, leaf, view)
             if device is not None:
                 _check_device(f"gradient {path!r}", leaf, self._backend, device, "as its parameter")
-            if any(overlap(leaf, own) for own in self.grad_buffers) and not self._same_memory(leaf, view):
+            bounds[k] = bounds_of(leaf, self._backend.address(leaf))
+        params, sums = self._memory
+        lows, highs = bounds.T
+        for k in np.flatnonzero(params.overlaps(lows, highs) | sums.overlaps(lows, highs)).tolist():
+            path, leaf = self.paths[k], given[k]
+            runs = runs_of(leaf if device is None else described(leaf, self._backend.address(leaf)))
+            if sums.overlaps(*runs).any() and not self._same_memory(leaf, self.grad_arrays[k]):
                 raise ValueError(
                     f"gradient {path!r}: must not overlap the gradient buffer in another place than its own; pass a "
                     f"copy, or write into opt.grads and call step() without gradients"
                 )
-            if any(overlap(leaf, own) for own in self._buffers or self.arrays):
+            if params.overlaps(*runs).any():
                 raise ValueError(f"gradient {path!r}: must not overlap the parameters in memory; pass a copy")
         return leaves
 
@@ -424,6 +446,16 @@ class FlatParams:
                 else array
             )
         return found
+
+    @lazy
+    def _memory(self) -> tuple[Protected, Protected]:
+        """The memory of the parameters, and of the buffers of gradients."""
+
+        def protected(arrays: Sequence[Any], whose: str) -> Protected:
+            sizes = np.array([array.nbytes for array in arrays], np.int64)
+            return Protected(*intervals(self.addresses_of(arrays), sizes), None, whose)
+
+        return protected(self._buffers or self.arrays, "the parameters"), protected(self.grad_buffers, "opt.grads")
 
     def copy_grads(self, leaves: Sequence[Any]) -> None:
         """Copy gradients into `grad`.
@@ -567,19 +599,19 @@ def pack(params: Any, *, backend: str = "auto", dtype: Any = None, copy: bool = 
 
     Args:
         params: any tree (dict, list, tuple, NamedTuple, dataclass, any type known to optree) whose leaves are NumPy
-            arrays of one dtype, float32 or float64. Arrays may be empty or 0-d.
+            arrays of one dtype, float32 or float64. Arrays may be empty or 0-d. No two may share memory.
         backend: ``"cpu"``, ``"cuda"``, or ``"auto"``, the backend of the arrays.
         dtype: float32 or float64 to convert to; None keeps the arrays' dtype.
         copy: False keeps the parameters in the given arrays, which are then updated in place. They must be
-            C-contiguous, aligned and writeable, and must not overlap in memory.
+            C-contiguous, aligned and writeable.
 
     Returns:
         `FlatParams`.
 
     Raises:
         TypeError, ValueError: a leaf that is not an array, another dtype (integer, complex, object, mixed), a tree
-            without arrays, two parameters of one path; with ``copy=False``, an array that cannot be updated in place.
-            The error names the path of the parameter.
+            without arrays, two parameters of one path, two that share memory (tied weights, views of one array); with
+            ``copy=False``, an array that cannot be updated in place. The error names the path of the parameter.
         RuntimeError: the backend cannot work here.
 
     >>> import numpy as np, fastopt
@@ -613,6 +645,7 @@ def pack(params: Any, *, backend: str = "auto", dtype: Any = None, copy: bool = 
         backend = "cuda" if "cuda" in map(backend_of, leaves) else "cpu"
     memory = get_backend(backend)
     arrays = [_check_leaf(path, leaf, memory, wanted) for path, leaf in zip(paths, leaves, strict=True)]
+    _refuse_sharing(leaves, memory, paths)
     found = arrays[0].dtype if wanted is None else wanted
     for path, leaf in zip(paths, arrays, strict=True):
         if leaf.dtype != found and (wanted is None or not copy):
@@ -639,18 +672,30 @@ def _check_updatable(paths: Sequence[str], given: Sequence[Any], arrays: Sequenc
             )
         elif not array.flags.c_contiguous:
             raise ValueError(f"parameter {path!r}: must be C-contiguous, got strides {array.strides}")
-    addresses = np.array([memory.address(array) for array in arrays], np.int64)
-    _check_apart(addresses, np.array([array.nbytes for array in arrays], np.int64), paths)
 
 
-def _check_apart(addresses: np.ndarray, sizes: np.ndarray, paths: Sequence[str]) -> None:
-    """Refuse parameters that share memory."""
-    pair = overlapping(addresses, sizes)
+def _refuse_sharing(arrays: Sequence[Any], memory: Backend, paths: Sequence[str]) -> None:
+    """Refuse parameters of any strides that share memory."""
+    hosted: list[np.ndarray] = []
+    for array in arrays:
+        if backend_of(array) != "cpu":
+            own: Any = memory.adopt(array)
+            array = described(own, memory.address(own))
+        hosted.append(array)
+    pair = sharing(hosted)
     if pair is not None:
-        raise ValueError(
-            f"parameters {paths[pair[0]]!r} and {paths[pair[1]]!r}: must not overlap in memory (tied weights, or views "
-            f"of one array); keep one of them in the tree"
-        )
+        raise _tied(pair, paths)
+
+
+def _tied(pair: tuple[int, int], paths: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"parameters {paths[pair[0]]!r} and {paths[pair[1]]!r}: must not overlap in memory (tied weights, or views of "
+        f"one array); keep one of them in the tree, or pass a copy of the other"
+    )
+
+
+def _own(buffers: Sequence[Any]) -> list[str]:
+    return [f"the optimizer's own buffer {k}" for k in range(len(buffers))]
 
 
 def _check_leaf(path: str, given: Any, memory: Backend, wanted: np.dtype[Any] | None) -> Any:
@@ -678,7 +723,7 @@ def check_vectors(given: Mapping[str, Any], *, read_only: str) -> tuple[Backend,
     """Return the backend of bare arrays, and the arrays as its own; raise an error for arrays that a kernel cannot use.
 
     All arrays must be NumPy arrays or on the current device, 1-D, contiguous, aligned, of one length and one dtype:
-    native float32 or float64. They must not overlap. All but the one called `read_only` must be writeable.
+    native float32 or float64. See `check_apart` for overlaps. All but the one called `read_only` must be writeable.
     """
     names = list(given)
     places = {name: backend_of(array) for name, array in given.items()}
@@ -720,12 +765,18 @@ def check_vectors(given: Mapping[str, Any], *, read_only: str) -> tuple[Backend,
         if name != read_only and not _writeable(given[name]):
             raise ValueError(f"{name}: must be writeable, to be updated in place, got a read-only array")
         _check_device(name, array, backend, backend.device, "the current one")
-    if first.size > 0:
-        begins = sorted((backend.address(array), name) for name, array in arrays.items())
-        for (begin, name), (following, other) in pairwise(begins):
-            if begin + first.nbytes > following:
-                raise ValueError(f"{name} and {other}: must not overlap in memory; pass arrays that share none")
     return backend, list(arrays.values())
+
+
+def check_apart(arrays: Mapping[str, Any], backend: Backend) -> None:
+    """Refuse contiguous arrays of the backend that share memory, by their names."""
+    names = list(arrays)
+    addresses = np.array([backend.address(array) for array in arrays.values()], np.int64)
+    pair = overlapping(addresses, np.array([array.nbytes for array in arrays.values()], np.int64))
+    if pair is not None:
+        raise ValueError(
+            f"{names[pair[0]]} and {names[pair[1]]}: must not overlap in memory; pass arrays that share none"
+        )
 
 
 def _writeable(array: Any) -> bool:
