@@ -30,6 +30,8 @@ class Layerwise:
         ratio: ``ratio(norm_p, norm_u)``, a number, computed once per parameter in float64.
         apply: ``apply(p, *states, ratio, h)``, which returns the new p. u is not stored: `apply` computes it again from
             the states.
+        direction: ``direction(p, *states, h)``, which returns u from the new states. With it, norm_u is also right in
+            float64 where squares of u overflow or underflow.
 
     >>> import numpy as np, fastopt
     >>> from typing import NamedTuple
@@ -50,6 +52,7 @@ class Layerwise:
 
     ratio: Callable[..., Any]
     apply: Callable[..., Any]
+    direction: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,48 @@ def test_gradients_written_in_place_and_accumulated():
         np.testing.assert_allclose(host(ours.params[path]), expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("magnitude", [1e200, 1e-170, 1e-315])
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}], ids=str)
+def test_the_norm_of_float64_gradients_is_right_over_its_whole_range(magnitude, options):
+    opt = fastopt.SGD(
+        {"e": np.zeros((3, 40)), "w": np.zeros(5), "no": np.zeros(3)}, backend="cuda", max_norm=1e-3, **options
+    )
+    grads = {"e": np.zeros((3, 40)), "w": np.zeros(5), "no": None}
+    grads["e"][2, 5], grads["w"][-1] = 3.0 * magnitude, -4.0 * magnitude
+    rows = get_backend("cuda").adopt(grads["e"])
+    for _ in range(2):  # what is left of before in a buffer is not counted
+        found = [opt.step(uploaded(grads))]
+        opt.accumulate(uploaded({**grads, "w": None}))
+        opt.accumulate(uploaded({**grads, "e": None}))
+        found.append(opt.step(reduction="sum"))
+        opt.accumulate(uploaded({"e": None, "w": grads["w"], "no": np.full(3, magnitude)}))
+        opt.zero_grad()
+        opt.accumulate(uploaded(grads))
+        found.append(opt.step())
+        found.append(opt.step_rows({"e": (np.arange(3), rows)}, uploaded({**grads, "e": None})))
+        for k, info in enumerate(found):
+            assert info.grad_norm == pytest.approx(5.0 * magnitude, rel=1e-14 if magnitude > 1e-310 else 1e-7), k
+            assert not info.skipped
+    assert opt.step(uploaded({"e": np.zeros((3, 40)), "w": np.zeros(5), "no": np.zeros(3)})).grad_norm == 0.0
+
+
+@pytest.mark.parametrize(("p_scale", "g_scale"), [(1e200, 1.0), (1e-170, 1.0), (1.0, 1e200), (1.0, 1e-170)])
+@pytest.mark.parametrize("name", ["LARS", "LAMB", "NovoGrad"])
+def test_rules_that_look_at_norms_are_the_cpus_beyond_the_squares(name, p_scale, g_scale):
+    if g_scale > 1.0 and name != "LARS":
+        pytest.skip("their v is a square, which float64 does not hold")
+    rng = np.random.default_rng(0)
+    params = {path: p_scale * rng.normal(size=size) for path, size in (("a", 5), ("b", 133))}
+    ours, cpu = (getattr(fastopt, name)(params, backend=backend, weight_decay=0.1) for backend in ("cuda", "cpu"))
+    for _ in range(2):
+        grads = {path: g_scale * rng.normal(size=p.size) for path, p in params.items()}
+        ours.step(uploaded(grads))
+        cpu.step(grads)
+    for path, expected in cpu.params.items():
+        largest = np.abs(expected).max()
+        np.testing.assert_allclose(host(ours.params[path]) / largest, expected / largest, rtol=1e-12, atol=1e-13)
+
+
 def test_a_step_does_not_wait_for_the_norm(monkeypatch):
     params, backend = tree(8), get_backend("cuda")
     ours, cpu = (fastopt.AdamW(params, backend=name, max_norm=0.1, ema=0.9) for name in ("cuda", "cpu"))

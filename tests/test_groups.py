@@ -376,6 +376,18 @@ def test_added_parameters_go_on_as_if_they_were_alone(name, copies):
     assert (second["a"] != 2.0).all() == (not copies)
 
 
+def test_parameters_are_added_after_some_were_accumulated():
+    opt = fastopt.SGD({"w": np.zeros(2)}, lr=1.0)
+    opt.accumulate({"w": np.ones(2)})
+    opt.step()
+    opt.add({"a": np.zeros(40)})
+    for _ in range(2):
+        opt.accumulate({"w": np.ones(2), "a": np.full(40, 2.0)})
+    opt.step()
+    np.testing.assert_array_equal(opt.params["w"], -2.0)
+    np.testing.assert_array_equal(opt.params["a"], -2.0)
+
+
 def test_an_optimizer_with_added_parameters_is_like_any_other(tmp_path):
     opt = fastopt.Adam({"w": np.ones(3)}, lr=0.1)
     opt.grads["w"] = np.ones(3)

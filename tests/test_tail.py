@@ -274,6 +274,104 @@ def test_the_norm_does_not_depend_on_how_chunks_are_cut(longest, monkeypatch):
     assert fastopt.SGD(params, max_norm=1.0).step(grads).grad_norm == expected
 
 
+# --- norms of float64 beyond the squares that it holds ----------------------------------------------------------------
+
+MAGNITUDES = (1e200, 4e307 / 5, 1e-170, 1e-300, 1e-315)
+
+
+def ways_of_a_step(opt: fastopt.Optimizer, grads: Any) -> Any:
+    """Gradients of "e" (a matrix) and "w", in each way that a step can have them; yields StepInfo."""
+    yield opt.step(grads)
+    for name, g in grads.items():
+        opt.grads[name][...] = g
+    yield opt.step()
+    opt.accumulate({"e": grads["e"], "w": None})
+    opt.accumulate({"e": None, "w": grads["w"]})
+    yield opt.step(reduction="sum")
+    opt.accumulate(grads)
+    yield opt.step(reduction="sum")
+    yield opt.step_rows({"e": (np.arange(len(grads["e"])), grads["e"])}, {"e": None, "w": grads["w"]})
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_value": 1e308}, {"nonfinite": "zero"}], ids=str)
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_the_norm_of_float64_gradients_is_right_over_its_whole_range(magnitude, options):
+    params = {"e": np.zeros((40, 128)), "w": np.zeros(BLOCK + 3)}  # more than a block each, so that blocks differ
+    opt = fastopt.SGD(params, lr=1.0, max_norm=1.0 if magnitude > 1.0 else None, grad_norm=True, **options)
+    grads = {name: np.zeros(p.shape) for name, p in params.items()}
+    grads["e"][39, 5], grads["w"][-1] = 3.0 * magnitude, -4.0 * magnitude
+    for k, info in enumerate(ways_of_a_step(opt, grads)):
+        assert info.grad_norm == pytest.approx(5.0 * magnitude, rel=1e-14 if magnitude > 1e-310 else 1e-7), k
+        opt.flush_rows()
+        moved = 1.0 if magnitude > 1.0 else 5.0 * magnitude
+        assert opt.params["e"][39, 5] == pytest.approx(-0.6 * moved * (k + 1), rel=1e-6)
+        assert opt.params["w"][-1] == pytest.approx(0.8 * moved * (k + 1), rel=1e-6)
+
+
+@given(power=st.integers(-1000, 990), zero=st.integers(0, 2), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_a_power_of_2_in_the_gradients_is_one_in_their_norm(power, zero, seed):
+    rng = np.random.default_rng(seed)
+    grads = {name: rng.normal(size=size) for name, size in (("a", 3), ("b", 5000), ("c", 1))}
+    grads["abc"[zero]][:] = 0.0
+    opt = fastopt.SGD({name: np.zeros(g.size) for name, g in grads.items()}, lr=0.0, grad_norm=True)
+    plain = opt.step(grads).grad_norm
+    scaled = opt.step({name: 2.0**power * g for name, g in grads.items()}).grad_norm
+    assert scaled == pytest.approx(2.0**power * plain, rel=1e-13)
+
+
+def test_blocks_of_all_magnitudes_are_added_up():
+    opt = fastopt.SGD({"w": np.zeros(4 * BLOCK), "b": np.zeros(2)}, lr=0.0, grad_norm=True)
+    many = np.full(4 * BLOCK, 1.2e152)  # only the sum of all blocks overflows
+    assert opt.step({"w": many, "b": np.array([1e-300, 0.0])}).grad_norm == pytest.approx(1.2e152 * 128, rel=1e-14)
+    many[:BLOCK] = 3e200
+    expected = 3e200 * 64
+    assert opt.step({"w": many, "b": np.array([1.0, 1e180])}).grad_norm == pytest.approx(expected, rel=1e-14)
+    assert opt.step({"w": 0.0 * many, "b": np.zeros(2)}).grad_norm == 0.0
+    for bad in (np.inf, np.nan):
+        found = opt.step({"w": many, "b": np.array([bad, 1.0])}).grad_norm
+        assert not np.isfinite(found)
+
+
+@pytest.mark.parametrize("magnitude", [1e200, 1e-170])
+def test_a_norm_beyond_the_squares_has_the_same_bits_for_any_threads(magnitude, monkeypatch):
+    size = 40 * BLOCK + 17
+    grads = {"w": magnitude * np.random.default_rng(0).normal(size=size), "b": np.array([magnitude])}
+    found = set()
+    for threads in (1, 2, 3):
+        for mode in ("pool", "executor"):
+            monkeypatch.setattr("fastopt.kernels.driver.get_num_threads", lambda threads=threads: threads)
+            DRIVER.choose(mode)
+            opt = fastopt.SGD({"w": np.zeros(size), "b": np.zeros(1)}, lr=0.0, grad_norm=True)
+            found |= {opt.step(grads).grad_norm.hex() for _ in range(3)}
+            opt.accumulate(grads)
+            found.add(opt.step().grad_norm.hex())
+    DRIVER.choose()
+    assert len(found) == 1
+
+
+EXTREMES = {"large p": (1e200, 1.0), "small p": (1e-170, 1.0), "large g": (1.0, 1e200), "small g": (1.0, 1e-170)}
+
+
+@pytest.mark.parametrize(("p_scale", "g_scale"), EXTREMES.values(), ids=EXTREMES)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.optimizer in ("LARS", "LAMB", "NovoGrad", "Muon")], ids=str
+)
+def test_rules_that_look_at_norms_are_the_references_beyond_the_squares(case, p_scale, g_scale):
+    if g_scale > 1.0 and case.optimizer in ("LAMB", "NovoGrad"):
+        pytest.skip("their v is a square, which float64 does not hold")
+    rng = np.random.default_rng(0)
+    shape = (3, 4) if case.optimizer == "Muon" else (BLOCK + 5,)
+    p, grads = p_scale * rng.normal(size=shape), g_scale * rng.normal(size=(3, *shape))
+    opt, oracle = case.make({"w": p}), case.oracle(p)
+    for g in grads:
+        opt.step({"w": g})
+        oracle.step(g)
+    largest = np.abs(oracle.p).max()
+    np.testing.assert_allclose(opt.params["w"] / largest, oracle.p / largest, rtol=1e-9, atol=1e-12)
+    assert g_scale < p_scale or (opt.params["w"] != p).any()
+
+
 # --- properties -------------------------------------------------------------------------------------------------------
 
 PATTERNS = {

@@ -6,10 +6,13 @@ the rule into its own loops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 Array = Any
 
@@ -84,6 +87,10 @@ class LayerwiseFunctions(Protocol):
     def apply(self) -> Callable[..., Any]:
         """``apply(p, *states, ratio, h)``, which returns the new p."""
 
+    @property
+    def direction(self) -> Callable[..., Any] | None:
+        """``direction(p, *states, h)``, which returns the proposed update again; or None."""
+
 
 class ScalingFunctions(Protocol):
     """The part of `fastopt.Scaling` that a kernel needs: a rule whose step is scaled by the norms of p and g."""
@@ -119,6 +126,58 @@ def clip_coefficient(norm: Any, max_norm: Any) -> Any:
     """Return the factor that clips gradients of this norm, in torch's form; NaN for NaN."""
     coefficient = max_norm / (norm + 1e-6)
     return 1.0 if coefficient > 1.0 else coefficient
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+# Sums of squares are float64. Squares of float32 neither overflow nor underflow in it. Those of float64 do, beyond
+# 1.3e154 and below 1.5e-154: a block whose sum shows that is summed twice more, scaled by powers of 2, which are exact.
+
+SMALLEST_SUM = 2.0**-880
+"""Below this, squares of single elements may have underflowed, and count."""
+
+SCALE_UP, SCALE_DOWN = 2.0**600, 2.0**-600
+"""Factors of the elements of a block. Scaled up, no square of an element below 2**-450 underflows; scaled down, none
+overflows."""
+
+
+def sums_per_block(dtype: Any) -> int:
+    """Return how many numbers a line of partial sums has: see `NormKernel`."""
+    return 6 if dtype.itemsize == 8 else 2
+
+
+def in_range(total: Any) -> Any:
+    """Return whether a sum of squares is right as it is: finite, and larger than squares that underflow."""
+    return (total >= SMALLEST_SUM) & (total - total == 0.0)
+
+
+def scaled_square(value: Any, scale: Any) -> Any:
+    """Return the square of a scaled value. A function of its own, without fastmath: the two scales must stay apart."""
+    scaled = value * scale
+    return scaled * scaled
+
+
+def rescaled(total: Any, scale: Any) -> Any:
+    """Return the sum of the `scaled_square` of values, from the sum of their squares."""
+    return total * scale * scale
+
+
+def root_of_squares(total: Any, up: Any, down: Any) -> Any:
+    """Return the norm of values: from the sum of their squares, or of their squares scaled up or down."""
+    if in_range(total):
+        return math.sqrt(total)
+    if total < SMALLEST_SUM:
+        return math.sqrt(up) * SCALE_DOWN
+    return math.sqrt(down) * SCALE_UP
+
+
+def norm_of_array(values: Any) -> float:
+    """Return the norm of an array of float64, of NumPy or of a device."""
+    with np.errstate(over="ignore", under="ignore"):
+        total = float((values**2).sum())
+        if in_range(total):
+            return math.sqrt(total)
+        up, down = (float(((scale * values) ** 2).sum()) for scale in (SCALE_UP, SCALE_DOWN))
+    return float(root_of_squares(total, up, down))
 
 
 @dataclass(frozen=True)
@@ -178,8 +237,9 @@ class NormKernel(Protocol):
     def launch(self, places: Array, table: Array, chunks: Array, elements: int) -> Array:
         """Return the partial sums of the gradients: an array of the backend, in float64, with a line per block.
 
-        A line holds two numbers: the sum of squares of the block's gradients, after the features before `clip_norm`
-        were applied to them; and 0, or NaN where a gradient is not finite after `unscale`.
+        A line begins with two numbers: the sum of squares of the block's gradients, after the features before
+        `clip_norm` were applied to them; and 0, or NaN where a gradient is not finite after `unscale`. In float64 four
+        more follow, of which the first two are the sums of the squares scaled up and down, for `root_of_squares`.
 
         chunks : as for `Kernel`, made with ``whole=True``.
         """

@@ -123,7 +123,8 @@ def scalar(function: Callable[..., Any]) -> Any:
     The rule itself has error_model="numpy", not only the loop: the default model puts a branch on every division (7x
     slower) and raises in the middle of the loop, which leaves the buffer half updated.
     """
-    return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    # Said, not left out: numba would have it inherit the fastmath of the loop in which it is first compiled.
+    return njit(error_model="numpy", fastmath=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 def check_rule(rule: KernelRule, compiled: Any, hyper: Any, dtype: np.dtype[Any]) -> None:

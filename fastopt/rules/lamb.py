@@ -44,12 +44,12 @@ def move(p, m, v, ratio, h):
     return p - h.lr * ratio * direction(p, m, v, h)
 
 
-@rule(prepare, layerwise=Layerwise(trust_ratio, move))
+def direction(p, m, v, h):
+    return h.scale * m / (math.sqrt(v) + h.eps) + h.weight_decay * p
+
+
+@rule(prepare, layerwise=Layerwise(trust_ratio, move, direction))
 def lamb(p, g, m, v, h):
     m = h.b1 * m + h.one_minus_b1 * g
     v = h.b2 * v + h.one_minus_b2 * g * g
     return direction(p, m, v, h), m, v
-
-
-def direction(p, m, v, h):
-    return h.scale * m / (math.sqrt(v) + h.eps) + h.weight_decay * p

@@ -105,7 +105,10 @@ def orthogonalize(
     if u.size == 0:
         return
     a, b, c = ns_coefficients
-    norm = math.sqrt(float((u.astype(np.float64) ** 2).sum()))  # in float32 the sum overflows beyond 1e19
+    wide = u.astype(np.float64)
+    # An exact factor: squares overflow in float32 beyond 1e19, and in float64 beyond 1e154.
+    scale = 2.0 ** (math.frexp(float(abs(wide).max()))[1] - 1)
+    norm = scale * math.sqrt(float(((wide / scale) ** 2).sum()))
     X = u / max(norm, eps) if rows <= columns else u.T / max(norm, eps)
     for _ in range(int(ns_steps)):
         A = X @ X.T

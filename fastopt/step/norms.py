@@ -7,13 +7,24 @@ from typing import Any
 
 import numpy as np
 
+from fastopt.kernels.contract import in_range, root_of_squares
+
 
 def norm_of(partials: list[np.ndarray]) -> tuple[float, bool]:
     """The norm of the gradients of which these are the partial sums, and whether all of them are finite."""
+    mark = _summed(partials, 1)
+    if partials and partials[0].shape[1] == 2:  # of float32
+        return math.sqrt(_summed(partials, 0)), mark == 0.0
+    with np.errstate(over="ignore"):
+        total = _summed(partials, 0)
+        if in_range(total):
+            return math.sqrt(total), mark == 0.0
+        return root_of_squares(total, _summed(partials, 2), _summed(partials, 3)), mark == 0.0
+
+
+def _summed(partials: list[np.ndarray], column: int) -> float:
     # One column at a time: NumPy adds up a column of its own in pairs, in an order that depends on its length only.
-    total = sum(float(part[:, 0].sum()) for part in partials)
-    mark = sum(float(part[:, 1].sum()) for part in partials)
-    return math.sqrt(total), mark == 0.0
+    return sum(float(part[:, column].sum()) for part in partials)
 
 
 class Pending:

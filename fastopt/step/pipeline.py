@@ -12,7 +12,7 @@ import numpy as np
 
 from fastopt.hyper import EMA, POSITIVE_OR_ZERO
 from fastopt.kernels import get_backend
-from fastopt.kernels.contract import BLOCK, PROCEEDS, Adder, Decision
+from fastopt.kernels.contract import BLOCK, PROCEEDS, Adder, Decision, sums_per_block
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
 from fastopt.step.born import Born
@@ -520,7 +520,8 @@ class Pipeline:
         pending = self.pending
         if pending is None:
             blocks = sum(-(-size // BLOCK) for size in flat.layout.sizes)
-            partials = self.backend.zeros(2 * blocks, np.dtype(np.float64)).reshape(blocks, 2)
+            width = sums_per_block(flat.dtype)
+            partials = self.backend.zeros(width * blocks, np.dtype(np.float64)).reshape(blocks, width)
             pending = Pending(len(flat.paths), partials)
         present = np.ones(len(flat.paths), np.bool_) if given.present is None else np.array(given.present)
         present &= number != 0.0  # 0 times NaN, the mean over no samples, is no part of the sum

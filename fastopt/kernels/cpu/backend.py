@@ -192,10 +192,14 @@ class CPU:
                 kernel,
                 numbered,
             )
+        direction = rule.layerwise.direction
+        proposing = {**constants, "WIDE": dtype.itemsize == 8, "DIRECTED": direction is not None}
+        if direction is not None:
+            proposing["DIRECTION"] = direction
         return LayerwiseKernel(
             Loop(
                 propose,
-                constants,
+                proposing,
                 (*arguments, PARTIALS),
                 label=f"propose_{label}",
                 fastmath={"reassoc"},  # for the two sums alone: the rule keeps its own flags; 16x faster than in order
@@ -212,20 +216,23 @@ class CPU:
                 (INTEGERS, PER_TENSOR, states, table, INTEGERS),
                 label=f"apply_{label}",
             ),
+            dtype,
         )
 
     def _compile_norm(self, dtype: np.dtype[Any], features: Features, of_parameters: bool) -> SquaresKernel:
         # A sum of squares of float32 is itself finite just where they are; otherwise a second sum has to find out.
         apart = features.zero_nonfinite or features.clip_value or dtype.itemsize == 8
-        constants = {"DTYPE": dtype.type, "APART": apart, "OF_PARAMETERS": of_parameters}
+        wide = dtype.itemsize == 8
+        constants = {"DTYPE": dtype.type, "APART": apart, "OF_PARAMETERS": of_parameters, "WIDE": wide}
         return SquaresKernel(
             Loop(
                 squares,
                 {**constants, **conditioning(dtype, features, scalar)},
                 (INTEGERS, types.Array(numba.from_dtype(dtype), 2, "C"), INTEGERS, PARTIALS),
                 label=f"squares_{dtype.name}",
-                fastmath={"reassoc", "contract"},  # for the two sums alone
-            )
+                fastmath={"reassoc", "contract"},  # for the sums alone
+            ),
+            dtype,
         )
 
     def _compile_add(self, dtype: np.dtype[Any], adder: Adder) -> Loop:
@@ -234,6 +241,7 @@ class CPU:
             {
                 "DTYPE": dtype.type,
                 "MEASURE": adder.measure,
+                "WIDE": dtype.itemsize == 8,
                 "STEP": StepHyper(*[0.0] * N_STEP),  # not looked at: none of its features is on
                 **conditioning(dtype, Features(zero_nonfinite=adder.zero_nonfinite), scalar),
             },

@@ -7,9 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.kernels.contract import BLOCK, N_CHUNK, N_PLACE, PROCEEDS, Array, Chunk, Place
+from fastopt.kernels.contract import (
+    BLOCK,
+    N_CHUNK,
+    N_PLACE,
+    PROCEEDS,
+    SCALE_DOWN,
+    SCALE_UP,
+    Array,
+    Chunk,
+    Place,
+    in_range,
+    rescaled,
+    scaled_square,
+    sums_per_block,
+)
 from fastopt.kernels.cpu.elementwise import ElementwiseKernel
-from fastopt.kernels.cpu.norms import SquaresKernel, blocks_of
+from fastopt.kernels.cpu.norms import SquaresKernel, blocks_of, norm_of
 from fastopt.kernels.driver import Loop
 from fastopt.kernels.intrinsics import at_address, put_values, record, values_at, window, windows
 from fastopt.signals import deferred_signals
@@ -37,6 +51,12 @@ EMA: bool
 NUMBERED: bool
 """Whether the rule has a per-tensor state."""
 ZERO_GRAD: bool
+WIDE: bool
+"""Whether squares may leave the range of float64, so that blocks where they do are summed again, scaled."""
+DIRECTED: bool
+"""Whether the rule has a DIRECTION."""
+DIRECTION: Callable[..., Any]
+"""`Layerwise.direction` of the rule."""
 
 GROUP = Chunk._fields.index("group")
 
@@ -72,23 +92,27 @@ def propose(places, states, table, chunks, partials, first, last):
                 uu += np.float64(new[0]) * np.float64(new[0])
             partials[block, 0] = pp
             partials[block, 1] = uu
+            if WIDE:
+                pp_up, pp_down = rescaled(pp, SCALE_UP), rescaled(pp, SCALE_DOWN)
+                uu_up, uu_down = rescaled(uu, SCALE_UP), rescaled(uu, SCALE_DOWN)
+                if not in_range(pp):
+                    pp_up = 0.0
+                    pp_down = 0.0
+                    for i in range(size):
+                        pp_up += scaled_square(p[i], SCALE_UP)
+                        pp_down += scaled_square(p[i], SCALE_DOWN)
+                if DIRECTED and not in_range(uu):
+                    uu_up = 0.0
+                    uu_down = 0.0
+                    for i in range(size):
+                        u = DIRECTION(p[i], *values_at(own, i), h)
+                        uu_up += scaled_square(u, SCALE_UP)
+                        uu_down += scaled_square(u, SCALE_DOWN)
+                partials[block, 2] = pp_up
+                partials[block, 3] = pp_down
+                partials[block, 4] = uu_up
+                partials[block, 5] = uu_down
             block += 1
-
-
-def squares_of(chunks, c, partials):
-    """The two sums of the partial sums of the parameter whose first chunk is c, in index order; and its chunks' end."""
-    place = record(Chunk, chunks, c * N_CHUNK).place
-    left = 0.0
-    right = 0.0
-    while c < chunks.shape[0]:
-        chunk = record(Chunk, chunks, c * N_CHUNK)
-        if chunk.place != place:
-            break
-        for block in range(chunk.block, chunk.block + (chunk.stop - chunk.start + BLOCK - 1) // BLOCK):
-            left += partials[block, 0]
-            right += partials[block, 1]
-        c += 1
-    return left, right, c
 
 
 def merge(chunks, partials, ratios):
@@ -96,8 +120,10 @@ def merge(chunks, partials, ratios):
     c = 0
     while c < chunks.shape[0]:
         place = record(Chunk, chunks, c * N_CHUNK).place
-        pp, uu, c = squares_of(chunks, c, partials)
-        ratios[place] = RATIO(np.sqrt(pp), np.sqrt(uu))
+        norm_p, end = norm_of(chunks, c, partials, 0)
+        norm_u, _ = norm_of(chunks, c, partials, 1)
+        ratios[place] = RATIO(norm_p, norm_u)
+        c = end
 
 
 def scale(chunks, table, pp, gg, per_tensor, rows, own_rows):
@@ -112,13 +138,11 @@ def scale(chunks, table, pp, gg, per_tensor, rows, own_rows):
     while c < chunks.shape[0]:
         chunk = record(Chunk, chunks, c * N_CHUNK)
         place = chunk.place
-        norm_p, _, _ = squares_of(chunks, c, pp)
-        norm_g, _, end = squares_of(chunks, c, gg)
+        norm_p, _ = norm_of(chunks, c, pp, 0)
+        norm_g, end = norm_of(chunks, c, gg, 0)
         for column in range(width):
             rows[place, column] = table[chunk.group, column]
         step, h = HYPERPARAMETERS(table, chunk.group)
-        norm_p = np.sqrt(norm_p)
-        norm_g = np.sqrt(norm_g)
         if NUMBERED:
             rows[place, width - 1], per_tensor[place] = SCALED(step, norm_p, norm_g, per_tensor[place], h)
         else:
@@ -152,17 +176,18 @@ def apply(places, ratios, states, table, chunks, first, last):
 class LayerwiseKernel:
     """The update of a rule that scales each parameter's step by norms: two passes and a merge between them."""
 
-    def __init__(self, propose: Loop, merge: Callable[..., None], apply: Loop):
+    def __init__(self, propose: Loop, merge: Callable[..., None], apply: Loop, dtype: np.dtype[Any]):
         self._propose = propose
         self._merge = merge
         self._apply = apply
+        self._width = sums_per_block(dtype)
 
     def launch(self, places: Array, states: tuple[Array, ...], table: Array, chunks: Array, elements: int) -> None:
         """As `fastopt.kernels.contract.Kernel`."""
         n = chunks.shape[0]
         if n == 0:
             return
-        partials = np.empty((blocks_of(chunks), 2))
+        partials = np.empty((blocks_of(chunks), self._width))
         ratios = np.empty(places.shape[0])
         with deferred_signals:
             self._propose.run(places, states, table, chunks, partials, elements=elements, units=n)

@@ -7,7 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.kernels.contract import BLOCK, N_CHUNK, N_PLACE, Array, Chunk, Place, StepHyper
+from fastopt.kernels.contract import (
+    BLOCK,
+    N_CHUNK,
+    N_PLACE,
+    SCALE_DOWN,
+    SCALE_UP,
+    Array,
+    Chunk,
+    Place,
+    StepHyper,
+    in_range,
+    rescaled,
+    root_of_squares,
+    scaled_square,
+    sums_per_block,
+)
 from fastopt.kernels.driver import Loop
 from fastopt.kernels.intrinsics import at_address, record
 
@@ -27,6 +42,8 @@ APART: bool
 MEASURE: bool
 """Whether sums of squares are taken of the new sums."""
 STEP: StepHyper
+WIDE: bool
+"""Whether squares may leave the range of float64, so that blocks where they do are summed again, scaled."""
 
 # --- the loops --------------------------------------------------------------------------------------------------------
 
@@ -54,6 +71,17 @@ def squares(places, table, chunks, partials, first, last):
                     bad += UNSCALED(step, x[i]) - UNSCALED(step, x[i])
             partials[block, 0] = total
             partials[block, 1] = bad if APART else total - total
+            if WIDE:
+                up, down = rescaled(total, SCALE_UP), rescaled(total, SCALE_DOWN)
+                if not in_range(total):
+                    up = 0.0
+                    down = 0.0
+                    for i in range(size):
+                        value = np.float64(CONDITIONED(step, x[i]))
+                        up += scaled_square(value, SCALE_UP)
+                        down += scaled_square(value, SCALE_DOWN)
+                partials[block, 2] = up
+                partials[block, 3] = down
             block += 1
 
 
@@ -84,7 +112,42 @@ def add(places, present, overwrite, weight, chunks, partials, first, last):
                         bad += total[i] - total[i]
                     partials[block, 0] = squared
                     partials[block, 1] = bad
+                    if WIDE:
+                        up, down = rescaled(squared, SCALE_UP), rescaled(squared, SCALE_DOWN)
+                        if not in_range(squared):
+                            up = 0.0
+                            down = 0.0
+                            for i in range(size):
+                                x = np.float64(CONDITIONED(STEP, total[i]))
+                                up += scaled_square(x, SCALE_UP)
+                                down += scaled_square(x, SCALE_DOWN)
+                        partials[block, 2] = up
+                        partials[block, 3] = down
                 block += 1
+
+
+def summed(chunks, c, partials, column):
+    """The sum of a column of partial sums over the parameter whose first chunk is c, in index order; and its end."""
+    place = record(Chunk, chunks, c * N_CHUNK).place
+    total = 0.0
+    while c < chunks.shape[0]:
+        chunk = record(Chunk, chunks, c * N_CHUNK)
+        if chunk.place != place:
+            break
+        for block in range(chunk.block, chunk.block + (chunk.stop - chunk.start + BLOCK - 1) // BLOCK):
+            total += partials[block, column]
+        c += 1
+    return total, c
+
+
+def norm_of(chunks, c, partials, column):
+    """The norm of the parameter whose first chunk is c, from the sums of squares in a column, 0 or 1; and its end."""
+    total, end = summed(chunks, c, partials, column)
+    if partials.shape[1] == 2 or in_range(total):
+        return np.sqrt(total), end
+    up, _ = summed(chunks, c, partials, 2 + 2 * column)
+    down, _ = summed(chunks, c, partials, 3 + 2 * column)
+    return root_of_squares(total, up, down), end
 
 
 def blocks_of(chunks: Array) -> int:
@@ -98,11 +161,12 @@ def blocks_of(chunks: Array) -> int:
 class SquaresKernel:
     """The norm of gradients, and whether all of them are finite."""
 
-    def __init__(self, loop: Loop):
+    def __init__(self, loop: Loop, dtype: np.dtype[Any]):
         self._loop = loop
+        self._width = sums_per_block(dtype)
 
     def launch(self, places: Array, table: Array, chunks: Array, elements: int) -> Array:
         """As `fastopt.kernels.contract.NormKernel`."""
-        partials = np.empty((blocks_of(chunks), 2))
+        partials = np.empty((blocks_of(chunks), self._width))
         self._loop.run(places, table, chunks, partials, elements=elements, units=chunks.shape[0])
         return partials

@@ -31,6 +31,8 @@ from fastopt.kernels.contract import (
     KernelRule,
     StepHyper,
     clip_coefficient,
+    root_of_squares,
+    sums_per_block,
 )
 from fastopt.kernels.cuda import simulated
 from fastopt.kernels.cuda.decisions import PendingDecision, decide
@@ -44,8 +46,11 @@ from fastopt.kernels.cuda.layerwise import (
     applied,
     apply,
     merge,
+    norms,
     propose,
+    propose_again,
     proposed,
+    proposed_again,
     scale,
     span_sums,
 )
@@ -57,7 +62,9 @@ from fastopt.kernels.cuda.norms import (
     block_sums,
     leave_sums,
     squared,
+    squared_again,
     squares,
+    squares_again,
     sum_runs,
 )
 from fastopt.kernels.cuda.target import SIMULATED, THREADS, cuda, device, type_of
@@ -67,7 +74,13 @@ T = TypeVar("T")
 
 BLOCKS_PER_SM = 8
 
-PARTS = (("LOOP", loop), ("BLOCK_SUMS", block_sums), ("LEAVE_SUMS", leave_sums), ("SPAN_SUMS", span_sums))
+PARTS = (
+    ("LOOP", loop),
+    ("BLOCK_SUMS", block_sums),
+    ("LEAVE_SUMS", leave_sums),
+    ("SPAN_SUMS", span_sums),
+    ("NORMS", norms),
+)
 """Functions that know which thread they run in, and that every kernel has its own of."""
 
 # --- tables on the device ---------------------------------------------------------------------------------------------
@@ -266,10 +279,23 @@ class CUDA:
         if key not in self._kernels:
             constants = {**_of_dtype(dtype), "OF_PARAMETERS": of_parameters}
             constants |= elements.conditioning(dtype, features, device)
-            constants |= looping(squared, constants, dtype, 1, in_order=True)
-            self._kernels[key] = SquaresKernel(self, self.compiled(squares, constants, f"squares_{dtype.name}"))
+            measuring = {**constants, **looping(squared, constants, dtype, 1, in_order=True)}
+            self._kernels[key] = SquaresKernel(
+                self,
+                self.compiled(squares, measuring, f"squares_{dtype.name}"),
+                self._measuring_again(dtype, constants, selects=False),
+                sums_per_block(dtype),
+            )
         kernel: SquaresKernel = self._kernels[key]
         return kernel
+
+    def _measuring_again(self, dtype: np.dtype[Any], constants: dict[str, Any], *, selects: bool) -> Any:
+        """`squares_again` of a kernel with these constants; None for a dtype whose squares stay in range."""
+        if sums_per_block(dtype) == 2:
+            return None
+        constants = {**constants, "SELECTS": selects}
+        constants |= looping(squared_again, constants, dtype, 1, in_order=True)
+        return self.compiled(squares_again, constants, f"squares_again_{dtype.name}")
 
     def decide(
         self,
@@ -282,15 +308,16 @@ class CUDA:
     ) -> PendingDecision:
         """As `fastopt.kernels.contract.Asynchronous`."""
         flags = {"CLIPS": max_norm is not None, "SKIPS": skipped is not None, "CHOOSES": candidates is not None}
-        key = ("decide", table.dtype, *flags.values())
+        blocks, width = partials.shape
+        key = ("decide", table.dtype, width, *flags.values())
         if key not in self._kernels:
             columns = {name.upper(): StepHyper._fields.index(name) for name in ("coefficient", "proceeds")}
-            constants = {"CLIP_COEFFICIENT": clip_coefficient, **columns, **flags}
+            constants = {"CLIP_COEFFICIENT": clip_coefficient, "WIDTH": width, **columns, **flags}
             self._kernels[key] = self.compiled(decide, constants, "decide")
         result = self.empty(3)
         counted, known = (self.unused(np.int64), 0) if skipped is None else skipped
         possible = self.unused(table.dtype) if candidates is None else self.upload(candidates.reshape(-1))
-        blocks, (rows, columns) = len(partials), table.shape
+        rows, columns = table.shape
         limit = 0.0 if max_norm is None else float(max_norm)
         sums, flat = partials.reshape(-1), table.reshape(-1)
         kernel, norm = self._kernels[key], (float(factor), limit)
@@ -314,10 +341,13 @@ class CUDA:
             for overwriting in (False, True):
                 selected = present & (overwrite == overwriting)
                 if selected.any():
-                    kernel = self._adding(dtype, adder, overwriting)
+                    kernel, again = self._adding(dtype, adder, overwriting)
                     flags = self.upload(selected.astype(np.int64))
                     sums = partials.reshape(-1)
                     self.launch(kernel, found.length, where, flags, float(weight[0]), found.lines, found.length, sums)
+                    if again is not None:
+                        no_table = self.unused(dtype)
+                        self.launch(again, found.length, where, flags, no_table, 0, found.lines, found.length, sums)
             weight[1] = 1
 
     def sum_rows(self, grads: Array, order: np.ndarray, starts: np.ndarray) -> Array:
@@ -343,8 +373,9 @@ class CUDA:
                 "STEP": StepHyper(*[0.0] * N_STEP),  # not looked at: none of its features is on
                 **elements.conditioning(dtype, features, device),
             }
-            constants |= looping(added, constants, dtype, 2, in_order=adder.measure)
-            self._kernels[key] = self.compiled(add, constants, f"add_{dtype.name}")
+            adding = {**constants, **looping(added, constants, dtype, 2, in_order=adder.measure)}
+            again = self._measuring_again(dtype, {**constants, "OF_PARAMETERS": True}, selects=True)
+            self._kernels[key] = self.compiled(add, adding, f"add_{dtype.name}"), again if adder.measure else None
         return self._kernels[key]
 
     def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> Any:
@@ -400,6 +431,13 @@ class CUDA:
         self, rule: Any, dtype: np.dtype[Any], features: Features, constants: dict[str, Any], label: str
     ) -> LayerwiseKernel:
         states = len(rule.states)
+        again = None
+        if sums_per_block(dtype) > 2:
+            direction = rule.layerwise.direction
+            measuring = {**constants, "DIRECTED": direction is not None, "DIRECTION": direction}
+            measuring |= looping(proposed_again, measuring, dtype, 1 + states, in_order=True)
+            of_u = self.compiled(propose_again, measuring, f"propose_again_{label}")
+            again = (self.norm(dtype, Features(), of_parameters=True), of_u)
         proposing = {**constants, **looping(proposed, constants, dtype, 2 + states, in_order=True)}
         applying = {**constants, "APPLY": rule.layerwise.apply, "EMA": features.ema}
         applying |= looping(applied, applying, dtype, 1 + states + features.ema, in_order=False)
@@ -407,7 +445,8 @@ class CUDA:
             self,
             states,
             self.compiled(propose, proposing, f"propose_{label}", at_once(3 + states, dtype)),  # and sums
-            self.compiled(merge, {"RATIO": rule.layerwise.ratio, **UNPACK_SPANS}, f"merge_{label}"),
+            again,
+            self.compiled(merge, {**_of_dtype(dtype), **UNPACK_SPANS, "RATIO": rule.layerwise.ratio}, f"merge_{label}"),
             self.compiled(apply, applying, f"apply_{label}", at_once(2 + states, dtype)),
         )
 
@@ -550,7 +589,14 @@ UNPACK_SPANS = {"UNPACK_SPAN": unpacking(N_SPAN)}
 
 def _of_dtype(dtype: np.dtype[Any]) -> dict[str, Any]:
     """The constants of every kernel that reads chunks and places."""
-    return {"DTYPE": dtype.type, "ITEMSIZE": dtype.itemsize, "UNPACK_STEP": unpacking(N_STEP), **UNPACKING}
+    return {
+        "DTYPE": dtype.type,
+        "ITEMSIZE": dtype.itemsize,
+        "WIDTH": sums_per_block(dtype),
+        "ROOT_OF_SQUARES": root_of_squares,
+        "UNPACK_STEP": unpacking(N_STEP),
+        **UNPACKING,
+    }
 
 
 def _of_rows(hyper: Any, first: Any) -> dict[str, Any]:

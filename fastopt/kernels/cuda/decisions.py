@@ -10,7 +10,7 @@ from typing import Any
 
 from numba import float64
 
-from fastopt.kernels.contract import Array
+from fastopt.kernels.contract import Array, in_range, root_of_squares
 from fastopt.kernels.cuda.launcher import Launcher
 from fastopt.kernels.cuda.target import THREADS, cuda
 
@@ -20,6 +20,8 @@ CLIP_COEFFICIENT: Callable[..., Any]
 """`fastopt.kernels.contract.clip_coefficient`."""
 BLOCK_SUMS: Callable[..., Any]
 """``block_sums`` of norms.py, as part of the kernel."""
+WIDTH: int
+"""`fastopt.kernels.contract.sums_per_block` of the dtype."""
 CLIPS: bool
 """Whether gradients are clipped by norm."""
 SKIPS: bool
@@ -45,13 +47,26 @@ def decide(partials, blocks, factor, max_norm, known, candidates, rows, columns,
     s = 0.0
     bad = 0.0
     for block in range(cuda.threadIdx.x, blocks, cuda.blockDim.x):
-        s += partials[2 * block]
-        bad += partials[2 * block + 1]
+        s += partials[WIDTH * block]
+        bad += partials[WIDTH * block + 1]
     total[cuda.threadIdx.x] = s
     marks[cuda.threadIdx.x] = bad
     BLOCK_SUMS(total, marks)
-    norm = factor * math.sqrt(total[0])
+    squares = total[0]
+    norm = factor * math.sqrt(squares)
     finite = 1.0 if marks[0] == 0.0 else 0.0
+    if WIDTH > 2:
+        cuda.syncthreads()
+        if not in_range(squares):
+            s = 0.0
+            bad = 0.0
+            for block in range(cuda.threadIdx.x, blocks, cuda.blockDim.x):
+                s += partials[WIDTH * block + 2]
+                bad += partials[WIDTH * block + 3]
+            total[cuda.threadIdx.x] = s
+            marks[cuda.threadIdx.x] = bad
+            BLOCK_SUMS(total, marks)
+            norm = factor * root_of_squares(squares, total[0], marks[0])
     coefficient = 1.0
     if CLIPS:
         coefficient = CLIP_COEFFICIENT(norm, max_norm)

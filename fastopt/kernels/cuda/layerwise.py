@@ -11,7 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import float64
 
-from fastopt.kernels.contract import N_CHUNK, N_PLACE, Array, Chunk, Place
+from fastopt.kernels.contract import (
+    N_CHUNK,
+    N_PLACE,
+    SCALE_DOWN,
+    SCALE_UP,
+    Array,
+    Chunk,
+    Place,
+    in_range,
+    rescaled,
+    scaled_square,
+    sums_per_block,
+)
 from fastopt.kernels.cuda.elementwise import ElementwiseKernel
 from fastopt.kernels.cuda.launcher import Launcher
 from fastopt.kernels.cuda.norms import SquaresKernel
@@ -59,6 +71,10 @@ LEAVE_SUMS: Callable[..., Any]
 """``leave_sums`` of norms.py, as part of the kernel."""
 SPAN_SUMS: Callable[..., Any]
 """`span_sums`, as part of the kernel."""
+NORMS: Callable[..., Any]
+"""`norms`, as part of the kernel."""
+ROOT_OF_SQUARES: Callable[..., Any]
+"""`fastopt.kernels.contract.root_of_squares`."""
 UNPACK_PLACE: Callable[..., Any]
 UNPACK_CHUNK: Callable[..., Any]
 UNPACK_SPAN: Callable[..., Any]
@@ -68,6 +84,12 @@ N_ROW: int
 """How many columns the table of hyperparameters has."""
 EMA: bool
 GATED: bool
+WIDTH: int
+"""`fastopt.kernels.contract.sums_per_block` of the dtype."""
+DIRECTED: bool
+"""Whether the rule has a DIRECTION."""
+DIRECTION: Callable[..., Any]
+"""`Layerwise.direction` of the rule."""
 NUMBERED: bool
 """Whether the rule has a per-tensor state."""
 ZERO_GRAD: bool
@@ -101,7 +123,36 @@ def propose(places, states, table, chunks, n, partials):
         p = OPAQUE(place.p + ITEMSIZE * chunk.start - first)
         g = OPAQUE(place.g + ITEMSIZE * chunk.grad - first)
         pp, uu = LOOP((*states, g, p), first, chunk.stop - chunk.start, HYPERPARAMETERS(table, chunk.group), 0.0, 0.0)
-        LEAVE_SUMS(of_p, of_u, pp, uu, partials, chunk.block)
+        LEAVE_SUMS(of_p, of_u, pp, uu, partials, WIDTH * chunk.block)
+        c += cuda.gridDim.x
+
+
+def proposed_again(values, context):
+    """The element function of `propose_again`, of (*states, p)."""
+    _, h = context
+    u = DIRECTION(values[-1], *values[:-1], h)
+    return (), scaled_square(u, SCALE_UP), scaled_square(u, SCALE_DOWN)
+
+
+def propose_again(places, states, table, chunks, n, partials):
+    """In float64, after `propose`: the sums of the squares of u scaled up, and scaled down, as `squares_again`."""
+    above = cuda.shared.array(THREADS, float64)
+    below = cuda.shared.array(THREADS, float64)
+    c = cuda.blockIdx.x
+    while c < n:
+        chunk = Chunk(*UNPACK_CHUNK(chunks, N_CHUNK * c))
+        at = WIDTH * chunk.block
+        total = partials[at + 1]
+        s, t = 0.0, 0.0
+        if cuda.threadIdx.x == 0:
+            s, t = rescaled(total, SCALE_UP), rescaled(total, SCALE_DOWN)
+        if DIRECTED and not in_range(total):
+            place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
+            first = OPAQUE(ITEMSIZE * (place.state + chunk.start))
+            p = OPAQUE(place.p + ITEMSIZE * chunk.start - first)
+            h = HYPERPARAMETERS(table, chunk.group)
+            s, t = LOOP((*states, p), first, chunk.stop - chunk.start, h, 0.0, 0.0)
+        LEAVE_SUMS(above, below, s, t, partials, at + 4)
         c += cuda.gridDim.x
 
 
@@ -110,11 +161,29 @@ def span_sums(span, left, left_column, right, right_column, of_left, of_right):
     s = 0.0
     t = 0.0
     for block in range(span.block + cuda.threadIdx.x, span.end, cuda.blockDim.x):
-        s += left[2 * block + left_column]
-        t += right[2 * block + right_column]
+        s += left[WIDTH * block + left_column]
+        t += right[WIDTH * block + right_column]
     of_left[cuda.threadIdx.x] = s
     of_right[cuda.threadIdx.x] = t
     BLOCK_SUMS(of_left, of_right)
+
+
+def norms(span, left, left_column, right, right_column, of_left, of_right):
+    """The norms over a span, from a column of sums of squares of each of two arrays of partial sums."""
+    SPAN_SUMS(span, left, left_column, right, right_column, of_left, of_right)
+    s, t = of_left[0], of_right[0]
+    cuda.syncthreads()
+    norm_left, norm_right = math.sqrt(s), math.sqrt(t)
+    if WIDTH > 2:
+        column = 2 + 2 * left_column
+        SPAN_SUMS(span, left, column, left, column + 1, of_left, of_right)
+        norm_left = ROOT_OF_SQUARES(s, of_left[0], of_right[0])
+        cuda.syncthreads()
+        column = 2 + 2 * right_column
+        SPAN_SUMS(span, right, column, right, column + 1, of_left, of_right)
+        norm_right = ROOT_OF_SQUARES(t, of_left[0], of_right[0])
+        cuda.syncthreads()
+    return float64(norm_left), float64(norm_right)  # in the simulator math.sqrt returns a Python float, which is weaker
 
 
 def merge(spans, n, partials, ratios):
@@ -123,10 +192,9 @@ def merge(spans, n, partials, ratios):
     of_u = cuda.shared.array(THREADS, float64)
     for k in range(cuda.blockIdx.x, n, cuda.gridDim.x):
         span = Span(*UNPACK_SPAN(spans, N_SPAN * k))
-        SPAN_SUMS(span, partials, 0, partials, 1, of_p, of_u)
+        norm_p, norm_u = NORMS(span, partials, 0, partials, 1, of_p, of_u)
         if cuda.threadIdx.x == 0:
-            ratios[span.place] = RATIO(math.sqrt(of_p[0]), math.sqrt(of_u[0]))
-        cuda.syncthreads()
+            ratios[span.place] = RATIO(norm_p, norm_u)
 
 
 def scale(spans, n, table, pp, gg, per_tensor, rows):
@@ -139,14 +207,12 @@ def scale(spans, n, table, pp, gg, per_tensor, rows):
     of_g = cuda.shared.array(THREADS, float64)
     for k in range(cuda.blockIdx.x, n, cuda.gridDim.x):
         span = Span(*UNPACK_SPAN(spans, N_SPAN * k))
-        SPAN_SUMS(span, pp, 0, gg, 0, of_p, of_g)
+        norm_p, norm_g = NORMS(span, pp, 0, gg, 0, of_p, of_g)
         if cuda.threadIdx.x == 0:
             row = span.place * N_ROW
             for column in range(N_ROW):
                 rows[row + column] = table[span.group * N_ROW + column]
             step, h = HYPERPARAMETERS(table, span.group)
-            norm_p = float64(math.sqrt(of_p[0]))  # in the simulator math.sqrt returns a Python float, which is weaker
-            norm_g = float64(math.sqrt(of_g[0]))
             if NUMBERED:
                 before = per_tensor[span.place]
                 rows[row + N_ROW - 1], after = SCALED(step, norm_p, norm_g, before, h)
@@ -155,7 +221,6 @@ def scale(spans, n, table, pp, gg, per_tensor, rows):
                 per_tensor[span.place] = after
             else:
                 rows[row + N_ROW - 1] = SCALED(step, norm_p, norm_g, h)
-        cuda.syncthreads()
 
 
 def applied(values, context):
@@ -191,8 +256,18 @@ def apply(places, ratios, states, table, chunks, n):
 class LayerwiseKernel:
     """The update of a rule that scales each parameter's step by norms: two passes and a merge between them."""
 
-    def __init__(self, backend: Launcher, n_states: int, propose: Any, merge: Any, apply: Any):
+    def __init__(
+        self,
+        backend: Launcher,
+        n_states: int,
+        propose: Any,
+        again: tuple[SquaresKernel, Any] | None,
+        merge: Any,
+        apply: Any,
+    ):
+        """again : in float64, what completes the partial sums: those of p, and those of u."""
         self._backend = backend
+        self._again = again
         self._n_states = n_states
         self._propose = propose
         self._merge = merge
@@ -207,9 +282,14 @@ class LayerwiseKernel:
         addresses = backend.addresses(states)
         own, average = addresses[: self._n_states], addresses[self._n_states :]
         where, on_device = backend.places(places), backend.table(table).reshape(-1)
-        partials = backend.empty(2 * found.blocks)
+        width = sums_per_block(backend.table(table).dtype)
+        partials = backend.empty(width * found.blocks)
         ratios = backend.empty(found.parameters)
         backend.launch(self._propose, found.length, where, own, on_device, found.lines, found.length, partials)
+        if self._again is not None:
+            of_p, of_u = self._again
+            of_p.launch_again(where, backend.table(table), found, partials)
+            backend.launch(of_u, found.length, where, own, on_device, found.lines, found.length, partials)
         backend.launch(self._merge, found.spanned, found.spans, found.spanned, partials, ratios)
         both = (*average, *own)
         backend.launch(self._apply, found.length, where, ratios, both, on_device, found.lines, found.length)

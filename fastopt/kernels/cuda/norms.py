@@ -7,9 +7,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numba import float64
 
-from fastopt.kernels.contract import N_CHUNK, N_PLACE, Array, Chunk, Place, StepHyper
+from fastopt.kernels.contract import (
+    N_CHUNK,
+    N_PLACE,
+    SCALE_DOWN,
+    SCALE_UP,
+    Array,
+    Chunk,
+    Place,
+    StepHyper,
+    in_range,
+    rescaled,
+    scaled_square,
+)
 from fastopt.kernels.cuda.launcher import Chunks, Launcher
 from fastopt.kernels.cuda.target import THREADS, cuda
 
@@ -39,6 +52,10 @@ MEASURE: bool
 OVERWRITE: bool
 """Whether the kernel does the sums that are overwritten, or those that are added to."""
 STEP: StepHyper
+WIDTH: int
+"""`fastopt.kernels.contract.sums_per_block` of the dtype."""
+SELECTS: bool
+"""Whether only sums of selected parameters are measured, without a table."""
 
 # --- sums over a block of threads -------------------------------------------------------------------------------------
 
@@ -58,14 +75,14 @@ def block_sums(left, right):
         width //= 2
 
 
-def leave_sums(left, right, s, t, partials, block):
-    """Leave the sums of s and t over a block of threads in the line of a block of the partial sums."""
+def leave_sums(left, right, s, t, partials, at):
+    """Leave the sums of s and t over a block of threads in the partial sums, from number `at` on."""
     left[cuda.threadIdx.x] = s
     right[cuda.threadIdx.x] = t
     BLOCK_SUMS(left, right)
     if cuda.threadIdx.x == 0:
-        partials[2 * block] = left[0]
-        partials[2 * block + 1] = right[0]
+        partials[at] = left[0]
+        partials[at + 1] = right[0]
     cuda.syncthreads()
 
 
@@ -93,7 +110,44 @@ def squares(places, table, columns, chunks, n, partials):
         else:
             x = place.g + ITEMSIZE * chunk.grad
         s, bad = LOOP((x,), 0, chunk.stop - chunk.start, step, 0.0, ZERO)
-        LEAVE_SUMS(total, marks, s, bad, partials, chunk.block)
+        LEAVE_SUMS(total, marks, s, bad, partials, WIDTH * chunk.block)
+        c += cuda.gridDim.x
+
+
+def squared_again(values, step):
+    """The element function of `squares_again`, of (x,)."""
+    x = float64(CONDITIONED(step, values[0]))
+    return (), scaled_square(x, SCALE_UP), scaled_square(x, SCALE_DOWN)
+
+
+def squares_again(places, selected, table, columns, chunks, n, partials):
+    """In float64, after the sums of squares: the sums of the squares scaled up, and scaled down.
+
+    They are computed from the sums where these are in range: elements are read again only where squares are not.
+    """
+    above = cuda.shared.array(THREADS, float64)
+    below = cuda.shared.array(THREADS, float64)
+    c = cuda.blockIdx.x
+    while c < n:
+        chunk = Chunk(*UNPACK_CHUNK(chunks, N_CHUNK * c))
+        if selected[chunk.place if SELECTS else 0] != 0:
+            place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
+            if SELECTS:  # noqa: SIM108 a branch is pruned, an expression is not
+                step = STEP
+            else:
+                step = StepHyper(*UNPACK_STEP(table, chunk.group * columns))
+            if OF_PARAMETERS:  # noqa: SIM108
+                x = place.p + ITEMSIZE * chunk.start
+            else:
+                x = place.g + ITEMSIZE * chunk.grad
+            at = WIDTH * chunk.block
+            total = partials[at]
+            s, t = 0.0, 0.0
+            if not in_range(total):
+                s, t = LOOP((x,), 0, chunk.stop - chunk.start, step, s, t)
+            elif cuda.threadIdx.x == 0:
+                s, t = rescaled(total, SCALE_UP), rescaled(total, SCALE_DOWN)
+            LEAVE_SUMS(above, below, s, t, partials, at + 2)
         c += cuda.gridDim.x
 
 
@@ -121,7 +175,7 @@ def add(places, selected, weight, chunks, n, partials):
             buffers = (place.p + ITEMSIZE * chunk.start, place.g + ITEMSIZE * chunk.start)
             if MEASURE:
                 s, bad = LOOP(buffers, 0, chunk.stop - chunk.start, factor, 0.0, ZERO)
-                LEAVE_SUMS(total, marks, s, bad, partials, chunk.block)
+                LEAVE_SUMS(total, marks, s, bad, partials, WIDTH * chunk.block)
             else:
                 LOOP(buffers, 0, chunk.stop - chunk.start, factor, ZERO, ZERO)
         c += cuda.gridDim.x
@@ -147,21 +201,32 @@ def sum_runs(grads, order, starts, runs, width, sums):
 class SquaresKernel:
     """The norm of gradients, and whether all of them are finite."""
 
-    def __init__(self, backend: Launcher, kernel: Any):
+    def __init__(self, backend: Launcher, kernel: Any, again: Any, width: int):
+        """again : `squares_again`, or None. width : how many numbers a line of the partial sums has."""
         self._backend = backend
         self._kernel = kernel
+        self._again = again
+        self._width = width
 
     def launch(self, places: Array, table: Array, chunks: Array, elements: int) -> Array:
         """As `fastopt.kernels.contract.NormKernel`."""
         backend = self._backend
         partials = self.launch_on(backend.places(places), backend.table(table), backend.chunks(chunks))
-        return partials.reshape(-1, 2)
+        return partials.reshape(-1, self._width)
 
     def launch_on(self, places: Array, table: Array, found: Chunks) -> Array:
         """The same, with tables that are on the device, where the sums stay as well, all in a row."""
         backend, columns = self._backend, table.shape[1]
-        partials = backend.empty(2 * found.blocks)
-        backend.launch(
-            self._kernel, found.length, places, table.reshape(-1), columns, found.lines, found.length, partials
-        )
+        partials = backend.empty(self._width * found.blocks)
+        flat = table.reshape(-1)
+        backend.launch(self._kernel, found.length, places, flat, columns, found.lines, found.length, partials)
+        self.launch_again(places, table, found, partials)
         return partials
+
+    def launch_again(self, places: Array, table: Array, found: Chunks, partials: Array) -> None:
+        """Complete partial sums whose first two columns are known."""
+        if self._again is not None:
+            backend, (flat, columns) = self._backend, (table.reshape(-1), table.shape[1])
+            all_of_them = backend.upload(np.ones(1, np.int64))
+            arguments = (places, all_of_them, flat, columns, found.lines, found.length, partials)
+            backend.launch(self._again, found.length, *arguments)
