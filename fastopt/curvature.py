@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fastopt import scalars
 from fastopt.init import generator
 from fastopt.kernels import get_backend
+from fastopt.kernels.contract import norm_of_array
 from fastopt.storage.flat import FlatParams, pack
 
 __all__ = ["dominant_eigenvalue"]
@@ -25,6 +26,16 @@ In float32 the cube root balances the rounding error and the difference error; i
 count as their average curvature. In float64 a step of 4e-11 crosses hardly any kink and leaves 5 digits; a longer step
 crosses a few, and one kink in a short step looks like a huge curvature."""
 
+LONGEST = 0.05
+"""The longest step, on the same scale: where gradients are large, their rounding hides what a shorter step changes."""
+
+ROUNDED, ROUNDING, REFUSED = 1e-3, 1e-5, 1e-2
+"""The rounding of gradients, relative to their change: above the first, the step is made longer, so that it is about
+the second; above the third the result would be rounding."""
+
+FLAT = 1e-3
+"""An eigenvalue that is 0 where one above this would be seen."""
+
 
 def dominant_eigenvalue(
     grad: Callable[[Any], Any],
@@ -35,7 +46,8 @@ def dominant_eigenvalue(
     """Return the Hessian's eigenvalue of largest magnitude at `params`, by power iteration on gradient differences.
 
     Formula: ``d = 2 h v``; ``y = grad(w + h v) - grad(w - h v)``, which is about ``H d``; ``lambda = d.y / d.d``;
-    ``v = y / |y|``, and again; with ``h = s max(1, |w|)``, where `s` is 5e-3 in float32 and 4e-11 in float64.
+    ``v = y / |y|``, and again; with ``h = s max(1, |w|)``, where `s` is 5e-3 in float32 and 4e-11 in float64. Where the
+    rounding of large gradients would be more than a thousandth of `y`, `s` becomes larger, up to 0.05.
 
     The result is the last Rayleigh quotient ``lambda``, in units of the loss over those of the parameters squared. No
     Hessian is stored: an iteration costs two gradients and needs a few vectors of the size of the buffer, and sums and
@@ -49,7 +61,8 @@ def dominant_eigenvalue(
     Args:
         grad: function from the parameters to their gradients: its argument is a tree with the structure of `params`,
             its result a tree like it, of arrays of the same shapes and dtype (None for a missing gradient). It is
-            called `2 * iterations` times and must be the gradient of one function: use the same rows in every call.
+            called `2 * iterations` times, and twice more for each longer step; it must be the gradient of one function:
+            use the same rows in every call.
         params: the point of the Hessian: a tree of float32 or float64 arrays, as for `fastopt.pack`, of which `grad`
             receives copies; or a `FlatParams`, such as `opt.flat`. Then `grad` receives `flat.params` itself, changed
             in place, so that layers that hold views of the buffer see the change. Afterwards, even after an error, the
@@ -61,13 +74,15 @@ def dominant_eigenvalue(
             advanced.
 
     Returns:
-        The eigenvalue; negative if the loss curves downwards most, 0.0 if the gradient does not change. If one
+        The eigenvalue; negative if the loss curves downwards most, 0.0 if the gradient does not change (where an
+        eigenvalue of 0.001 would change it). If one
         eigenvalue and its negative both have the largest magnitude, the iteration does not converge, and the result
         lies between the two.
 
     Raises:
         ValueError: `iterations` < 1; a parameter or a gradient that is not finite, or a gradient of another structure
-            or shape, with its path; parameters without elements.
+            or shape, with its path; parameters without elements; gradients so large that their rounding hides the
+            curvature, also with the longest step.
         TypeError: `grad` is not callable, a gradient is not an array or has another dtype, or `pack` refuses `params`.
         RuntimeError: the parameters are on a device, and the CUDA backend cannot work here.
 
@@ -94,23 +109,36 @@ def dominant_eigenvalue(
         part[...] = backend.host(array)
     centre = kept.astype(np.float64)
     _check_finite(flat, centre, "parameter", "")
-    step = STEPS[flat.dtype] * max(1.0, float(np.linalg.norm(centre)))
+    scale = max(1.0, norm_of_array(centre))
+    step, longest = STEPS[flat.dtype] * scale, LONGEST * scale
+    epsilon = float(np.finfo(flat.dtype).eps)
     direction = np.zeros_like(centre)
     for part in flat.views(direction):  # leave the padding at 0: it holds no parameters
         part[...] = source.standard_normal(part.shape)
-    direction /= np.linalg.norm(direction)
+    direction /= norm_of_array(direction)
     eigenvalue = 0.0
     try:
         for k in range(iterations):
-            before, gradient_before = _look(grad, flat, centre - step * direction, k)
-            after, gradient_after = _look(grad, flat, centre + step * direction, k)
-            # The exact difference of the two rounded points; in float32 it differs slightly from 2 h v.
-            moved = after - before
-            change = gradient_after - gradient_before
-            length = float(np.linalg.norm(change))
+            while True:
+                before, gradient_before = _look(grad, flat, centre - step * direction, k)
+                after, gradient_after = _look(grad, flat, centre + step * direction, k)
+                # The exact difference of the two rounded points; in float32 it differs slightly from 2 h v.
+                moved = after - before
+                change = gradient_after - gradient_before
+                length, distance = norm_of_array(change), norm_of_array(moved)
+                rounding = epsilon * norm_of_array(gradient_after)
+                if rounding <= ROUNDED * length or step == longest:
+                    break
+                step = min(longest, step * (rounding / (ROUNDING * length) if length > 0.0 else 1000.0))
+            if rounding > (REFUSED * length if length > 0.0 else FLAT * distance):
+                raise ValueError(
+                    f"grad: must be small enough for its rounding not to hide the curvature, got gradients of norm "
+                    f"{rounding / epsilon:.3g}, whose change over a step of {distance:.3g} is {length:.3g}; pass the "
+                    f"parameters in float64, or a point nearer to a minimum"
+                )
             if length == 0.0:
                 return 0.0
-            eigenvalue = float(moved @ change) / float(moved @ moved)
+            eigenvalue = float(moved / distance @ change) / distance
             direction = change / length
     finally:
         _move(flat, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -105,6 +106,50 @@ def test_the_curvature_depends_on_the_given_point():
 def test_a_constant_gradient_has_no_curvature(dtype):
     slope = np.linspace(-1, 1, 5).astype(dtype)
     assert dominant_eigenvalue(lambda p: [slope.copy()], [np.ones(5, dtype)], rng=0) == 0.0
+
+
+@pytest.mark.parametrize("slope", [1e3, 1e5, 1e7, 1e9, -1e10])
+@pytest.mark.parametrize("eigenvalue", [7.0, -7.0])
+def test_large_gradients_do_not_hide_the_curvature_in_float64(slope, eigenvalue):
+    curvatures = eigenvalue * np.array([1.0, 0.5, -0.25])
+    found = dominant_eigenvalue(lambda p: [slope + curvatures * p[0]], [np.ones(3)], rng=0)
+    assert found == pytest.approx(eigenvalue, rel=2e-3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(power=st.floats(-3.0, 25.0), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 9))
+def test_large_gradients_give_the_curvature_or_an_error(power, dtype, seed):
+    slope = dtype(10.0**power)
+    curvatures = np.array([7.0, -3.0, 1.0, 0.0], dtype)
+    with suppress(ValueError):
+        found = dominant_eigenvalue(lambda p: [slope + curvatures * p[0]], [np.ones(4, dtype)], rng=seed)
+        assert found == pytest.approx(7.0, rel=0.02)
+        return
+    assert power > (3.0 if dtype == np.float32 else 11.0)
+
+
+def test_curvature_that_is_lost_in_the_rounding_of_the_gradients_is_an_error():
+    for slope in (np.float32(1e7), np.float64(1e16), np.float64(1e20)):
+        params = [np.ones(3, slope.dtype)]
+        with pytest.raises(ValueError, match="its rounding not to hide the curvature, got gradients of norm"):
+            dominant_eigenvalue(lambda p, slope=slope: [slope + 7 * p[0]], params, rng=0)
+
+
+def test_large_parameters_have_a_curvature():
+    found = dominant_eigenvalue(lambda p: [np.array([1e-3, 2e-3]) * p[0]], [np.array([3e200, 4e200])], 60, rng=0)
+    assert found == pytest.approx(2e-3, rel=1e-4)
+
+
+def test_a_longer_step_is_kept_for_the_next_iterations():
+    calls = 0
+
+    def grad(tree):
+        nonlocal calls
+        calls += 1
+        return [1e7 + 7.0 * tree[0]]
+
+    dominant_eigenvalue(grad, [np.ones(3)], 10, rng=0)
+    assert 20 < calls <= 28
 
 
 def test_a_missing_gradient_counts_as_zero():
