@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastopt.kernels.contract import Asynchronous, Decision
+from fastopt.signals import deferred_signals
 from fastopt.step.info import StepInfo
+from fastopt.step.norms import counted
 from fastopt.step.options import StepOptions
 
 if TYPE_CHECKING:
@@ -39,12 +41,39 @@ class DeviceSteps:
         self.decides = self.decides and not (options.skips and rule.matrixwise is not None)
         self.gated = self.decides and options.skips
         self.options = options
-        self.in_flight: deque[tuple[StepInfo, Decision]] = deque()
-        """Counted as made; the device may have skipped them."""
+        self.in_flight: deque[tuple[StepInfo, Decision, int]] = deque()
+        """Counted as made; the device may have skipped them. With the skips that were known at their launch."""
         self.known_skips = 0
+        self.nonfinite = (0, 0)
+        self.collected, self.skipped = False, 0
+        """Whether results have arrived that the pipeline has not counted yet, and how many of the steps were skipped. A
+        `StepInfo` fetches them from here: it outlives the optimizer, and must not hold its arrays."""
         self.skips = backend.zeros(1, np.dtype(np.int64)) if self.gated else None
         """How many steps the device has skipped, counted there."""
         self.recorded: Recorded | None = None
+
+    def launched(self, info: StepInfo, decision: Decision, nonfinite: tuple[int, int]) -> None:
+        """Send for the results of the step just launched, which are taken when they are read."""
+        if not self.in_flight:
+            self.nonfinite = nonfinite
+        decision.send()
+        self.in_flight.append((info, decision, self.known_skips))
+        info.await_results(lambda pending: self.collect())
+
+    def collect(self, most: int = 0) -> None:
+        """Take the results of steps in flight; wait until at most `most` of them are still in flight."""
+        while self.in_flight and (len(self.in_flight) > most or self.in_flight[0][1].arrived):
+            with deferred_signals:
+                info, decision, known = self.in_flight.popleft()
+                norm, coefficient, finite = decision.read()
+                self.nonfinite = counted(self.nonfinite, finite=finite)
+                skip = not finite and self.options.skips
+                self.collected = True
+                self.skipped += skip
+                self.known_skips += skip
+                coefficient = 1.0 if skip else coefficient  # nothing was clipped
+                step = info.launched_as - (self.known_skips - known)
+                info.complete(norm, coefficient, step, skip, self.nonfinite)
 
     def check_place(self, number: int | None) -> None:
         """Refuse to work on arrays of another device than the current one."""

@@ -410,6 +410,8 @@ class GroupsView(Sequence[GroupView]):
             groups: Groups = owner.groups
             known = self._by_glob.get(key)
             if known is None or known[0] is not groups:
+                if len(self._by_glob) >= MOST_UNIONS:
+                    self._by_glob.clear()
                 known = self._by_glob[key] = (groups, GroupView(owner, groups.match(owner.flat.paths, key)))
             return known[1]
         if isinstance(key, slice):

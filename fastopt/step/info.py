@@ -74,6 +74,11 @@ class StepInfo:
         self._step, self._skipped, self._nonfinite = step, skipped, nonfinite
         self._pending = None
 
+    @property
+    def launched_as(self) -> int:
+        """The number of updates, this one included, as it was known at the launch."""
+        return self._step
+
     def _known(self) -> StepInfo:
         """This, after waiting for the results that are pending."""
         if self._pending is not None:

@@ -27,6 +27,12 @@ def _summed(partials: list[np.ndarray], column: int) -> float:
     return sum(float(part[:, column].sum()) for part in partials)
 
 
+def counted(nonfinite: tuple[int, int], *, finite: bool) -> tuple[int, int]:
+    """The steps in a row, and in all, whose gradients were not finite, after one more step."""
+    consecutive, total = nonfinite
+    return (0, total) if finite else (consecutive + 1, total + 1)
+
+
 class Pending:
     """Gradients that are accumulated for the next step."""
 

@@ -20,7 +20,7 @@ from fastopt.step.device import MOST_IN_FLIGHT, DeviceSteps, Recorded
 from fastopt.step.gate import Gate, through_gate
 from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_matrices, mark_matrices
 from fastopt.step.info import StepInfo
-from fastopt.step.norms import Pending, norm_of
+from fastopt.step.norms import Pending, counted, norm_of
 from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.plan import Plan
 from fastopt.step.rows import RowSteps, check_indices, one_run
@@ -109,7 +109,8 @@ class Pipeline:
 
     def _without_updates(self) -> list[int]:
         """The parameters that have had no update yet."""
-        self.collect()
+        if self.options.skips:
+            self.collect()  # a device may have skipped every step so far
         return [k for k, missed in enumerate(self.groups.missed) if missed == self.steps]
 
     def begin(self, present: Sequence[bool] | None = None, *, show: bool = False) -> None:
@@ -400,8 +401,7 @@ class Pipeline:
         rows = self.plan.rows.get(mask)
         if rows is None:
             self.groups.split([k for k, here in enumerate(mask) if here])
-            plan = self.current_plan()
-            rows = plan.rows[mask] = [row if here else -1 for row, here in zip(plan.of, mask, strict=True)]
+            rows = self.current_plan().keep_rows(mask)
         return rows
 
     def _partials(
@@ -465,10 +465,7 @@ class Pipeline:
 
     def _counted(self, finite: bool) -> tuple[int, int]:
         """What `nonfinite` is after a step whose gradients are finite or not."""
-        consecutive, total = self.nonfinite
-        if self.options.nonfinite == "propagate":
-            return consecutive, total
-        return (0, total) if finite else (consecutive + 1, total + 1)
+        return self.nonfinite if self.options.nonfinite == "propagate" else counted(self.nonfinite, finite=finite)
 
     def _info(self, norm: float | None = None, coefficient: float = 1.0, skipped: bool = False) -> StepInfo:
         return StepInfo(self.steps, self.groups.base.get("lr"), norm, coefficient, skipped, self.nonfinite)
@@ -479,9 +476,7 @@ class Pipeline:
         """The info of the step just launched, whose results are fetched from the device when they are read."""
         assert self.device is not None
         if self.options.waits:
-            decision.send()
-            self.device.in_flight.append((info, decision))
-            info.await_results(lambda pending: self.collect())
+            self.device.launched(info, decision, self.nonfinite)
         else:
             step, nonfinite = self.steps, self.nonfinite
             info.await_results(lambda pending: pending.complete(*decision.read()[:2], step, False, nonfinite))
@@ -492,16 +487,12 @@ class Pipeline:
         device = self.device
         if device is None:
             return
-        while device.in_flight and (len(device.in_flight) > most or device.in_flight[0][1].arrived):
-            with deferred_signals:
-                info, decision = device.in_flight.popleft()
-                norm, coefficient, finite = decision.read()
-                skipped = not finite and self.options.skips
-                self.nonfinite = self._counted(finite)
-                self.steps -= skipped
-                device.known_skips += skipped
-                coefficient = 1.0 if skipped else coefficient  # nothing was clipped
-                info.complete(norm, coefficient, self.steps - len(device.in_flight), skipped, self.nonfinite)
+        with deferred_signals:
+            device.collect(most)
+            if device.collected:
+                self.steps -= device.skipped
+                self.nonfinite = device.nonfinite
+                device.collected, device.skipped = False, 0
 
     # --- gradients that are accumulated -------------------------------------------------------------------------------
 

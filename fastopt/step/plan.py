@@ -23,6 +23,10 @@ MANY = 64
 """Param groups. From here on `prepare` is compiled, which takes 0.2-0.3 s: Python takes 1.25 us per group and step."""
 
 
+MOST_MASKS = 128
+"""Sets of parameters with a gradient whose tables are kept: about 100 KiB each at 2,000 parameters."""
+
+
 class Plan:
     """The table of hyperparameters, the tables of chunks, and the kernels, for the param groups as they are.
 
@@ -88,6 +92,15 @@ class Plan:
         self._chunks.clear()
         self.__dict__.pop("joined", None)
 
+    def keep_rows(self, mask: tuple[bool, ...]) -> list[int]:
+        """The rows of the table of the parameters of a mask, which is looked up in `rows` from now on."""
+        if len(self.rows) >= MOST_MASKS:
+            self.rows.clear()
+            self._chunks.clear()  # whose keys are the ids of the rows
+            self._dense.clear()
+        found = self.rows[mask] = [row if here else -1 for row, here in zip(self.of, mask, strict=True)]
+        return found
+
     def chunks(self, rows: Sequence[int], *, whole: bool = False, apart: bool = False) -> np.ndarray:
         """The chunks of parameters of these rows.
 
@@ -107,6 +120,8 @@ class Plan:
         key = (id(rows), dense)
         found = self._dense.get(key)
         if found is None:
+            if len(self._dense) >= MOST_MASKS:
+                self._dense.clear()
             only = [row if here else -1 for row, here in zip(rows, dense, strict=True)]
             found = self._dense[key] = (rows, self.flat.layout.chunks(only, whole=True))
         return found[1]
