@@ -5,8 +5,8 @@ such a tree writes into the view, and what would replace a view or change the st
 
 - dict, OrderedDict, defaultdict and list become `TreeDict`, `TreeOrderedDict`, `TreeDefaultDict` and `TreeList`. Items
   are read by the lookup of dict and list. ``tree.copy()``, `copy.copy` and ``tree | other`` give containers that are
-  plain at every depth and hold the same views; `copy.deepcopy` and `pickle` give plain containers of copies: of the
-  arrays of the copied optimizer, where that is copied together with the tree, and its own containers where it comes first.
+  plain at every depth and hold the same views; `copy.deepcopy` and `pickle` give plain containers of copies. Where
+  the optimizer is copied with the tree, these are its arrays, and also its containers if it comes first.
   ``dict(tree)`` and ``list(tree)`` make only the outermost container plain.
 - Tuples, NamedTuples and frozen dataclasses are immutable, and hold such containers.
 - Mutable dataclasses, deques and custom nodes stay as they are: `watched` finds them, `replaced` compares their leaves.
