@@ -775,7 +775,10 @@ def test_a_step_whose_gradients_were_not_looked_ahead_for_warns_once(tmp_path):
             warnings.simplefilter("error")
             step(opt)  # it has been said
         resumed = lookahead({"w": np.zeros((2, 1))}, lr=0.1, copy=name != "update")
-        resumed.load(tmp_path / "run.safetensors", keep={"nonfinite"})
+        step(resumed)
+        with resumed.lookahead():
+            pass
+        resumed.load(tmp_path / "run.safetensors", keep={"nonfinite"})  # after as many steps
         with pytest.warns(UserWarning, match=OUTSIDE):
             step(resumed)
 

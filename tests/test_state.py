@@ -148,6 +148,28 @@ def test_what_the_caller_writes_into_a_state_is_kept(before, tmp_path):
     assert {path: float(z[0]) for path, z in opt.states["z"].items()} == {"a": 2.0, "w": 2.0, "x": 4.0}
 
 
+def test_a_state_that_was_shown_and_not_written_goes_on_following_the_parameters():
+    opt = fastopt.SGD({"w": np.zeros(1)}, lr=1.0, ema=0.5)
+    assert opt.ema["w"].tolist() == [0.0]
+    opt.params["w"][...] = 1.0
+    with opt.swap_ema() as average:
+        assert average["w"].tolist() == [1.0]
+    opt.params["w"][...] = 2.0
+    opt.step({"w": np.zeros(1)})
+    assert opt.ema["w"].tolist() == [2.0]
+
+
+def test_a_run_that_goes_back_to_its_beginning_begins_at_the_weights_written_then():
+    opt = fastopt.SGD({"w": np.zeros(1)}, lr=1.0, ema=0.5)
+    beginning = opt.state_dict()
+    for _ in range(3):
+        opt.step({"w": np.ones(1)})
+    opt.load_state_dict(beginning)
+    opt.params["w"][...] = 4.0
+    opt.step({"w": np.zeros(1)})
+    assert opt.ema["w"].tolist() == [4.0]
+
+
 def test_arrays_in_place_and_arrays_of_update_begin_where_they_are():
     own = {"w": np.zeros(2)}
     opt = fastopt.SGD(own, lr=1.0, ema=0.5, copy=False)
@@ -194,6 +216,7 @@ def test_states_that_begin_at_a_hyperparameter_follow_it_until_the_first_update(
     opt.groups["b"].lr = 0.25
     assert [float(opt.states["step_size"][path][0]) for path in "ab"] == [0.5, 0.25]
     del opt.groups["b"].lr
+    assert [float(opt.states["step_size"][path][0]) for path in "ab"] == [0.5, 0.5]
     opt.groups["b"].lr_scale = 0.5
     assert [float(opt.states["step_size"][path][0]) for path in "ab"] == [0.5, 0.25]
     opt.step({"a": np.ones(1), "b": None})

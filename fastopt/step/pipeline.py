@@ -76,8 +76,8 @@ class Pipeline:
         self.gate = Gate()
         self.gradients_in = rule.gradients_in
         """The context in which gradients are computed; None also after a warning."""
-        self.entered_at = 0
-        """The number of steps made when that context was last entered."""
+        self.entered_at = -1
+        """The number of steps made when that context was last entered; -1 where it was not since a restart."""
         self.plan = self._planned()
         self.born = Born(rule, options)
         self._make_states()
@@ -814,7 +814,7 @@ class Pipeline:
             self.flush_rows()
             for buffer in self.buffers:
                 buffer.fill(0)
-            self.steps, self.nonfinite, self.pending = 0, (0, 0), None
+            self.steps, self.nonfinite, self.pending, self.entered_at = 0, (0, 0), None, -1
             self.groups.regroup(self.groups.changes, [0] * len(self.flat.paths))
             self.born.shown.clear()
             self._initialise(range(len(self.flat.paths)))
@@ -851,6 +851,7 @@ class Pipeline:
             for view, array in zip(views, arrays[name], strict=True):
                 self.backend.copy(view, array)
         self.steps = steps
+        self.entered_at = -1
         self.nonfinite = nonfinite
         self.pending = None
         self.born.shown.clear()
