@@ -21,6 +21,7 @@ from fastopt.batchnorm.functional import (
 )
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import Backend
+from fastopt.signals import deferred_signals
 from fastopt.storage.flat import check_apart
 
 STATE_FORMAT = 1
@@ -387,7 +388,8 @@ class BatchNorm:
         if self.running_var is not None:
             means, variances = state["running_mean"], state["running_var"]
             check_statistics("state['running_mean']", means, "state['running_var']", variances)
-        if self.running_mean is not None and self.running_var is not None:
-            self._backend.copy(self.running_mean, state["running_mean"])
-            self._backend.copy(self.running_var, state["running_var"])
-        self.num_batches_tracked = count
+        with deferred_signals:
+            if self.running_mean is not None and self.running_var is not None:
+                self._backend.copy(self.running_mean, state["running_mean"])
+                self._backend.copy(self.running_var, state["running_var"])
+            self.num_batches_tracked = count

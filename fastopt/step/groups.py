@@ -143,6 +143,15 @@ class Groups:
 
     def assign(self, name: str, value: Any) -> None:
         """Set a hyperparameter of the optimizer: of every group that has none of its own."""
+        before = self.base[name]
+        try:
+            self._assign(name, value)
+        except BaseException:  # of a signal's handler: deferring signals would double the time of `opt.lr = lr`
+            with deferred_signals:
+                self._assign(name, before)
+            raise
+
+    def _assign(self, name: str, value: Any) -> None:
         self.base[name] = value
         self.changes_made += 1
         for group in self.list:
@@ -153,14 +162,15 @@ class Groups:
 
     def override(self, members: tuple[int, ...], name: str, value: Any) -> None:
         """Set a hyperparameter of these parameters."""
-        self.changes_made += 1
-        for group in self._union(members):
-            group.changes[name] = value
-            group.put(name, value)
-        if name == WEIGHT_DECAY:
-            self._decay_changed(value)
-        elif name == FROZEN:
-            self._values_changed()
+        with deferred_signals:
+            self.changes_made += 1
+            for group in self._union(members):
+                group.changes[name] = value
+                group.put(name, value)
+            if name == WEIGHT_DECAY:
+                self._decay_changed(value)
+            elif name == FROZEN:
+                self._values_changed()
 
     def _decay_changed(self, value: Any) -> None:
         if (callable(value) or value != 0.0) != self.decays:
@@ -168,10 +178,11 @@ class Groups:
 
     def release(self, members: tuple[int, ...], name: str) -> None:
         """Let these parameters have the optimizer's hyperparameter of this name again."""
-        for group in self._union(members):
-            group.changes.pop(name, None)
-            group.inherit(self.base)
-        self._values_changed()
+        with deferred_signals:
+            for group in self._union(members):
+                group.changes.pop(name, None)
+                group.inherit(self.base)
+            self._values_changed()
 
     def _union(self, members: tuple[int, ...]) -> list[ParamGroup]:
         """The groups that hold these parameters and no others, after splitting those that hold others as well."""
