@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from numba.core import caching
 from scripts import ROOT, run
 
 import fastopt
@@ -397,6 +399,88 @@ def test_a_damaged_cache_is_mended(monkeypatch, tmp_path, suffix, damage):
     mended = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert updated(REREAD) == 6.0
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == mended  # it was loaded
+
+
+ERRORS = [OSError(28, "No space left on device"), OSError(30, "Read-only file system"), PermissionError(13, "denied")]
+GO_ON = (
+    r"^FASTOPT_CACHE_DIR: must be a directory that can be read and written, got .*: {}.*; kernels are compiled without"
+)
+
+
+def unwritable(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    """Let every write to the cache fail."""
+
+    def fail(*arguments: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_open_for_write", fail)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_cache_that_cannot_be_written_is_one_warning(monkeypatch, tmp_path, error):
+    monkeypatch.setenv("FASTOPT_CACHE_DIR", str(tmp_path))
+    unwritable(monkeypatch, error)
+    with pytest.warns(RuntimeWarning, match=GO_ON.format(re.escape(str(error)))) as caught:
+        found = [updated(source) for source in (REREAD, REREAD.replace("SCALE = 2.0", "SCALE = 4.0"))]
+    assert found == [6.0, 12.0]
+    assert len(caught) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_kernels_in_a_cache_that_cannot_be_written_are_used(monkeypatch, tmp_path, error):
+    monkeypatch.setenv("FASTOPT_CACHE_DIR", str(tmp_path))
+    assert updated(REREAD) == 6.0
+    unwritable(monkeypatch, error)
+    monkeypatch.setattr(caching.CompileResultCacheImpl, "reduce", None)  # nothing is compiled, nothing is saved
+    assert updated(REREAD) == 6.0
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_damaged_cache_that_cannot_be_mended_is_one_warning(monkeypatch, tmp_path, error):
+    monkeypatch.setenv("FASTOPT_CACHE_DIR", str(tmp_path))
+    assert updated(REREAD) == 6.0
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"pickle")
+    unwritable(monkeypatch, error)
+    with pytest.warns(RuntimeWarning, match=GO_ON.format("")) as caught:
+        assert updated(REREAD) == 6.0
+    assert len(caught) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+@pytest.mark.parametrize("name", ["file", "file/cache", "/proc/fastopt", "loop/cache", "~nobody-of-this-name/cache"])
+def test_a_cache_directory_that_cannot_be_made_is_one_warning(monkeypatch, tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("FASTOPT_CACHE_DIR", name if name[0] in "/~" else str(tmp_path / name))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.warns(RuntimeWarning, match=GO_ON.format("")) as caught:
+        found = [updated(source) for source in (REREAD, REREAD)]
+    assert found == [6.0, 6.0]
+    assert len(caught) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+import numpy as np, fastopt
+for kind in (fastopt.Adam, fastopt.Lion):
+    opt = kind({"w": np.ones(3)}, lr=0.5)
+    opt.step({"w": np.ones(3)})
+    assert (opt.params["w"].round(6) == 0.5).all()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="of POSIX systems")
+def test_the_system_refuses_the_bytes_of_kernels(tmp_path):
+    """As a full disk does; in a new process, whose kernels of every kind are compiled."""
+    finished = run("-c", LIMITED, timeout=240.0, FASTOPT_CACHE_DIR=str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("RuntimeWarning") == 1
+    assert "[Errno 27] File too large" in finished.stderr
+    assert not list(tmp_path.glob("*.tmp.*"))
 
 
 def test_the_cache_directory(monkeypatch, tmp_path):

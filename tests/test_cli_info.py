@@ -121,6 +121,22 @@ def test_a_cache_directory_that_others_may_write_to_is_not_usable(tmp_path):
     assert "chmod 700" in cache["reason"]
 
 
+def test_a_cache_directory_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    cache = report(FASTOPT_CACHE_DIR=str(tmp_path))["cache"]
+    assert cache["usable"] is True
+    assert "cannot be written" in cache["reason"]
+
+
+@pytest.mark.parametrize("name", ["file", "~nobody-of-this-name/cache"])
+def test_a_cache_directory_that_is_none_is_reported(tmp_path, name):
+    (tmp_path / "file").touch()
+    cache = report(FASTOPT_CACHE_DIR=name if name[0] == "~" else str(tmp_path / name))["cache"]
+    assert cache["usable"] is False
+    assert cache["reason"]
+
+
 # --- CUDA and its failures --------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 import fastopt
 from fastopt.cli.output import STDOUT, check_files, console, write_json, writing
 from fastopt.kernels import find_cuda
-from fastopt.kernels.bind import CACHE_VARIABLE, cache_directory
+from fastopt.kernels.bind import CACHE_VARIABLE, checked_directory
 from fastopt.kernels.driver import DRIVER
 from fastopt.kernels.threads import get_num_threads, processors, source
 from fastopt.measure.machine import cpu_name, version_of
@@ -112,16 +112,17 @@ def _cache() -> dict[str, Any]:
     found: dict[str, Any] = {CACHE_VARIABLE: setting, "usable": None, "kernels": None, "reason": None}
     if setting is None:
         found["reason"] = "FASTOPT_CACHE_DIR is not set: every process compiles its kernels again"
-    elif not Path(setting).expanduser().exists():
-        found["reason"] = "the directory will be made when the first kernel is compiled"
-    else:
-        try:
-            directory = cache_directory()
-            found["usable"] = True
-            found["kernels"] = len(list(directory.glob("*.nbc"))) if directory else 0
-        except OSError as error:
-            found["usable"] = False
-            found["reason"] = _one_line(error)
+        return found
+    try:
+        if not Path(setting).expanduser().exists():
+            found["reason"] = "the directory will be made when the first kernel is compiled"
+            return found
+        directory = checked_directory() or Path(setting)
+        found |= {"usable": True, "kernels": len(list(directory.glob("*.nbc")))}
+        if not os.access(directory, os.W_OK):
+            found["reason"] = "the directory cannot be written: new kernels are compiled again in every process"
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+        found |= {"usable": False, "reason": _one_line(error)}
     return found
 
 

@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, ModuleType
@@ -203,21 +204,58 @@ def address_of(dispatcher: Any, *, of_c: bool = False) -> int:
 # --- the opt-in cache -------------------------------------------------------------------------------------------------
 
 
+FAILED: set[str | None] = set()
+"""The settings of FASTOPT_CACHE_DIR whose failure was reported."""
+
+
+class SharedCacheError(PermissionError):
+    """Other users may write to the directory of the cache: numba's cache files are pickles, and run any code here."""
+
+
 def cache_directory() -> Path | None:
     """Return the directory named by FASTOPT_CACHE_DIR, made if absent; None where the variable is unset or empty.
 
-    Raises PermissionError where other users may write to the directory: numba's cache files are pickles, so a file
-    written there can run any code here.
+    None also, after one warning, where the directory cannot be made or read. Raises SharedCacheError.
+    """
+    try:
+        return checked_directory()
+    except SharedCacheError:
+        raise
+    except OSError as error:
+        go_on_without_cache(error)
+        return None
+
+
+def go_on_without_cache(error: Exception) -> None:
+    """Warn, once in a process, that the cache cannot be read or written, and that kernels are compiled without it."""
+    name = os.environ.get(CACHE_VARIABLE)
+    if name not in FAILED:
+        FAILED.add(name)
+        warnings.warn(
+            f"{CACHE_VARIABLE}: must be a directory that can be read and written, got {name!r}: {error}; kernels are "
+            f"compiled without it, again in every process",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def checked_directory() -> Path | None:
+    """Return the directory named by FASTOPT_CACHE_DIR, made if absent; None where the variable is unset or empty.
+
+    Raises OSError where it cannot be made or read, SharedCacheError where other users may write to it.
     """
     name = os.environ.get(CACHE_VARIABLE)
     if not name:
         return None
-    path = Path(name).expanduser().resolve()
+    try:
+        path = Path(name).expanduser().resolve()
+    except RuntimeError as error:  # an unknown user, or a loop of links
+        raise OSError(str(error)) from None
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid"):
         status = path.stat()
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError(
+            raise SharedCacheError(
                 f"{CACHE_VARIABLE}: must be a directory that belongs to you and that nobody else can write to, because "
                 f"cache files are executable code, got {name!r}; run: chmod 700 {name}"
             )
@@ -256,7 +294,16 @@ def keep_on_disk(dispatcher: Any, directory: Path) -> None:
             try:
                 return super().load_overload(signature, target)
             except Exception:  # a truncated or foreign file must cause a compilation, not fail for ever
-                self.flush()
+                try:
+                    self.flush()
+                except OSError as error:
+                    go_on_without_cache(error)
                 return None
+
+        def save_overload(self, signature: Any, data: Any) -> None:
+            try:
+                super().save_overload(signature, data)
+            except Exception as error:  # also where a damaged index could not be mended
+                go_on_without_cache(error)
 
     dispatcher._cache = Cache(dispatcher.py_func)
