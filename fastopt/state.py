@@ -266,21 +266,19 @@ def fit(
     if strict:
         return fitted, LoadReport(tuple(f"{name}/{path}" for name in here.arrays for path in paths))
     other = "" if state["rule"] == here.rule.name else f"of rule {state['rule']!r}, not {here.rule.name!r}"
+    fitted["missed"], held, report = _fit_arrays(state, here, other, params)
+    fitted |= {"state": {name: held[name] for name in held if name != EMA}, EMA: held.get(EMA)}
     if other:
         kept["rule"] = f"the saved hyperparameters are {other}"
         fitted |= {"rule": here.rule.name, "hyper": own, "overrides": changes}
     else:
-        fitted |= {"hyper": _fit_values(hyper, own, here.hyper, "", kept)}
-        fitted["hyper"] = {name: fitted["hyper"].get(name, value) for name, value in own.items()}
-        known = set(params or ()).union(*(arrays for arrays in state["state"].values() if isinstance(arrays, Mapping)))
-        fitted["overrides"] = {
+        fitted["hyper"] = {**own, **_fit_values(hyper, own, here.hyper, "", kept)}
+        fitted["overrides"] = changes | {
             path: _fit_values(overrides.get(path, {}), changes[path], {**here.hyper, **change}, f"{path}: ", kept)
-            if path in known or not known
-            else changes[path]
             for path, change in zip(paths, here.overrides, strict=True)
+            if (params is None or path in params)
+            and not any(f"{name}/{path}" in report.missing for name in here.arrays if name != EMA)
         }
-    fitted["missed"], held, report = _fit_arrays(state, here, other, params)
-    fitted |= {"state": {name: held[name] for name in held if name != EMA}, EMA: held.get(EMA)}
     return fitted, replace(report, kept=kept)
 
 

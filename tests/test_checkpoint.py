@@ -648,6 +648,13 @@ def test_what_changes_the_run_is_compared_unless_it_is_kept(tmp_path, way, name,
         np.testing.assert_array_equal(own, array)
 
 
+def test_an_average_that_only_one_of_them_has_cannot_be_kept(adam, tmp_path):
+    adam.save(tmp_path / "x")
+    for load, source in (("load", tmp_path / "x"), ("load_state_dict", adam.state_dict())):
+        with pytest.raises(ValueError, match=r"must be saved with ema=None, .* got ema=0.9; .* with strict=False"):
+            getattr(fresh(ema=None), load)(source, keep={"ema"})
+
+
 @pytest.mark.parametrize("way", ["load", "load_state_dict"])
 def test_options_that_leave_the_update_as_it_is_may_differ(adam, tmp_path, way):
     adam.save(tmp_path / "x")
@@ -779,6 +786,30 @@ def test_a_layer_that_was_removed_or_has_another_shape_is_reported(tmp_path):
     np.testing.assert_array_equal(opt.states["m"]["b"], before["state"]["m"]["b"])
     assert opt.step_count == 3
     assert opt.state_dict()["missed"] == {"b": 3}  # its states begin here, and so does its bias correction
+
+
+def test_a_parameter_has_all_its_states_from_one_place():
+    """The norm of NovoGrad is one number, whatever the shape."""
+    saved = trained(fastopt.NovoGrad(tree(1)))
+    opt = fastopt.NovoGrad({**tree(2), "b": np.ones(5, np.float32)})
+    report = opt.load_state_dict(saved.state_dict(), strict=False)
+    shape, others = "shape (3,) was saved, not (5,)", "the other states of its parameter do not fit"
+    assert report.missing == {"m/b": shape, "v/b": others}
+    assert opt.states["v"]["b"] == 0.0
+
+
+@pytest.mark.parametrize("way", ["load", "load_state_dict"])
+def test_a_parameter_that_is_not_loaded_keeps_its_own_hyperparameters(tmp_path, way):
+    """A vector in place of a matrix, which Muon would take for one."""
+    saved = trained(fastopt.Muon(tree(1)))
+    saved.save(tmp_path / "x")
+    params = {"W": np.ones(4, np.float32), "b": tree(2)["b"]}
+    opt = fastopt.Muon(params, overrides={"W": {"frozen": True}})
+    source = tmp_path / "x" if way == "load" else saved.state_dict()
+    assert "m/b" in getattr(opt, way)(source, strict=False).loaded
+    assert (opt.groups["W"].orthogonal, opt.groups["W"].frozen, opt.groups["b"].orthogonal) == (False, True, False)
+    trained(opt)
+    np.testing.assert_array_equal(opt.params["W"], 1.0)
 
 
 def test_an_average_that_is_new_begins_at_the_loaded_parameters(tmp_path):

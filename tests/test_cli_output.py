@@ -213,6 +213,21 @@ def test_a_limit_on_the_size_of_files_is_an_error_of_the_run(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="of POSIX systems")
+def test_a_disk_that_keeps_other_bytes_is_an_error_of_the_run(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def damage(descriptor: int) -> None:
+        fsync(descriptor)
+        os.truncate(descriptor, 100)
+
+    monkeypatch.setattr(os, "fsync", damage)
+    result = invoke("train", "--checkpoint", tmp_path / "x")
+    assert result.exit_code == 1
+    assert "Error: --checkpoint: the description: must be in the new file" in plain(result.output)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="of POSIX systems")
 def test_json_goes_into_a_pipe():
     result = run("info", "--json", "/dev/stdout")
     assert result.returncode == 0

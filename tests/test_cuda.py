@@ -344,6 +344,29 @@ def test_states_begin_at_the_weights_that_were_written_before_the_first_step():
     assert host(opt.states["z"]["a"]).tobytes() == host(opt.params["a"]).tobytes()
 
 
+def test_what_fits_is_loaded_as_on_the_cpu(tmp_path):
+    params = tree(5)
+    saved = fastopt.Adam(params, lr=0.1)
+    saved.step(grads_of(params, 1))
+    saved.save(tmp_path / "x")
+    head = np.ones(3, np.float32)
+    opt, cpu = (
+        fastopt.Adam({**tree(6), "head": head}, lr=0.2, backend=backend, ema=0.5) for backend in ("cuda", "cpu")
+    )
+    for one in (opt, cpu):
+        report = one.load(tmp_path / "x", strict=False, keep={"lr"})
+        assert set(report.missing) == {"head", "m/head", "v/head", *(f"ema/{path}" for path in one.params)}
+        assert (one.lr, one.step_count) == (0.2, 1)
+    for path in cpu.params:
+        np.testing.assert_array_equal(host(opt.params[path]), cpu.params[path])
+        np.testing.assert_array_equal(host(opt.ema[path]), cpu.params[path])
+        np.testing.assert_array_equal(host(opt.states["m"][path]), cpu.states["m"][path])
+    grads = {**grads_of(params, 2), "head": head}
+    opt.step(uploaded(grads))
+    cpu.step(grads)
+    np.testing.assert_allclose(host(opt.flat.data), cpu.flat.data, rtol=1e-5, atol=1e-7)
+
+
 def test_arrays_of_another_place_are_refused():
     params = tree(7)
     ours, cpu = fastopt.Adam(params, backend="cuda"), fastopt.Adam(params)

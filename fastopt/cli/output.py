@@ -55,7 +55,7 @@ def writing(option: str) -> Iterator[None]:
     """Report an error of a file inside the block, which the work has led to: its message, no usage, exit code 1."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         typer.echo(f"Error: {option}: {error}", err=True)
         raise typer.Exit(1) from None
 
