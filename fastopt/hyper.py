@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastopt import scalars
@@ -25,6 +25,8 @@ class Interval:
         low, high: the ends, finite or -inf, inf.
         open: whether `high` itself is out of range.
         length: the number of numbers, from 1; None for a number that is not in a tuple.
+        open_low: whether `low` itself is out of range.
+        whole: whether the number must be a whole one.
 
     >>> from fastopt import Interval
     >>> str(Interval(0.0, 1.0, open=True, length=2))
@@ -35,14 +37,20 @@ class Interval:
     high: float = math.inf
     open: bool = False
     length: int | None = None
+    open_low: bool = False
+    whole: bool = False
 
     def __str__(self) -> str:
         if (self.low, self.high) == (-math.inf, math.inf):
             return f"{self.length} finite numbers" if self.length else "a finite number"
-        low = "(" if self.low == -math.inf else "["
+        low = "(" if self.open_low or self.low == -math.inf else "["
         high = ")" if self.open or self.high == math.inf else "]"
         among = f"in {low}{self.low:g}, {self.high:g}{high}"
-        return f"{self.length} numbers, each {among}" if self.length else f"a number {among}"
+        if self.length:
+            return f"{self.length} numbers, each {among}"
+        if self.low == self.high:
+            return f"{self.low:g}"
+        return f"a {'whole ' if self.whole else ''}number {among}"
 
     def check(self, name: str, value: Any) -> Any:
         """Return a value that is in the interval; refuse others.
@@ -62,24 +70,74 @@ class Interval:
         >>> Interval(0.0).check("lr", 1)
         1.0
         """
-        if type(value) is float and self.length is None and -math.inf < value < self.high and value >= self.low:
+        plain = not (self.open_low or self.whole)
+        quick = plain and type(value) is float and self.length is None
+        if quick and -math.inf < value < self.high and value >= self.low:
             return value
         if self.length is not None:
             listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
             if scalars.is_masked(value) or not (listed or getattr(value, "ndim", 0) == 1) or len(value) != self.length:
                 raise TypeError(f"{name}: must be {self}, got {scalars.shown(value)}")
-            if type(value) is tuple:
+            if plain and type(value) is tuple:
                 for item in value:
                     if type(item) is not float or not -math.inf < item < self.high or item < self.low:
                         break
                 else:
                     return value
-            one = Interval(self.low, self.high, self.open)
+            one = replace(self, length=None)
             return tuple(one.check(f"{name}[{k}]", item) for k, item in enumerate(value))
         number = scalars.number(name, value, str(self))
-        if not (math.isfinite(number) and self.low <= number <= self.high) or (self.open and number == self.high):
+        inside = math.isfinite(number) and self.low <= number <= self.high
+        at_end = (self.open and number == self.high) or (self.open_low and number == self.low)
+        if not inside or at_end or (self.whole and number % 1.0):
             raise ValueError(f"{name}: must be {self}, got {value!r}")
         return number
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two numbers, each in an interval of its own.
+
+    Args:
+        first, second: the interval of each.
+        ascending: whether the first number must be at most the second.
+
+    >>> str(Pair(Interval(0.0, 1.0, open=True), Interval(1.0), ascending=True))
+    '2 numbers, one in [0, 1) and one in [1, inf), in ascending order'
+    """
+
+    first: Interval
+    second: Interval
+    ascending: bool = False
+
+    length = 2
+
+    def __str__(self) -> str:
+        ranges = " and ".join(str(each).replace("a number", "one") for each in (self.first, self.second))
+        return f"2 numbers, {ranges}{', in ascending order' if self.ascending else ''}"
+
+    def check(self, name: str, value: Any) -> tuple[float, float]:
+        """Return two numbers that are in the intervals; refuse others.
+
+        Args:
+            name: the hyperparameter, for the message.
+            value: a sequence of two numbers, or a 1-D array of them.
+
+        Returns:
+            `value` as a tuple of floats.
+
+        Raises:
+            TypeError, ValueError: naming `name`: the value must be two numbers, finite and in range.
+
+        >>> Pair(Interval(0.0), Interval(0.0), ascending=True).check("step_sizes", (1, 0.5))
+        Traceback (most recent call last):
+        ValueError: step_sizes: must be 2 numbers, one in [0, inf) and one in [0, inf), in ascending order, got (1, 0.5)
+        """
+        one, other = Interval(length=2).check(name, value)
+        one, other = self.first.check(f"{name}[0]", one), self.second.check(f"{name}[1]", other)
+        if self.ascending and one > other:
+            raise ValueError(f"{name}: must be {self}, got {value!r}")
+        return one, other
 
 
 @dataclass(frozen=True)
@@ -148,7 +206,7 @@ class Choice:
         return value
 
 
-Domain = Interval | Flag | Choice
+Domain = Interval | Pair | Flag | Choice
 
 POSITIVE_OR_ZERO = Interval(0.0)
 DECAY_RATE = Interval(0.0, 1.0, open=True)

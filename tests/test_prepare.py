@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scripts import run
 
 import fastopt
-from fastopt.hyper import Choice, Flag, Interval
+from fastopt.hyper import Choice, Flag, Interval, Pair
 from fastopt.kernels.contract import StepHyper
 from fastopt.rule import Rule
 from fastopt.rules import ALL
@@ -53,6 +53,18 @@ def forms(rule: Rule) -> list[dict[str, Any]]:
     return found
 
 
+def number_in(domain: Interval) -> Any:
+    """Powers of ten, as people choose them, and the whole range."""
+    low, high = max(domain.low, -1e6), min(domain.high, 1e6)
+    wide = st.floats(low, high, exclude_max=domain.open, exclude_min=domain.open_low)
+    usual = st.floats(-12.0, 0.0).map(lambda e: min(max(10.0**e, low), high))
+    near_one = usual.map(lambda x: 1.0 - x).filter(lambda x: low <= x < high)
+    number = st.one_of(wide, near_one, *([] if domain.open else [usual]))
+    if domain.whole:
+        return st.integers(int(low), int(high) - domain.open).map(float)
+    return number.filter(lambda x: x > low) if domain.open_low else number
+
+
 @st.composite
 def random_values(draw: Any, rule: Rule, base: dict[str, Any]) -> dict[str, Any]:
     """`base` with other numbers, each in the range that the rule allows."""
@@ -61,13 +73,12 @@ def random_values(draw: Any, rule: Rule, base: dict[str, Any]) -> dict[str, Any]
         if isinstance(value, bool | str) or not draw(st.booleans()):
             continue
         domain = rule._domains.get(name, Interval())
-        # Powers of ten, as people choose them, and the whole range.
-        low, high = max(domain.low, -1e6), min(domain.high, 1e6)
-        wide = st.floats(low, high, exclude_max=domain.open)
-        usual = st.floats(-12.0, 0.0).map(lambda e, low=low, high=high: min(max(10.0**e, low), high))
-        near_one = usual.map(lambda x: 1.0 - x).filter(lambda x, low=low, high=high: low <= x < high)
-        number = st.one_of(wide, near_one, *([] if domain.open else [usual]))
-        values[name] = draw(st.tuples(*[number] * domain.length) if domain.length else number)
+        if isinstance(domain, Pair):
+            numbers = [draw(number_in(each)) for each in (domain.first, domain.second)]
+            values[name] = tuple(sorted(numbers) if domain.ascending else numbers)
+        else:
+            number = number_in(domain)
+            values[name] = draw(st.tuples(*[number] * domain.length) if domain.length else number)
     return values
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from cases import BY_NAME, CASES, gradients
 
 import fastopt
@@ -391,11 +392,14 @@ BAD = [
     ("LARS", {"decoupled_weight_decay": True}, "decoupled_weight_decay: must be None for rule 'lars'"),
     ("NovoGrad", {"betas": 0.9}, r"betas: must be 2 numbers.*, got 0.9"),
     ("Yogi", {"initial_accumulator_value": -1.0}, r"initial_accumulator_value: must be .*, got -1.0"),
-    ("Rprop", {"etas": (1.2, 0.5)}, r"etas: must be \(eta_minus, eta_plus\) .*, got \(1.2, 0.5\)"),
-    ("Rprop", {"step_sizes": (1.0, 0.1)}, r"step_sizes: must be \(smallest, largest\) .*, got \(1.0, 0.1\)"),
-    ("ScheduleFreeAdamW", {"betas": (0.0, 0.999)}, r"betas: must have b1 > 0.*, got \(0.0, 0.999\)"),
-    ("Muon", {"ns_steps": 0}, r"ns_steps: must be a number in \[1, 100\], got 0"),
-    ("Muon", {"ns_steps": 2.5}, r"ns_steps: must be a whole number from 1.*, got 2.5"),
+    ("Rprop", {"etas": (1.2, 0.5)}, r"etas\[0\]: must be a number in \(0, 1\), got 1.2"),
+    ("Rprop", {"etas": (0, 1.2)}, r"etas\[0\]: must be a number in \(0, 1\), got 0.0"),
+    ("Rprop", {"etas": (0.5, 1)}, r"etas\[1\]: must be a number in \(1, inf\), got 1.0"),
+    ("Rprop", {"step_sizes": (1.0, 0.1)}, r"step_sizes: must be 2 numbers, .* ascending order, got \(1.0, 0.1\)"),
+    ("ScheduleFreeAdamW", {"betas": (0.0, 0.999)}, r"betas\[0\]: must be a number in \(0, 1\), got 0\.0"),
+    ("Muon", {"ns_steps": 0}, r"ns_steps: must be a whole number in \[1, 100\), got 0"),
+    ("Muon", {"ns_steps": 100}, r"ns_steps: must be a whole number in \[1, 100\), got 100"),
+    ("Muon", {"ns_steps": 2.5}, r"ns_steps: must be a whole number in \[1, 100\), got 2.5"),
     ("Muon", {"adjust_lr": "adam"}, r"adjust_lr: must be one of 'original', 'match_rms_adamw'.*, got 'adam'"),
     ("Adagrad", {"initial_accumulator_value": math.nan}, r"initial_accumulator_value: must be .*, got nan"),
     ("Adam", {"eps_hat": "yes"}, "eps_hat: must be True or False, got 'yes'"),
@@ -407,3 +411,92 @@ BAD = [
 def test_a_number_out_of_range_is_named(name, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         getattr(fastopt, name)({"w": np.ones(3)}, **options)
+
+
+AT_EVERY_DOOR = [
+    ("Rprop", {}, "etas", (0.0, 1.2)),
+    ("Rprop", {}, "etas", (0.5, 1.0)),
+    ("Rprop", {}, "step_sizes", (1.0, 0.5)),
+    ("Muon", {}, "ns_steps", 100),
+    ("Muon", {}, "ns_steps", 2.5),
+    ("ScheduleFreeAdamW", {}, "betas", (0.0, 0.999)),
+    ("SGD", {"momentum": 0.9, "nesterov": True}, "dampening", 0.5),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "hyper", "bad"), AT_EVERY_DOOR, ids=str)
+def test_a_number_out_of_range_is_refused_at_every_door(name, options, hyper, bad):
+    """At construction, when it is set, in an override, by a schedule, in a state and for bare arrays."""
+    tree = {"W": np.ones((2, 2))}
+
+    def make(**more: Any) -> fastopt.Optimizer:
+        return getattr(fastopt, name)(tree, **{**options, **more})
+
+    def load() -> None:
+        state = make().state_dict()
+        state["hyper"][hyper] = bad
+        make().load_state_dict(state)
+
+    opt = make()
+    doors = {
+        "construction": lambda: make(**{hyper: bad}),
+        "assignment": lambda: setattr(opt, hyper, bad),
+        "group": lambda: setattr(opt.groups["W"], hyper, bad),
+        "override": lambda: make(overrides={"W": {hyper: bad}}),
+        "schedule": lambda: make(**{hyper: lambda step: bad}) if hyper != "dampening" else setattr(opt, hyper, bad),
+        "added": lambda: opt.add({"V": np.ones((2, 2))}, **{hyper: bad}),
+        "state": load,
+    }
+    if opt.rule.matrixwise is None:
+        arrays = np.ones((2 + len(opt.rule.states), 3))
+        doors["bare arrays"] = lambda: opt.rule.update_(*arrays, **{hyper: bad})
+    for door in doors.values():
+        with pytest.raises(ValueError, match=rf"({hyper}(\[\d\])?|nesterov): must be "):
+            door()
+
+
+REFUSED_BY_TORCH = [
+    ("SGD", {"lr": -0.1}),
+    ("SGD", {"momentum": -0.1}),
+    ("SGD", {"weight_decay": -0.1}),
+    ("SGD", {"nesterov": True}),
+    ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
+    *[("Adadelta", {name: -0.1}) for name in ("lr", "rho", "eps", "weight_decay")],
+    ("Adadelta", {"rho": 1.1}),
+    *[("Adagrad", {name: -0.1}) for name in ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")],
+    *[
+        (name, change)
+        for name in ("Adam", "AdamW", "Adamax", "NAdam", "RAdam")
+        for change in (
+            {"lr": -0.1},
+            {"eps": -0.1},
+            {"weight_decay": -0.1},
+            {"betas": (-0.1, 0.9)},
+            {"betas": (1.0, 0.9)},
+            {"betas": (0.9, -0.1)},
+            {"betas": (0.9, 1.0)},
+        )
+    ],
+    ("NAdam", {"momentum_decay": -0.1}),
+    *[("RMSprop", {name: -0.1}) for name in ("lr", "eps", "momentum", "weight_decay", "alpha")],
+    ("Rprop", {"lr": -0.1}),
+    *[("Rprop", {"etas": etas}) for etas in ((0.0, 1.2), (-0.5, 1.2), (1.0, 1.2), (0.5, 1.0), (0.5, 0.9))],
+    *[("Muon", {name: -0.1}) for name in ("lr", "momentum", "weight_decay")],
+    ("Muon", {"ns_steps": 100}),
+    ("Muon", {"ns_steps": 1000}),
+    ("Muon", {"ns_coefficients": (1.0, 2.0)}),
+    ("Muon", {"adjust_lr": "adam"}),
+]
+"""What an optimizer of torch 2.13 refuses, of those that are here as well."""
+
+
+@pytest.mark.parametrize(("name", "options"), REFUSED_BY_TORCH, ids=str)
+def test_what_torch_refuses_is_refused(name, options):
+    theirs = {"adjust_lr_fn" if key == "adjust_lr" else key: value for key, value in options.items()}
+    weights = torch.ones(2, 2, requires_grad=True)
+    with pytest.raises((TypeError, ValueError)):  # noqa: PT012 torch's Muon refuses some in its first step
+        optimizer = getattr(torch.optim, name)([weights], **theirs)
+        weights.grad = torch.ones(2, 2)
+        optimizer.step()
+    with pytest.raises((TypeError, ValueError), match=r"must be"):
+        getattr(fastopt, name)({"w": np.ones((2, 2))}, **options)

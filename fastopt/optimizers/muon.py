@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastopt.optimizer import Optimizer
-from fastopt.rules.muon import DOMAINS, muon
+from fastopt.rules.muon import muon
 
 
 class Muon(Optimizer, rules=(muon,)):
@@ -23,7 +23,7 @@ class Muon(Optimizer, rules=(muon,)):
         momentum: decay rate of m, in [0, 1].
         weight_decay: decoupled, >= 0, in units of 1/lr, or of 1/adamw_lr.
         nesterov: False orthogonalizes m itself.
-        ns_steps: the number of Newton-Schulz steps, from 1.
+        ns_steps: the number of Newton-Schulz steps, a whole number in [1, 100).
         ns_coefficients: the coefficients (a, b, c) of a Newton-Schulz step.
         eps: >= 0; the smallest norm by which u is divided.
         adjust_lr: ``"original"``, or ``"match_rms_adamw"`` for steps as large as AdamW's, with AdamW's lr.
@@ -62,8 +62,6 @@ class Muon(Optimizer, rules=(muon,)):
         adamw_eps: Any = 1e-8,
         **options: Any,
     ):
-        if DOMAINS["ns_steps"].check("ns_steps", ns_steps) % 1.0:
-            raise ValueError(f"ns_steps: must be a whole number from 1, got {ns_steps!r}")
         super().__init__(
             params,
             muon,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastopt.optimizer import Optimizer
-from fastopt.rules.rprop import DOMAINS, rprop
+from fastopt.rules.rprop import rprop
 
 
 class Rprop(Optimizer, rules=(rprop,), conventions={"torch": {}}):
@@ -17,7 +17,7 @@ class Rprop(Optimizer, rules=(rprop,), conventions={"torch": {}}):
     Args:
         params: tree of float32 or float64 arrays, or FlatParams; None leaves them to `update`.
         lr: the initial step size of every element, >= 0.
-        etas: (eta_minus, eta_plus), in [0, 1) and > 1.
+        etas: (eta_minus, eta_plus), in (0, 1) and > 1.
         step_sizes: the smallest and the largest step size, 0 <= smallest <= largest.
         weight_decay: L2, >= 0.
         **options: see `Optimizer`.
@@ -44,10 +44,4 @@ class Rprop(Optimizer, rules=(rprop,), conventions={"torch": {}}):
         weight_decay: Any = 0.0,
         **options: Any,
     ):
-        low, high = DOMAINS["etas"].check("etas", etas)
-        if not low < 1.0 < high:
-            raise ValueError(f"etas: must be (eta_minus, eta_plus) with eta_minus < 1 < eta_plus, got {etas!r}")
-        smallest, largest = DOMAINS["step_sizes"].check("step_sizes", step_sizes)
-        if smallest > largest:
-            raise ValueError(f"step_sizes: must be (smallest, largest) with smallest <= largest, got {step_sizes!r}")
         super().__init__(params, rprop, lr=lr, etas=etas, step_sizes=step_sizes, weight_decay=weight_decay, **options)

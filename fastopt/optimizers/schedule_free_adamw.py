@@ -61,8 +61,6 @@ class ScheduleFreeAdamW(Optimizer, rules=(schedule_free_adamw,)):
         warmup_steps: Any = 0,
         **options: Any,
     ):
-        if not callable(betas) and schedule_free_adamw.check("betas", betas)[0] == 0.0:
-            raise ValueError(f"betas: must have b1 > 0, the weight of the average x in y, got {betas!r}")
         super().__init__(
             params,
             schedule_free_adamw,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastopt import scalars
 from fastopt.hyper import Flag
 from fastopt.optimizer import Optimizer
 from fastopt.rules.sgd import sgd, sgd_momentum, sgd_nesterov
@@ -23,7 +24,7 @@ class SGD(
         lr: learning rate, >= 0.
         momentum: decay rate of the velocity, in [0, 1]; 0 keeps no state.
         dampening: in [0, 1]; the part of the gradient that the velocity leaves out after the first step.
-        nesterov: step along ``g + momentum v`` instead of v; needs momentum > 0 and no dampening.
+        nesterov: step along ``g + momentum v`` instead of v; needs momentum > 0 (not with lr_inside) and no dampening.
         weight_decay: L2, >= 0: ``g += weight_decay p`` first.
         lr_inside: put lr inside the velocity, as Keras does: ``v = momentum v - lr g``, ``p += v``.
         **options: see `Optimizer`.
@@ -52,14 +53,16 @@ class SGD(
         lr_inside: bool = False,
         **options: Any,
     ):
-        if Flag().check("nesterov", nesterov) and (momentum == 0.0 or dampening != 0.0):
+        lr_inside = Flag().check("lr_inside", lr_inside)
+        plain = scalars.real(momentum) == 0.0
+        # Keras' nesterov without momentum is plain descent.
+        if Flag().check("nesterov", nesterov) and ((plain and not lr_inside) or scalars.real(dampening) != 0.0):
             raise ValueError(
                 f"nesterov: must be False unless momentum > 0 and dampening = 0, got momentum={momentum!r}, "
                 f"dampening={dampening!r}"
             )
         hyper = {"lr": lr, "weight_decay": weight_decay}
-        lr_inside = Flag().check("lr_inside", lr_inside)
-        if momentum == 0.0:
+        if plain:
             super().__init__(params, sgd, **hyper, **options)
         else:
             chosen = sgd_nesterov if nesterov else sgd_momentum

@@ -76,7 +76,7 @@ def prepare(
 
 DOMAINS: dict[str, Domain] = {
     "nesterov": Flag(),
-    "ns_steps": Interval(1.0, 100.0),
+    "ns_steps": Interval(1.0, 100.0, open=True, whole=True),
     "ns_coefficients": Interval(length=3),
     "adjust_lr": Choice(("original", "match_rms_adamw")),
     "orthogonal": Flag(),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastopt.hyper import Interval
+from fastopt.hyper import POSITIVE_OR_ZERO, Interval, Pair
 from fastopt.rule import rule
 from fastopt.rules.lion import along_sign
 
@@ -30,7 +30,10 @@ def prepare(t: int, lr: float, etas: tuple[float, float], step_sizes: tuple[floa
     return Hyper(*etas, *step_sizes, 0.0)
 
 
-DOMAINS = {"etas": Interval(0.0, length=2), "step_sizes": Interval(0.0, length=2)}
+DOMAINS = {
+    "etas": Pair(Interval(0.0, 1.0, open=True, open_low=True), Interval(1.0, open_low=True)),
+    "step_sizes": Pair(POSITIVE_OR_ZERO, POSITIVE_OR_ZERO, ascending=True),
+}
 
 
 @rule(prepare, domains=DOMAINS, initial={"step_size": "lr"})

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastopt.hyper import POSITIVE_OR_ZERO
+from fastopt.hyper import DECAY_RATE, POSITIVE_OR_ZERO, Domain, Interval, Pair
 from fastopt.rule import rule
 
 
@@ -44,7 +44,13 @@ def prepare(
     )
 
 
-@rule(prepare, domains={"warmup_steps": POSITIVE_OR_ZERO}, initial={"z": "p"}, evaluated_in="eval_params")
+DOMAINS: dict[str, Domain] = {
+    "betas": Pair(Interval(0.0, 1.0, open=True, open_low=True), DECAY_RATE),  # b1 is the weight of x in y
+    "warmup_steps": POSITIVE_OR_ZERO,
+}
+
+
+@rule(prepare, domains=DOMAINS, initial={"z": "p"}, evaluated_in="eval_params")
 def schedule_free_adamw(p, g, z, v, h):
     v = h.b2 * v + h.one_minus_b2 * g * g
     d = g / (math.sqrt(v) + h.eps) + h.weight_decay * p
