@@ -10,7 +10,7 @@ from typing import Any
 from fastopt import scalars
 
 WEIGHT_DECAY = "weight_decay"
-EPS = ("eps", "adamw_eps")
+EPS = ("eps", "adamw_eps", "eps_root")
 """What bounds a quotient, so that it must not become 0 in the dtype that is computed in."""
 
 EMA = "ema"
@@ -210,11 +210,14 @@ Domain = Interval | Pair | Flag | Choice
 
 POSITIVE_OR_ZERO = Interval(0.0)
 DECAY_RATE = Interval(0.0, 1.0, open=True)
+NONE = Interval(0.0, 0.0)
+"""The range of what must be absent: 0 alone."""
 DOMAINS: dict[str, Domain] = {
     "lr": POSITIVE_OR_ZERO,
     "weight_decay": POSITIVE_OR_ZERO,
     "lr_decay": POSITIVE_OR_ZERO,
     "eps": POSITIVE_OR_ZERO,
+    "eps_root": POSITIVE_OR_ZERO,
     "betas": Interval(0.0, 1.0, open=True, length=2),
     "rho": DECAY_RATE,
     "alpha": DECAY_RATE,
@@ -222,5 +225,6 @@ DOMAINS: dict[str, Domain] = {
     "dampening": Interval(0.0, 1.0),
     "eps_inside": Flag(),
     "bias_correction": Flag(),
+    "eps_hat": Flag(),
 }
 """The ranges of the usual names. A rule can narrow them, or add names of its own, with ``domains=``."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, overload
 import numpy as np
 
 from fastopt import scalars
-from fastopt.hyper import EMA, Flag
+from fastopt.hyper import EMA, Flag, Interval
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
 from fastopt.state import LoadReport, OptimizerState, Snapshot, check_keep, fit
@@ -871,7 +871,15 @@ def _conventional(init: Callable[..., None], signature: inspect.Signature) -> Ca
                     f"convention={convention!r}: {type(self).__name__} has {', '.join(map(repr, known)) or 'none'}"
                 )
             given = {**signature.bind_partial(self, *args, **kwargs).arguments, **kwargs}
-            kwargs = {**{name: value for name, value in known[convention].items() if name not in given}, **kwargs}
+            for name, value in known[convention].items():
+                if isinstance(value, Interval):  # the framework's form is another one outside of this range
+                    value.check(f"{name} with convention={convention!r}", given.get(name, value.low))
+            kwargs = {
+                **{
+                    name: getattr(value, "low", value) for name, value in known[convention].items() if name not in given
+                },
+                **kwargs,
+            }
         init(self, *args, **kwargs)
 
     return constructor

@@ -611,6 +611,7 @@ def radam(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    eps_hat: bool = True,
     weight_decay: float = 0.0,
 ) -> None:
     """RAdam: Adam that ignores the second moment until it has enough gradients, and then phases it in.
@@ -622,6 +623,8 @@ def radam(
         rho > 5:     r = sqrt((rho - 4) (rho - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho))
                      p = p - lr m_hat r sqrt(1 - b2^t) / (sqrt(v) + eps)
         otherwise:   p = p - lr m_hat
+
+    eps_hat=False: p = p - lr m_hat r / (sqrt(v / (1 - b2^t)) + eps), as in optax.
 
     lr [p], and [p]/[g] while rho is at most 5; betas no unit; eps [g]; weight_decay [g]/[p]. States: "m" [g], "v"
     [g]^2.
@@ -645,7 +648,9 @@ def radam(
     rho = rho_inf - 2 * t * b2**t / (1 - b2**t)
     if rho > 5:
         r = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-        p -= lr * m_hat * r * math.sqrt(1 - b2**t) / (np.sqrt(v) + eps)
+        bc2 = 1 - b2**t
+        root = np.sqrt(v) / math.sqrt(bc2)
+        p -= lr * m_hat * r / (root + (eps / math.sqrt(bc2) if eps_hat else eps))
     else:
         p -= lr * m_hat
 
@@ -772,6 +777,8 @@ def adan(
     lr: float = 1e-3,
     betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
     eps: float = 1e-8,
+    form: str = "paper",
+    eps_root: float = 0.0,
     weight_decay: float = 0.0,
 ) -> None:
     """Adan: Nesterov momentum from the differences of the gradients, with a step per element as in Adam.
@@ -783,8 +790,10 @@ def adan(
         p = (p - lr (m_hat + b2 v_hat) / (sqrt(n_hat) + eps)) / (1 + lr weight_decay)
         prev_grad = g
 
-    lr [p]; betas no unit, each the kept fraction, which is 1 minus the paper's beta; eps [g]; weight_decay 1/[p].
-    States: "m" [g], "v" [g], "n" [g]^2, "prev_grad" [g].
+    form="optax": 1 - b2 in place of b2 in n and p, and p = p - lr (... + weight_decay p). eps_root is added to n_hat.
+
+    lr [p]; betas no unit, each the kept fraction, which is 1 minus the paper's beta; eps [g]; eps_root [g]^2;
+    weight_decay 1/[p]. States: "m" [g], "v" [g], "n" [g]^2, "prev_grad" [g].
 
     Source: X. Xie et al., Adan: adaptive Nesterov momentum algorithm for faster optimizing deep models, 2022,
     https://arxiv.org/abs/2208.06677, Algorithm 1, with the bias corrections of its authors' code.
@@ -801,9 +810,11 @@ def adan(
     d = np.zeros_like(g) if t == 1 else g - prev_grad
     m[...] = b1 * m + (1 - b1) * g
     v[...] = b2 * v + (1 - b2) * d
-    n[...] = b3 * n + (1 - b3) * (g + b2 * d) ** 2
+    ahead = {"paper": b2, "optax": 1 - b2}[form]
+    n[...] = b3 * n + (1 - b3) * (g + ahead * d) ** 2
     m_hat, v_hat, n_hat = m / (1 - b1**t), v / (1 - b2**t), n / (1 - b3**t)
-    p[...] = (p - lr * (m_hat + b2 * v_hat) / (np.sqrt(n_hat) + eps)) / (1 + lr * weight_decay)
+    u = (m_hat + ahead * v_hat) / (np.sqrt(n_hat + eps_root) + eps)
+    p[...] = (p - lr * u) / (1 + lr * weight_decay) if form == "paper" else p - lr * (u + weight_decay * p)
     prev_grad[...] = g
 
 
@@ -954,6 +965,7 @@ def yogi(
     eps: float = 1e-3,
     initial_accumulator_value: float = 1e-6,
     bias_correction: bool = True,
+    initial_momentum: float = 0.0,
     weight_decay: float = 0.0,
 ) -> None:
     """Yogi: Adam whose second moment approaches g^2 in steps whose size does not depend on the distance.
@@ -964,8 +976,8 @@ def yogi(
 
     bias_correction=False: m_hat = m, v_hat = v.
 
-    lr [p]; betas no unit; eps [g]; weight_decay [g]/[p]. States: "m" [g]; "v" [g]^2, which starts at
-    initial_accumulator_value: only init_state uses that argument.
+    lr [p]; betas no unit; eps [g]; weight_decay [g]/[p]. States: "m" [g], which starts at initial_momentum; "v" [g]^2,
+    which starts at initial_accumulator_value: only init_state uses these arguments.
 
     Source: M. Zaheer, S. Reddi, D. Sachan, S. Kale, S. Kumar, Adaptive methods for nonconvex optimization, NeurIPS
     2018, Algorithm 2, with the bias correction of Adam, which the paper does not have.
@@ -975,7 +987,7 @@ def yogi(
     >>> p.tolist(), state["m"].tolist(), state["v"].tolist()
     ([0.75], [2.0], [4.0])
     """
-    del initial_accumulator_value
+    del initial_accumulator_value, initial_momentum
     g = _gradient(p, g, t, weight_decay)
     m, v = _states(state, p, "m", "v")
     b1, b2 = betas
@@ -1036,6 +1048,7 @@ def schedule_free_adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     warmup_steps: int = 0,
+    form: str = "paper",
     weight_decay: float = 0.0,
 ) -> None:
     """Schedule-free AdamW: an average of the points replaces a falling lr. p is y, the point of the gradient.
@@ -1047,6 +1060,9 @@ def schedule_free_adamw(
         z = z - lr s_t (g / (sqrt(v) + eps) + weight_decay y)
         x = (1 - c) x + c z
         y = (1 - b1) z + b1 x
+
+    form="optax" and "keras": z = z - lr w (g / (sqrt(v / (1 - b2^t)) + eps) + weight_decay y). optax: s_i = min(1, i /
+    warmup_steps), w = s_(t-1), which is 0 at first; Keras: c = 1 / t, w = min(1, t / warmup_steps).
 
     x is the result; `schedule_free_eval` returns it. With a constant lr, c equals that of the paper, which has lr^2 in
     each term of the fraction.
@@ -1065,10 +1081,16 @@ def schedule_free_adamw(
     z, v = _states(state, p, "z", "v")
     x = schedule_free_eval(p, state, betas=betas)
     b1, b2 = betas
-    s = [math.sqrt(1 - b2**i) * (min(1, i / warmup_steps) if warmup_steps else 1) for i in range(1, t + 1)]
-    c = s[-1] ** 2 / sum(each**2 for each in s)
+    warm = [min(1.0, i / warmup_steps) if warmup_steps else 1.0 for i in range(t + 1)]
     v[...] = b2 * v + (1 - b2) * g**2
-    z -= lr * s[-1] * (g / (np.sqrt(v) + eps) + weight_decay * p)
+    if form == "paper":
+        s = [math.sqrt(1 - b2**i) * warm[i] for i in range(1, t + 1)]
+        z -= lr * s[-1] * (g / (np.sqrt(v) + eps) + weight_decay * p)
+    else:
+        s = {"optax": warm[1:], "keras": [1.0] * t}[form]
+        gamma = lr * (warm[t - 1] if form == "optax" else warm[t])
+        z -= gamma * (g / (np.sqrt(v / (1 - b2**t)) + eps) + weight_decay * p)
+    c = s[-1] ** 2 / sum(each**2 for each in s)
     x = (1 - c) * x + c * z
     p[...] = (1 - b1) * z + b1 * x
 
@@ -1263,7 +1285,7 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
         case "novograd":
             return {"m": np.zeros_like(p), "v": np.zeros_like(p, shape=())}
         case "yogi":
-            initial = {"m": 0.0, "v": values["initial_accumulator_value"]}
+            initial = {"m": values["initial_momentum"], "v": values["initial_accumulator_value"]}
         case "rprop":
             initial = {"prev_grad": 0.0, "step_size": values["lr"]}
         case "schedule_free_adamw":

@@ -88,6 +88,10 @@ class OptimizerState(NamedTuple):
         }
 
 
+LATER = ("eps_hat", "eps_root", "form", "initial_momentum")
+"""Hyperparameters that states of older versions may lack: what they choose was then the default."""
+
+
 class Snapshot(NamedTuple):
     """A saved state that fits an optimizer, so that restoring it cannot fail."""
 
@@ -125,6 +129,7 @@ class Snapshot(NamedTuple):
         if late:
             raise ValueError(f"state: missed[{late[0]!r}]: must be at most step={step}, got {missed[late[0]]}")
         restored = _values_from(here, state["hyper"], values, "hyper: ", step)
+        restored = {**{name: rule.defaults[name] for name in LATER if name in rule.defaults}, **restored}
         if set(restored) != set(values):
             lacking = ", ".join(sorted(set(values) - set(restored)))
             raise ValueError(f"state: hyper: must hold all hyperparameters, got no {lacking}")

@@ -413,6 +413,44 @@ def test_a_number_out_of_range_is_named(name, options, message):
         getattr(fastopt, name)({"w": np.ones(3)}, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "later"),
+    [
+        ("RAdam", ("eps_hat",)),
+        ("Yogi", ("initial_momentum",)),
+        ("Adan", ("form", "eps_root")),
+        ("ScheduleFreeAdamW", ("form",)),
+    ],
+)
+def test_a_state_from_before_a_form_existed_continues_in_the_form_of_then(name, later):
+    def make(**options: Any) -> fastopt.Optimizer:
+        return getattr(fastopt, name)({"w": np.ones(3)}, **options)
+
+    opt, resumed = make(), make(**({} if name == "Yogi" else getattr(fastopt, name).conventions["optax"]))
+    grads = {"w": np.array([1.0, -2.0, 0.5])}
+    opt.step(grads)
+    state = opt.state_dict()
+    for hyper in later:
+        del state["hyper"][hyper]
+    resumed.params["w"] = opt.params["w"]
+    resumed.load_state_dict(state)
+    for each in (opt, resumed):
+        each.step(grads)
+    assert resumed.params["w"].tobytes() == opt.params["w"].tobytes()
+    del state["hyper"]["lr"]
+    with pytest.raises(ValueError, match=r"^state: hyper: must hold all hyperparameters, got no lr"):
+        resumed.load_state_dict(state)
+
+
+def test_muon_without_a_name_adjusts_as_torch_does():
+    grads = {"W": np.array([[0.5, 1.0], [2.0, -1.0], [1.5, 0.25]])}
+    tall = [fastopt.Muon({"W": np.ones((3, 2))}, adjust_lr=name) for name in (None, "original", "match_rms_adamw")]
+    for opt in tall:
+        opt.step(grads)
+    none, original, other = (opt.params["W"].tobytes() for opt in tall)
+    assert none == original != other
+
+
 AT_EVERY_DOOR = [
     ("Rprop", {}, "etas", (0.0, 1.2)),
     ("Rprop", {}, "etas", (0.5, 1.0)),

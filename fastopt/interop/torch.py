@@ -103,6 +103,7 @@ DEMANDS = {
         "eps_hat": Demand(False, "adds eps to the corrected root"),
         "bias_correction": Demand(True, "always corrects the bias"),
     },
+    "RAdam": {"eps_hat": Demand(True, "adds eps to the uncorrected root")},
     "Adamax": {"eps_inside": Demand(True, "has eps inside the maximum")},
 }
 

@@ -8,7 +8,7 @@ from fastopt.optimizer import Optimizer
 from fastopt.rules.adabelief import adabelief
 
 
-class AdaBelief(Optimizer, rules=(adabelief,)):
+class AdaBelief(Optimizer, rules=(adabelief,), conventions={"optax": {}}):
     """AdaBelief: Adam that divides by the deviation of the gradient from its running mean.
 
     Formula: ``m = b1 m + (1-b1) g``; ``s = b2 s + (1-b2) (g-m)^2 + eps``; ``p -= lr (m/bc1) / (sqrt(s/bc2) + eps)``

@@ -8,7 +8,7 @@ from fastopt.optimizer import Optimizer
 from fastopt.rules.adan import adan
 
 
-class Adan(Optimizer, rules=(adan,)):
+class Adan(Optimizer, rules=(adan,), conventions={"optax": {"form": "optax", "eps_root": 1e-8}}):
     """Adan: Adam with Nesterov momentum, estimated from the differences of successive gradients.
 
     Formula: ``d = g - g_before``; ``m = b1 m + (1-b1) g``; ``v = b2 v + (1-b2) d``; ``n = b3 n + (1-b3) (g + b2 d)^2``;
@@ -19,7 +19,9 @@ class Adan(Optimizer, rules=(adan,)):
         lr: learning rate, >= 0.
         betas: decay rates (b1, b2, b3) of m, v and n, each in [0, 1).
         eps: >= 0, in units of the gradient.
-        weight_decay: proximal, >= 0, in units of 1/lr.
+        weight_decay: proximal, >= 0, in units of 1/lr; with ``form="optax"`` decoupled, as in AdamW.
+        form: ``"paper"``, or ``"optax"``, which weights the differences by ``1 - b2`` where the paper has b2.
+        eps_root: >= 0, added to ``n/bc3`` under the root.
         **options: see `Optimizer`.
 
     Raises:
@@ -41,6 +43,19 @@ class Adan(Optimizer, rules=(adan,)):
         betas: Any = (0.98, 0.92, 0.99),
         eps: Any = 1e-8,
         weight_decay: Any = 0.0,
+        *,
+        form: str = "paper",
+        eps_root: Any = 0.0,
         **options: Any,
     ):
-        super().__init__(params, adan, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
+        super().__init__(
+            params,
+            adan,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            form=form,
+            eps_root=eps_root,
+            weight_decay=weight_decay,
+            **options,
+        )

@@ -8,7 +8,7 @@ from fastopt.optimizer import Optimizer
 from fastopt.rules.ademamix import ademamix
 
 
-class AdEMAMix(Optimizer, rules=(ademamix,)):
+class AdEMAMix(Optimizer, rules=(ademamix,), conventions={"optax": {"alpha": 5.0}}):
     """AdEMAMix: AdamW with a second, much slower momentum, which averages over thousands of gradients.
 
     Formula: ``m1 = b1 m1 + (1-b1) g``; ``m2 = b3 m2 + (1-b3) g``; ``v = b2 v + (1-b2) g^2``;

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastopt.hyper import NONE
 from fastopt.optimizer import Optimizer
 from fastopt.rules.lamb import lamb
 
 
-class LAMB(Optimizer, rules=(lamb,), conventions={"optax": {"weight_decay": 0.0}}):
+class LAMB(
+    Optimizer,
+    rules=(lamb,),
+    conventions={"keras": {"eps": 1e-7, "weight_decay": NONE}, "optax": {"weight_decay": 0.0}},
+):
     """LAMB: Adam's direction, scaled for each parameter tensor to the size of that tensor. For very large batches.
 
     Formula: ``u = (m/bc1) / (sqrt(v/bc2) + eps) + weight_decay p``; ``p -= lr norm(p)/norm(u) u``, norms per tensor
@@ -18,7 +23,8 @@ class LAMB(Optimizer, rules=(lamb,), conventions={"optax": {"weight_decay": 0.0}
         lr: learning rate, >= 0; the size of a step relative to the tensor's norm.
         betas: decay rates (b1, b2) of the two means, each in [0, 1).
         eps: >= 0, in units of the gradient.
-        weight_decay: >= 0; added to the direction before the norm is computed.
+        weight_decay: >= 0; added to the direction before the norm is computed. Keras decays apart from the direction,
+            so that it must be 0 with ``convention="keras"``.
         bias_correction: False sets bc1 = bc2 = 1.
         **options: see `Optimizer`.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastopt.hyper import NONE
 from fastopt.optimizer import Optimizer
 from fastopt.rules.lars import lars
 
 
-class LARS(Optimizer, rules=(lars,)):
+class LARS(Optimizer, rules=(lars,), conventions={"optax": {"weight_decay": NONE}}):
     """LARS: momentum, with the gradient of each tensor scaled to the size of that tensor. For large batches.
 
     Formula: ``d = lr trust_coefficient norm(p) / (norm(g) + weight_decay norm(p)) (g + weight_decay p)``, norms per
@@ -18,7 +19,8 @@ class LARS(Optimizer, rules=(lars,)):
         params: tree of float32 or float64 arrays, or FlatParams; None leaves them to `update`.
         lr: learning rate, >= 0.
         momentum: decay rate of the velocity, in [0, 1].
-        weight_decay: >= 0; part of the ratio, and of the step that the ratio scales.
+        weight_decay: >= 0; part of the ratio, and of the step that the ratio scales. optax takes another norm with it,
+            so that it must be 0 with ``convention="optax"``.
         trust_coefficient: >= 0; the size of a step relative to that of the tensor, at lr = 1.
         eps: >= 0, in units of the gradient's norm.
         nesterov: step along ``d + momentum v`` instead of v.

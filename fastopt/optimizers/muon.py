@@ -26,7 +26,8 @@ class Muon(Optimizer, rules=(muon,)):
         ns_steps: the number of Newton-Schulz steps, a whole number in [1, 100).
         ns_coefficients: the coefficients (a, b, c) of a Newton-Schulz step.
         eps: >= 0; the smallest norm by which u is divided.
-        adjust_lr: ``"original"``, or ``"match_rms_adamw"`` for steps as large as AdamW's, with AdamW's lr.
+        adjust_lr: ``"original"`` (in torch also None), or ``"match_rms_adamw"`` for steps as large as AdamW's, with
+            AdamW's lr.
         adamw_lr, adamw_betas, adamw_eps: lr, betas and eps of the other parameters, as for `AdamW`.
         **options: see `Optimizer`.
 
@@ -56,7 +57,7 @@ class Muon(Optimizer, rules=(muon,)):
         ns_steps: Any = 5,
         ns_coefficients: Any = (3.4445, -4.775, 2.0315),
         eps: Any = 1e-7,
-        adjust_lr: str = "original",
+        adjust_lr: str | None = "original",
         adamw_lr: Any = 3e-4,
         adamw_betas: Any = (0.9, 0.95),
         adamw_eps: Any = 1e-8,
@@ -71,7 +72,7 @@ class Muon(Optimizer, rules=(muon,)):
             ns_steps=ns_steps,
             ns_coefficients=ns_coefficients,
             eps=eps,
-            adjust_lr=adjust_lr,
+            adjust_lr="original" if adjust_lr is None else adjust_lr,
             adamw_lr=adamw_lr,
             adamw_betas=adamw_betas,
             adamw_eps=adamw_eps,

@@ -8,7 +8,7 @@ from fastopt.optimizer import Optimizer
 from fastopt.rules.novograd import novograd
 
 
-class NovoGrad(Optimizer, rules=(novograd,)):
+class NovoGrad(Optimizer, rules=(novograd,), conventions={"optax": {"betas": (0.9, 0.25), "eps": 1e-6}}):
     """NovoGrad: momentum of gradients, each divided by a running mean of its tensor's norm. One state, not two.
 
     Formula: ``v = b2 v + (1-b2) norm(g)^2``, a number per tensor; ``m = b1 m + g / (sqrt(v) + eps) + weight_decay p``;

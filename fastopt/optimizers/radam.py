@@ -8,7 +8,7 @@ from fastopt.optimizer import Optimizer
 from fastopt.rules.radam import radam
 
 
-class RAdam(Optimizer, rules=(radam,), conventions={"torch": {}}):
+class RAdam(Optimizer, rules=(radam,), conventions={"torch": {}, "optax": {"eps_hat": False}}):
     """RAdam: Adam that begins with plain momentum, until the second moment averages over enough gradients.
 
     Formula: ``m``, ``v`` as Adam; ``p -= lr r (m/bc1) sqrt(bc2) / (sqrt(v) + eps)``, or ``p -= lr m/bc1`` while the
@@ -20,6 +20,7 @@ class RAdam(Optimizer, rules=(radam,), conventions={"torch": {}}):
         betas: decay rates (b1, b2) of the two means, each in [0, 1).
         eps: >= 0, in units of the gradient.
         weight_decay: L2, >= 0; with ``decoupled_weight_decay=True`` as in AdamW.
+        eps_hat: False adds eps to the corrected root, as optax does: ``sqrt(v/bc2) + eps``.
         **options: see `Optimizer`.
 
     Raises:
@@ -41,6 +42,10 @@ class RAdam(Optimizer, rules=(radam,), conventions={"torch": {}}):
         betas: Any = (0.9, 0.999),
         eps: Any = 1e-8,
         weight_decay: Any = 0.0,
+        *,
+        eps_hat: bool = True,
         **options: Any,
     ):
-        super().__init__(params, radam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
+        super().__init__(
+            params, radam, lr=lr, betas=betas, eps=eps, eps_hat=eps_hat, weight_decay=weight_decay, **options
+        )

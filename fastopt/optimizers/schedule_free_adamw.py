@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fastopt.hyper import NONE
 from fastopt.optimizer import Optimizer
 from fastopt.rule import rule
 from fastopt.rules.schedule_free_adamw import prepare, schedule_free_adamw
@@ -17,7 +18,11 @@ def average(p, g, z, v, h):  # type: ignore[no-untyped-def]
     return p + h.beyond * (p - z), z, v
 
 
-class ScheduleFreeAdamW(Optimizer, rules=(schedule_free_adamw,)):
+class ScheduleFreeAdamW(
+    Optimizer,
+    rules=(schedule_free_adamw,),
+    conventions={"keras": {"form": "keras", "weight_decay": NONE}, "optax": {"form": "optax"}},
+):
     """Schedule-Free AdamW: an average of the iterates, used for evaluation, replaces the learning-rate schedule.
 
     Formula: g at ``y = (1-b1) z + b1 x``; ``v = b2 v + (1-b2) g^2``; ``d = g / (sqrt(v) + eps) + weight_decay y``;
@@ -32,6 +37,9 @@ class ScheduleFreeAdamW(Optimizer, rules=(schedule_free_adamw,)):
         eps: >= 0, in units of the gradient.
         weight_decay: decoupled, >= 0, at y.
         warmup_steps: >= 0; the number of steps over which gamma grows to lr.
+        form: ``"paper"``, ``"optax"`` or ``"keras"``: the latter two correct the bias of v, not gamma, and average with
+            other weights; see `fastopt.rules.schedule_free_adamw`. Keras decays elsewhere, so that weight_decay must be
+            0 with ``convention="keras"``.
         **options: see `Optimizer`.
 
     Raises:
@@ -59,6 +67,7 @@ class ScheduleFreeAdamW(Optimizer, rules=(schedule_free_adamw,)):
         weight_decay: Any = 0.0,
         *,
         warmup_steps: Any = 0,
+        form: str = "paper",
         **options: Any,
     ):
         super().__init__(
@@ -69,6 +78,7 @@ class ScheduleFreeAdamW(Optimizer, rules=(schedule_free_adamw,)):
             eps=eps,
             weight_decay=weight_decay,
             warmup_steps=warmup_steps,
+            form=form,
             **options,
         )
 

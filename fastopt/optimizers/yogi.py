@@ -8,7 +8,7 @@ from fastopt.optimizer import Optimizer
 from fastopt.rules.yogi import yogi
 
 
-class Yogi(Optimizer, rules=(yogi,)):
+class Yogi(Optimizer, rules=(yogi,), conventions={"optax": {"initial_momentum": 1e-6}}):
     """Yogi: Adam whose second moment moves towards g^2 by an amount that depends only on g.
 
     Formula: ``m = b1 m + (1-b1) g``; ``v -= (1-b2) sign(v - g^2) g^2``; ``p -= lr (m/bc1) / (sqrt(v/bc2) + eps)``
@@ -21,6 +21,7 @@ class Yogi(Optimizer, rules=(yogi,)):
         weight_decay: L2, >= 0.
         initial_accumulator_value: the initial v, >= 0, in units of the gradient squared.
         bias_correction: False, as in the paper, sets bc1 = bc2 = 1.
+        initial_momentum: the initial m, in units of the gradient; 1e-6 in optax.
         **options: see `Optimizer`.
 
     Raises:
@@ -46,6 +47,7 @@ class Yogi(Optimizer, rules=(yogi,)):
         *,
         initial_accumulator_value: Any = 1e-6,
         bias_correction: bool = True,
+        initial_momentum: Any = 0.0,
         **options: Any,
     ):
         super().__init__(
@@ -56,6 +58,7 @@ class Yogi(Optimizer, rules=(yogi,)):
             eps=eps,
             initial_accumulator_value=initial_accumulator_value,
             bias_correction=bias_correction,
+            initial_momentum=initial_momentum,
             weight_decay=weight_decay,
             **options,
         )

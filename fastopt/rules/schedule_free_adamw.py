@@ -6,6 +6,10 @@ r"""Schedule-Free AdamW (Defazio et al. 2024, https://arxiv.org/abs/2405.15682, 
     z = z - gamma d                           gamma = lr s_t,  s_t = sqrt(1 - b2^t) min(1, t / warmup_steps)
     x = (1 - c) x + c z                       c = s_t^2 / (s_1^2 + ... + s_t^2)
 
+With ``form="optax"`` and ``"keras"`` gamma has no bias correction, and d has: d = g / (sqrt(v / bc2) + eps) +
+weight_decay y, bc2 = 1 - b2^t. optax has s_t = min(1, t / warmup_steps) in c, and min(1, (t - 1) / warmup_steps) in
+gamma; Keras has c = 1 / t.
+
 x, the average to evaluate with, is not stored: it is (y - (1 - b1) z) / b1. States: z, in units of the parameter, at
 first the parameter; v, of the gradient squared.
 """
@@ -18,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastopt.hyper import DECAY_RATE, POSITIVE_OR_ZERO, Domain, Interval, Pair
+from fastopt.hyper import DECAY_RATE, POSITIVE_OR_ZERO, Choice, Domain, Interval, Pair
 from fastopt.rule import rule
 
 
@@ -34,11 +38,19 @@ class Hyper(NamedTuple):
 
 
 def prepare(
-    t: int, lr: float, betas: tuple[float, float], eps: float, warmup_steps: float, weight_decay: float
+    t: int, lr: float, betas: tuple[float, float], eps: float, warmup_steps: float, weight_decay: float, form: str
 ) -> Hyper:
     b1, b2 = betas
-    this = weight(t, b2, warmup_steps)
-    gamma, c = lr * math.sqrt(this), this / sum_of_weights(t, b2, warmup_steps)
+    if form == "paper":
+        this = weight(t, b2, warmup_steps)
+        gamma, c = lr * math.sqrt(this), this / sum_of_weights(t, b2, warmup_steps)
+    else:
+        root = math.sqrt(1.0 - b2**t)
+        late = 1 if form == "optax" else 0  # optax's warm-up of z begins at 0, that of the weights at 1
+        gamma = lr * root * (min(1.0, (t - late) / warmup_steps) if warmup_steps else 1.0)
+        eps, weight_decay = root * eps, weight_decay / root
+        averaged = warmup_steps if form == "optax" else 0.0
+        c = weight(t, 0.0, averaged) / sum_of_weights(t, 0.0, averaged)
     return Hyper(
         b2, 1.0 - b2, eps, weight_decay, gamma, c, gamma * (1.0 - b1 * (1.0 - c)), 1.0 / b1 - 1.0 if b1 else 0.0
     )
@@ -47,6 +59,7 @@ def prepare(
 DOMAINS: dict[str, Domain] = {
     "betas": Pair(Interval(0.0, 1.0, open=True, open_low=True), DECAY_RATE),  # b1 is the weight of x in y
     "warmup_steps": POSITIVE_OR_ZERO,
+    "form": Choice(("paper", "optax", "keras")),
 }
 
 

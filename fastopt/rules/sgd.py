@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastopt.closed_forms.linear import Linear
-from fastopt.hyper import Interval
+from fastopt.hyper import NONE
 from fastopt.rule import rule
 from fastopt.rules.momentum import Hyper as MomentumHyper
 from fastopt.rules.momentum import momentum as momentum_rule
@@ -43,6 +43,6 @@ def sgd_momentum(p, g, velocity, h):
     return momentum_rule(p, g, velocity, h)
 
 
-@rule(prepare_momentum, domains={"dampening": Interval(0.0, 0.0)}, idle=Linear(with_l2=True))
+@rule(prepare_momentum, domains={"dampening": NONE}, idle=Linear(with_l2=True))
 def sgd_nesterov(p, g, velocity, h):
     return nesterov_rule(p, g, velocity, h)

@@ -4,8 +4,8 @@ r"""Yogi (Zaheer et al. 2018, https://papers.nips.cc/paper/8186-adaptive-methods
     v = v - (1 - b2) sign(v - g^2) g^2
     p = p - lr (m / bc1) / (sqrt(v / bc2) + eps)      bc1 = 1 - b1^t, bc2 = 1 - b2^t
 
-The paper has no bias correction (``bias_correction=False``). States: m, in units of the gradient; v, of its square, at
-first ``initial_accumulator_value``.
+The paper has no bias correction (``bias_correction=False``). States: m, in units of the gradient, at first
+``initial_momentum``; v, of its square, at first ``initial_accumulator_value``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def prepare(
     eps: float,
     initial_accumulator_value: float,
     bias_correction: bool,
+    initial_momentum: float,
 ) -> Hyper:
     b1, b2 = betas
     bc1, bc2 = (1.0 - b1**t, 1.0 - b2**t) if bias_correction else (1.0, 1.0)
@@ -42,7 +43,7 @@ def prepare(
 INITIAL = "initial_accumulator_value"
 
 
-@rule(prepare, domains={INITIAL: POSITIVE_OR_ZERO}, initial={"v": INITIAL})
+@rule(prepare, domains={INITIAL: POSITIVE_OR_ZERO}, initial={"m": "initial_momentum", "v": INITIAL})
 def yogi(p, g, m, v, h):
     m = h.b1 * m + h.one_minus_b1 * g
     square = g * g
