@@ -242,7 +242,8 @@ METHODS: dict[str, tuple[Callable[[], Opt], Call, Call]] = {
         step,
     ),
     "step without some": (adam, nothing, partial_step),
-    "step after accumulate": (adam, lambda opt: (accumulate(opt), accumulate(opt)), step),
+    "step after accumulate": (adam, lambda opt: (opt.accumulate(tree(2)), opt.accumulate(tree(3))), step),
+    "step after accumulate of some": (adam, accumulate, step),
     "step of frozen groups": (lambda: adam(overrides={"b": {"frozen": True}}), nothing, step),
     "LAMB": (lambda: fastopt.LAMB(tree()), nothing, step),
     "LARS": (lambda: fastopt.LARS(tree(), max_norm=1.0), nothing, step_with_grads),
@@ -383,6 +384,46 @@ def test_a_file_is_the_old_or_the_new_one_and_nothing_else_is_left(tmp_path):
         if not reached:
             break
     assert moment > 100
+
+
+def test_other_arrays_are_taken_whole_or_not_at_all():
+    for moment in count():
+        own, other = tree(), tree(1)
+        flat = fastopt.pack(own, copy=False)
+        assert flat.places.shape == (3, 3)
+        assert len(flat.neighbours) == 3
+        reached, raised = interrupted_at(lambda: flat.replace(other), moment)  # noqa: B023 called here
+        replaced = flat.params["W"] is other["W"]
+        assert replaced or raised
+        expected = other if replaced else own
+        assert [array is expected[path] for path, array in zip(flat.paths, flat.arrays, strict=True)] == [True] * 3
+        assert (flat.addresses == [expected[path].ctypes.data for path in flat.paths]).all()
+        assert (flat.places[:, 0] == flat.addresses).all()
+        if not reached:
+            break
+    assert moment > 5
+
+
+@pytest.mark.parametrize("context", ["eval_params", "swap_ema"])
+def test_a_second_interrupt_does_not_keep_a_context_from_restoring(context, monkeypatch):
+    opt = with_gradients(fastopt.ScheduleFreeAdamW(tree(), ema=0.9))
+    opt.step()
+    before, pipeline = kept(opt), opt._running
+    put = pipeline.put_params
+
+    def put_late(arrays: Any) -> None:
+        if pipeline.held:
+            signal.raise_signal(signal.SIGALRM)
+        put(arrays)
+
+    def hold() -> None:
+        with getattr(opt, context)():
+            signal.raise_signal(signal.SIGALRM)
+
+    monkeypatch.setattr(pipeline, "put_params", put_late)
+    with pytest.raises(AlarmError):
+        hold()
+    assert kept(opt) == before
 
 
 # --- deferred signals -------------------------------------------------------------------------------------------------

@@ -142,13 +142,12 @@ class Pipeline:
 
     def _locate(self) -> None:
         """Take the addresses of the parameters, which may have moved: see `FlatParams.replace`."""
-        addresses = self.flat.addresses
-        self.places_of_params = self.flat.layout.places(addresses, addresses)
+        self.addresses = self.flat.addresses
+        self.places_of_params = self.flat.layout.places(self.addresses, self.addresses)
         """For kernels that read no gradients."""
         self._sums_at: tuple[np.ndarray, list[Any]] | None = None
         self.intake = Intake(self.flat, self.backend, self.buffers)
         self.plan.forget_chunks()
-        self.addresses = addresses  # at the end: an interrupt before has all of it made again
 
     def _planned(self) -> Plan:
         gated = self.device is not None and self.device.gated
@@ -757,7 +756,12 @@ class Pipeline:
 
     @contextmanager
     def elsewhere(self, context: str, move: Callable[[], None]) -> Iterator[None]:
-        """Move the parameters by `move`, and restore them at the end of the block."""
+        """Move the parameters by `move`, and restore them at the end of the block.
+
+        Where a handler of a signal raises just as the block is entered or left, before a line of this function runs,
+        Python does not come back to it: the parameters are restored when the exception is dropped, and with it the
+        generator.
+        """
         with self.gate.take(context):
             self.refuse_while_held(context)
             self.flush_rows()
