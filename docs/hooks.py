@@ -143,7 +143,8 @@ def shown(arguments: Any) -> str:
     """The arguments that stand for a convention, as the cell of a table."""
     if arguments is None:
         return "*none*"
-    return ", ".join(f"`{name}={value!r}`" for name, value in arguments.items()) or "*as it is*"
+    fixed = ", ".join(f"`{name}={getattr(value, 'low', value)!r}`" for name, value in arguments.items())
+    return fixed or "*as it is*"
 
 
 GENERATED = {"<!-- optimizers -->": optimizers, "<!-- conventions -->": conventions}
