@@ -142,12 +142,13 @@ class Pipeline:
 
     def _locate(self) -> None:
         """Take the addresses of the parameters, which may have moved: see `FlatParams.replace`."""
-        self.addresses = self.flat.addresses
-        self.places_of_params = self.flat.layout.places(self.addresses, self.addresses)
+        addresses = self.flat.addresses
+        self.places_of_params = self.flat.layout.places(addresses, addresses)
         """For kernels that read no gradients."""
         self._sums_at: tuple[np.ndarray, list[Any]] | None = None
         self.intake = Intake(self.flat, self.backend, self.buffers)
         self.plan.forget_chunks()
+        self.addresses = addresses  # at the end: an interrupt before has all of it made again
 
     def _planned(self) -> Plan:
         gated = self.device is not None and self.device.gated
