@@ -29,6 +29,9 @@ class Variable:
     def __array__(self) -> np.ndarray:
         return np.array(0.25)
 
+    def __repr__(self) -> str:  # the same in all processes of pytest-xdist
+        return "Variable"
+
 
 QUARTERS = [
     0.25,
