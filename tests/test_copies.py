@@ -115,6 +115,11 @@ def test_an_optimizer_without_parameters_and_one_before_its_first_step_are_copie
     twin.step({"w": np.zeros(1), "x": np.zeros(1)})
     assert (twin.ema["w"].tolist(), twin.states["z"]["w"].tolist(), twin.ema["x"].tolist()) == ([5.0], [5.0], [1.5])
     assert opt.ema["w"].tolist() == [0.0]
+    for _ in range(2):
+        twin.step({"w": np.zeros(1), "x": np.zeros(1)})
+    opt.params["w"][...] = 6.0  # where this one has not begun
+    opt.step({"w": np.zeros(1), "x": np.zeros(1)})
+    assert (opt.ema["w"].tolist(), opt.states["z"]["w"].tolist()) == ([6.0], [6.0])
 
 
 class Mine(fastopt.SGD):
@@ -236,6 +241,7 @@ def test_arrays_that_cannot_be_written_are_copied_when_they_are_unpickled():
     assert buffers
     read_only = [memoryview(bytes(buffer.raw())) for buffer in buffers]  # as joblib's memory maps are
     twin = pickle.loads(data, buffers=read_only)
+    assert all(array.flags.writeable for array in (*twin.flat.arrays, *twin.flat.grad_arrays))
     for each in (opt, twin):
         each.step({"w": np.ones(3)})
         each.zero_grad()

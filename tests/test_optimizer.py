@@ -790,6 +790,14 @@ def test_a_block_that_was_left_by_an_error_does_not_count_as_looked_ahead():
         raise KeyError
     with pytest.warns(UserWarning, match=OUTSIDE):
         opt.step([np.ones(2)])
+    again = lookahead([np.zeros(2)], lr=0.1)
+    again.step([np.ones(2)])
+    with again.lookahead():
+        pass
+    again.restart()
+    again.step([np.ones(2)])  # after as many steps as the block that belonged to the other run
+    with pytest.warns(UserWarning, match=OUTSIDE):
+        again.step([np.ones(2)])
 
 
 @pytest.mark.parametrize("rule", [rules.nesterov_lookahead, rules.schedule_free_adamw], ids=lambda rule: rule.name)
