@@ -388,10 +388,11 @@ def test_a_file_is_the_old_or_the_new_one_and_nothing_else_is_left(tmp_path):
 
 def test_other_arrays_are_taken_whole_or_not_at_all():
     for moment in count():
-        own, other = tree(), tree(1)
+        own, buffer = tree(), np.zeros(34_007, np.float32)
+        other = {"E": buffer[:4000].reshape(400, 10), "W": buffer[4000:34_000].reshape(300, 100), "b": buffer[34_000:]}
         flat = fastopt.pack(own, copy=False)
         assert flat.places.shape == (3, 3)
-        assert len(flat.neighbours) == 3
+        assert sum(flat.neighbours) == 0
         reached, raised = interrupted_at(lambda: flat.replace(other), moment)  # noqa: B023 called here
         replaced = flat.params["W"] is other["W"]
         assert replaced or raised
@@ -399,6 +400,7 @@ def test_other_arrays_are_taken_whole_or_not_at_all():
         assert [array is expected[path] for path, array in zip(flat.paths, flat.arrays, strict=True)] == [True] * 3
         assert (flat.addresses == [expected[path].ctypes.data for path in flat.paths]).all()
         assert (flat.places[:, 0] == flat.addresses).all()
+        assert sum(flat.neighbours) == (2 if replaced else 0)
         if not reached:
             break
     assert moment > 5
