@@ -173,7 +173,8 @@ def test_the_norm_of_float64_gradients_is_right_over_its_whole_range(magnitude, 
         found.append(opt.step())
         found.append(opt.step_rows({"e": (np.arange(3), rows)}, uploaded({**grads, "e": None})))
         for k, info in enumerate(found):
-            assert info.grad_norm == pytest.approx(5.0 * magnitude, rel=1e-14 if magnitude > 1e-310 else 1e-7), k
+            rtol = 1e-14 if magnitude > 1e-310 else 1e-7
+            np.testing.assert_allclose(info.grad_norm, 5.0 * magnitude, rtol=rtol, err_msg=str(k))
             assert not info.skipped
     assert opt.step(uploaded({"e": np.zeros((3, 40)), "w": np.zeros(5), "no": np.zeros(3)})).grad_norm == 0.0
 
