@@ -885,10 +885,17 @@ def test_a_parameter_is_not_taken_for_a_state_of_its_name(tmp_path):
     assert report.loaded == ("w",)
     assert set(report.unexpected) == {"m/w", "v/w"}
     assert not opt.states["m"]["w"].any()
+    trained(opt)
+    opt.save(tmp_path / "y")
+    sgd = fastopt.SGD({"w": np.zeros(2), "m/w": np.full(2, 7.0)})
+    report = sgd.load(tmp_path / "y", strict=False)
+    assert report.loaded == ("w",)
+    assert set(report.missing) == {"m/w"}
+    np.testing.assert_array_equal(sgd.params["m/w"], 7.0)
 
 
 def test_paths_that_end_alike_are_told_apart(tmp_path):
-    params = {"b": np.ones(1), "a/b": np.full(1, 2.0), "m": np.full(1, 3.0)}
+    params = {"b": np.ones(1), "c/b": np.full(1, 2.0), "m": np.full(1, 3.0)}
     trained(fastopt.Adam(params)).save(tmp_path / "x")
     opt = fastopt.Adam({path: np.zeros(1) for path in params})
     report = opt.load(tmp_path / "x", strict=False)
@@ -1010,11 +1017,12 @@ def waits_for_a_save(opt: fastopt.Optimizer, path: Path, monkeypatch: Any, call:
         saving = pool.submit(opt.save, path)
         assert writing.wait(60.0)
         other = pool.submit(call)
-        time.sleep(0.02)
-        assert not other.done()
+        time.sleep(0.05)
+        went_on = other.done()
         go_on.set()
         saving.result(60.0)
         other.result(60.0)
+    assert not went_on
 
 
 def test_all_that_uses_the_state_waits_for_a_save(adam, tmp_path, monkeypatch):
@@ -1042,8 +1050,35 @@ def test_all_that_uses_the_state_waits_for_a_save(adam, tmp_path, monkeypatch):
         lambda: copy.deepcopy(adam),
         adam.state_dict,
     ]
+    for call in calls[:6]:
+        call()  # compiles what there is to compile
     for call in calls:
         waits_for_a_save(adam, tmp_path / "x", monkeypatch, call)
+
+
+def test_steps_wait_from_the_first_look_at_the_state_on(tmp_path, monkeypatch):
+    opt, keras = fastopt.Adam(tree(1)), fastopt.Adam(tree(1), convention="keras")
+    opt.save(tmp_path / "x")
+    state, seen, plain = opt.state_dict(), [], fastopt.Optimizer.state.fget
+
+    def watched(opt: fastopt.Optimizer) -> Any:
+        seen.append(opt._pipeline.gate.taken)
+        return plain(opt)
+
+    monkeypatch.setattr(fastopt.Optimizer, "state", property(watched))
+    for call in (
+        lambda: opt.save(tmp_path / "x"),
+        lambda: opt.load(tmp_path / "x"),
+        lambda: opt.state_dict(),
+        lambda: opt.load_state_dict(state),
+        lambda: from_torch_state(opt, to_torch_state(opt)),
+        lambda: from_optax_state(opt, to_optax_state(opt)),
+        lambda: from_keras_state(keras, to_keras_state(keras)),
+    ):
+        seen.clear()
+        call()
+        assert seen
+        assert all(seen)
 
 
 @pytest.mark.parametrize(
