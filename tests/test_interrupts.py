@@ -21,8 +21,8 @@ from fastopt.checkpoint import describe
 from fastopt.kernels.driver import DRIVER
 from fastopt.signals import deferred_signals
 
-TRIES = int(os.environ.get("FASTOPT_TEST_INTERRUPTS", "30"))
-"""Interrupts of each method in each mode. `FASTOPT_TEST_INTERRUPTS=1000` runs the long version."""
+TRIES = int(os.environ.get("FASTOPT_TEST_INTERRUPTS", "20"))
+"""Interrupts of each method in each mode. `FASTOPT_TEST_INTERRUPTS=300` takes some minutes."""
 
 MODES = ("serial", "pool", "numba", "executor")
 
