@@ -1091,6 +1091,13 @@ def test_a_position_among_sorted_keys_does_not_choose_between_parameters_of_one_
     assert bits(other.state_dict()["state"]) == bits(opt.state_dict()["state"])
 
 
+def test_each_parameter_is_told_from_the_one_before_it():
+    params = [np.zeros(3), {"gamma": np.ones(3), "beta": np.zeros(3)}]
+    state = without_names(to_torch_state(fastopt.Adam(params)))
+    with pytest.raises(ValueError, match=r"because '1\.beta' and '1\.gamma' have one shape"):
+        from_torch_state(fastopt.Adam(params), state)
+
+
 @pytest.mark.parametrize(
     "params",
     [

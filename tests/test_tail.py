@@ -329,6 +329,9 @@ def test_blocks_of_all_magnitudes_are_added_up():
     expected = 3e200 * 64
     assert opt.step({"w": many, "b": np.array([1.0, 1e180])}).grad_norm == pytest.approx(expected, rel=1e-14)
     assert opt.step({"w": 0.0 * many, "b": np.zeros(2)}).grad_norm == 0.0
+    for large in (1e200, 1e-200):  # what counts is the gradient after grad_scale
+        info = opt.step({"w": 0.0 * many, "b": np.array([3.0, 4.0]) * large}, grad_scale=0.5)
+        np.testing.assert_allclose(info.grad_norm, 10.0 * large, rtol=1e-14)
     for bad in (np.inf, np.nan):
         found = opt.step({"w": many, "b": np.array([bad, 1.0])}).grad_norm
         assert not np.isfinite(found)
