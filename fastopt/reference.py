@@ -117,7 +117,7 @@ def _root(v: Array, eps: float, eps_inside: bool) -> Array:
 
 def _norm(x: Array) -> float:
     """Return the Euclidean norm over all of x, computed in float64."""
-    wide = x.astype(np.float64)
+    wide = np.asarray(x.astype(np.float64))
     scale = 2.0 ** (math.frexp(np.abs(wide).max(initial=0.0))[1] - 1)  # an exact factor: squares may leave the range
     return float(np.linalg.norm(wide / scale)) * scale
 

@@ -416,6 +416,8 @@ def test_every_buffer_is_read_and_written_16_bytes_at_a_time(name, dtype):
             "propose": (2 + states, states + more),
             "apply": (1 + states + more, 1 + more),
             "squares": (1, 0),
+            "squares_again": (1, 0),
+            "propose_again": (1 + states, 0),
         }
         for cc in (NEW, *OTHERS) if dtype == np.float32 and everything else (NEW,):
             for code in of_rule(name, dtype, everything, cc):
