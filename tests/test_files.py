@@ -74,12 +74,12 @@ def test_modes_and_links_stay(tmp_path):
 def test_pipes_and_devices_are_written_directly(tmp_path):
     pipe, found = tmp_path / "pipe", []
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    assert is_stream(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
     reader.start()
     write_file(pipe, b"new")
     reader.join(60.0)
     assert found == [b"new"]
-    assert is_stream(pipe)
     assert listing(tmp_path) == ["pipe"]
     write_file(Path("/dev/null"), b"new")
     assert not Path("/dev/null").is_file()
