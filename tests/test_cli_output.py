@@ -50,7 +50,7 @@ def run(*arguments: Any, out: Any = subprocess.PIPE, **more: Any) -> subprocess.
     return subprocess.run(
         [sys.executable, "-m", "fastopt", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "300"},
+        env={**os.environ, "COLUMNS": "300", "PYTHONUNBUFFERED": ""},  # the interpreter flushes what is left at its end
         stdout=out,
         stderr=subprocess.PIPE,
         text=True,
