@@ -41,7 +41,7 @@ def real(value: Any) -> float | int | None:
     (0.5, 3, None, None, None)
     """
     value = unwrap(value)
-    if isinstance(value, bool) or is_masked(value):
+    if isinstance(value, bool):
         return None
     if isinstance(value, Integral):
         return int(value)

@@ -217,6 +217,13 @@ def test_other_values_are_no_flags_anywhere(where, value):
         FLAGS[where](value)
 
 
+def test_what_a_part_of_a_schedule_returns_is_a_number():
+    for wrong in ("0.5", True, [0.5], None):
+        schedule = schedules.sequence((0.1, lambda step, wrong=wrong: wrong), (3,))
+        with pytest.raises(TypeError, match=r"^schedule at step 1: must be a number, got "):
+            schedule(4)
+
+
 def test_numbers_beyond_floats_are_infinite():
     assert number("x", 10**400) == math.inf
     assert number("x", -(10**400)) == -math.inf

@@ -585,7 +585,7 @@ def runs_of(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     size = array.itemsize
     offsets = np.zeros(1, np.int64)
     for stride, count in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True)):
-        if stride == size and len(offsets) == 1:
+        if stride == size:
             size *= count
         else:
             offsets = (offsets + stride * np.arange(count if stride else 1)[:, None]).reshape(-1)
