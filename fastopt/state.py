@@ -129,7 +129,9 @@ class Snapshot(NamedTuple):
         if late:
             raise ValueError(f"state: missed[{late[0]!r}]: must be at most step={step}, got {missed[late[0]]}")
         restored = _values_from(here, state["hyper"], values, "hyper: ", step)
-        restored = {**{name: rule.defaults[name] for name in LATER if name in rule.defaults}, **restored}
+        for name in LATER:
+            if name in rule.defaults:
+                restored.setdefault(name, rule.defaults[name])
         if set(restored) != set(values):
             lacking = ", ".join(sorted(set(values) - set(restored)))
             raise ValueError(f"state: hyper: must hold all hyperparameters, got no {lacking}")
