@@ -106,7 +106,7 @@ def kept(opt: fastopt.Optimizer) -> dict[str, Any]:
     state, pending = opt.state, pipeline.pending
     arrays = {**state.arrays, "params": pipeline.flat.arrays, "grads": pipeline.flat.grad_arrays}
     if pending is not None:
-        arrays["pending"] = [pending.present, pending.partials]
+        arrays["pending"] = [pending.present, pending.partials, pipeline.sums]
     return {
         **{name: [hash(view.tobytes()) for view in views] for name, views in arrays.items()},
         "step": state.step,
@@ -260,6 +260,7 @@ METHODS: dict[str, tuple[Callable[[], Opt], Call, Call]] = {
     "read_rows": (lambda: fastopt.Adam(tree()), lag, read_rows),
     "set_params": (lambda: adam(ema=0.9), nothing, lambda opt: opt.set_params(tree(5))),
     "restart": (lambda: fastopt.ScheduleFreeAdamW(tree()), step, lambda opt: opt.restart()),
+    "first step": (lambda: fastopt.ScheduleFreeAdamW(tree(), ema=0.9), lambda opt: opt.restart(), step),
     "swap_ema": (lambda: adam(ema=0.9), nothing, swap_ema),
     "inside swap_ema": (lambda: adam(ema=0.9), nothing, raised_inside),
     "eval_params": (lambda: fastopt.ScheduleFreeAdamW(tree()), nothing, eval_params),
