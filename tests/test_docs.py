@@ -185,6 +185,15 @@ def test_the_house_names_what_is_there():
     assert set(re.findall(r"\w+\.py", command)) == files
 
 
+def test_every_promise_names_a_test_that_is_there():
+    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    promises = re.findall(r"^\| (.+) \| `(tests/\w+\.py)::(\w+)` \|$", text, flags=re.MULTILINE)
+    assert len(promises) == text.count("| `tests/") > 40
+    for promise, file, name in promises:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(def {name}\(|{name} = )", source, flags=re.MULTILINE), promise
+
+
 def test_the_walk_through_a_step_leads_to_functions_that_are_there():
     text = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
     walk = re.search(r"## A step, in five words\n(.*?)\n## ", text, flags=re.DOTALL).group(1)
