@@ -221,7 +221,7 @@ def cache_directory() -> Path | None:
         return checked_directory()
     except SharedCacheError:
         raise
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         go_on_without_cache(error)
         return None
 
@@ -242,15 +242,13 @@ def go_on_without_cache(error: Exception) -> None:
 def checked_directory() -> Path | None:
     """Return the directory named by FASTOPT_CACHE_DIR, made if absent; None where the variable is unset or empty.
 
-    Raises OSError where it cannot be made or read, SharedCacheError where other users may write to it.
+    Raises OSError where it cannot be made or read, RuntimeError where it names an unknown user or a loop of links, and
+    SharedCacheError where other users may write to it.
     """
     name = os.environ.get(CACHE_VARIABLE)
     if not name:
         return None
-    try:
-        path = Path(name).expanduser().resolve()
-    except RuntimeError as error:  # an unknown user, or a loop of links
-        raise OSError(str(error)) from None
+    path = Path(name).expanduser().resolve()
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid"):
         status = path.stat()
