@@ -59,7 +59,9 @@ def replace_file(
                 temporary.chmod(stat.S_IMODE(old.st_mode))
             os.fsync(file.fileno())
         if check is not None:
-            with temporary.open("rb") as file:
+            with deferred_signals:  # it is closed, whatever comes
+                file = temporary.open("rb")
+            with file:
                 check(file)
         os.replace(temporary, target)  # noqa: PTH105 what a test makes fail
         _sync_folder(target.parent)

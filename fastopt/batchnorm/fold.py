@@ -97,8 +97,7 @@ def fold_batchnorm(
 
 def _axis_of(shape: tuple[int, ...], channels: int, axis: Any, groups: Any) -> tuple[int, bool]:
     """Return the axis of the output channels, from 0, and whether it has only those of one group."""
-    if isinstance(groups, bool) or not isinstance(groups, int | np.integer) or groups < 1:
-        raise ValueError(f"groups: must be an int >= 1, got {groups!r}")
+    groups = scalars.count("groups", groups, 1)
     fitting = [k for k in range(len(shape)) if shape[k] == channels]
     fitting_grouped = [k for k in range(1, len(shape)) if shape[k] * groups == channels and shape[k - 1] % groups == 0]
     if axis is None:
@@ -109,10 +108,12 @@ def _axis_of(shape: tuple[int, ...], channels: int, axis: Any, groups: Any) -> t
                 f"axis: must be given for a weight of shape {shape}, whose axes {chosen} and {min(others)} both fit "
                 f"the {channels} channels of bn, got None"
             )
-    elif isinstance(axis, bool) or not isinstance(axis, int | np.integer) or not -len(shape) <= axis < len(shape):
-        raise ValueError(f"axis: must be an axis of weight, whose shape is {shape}, got {axis!r}")
     else:
-        chosen = int(axis) % len(shape)
+        expected = f"an axis of weight, whose shape is {shape}"
+        axis = scalars.count("axis", axis, -len(shape), expected)
+        if axis >= len(shape):
+            raise ValueError(f"axis: must be {expected}, got {axis}")
+        chosen = axis % len(shape)
     if chosen not in fitting and (axis is None or chosen not in fitting_grouped):
         raise ValueError(
             f"weight: must have {channels} output channels, as bn has, got {shape[chosen]} (axis {chosen} of {shape}); "

@@ -221,7 +221,7 @@ class BatchNorm:
                 both = f"; or pass {sorted(own)} in both" if len(own) > len(self.params) else ""
                 raise ValueError(f"{name}: must be a dict with the keys {sorted(keys)}, got {found}{both}")
             for key, array in tree.items():
-                check_like(f"{name}[{key!r}]", array, (self.num_features,), self.dtype, self._backend, written=True)
+                check_like(f"{name}[{key!r}]", array, own[key].shape, self.dtype, self._backend, written=True)
         apart = {f"params[{key!r}]": params[key] for key in params} | {f"grads[{key!r}]": grads[key] for key in grads}
         if len(keys) < len(own):  # the running statistics stay where they are
             apart |= {key: own[key] for key in set(own) - keys}

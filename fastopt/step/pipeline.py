@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -266,11 +267,11 @@ class Pipeline:
     def update(self, params: Any, grads: Any, grad_scale: float) -> StepInfo:
         """Make a step of other arrays: see `Optimizer.update`."""
         steps, before = self.steps, self.flat.arrays
-        moved = self.replace(params)
         try:
+            self.replace(params)
             return self.step(grads, grad_scale, "mean")
         except BaseException:
-            if moved and self.steps == steps:
+            if self.flat.arrays is not before and self.steps == steps:
                 self.replace(self.flat.tree(before))
             raise
 
@@ -790,10 +791,13 @@ class Pipeline:
     def _check_context(self) -> None:
         """Warn once where the context of the gradients was not entered since the last step."""
         if 0 < self.steps != self.entered_at:  # in the first step the velocity is 0: both are one
+            level, frame = 1, sys._getframe()
+            while frame.f_back is not None and frame.f_globals["__name__"].startswith("fastopt."):
+                level, frame = level + 1, frame.f_back
             warnings.warn(
                 f"step(): gradients must be computed inside `with opt.{self.gradients_in}():`, which was not entered "
                 f"since the last step; otherwise rule {self.rule.name!r} is another algorithm",
-                stacklevel=4,
+                stacklevel=level,
             )
             self.gradients_in = None
 
