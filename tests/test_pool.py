@@ -381,7 +381,8 @@ def test_the_first_job_of_a_loop_is_done_alone_and_later_ones_as_it_pays(monkeyp
         opt.step()
         (site,) = loop.sites.values()
         assert not site.words.any()
-        word(pool.CROWDED).value, word(pool.SEEN_AT).value = 0, time.monotonic_ns()  # as on a quiet machine
+        if DRIVER._pool is not None:  # of tests before: it may have seen a busy machine
+            word(pool.CROWDED).value, word(pool.SEEN_AT).value = 0, time.monotonic_ns()
         opt.step()
         assert site.words[COUNT // 8] == 1
         assert site.words[ALONE // 8] > 0
