@@ -520,7 +520,7 @@ FOLD: list[tuple[str, Call, type[Exception], str]] = [
     (
         "axis True",
         lambda o: fold_batchnorm(WEIGHT, None, o["bn"], axis=True),
-        ValueError,
+        TypeError,
         r"axis: must be an axis of weight, whose shape is \(4, 3\), got True",
     ),
     ("groups", lambda o: fold_batchnorm(WEIGHT, None, o["bn"], groups=0), ValueError, r"groups: must be an int >= 1"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import signal
 from pathlib import Path
@@ -195,9 +196,13 @@ class Machine(RuleBasedStateMachine):
         """Ctrl-C at any moment: the step was made, or it was not."""
         grads = self.grads(seed) if not self.model.sums else self.model.accumulated("mean")
         given = None if self.model.sums else tree_of(grads)
-        if interrupted(lambda: self.opt.step(given), size) and self.opt.step_count == self.model.steps:
-            return
-        self.model.step(grads)
+        gc.disable()  # hypothesis times the collector in a callback, from which an exception does not come back
+        try:
+            raised = interrupted(lambda: self.opt.step(given), size)
+        finally:
+            gc.enable()
+        if not raised or self.opt.step_count > self.model.steps:
+            self.model.step(grads)
 
     @rule()
     def drop_the_sum(self) -> None:

@@ -25,7 +25,6 @@ def params() -> dict[str, np.ndarray]:
 
 @pytest.fixture(autouse=True)
 def _without_collector() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
