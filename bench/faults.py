@@ -633,6 +633,7 @@ TRUST: Sequence[Fault] = (
     *faults_of(
         "fastopt/cli/__init__.py",
         "tests/test_cli_output.py -k standard_output",
+        ("if error.errno not in FULL or error.filename is not None:", "if True:"),
         ("        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())", "        pass"),
         ("            sys.stdout.flush()", "            pass"),
     ),
@@ -756,7 +757,11 @@ TRUST: Sequence[Fault] = (
         ("with opt._running.gate.take(function.__name__):", "if True:", "tests/test_checkpoint.py -k first_look"),
         ("and not issubclass(parting.type, OrderedDict):", "and issubclass(parting.type, OrderedDict):"),
         ("if isinstance(parting, optree.MappingEntry) and not issubclass", "if not issubclass"),
-        ("        last[shape] = k\n", "        last.setdefault(shape, 0)\n"),
+        (
+            "        last[shape] = k\n",
+            "        last.setdefault(shape, k)\n",
+            "tests/test_interop.py -k told_from_the_one_before",
+        ),
     ),
     *faults_of(
         "fastopt/interop/keras.py",
@@ -799,13 +804,13 @@ TRUST: Sequence[Fault] = (
         ),
         ("            raise SharedCacheError(", "            raise OSError(", "tests/test_bind.py -k is_refused"),
         (
-            "    except RuntimeError as error:  # an unknown user",
-            "    except ZeroDivisionError as error:  # an unknown user",
+            "    except (OSError, RuntimeError) as error:",
+            "    except OSError as error:",
             "tests/test_bind.py -k cannot_be_made",
         ),
         (
-            "    except OSError as error:\n        go_on_without_cache(error)\n        return None",
-            "    except OSError:\n        raise",
+            "    except (OSError, RuntimeError) as error:",
+            "    except RuntimeError as error:",
             "tests/test_bind.py -k cannot_be_made",
         ),
     ),
@@ -877,7 +882,7 @@ TRUST: Sequence[Fault] = (
         (
             "                        up += scaled_square(value, SCALE_UP)\n",
             "                        up += scaled_square(x[i], SCALE_UP)\n",
-            "tests/test_tail.py -k power_of_2",
+            "tests/test_tail.py -k all_magnitudes",
         ),
         (
             "                        if not in_range(squared):\n",
@@ -1063,13 +1068,10 @@ TRUST: Sequence[Fault] = (
         "fastopt/scalars.py",
         "tests/test_scalars.py -k no_number",
         (
-            "    if isinstance(value, bool) or is_masked(value):\n        return None",
-            "    if is_masked(value):\n        return None",
+            "    if isinstance(value, bool):\n        return None\n    if isinstance(value, Integral)",
+            "    if isinstance(value, Integral)",
         ),
-        (
-            "    if isinstance(value, bool) or is_masked(value):\n        return None",
-            "    if isinstance(value, bool):\n        return None",
-        ),
+        ("    if type(value) in PLAIN or is_masked(value):", "    if type(value) in PLAIN:"),
         ('if getattr(value, "shape", None) != ():', 'if getattr(value, "shape", None) not in ((), (1,)):'),
         ("    if found < least:", "    if found < least - 1:", "tests/test_bad_input.py -k bare_arrays"),
         (
@@ -1091,7 +1093,7 @@ TRUST: Sequence[Fault] = (
     ),
     *faults_of(
         "fastopt/schedules.py",
-        "tests/test_scalars.py -k no_number",
+        "tests/test_scalars.py -k part_of_a_schedule",
         ('scalars.number(f"schedule at step {step}", part(step))', "float(part(step))"),
     ),
     *faults_of(
@@ -1171,8 +1173,8 @@ TRUST: Sequence[Fault] = (
         ),
         ('        scalars.refuse_masked(f"state: {name}[{path!r}]", array)\n', "", "tests/test_scalars.py -k masked"),
         (
-            "{**{name: rule.defaults[name] for name in LATER if name in rule.defaults}, **restored}",
-            "{**{name: values[name] for name in LATER if name in values}, **restored}",
+            "                restored.setdefault(name, rule.defaults[name])",
+            "                restored.setdefault(name, values[name])",
             "tests/test_rule_kinds.py -k before_a_form",
         ),
     ),
@@ -1317,7 +1319,6 @@ TRUST: Sequence[Fault] = (
             '        self.refuse_while_held("step_rows")\n',
         ),
         ("            if context == self.gradients_in:\n", "            if context != self.gradients_in:\n"),
-        ("                stacklevel=4,\n", "                stacklevel=2,\n"),
         ('        self.refuse_while_held("deepcopy")\n', "", "tests/test_copies.py -k inside_a_context"),
         ('        self.refuse_while_held("pickle")\n', "", "tests/test_copies.py -k inside_a_context"),
         (
@@ -1518,7 +1519,6 @@ TRUST: Sequence[Fault] = (
             "        if within:",
             "tests/test_bad_input.py -k gaps",
         ),
-        ("        if stride == size and len(offsets) == 1:", "        if stride == size:"),
         ("np.arange(count if stride else 1)", "np.arange(count)[: max(1, count - 1)]"),
         ("    left = FEW_PAIRS * len(cluster).bit_length()", "    left = 10**12", "tests/test_door.py -k interleaved"),
     ),

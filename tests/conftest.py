@@ -6,7 +6,6 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _lasting() -> Iterator[None]:
+def _lasting() -> None:
     """Let the garbage collector look past what lives as long as the run: thousands of tests, and compiled kernels."""
     gc.collect()
     gc.freeze()
-    yield
 
 
 @pytest.fixture(autouse=True, scope="session")
