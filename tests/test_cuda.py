@@ -196,6 +196,17 @@ def test_rules_that_look_at_norms_are_the_cpus_beyond_the_squares(name, p_scale,
         np.testing.assert_allclose(host(ours.params[path]) / largest, expected / largest, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}], ids=str)
+def test_a_step_without_any_gradient_has_norm_0(options):
+    opt = fastopt.SGD({"e": np.ones((4, 2)), "w": np.ones(3)}, lr=1.0, backend="cuda", **options)
+    info = opt.step({"e": None, "w": None})
+    assert (info.step, info.grad_norm, info.clip_coefficient) == (1, 0.0, 1.0)
+    rows = get_backend("cuda").adopt(np.array([[3.0, 4.0]]))
+    assert opt.step_rows({"e": (np.array([1]), rows)}).grad_norm == 5.0
+    np.testing.assert_allclose(host(opt.params["e"])[1], [0.4, 0.2], rtol=1e-6)
+    np.testing.assert_array_equal(host(opt.params["w"]), np.ones(3))
+
+
 def test_a_step_does_not_wait_for_the_norm(monkeypatch):
     params, backend = tree(8), get_backend("cuda")
     ours, cpu = (fastopt.AdamW(params, backend=name, max_norm=0.1, ema=0.9) for name in ("cuda", "cpu"))

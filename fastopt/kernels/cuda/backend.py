@@ -109,7 +109,7 @@ def spans_of(lines: np.ndarray) -> np.ndarray:
     """A `Span` for each parameter of a table of chunks that was made with ``whole=True`` and then `cut`."""
     columns = columns_of(lines)
     first = np.flatnonzero(np.diff(columns.place, prepend=-1))
-    last = np.append(first[1:], len(lines)) - 1
+    last = np.append(first, len(lines))[1:] - 1
     spans = Span(columns.place[first], columns.group[first], columns.block[first], columns.block[last] + 1)
     return np.stack(spans, 1)
 
