@@ -174,6 +174,19 @@ def test_frozen_parameters_stay_as_they_are_and_thaw():
     assert (opt.params["head"]["weight"] != tree()["head"]["weight"]).all()
 
 
+@pytest.mark.parametrize("clipping", ["max_norm"])
+def test_accumulated_gradients_of_frozen_parameters_are_not_measured(clipping):
+    options = {clipping: 1.0, "nonfinite": "raise"}
+    opt, alone = fastopt.SGD(tree(), lr=1.0, **options), fastopt.SGD({"w": tree()["w"]}, lr=1.0, **options)
+    opt.groups["head.*"].frozen = True
+    grads = {"head": {"bias": np.full(3, np.nan), "weight": np.full((3, 4), 100.0)}, "w": np.ones(17)}
+    opt.accumulate(grads)
+    alone.accumulate({"w": np.ones(17)})
+    info, expected = opt.step(), alone.step()
+    assert (info.grad_norm, info.clip_coefficient) == (expected.grad_norm, expected.clip_coefficient)
+    np.testing.assert_array_equal(opt.params["w"], alone.params["w"])
+
+
 def test_overrides_of_all_kinds_survive_a_checkpoint(tmp_path):
     opt = fastopt.AdamW(tree(), overrides={"head.*": {"lr_scale": 0.5}})
     opt.groups["w"].frozen = True

@@ -416,7 +416,7 @@ class Pipeline:
         table: Any = None,
     ) -> tuple[Any, float]:
         """The partial sums of the squares of the gradients, and a factor of the norm that is not in them."""
-        if self.pending is not None and self.options.clip_value is None:
+        if self.pending is not None and self.options.clip_value is None and not self.groups.frozen:
             return self.pending.partials, abs(unscale)
         kernel = plan.norm_kernel(scaled=unscale != 1.0)
         chunks = plan.chunks(rows, whole=True, apart=apart)
