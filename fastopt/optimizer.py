@@ -48,6 +48,9 @@ class Optimizer:
             ``frozen=True`` keeps parameters as they are.
         max_norm: > 0. Gradients are multiplied by ``min(1, max_norm / (norm + 1e-6))``, `norm` being the global one of
             all that this step is given.
+        clip_norm_per_tensor: > 0. Each parameter's gradient is multiplied by ``c / max(norm, c)``, `norm` being that of
+            this gradient and c the option: Keras' ``clipnorm``. Not together with `max_norm`. On a GPU, each step waits
+            for the norms, and cannot be captured in a CUDA graph.
         clip_value: > 0. Every element of a gradient is moved into [-clip_value, clip_value], before its norm is taken.
         nonfinite: what to do about gradients that are NaN or infinite: ``"propagate"`` them, ``"skip"`` the step, count
             such elements as ``"zero"``, or ``"raise"`` FloatingPointError with the path of the first parameter that has
@@ -64,13 +67,14 @@ class Optimizer:
             added to the gradient (L2); None leaves it to the rule.
         convention: of the named optimizers: ``"torch"``, ``"keras"`` or ``"optax"`` for the form and the defaults that
             the optimizer has there, for what is not given: where eps and lr stand, at what states begin, which weight
-            decay. `conventions` of the class lists the ones it has.
+            decay. `conventions` of the class lists the ones it has. Clipping is no part of it: Keras' ``clipnorm`` is
+            `clip_norm_per_tensor` here, its ``global_clipnorm`` is `max_norm`, and its ``clipvalue`` is `clip_value`.
         **hyper: the rule's hyperparameters, and ``weight_decay``. Each is a number or a callable of the step number
             (0 at the first update) that returns one.
 
-    All of it is one launch, after one more over the gradients where their norm is asked for (`max_norm`, `grad_norm`,
-    or `nonfinite` other than ``"propagate"``). The order: unscale, zero what is not finite, clip by value, clip by
-    norm, decay, the rule, average, zero.
+    All of it is one launch, after one more over the gradients where their norm is asked for (`max_norm`,
+    `clip_norm_per_tensor`, `grad_norm`, or `nonfinite` other than ``"propagate"``). The order: unscale, zero what is
+    not finite, clip by value, clip by norm, decay, the rule, average, zero.
 
     Raises:
         TypeError, ValueError: naming the parameter, hyperparameter or option: a tree that `pack` refuses, a
@@ -121,6 +125,7 @@ class Optimizer:
         copy: bool = True,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         max_norm: float | None = None,
+        clip_norm_per_tensor: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
         ema: float | None = None,
@@ -137,7 +142,9 @@ class Optimizer:
         own: dict[str, Any] = {
             "rule": rule,
             "_names": frozenset(name for name in rule.names() if name == "lr" or not hasattr(type(self), name)),
-            "_options": StepOptions.checked(max_norm, clip_value, nonfinite, ema, zero_grad, maximize, grad_norm),
+            "_options": StepOptions.checked(
+                max_norm, clip_norm_per_tensor, clip_value, nonfinite, ema, zero_grad, maximize, grad_norm
+            ),
             "_base": rule.check_all(rule.complete(hyper)),
             "_overrides": overrides or {},
             "_backend": backend,

@@ -602,6 +602,8 @@ def test_a_schedule_that_fails_at_the_step_of_the_file_changes_nothing(tmp_path)
 CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("max_norm", {"max_norm": 1.0}, {"max_norm": 2.0}),
     ("max_norm", {"max_norm": 1.0}, {}),
+    ("clip_norm_per_tensor", {"clip_norm_per_tensor": 1.0}, {}),
+    ("clip_norm_per_tensor", {}, {"clip_norm_per_tensor": 1.0}),
     ("clip_value", {}, {"clip_value": 0.5}),
     ("nonfinite", {"nonfinite": "skip"}, {"nonfinite": "zero"}),
     ("nonfinite", {}, {"nonfinite": "raise"}),

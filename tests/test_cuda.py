@@ -87,6 +87,44 @@ def test_every_rule_with_every_flag_is_that_of_the_cpu(case: Case):
 
 
 @pytest.mark.parametrize(
+    ("name", "nonfinite", "dtype"),
+    [
+        ("SGD", "propagate", np.float32),
+        ("SGD", "skip", np.float64),
+        ("LAMB", "raise", np.float32),
+        ("NovoGrad", "skip", np.float64),
+        ("Muon", "skip", np.float32),
+    ],
+)
+def test_each_gradient_is_clipped_by_its_own_norm(name, nonfinite, dtype):
+    params = tree(3, dtype, {**SIZES, "long": (BLOCK // 8, 9)} if name == "SGD" else SIZES)
+    overrides = {"b": {"lr": 0.5}} if name != "Muon" else {}
+    options = {"clip_norm_per_tensor": 0.75, "nonfinite": nonfinite, "overrides": overrides, "ema": 0.5, "lr": 0.1}
+    ours, cpu = (getattr(fastopt, name)(params, backend=place, **options) for place in ("cuda", "cpu"))
+    for step in range(4):
+        grads = {**grads_of(params, step), "number": None if step == 1 else np.array(0.5, dtype)}
+        if step == 2 and nonfinite == "skip":
+            grads["a"][3] = np.inf
+        told = []
+        for opt, given in ((ours, uploaded(grads)), (cpu, grads)):
+            if step == 3:
+                opt.accumulate(given, weight=0.5)
+                opt.accumulate(given)
+            told.append(opt.step(None if step == 3 else given, grad_scale=2.0))
+        assert told[0].skipped == told[1].skipped == (step == 2 and nonfinite == "skip")
+        assert told[0].grad_norm == pytest.approx(told[1].grad_norm, rel=1e-12)
+        assert told[0].clip_coefficient == pytest.approx(told[1].clip_coefficient, rel=1e-12)
+    if name == "SGD":
+        g = np.ones((2, 9), dtype)
+        for opt, given in ((ours, get_backend("cuda").adopt(g)), (cpu, g)):
+            assert opt.step_rows({"long": (np.array([3, 5]), given)}).clip_coefficient == pytest.approx(0.75 / 18**0.5)
+    tolerance = {"rtol": 2e-5, "atol": 1e-7} if dtype == np.float32 else {"rtol": 1e-12, "atol": 1e-14}
+    for path, expected in cpu.params.items():
+        np.testing.assert_allclose(host(ours.params[path]), expected, **tolerance)
+        np.testing.assert_allclose(host(ours.ema[path]), cpu.ema[path], **tolerance)
+
+
+@pytest.mark.parametrize(
     "case", [BY_NAME[name] for name in ("Adam", "LAMB", "NovoGrad-weight_decay=0.1", "Muon")], ids=str
 )
 def test_double_precision_and_groups(case: Case):
@@ -196,7 +234,7 @@ def test_rules_that_look_at_norms_are_the_cpus_beyond_the_squares(name, p_scale,
         np.testing.assert_allclose(host(ours.params[path]) / largest, expected / largest, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("options", [{"max_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"clip_norm_per_tensor": 1.0}], ids=str)
 def test_a_step_without_any_gradient_has_norm_0(options):
     opt = fastopt.SGD({"e": np.ones((4, 2)), "w": np.ones(3)}, lr=1.0, backend="cuda", **options)
     info = opt.step({"e": None, "w": None})
@@ -572,6 +610,10 @@ def test_what_cannot_be_captured_or_replayed_is_refused():
     skipping.step()
     with pytest.raises(ValueError, match="nonfinite: must be 'propagate' for a step that is captured in a CUDA graph"):
         captured(skipping)
+    each = fastopt.Adam(params, backend="cuda", clip_norm_per_tensor=1.0)
+    each.step()
+    with pytest.raises(ValueError, match="clip_norm_per_tensor: must be None for a step that is captured"):
+        captured(each)
     muon = fastopt.Muon(params, backend="cuda")
     muon.step()
     with pytest.raises(TypeError, match="cannot be captured"):

@@ -174,7 +174,7 @@ def test_frozen_parameters_stay_as_they_are_and_thaw():
     assert (opt.params["head"]["weight"] != tree()["head"]["weight"]).all()
 
 
-@pytest.mark.parametrize("clipping", ["max_norm"])
+@pytest.mark.parametrize("clipping", ["max_norm", "clip_norm_per_tensor"])
 def test_accumulated_gradients_of_frozen_parameters_are_not_measured(clipping):
     options = {clipping: 1.0, "nonfinite": "raise"}
     opt, alone = fastopt.SGD(tree(), lr=1.0, **options), fastopt.SGD({"w": tree()["w"]}, lr=1.0, **options)

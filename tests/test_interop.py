@@ -603,6 +603,38 @@ def test_a_convention_computes_what_the_framework_has_computed(golden):
         np.testing.assert_allclose(optimizer.params["w"], expected, rtol=tolerance, atol=tolerance)
 
 
+CLIPPED = [("SGD", {"w": START, "b": START[:2].copy()}, [{"w": g, "b": g[:2]} for g in GRADS], 1.5)]
+CLIPPED += [("Adam", *CLIPPED[0][1:])]
+"""Optimizers of `STORED`: parameters, gradients, and Keras' clipnorm; one gradient of b is not clipped."""
+
+
+@pytest.mark.parametrize(("name", "params", "grads", "limit"), CLIPPED, ids=["SGD", "Adam"])
+def test_clipping_per_tensor_is_the_clipnorm_of_keras(name, params, grads, limit):
+    make = getattr(fastopt, name)
+    opt = make(params, lr=0.1, convention="keras", clip_norm_per_tensor=limit)
+    found = [opt.step(given).clip_coefficient for given in grads]
+    assert found == pytest.approx([limit / np.linalg.norm(given["w"]) for given in grads], rel=1e-15)
+    for path, expected in STORED["clipnorm"][name].items():
+        np.testing.assert_allclose(opt.params[path], expected, rtol=1e-12, err_msg=path)
+
+
+@pytest.mark.parametrize(("name", "params", "grads", "limit"), CLIPPED, ids=["SGD", "Adam"])
+def test_the_stored_clipnorm_is_that_of_the_real_keras(name, params, grads, limit):
+    keras = import_keras()
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    try:
+        with double_precision(pytest.importorskip("jax")) if keras.backend.backend() == "jax" else nullcontext():
+            optimizer = getattr(keras.optimizers, name)(learning_rate=0.1, clipnorm=limit)
+            variables = {path: keras.Variable(p, dtype="float64") for path, p in params.items()}
+            for given in grads:
+                optimizer.apply([keras.ops.convert_to_tensor(given[path]) for path in params], [*variables.values()])
+            for path, expected in STORED["clipnorm"][name].items():
+                np.testing.assert_allclose(np.array(variables[path].numpy()), expected, rtol=1e-12)
+    finally:
+        keras.config.set_floatx(before)
+
+
 def test_weight_decay_is_decoupled_in_all_of_keras():
     kinds = [kind for kind in fastopt.Optimizer.classes.values() if "keras" in kind.conventions]
     coupled = [kind.__name__ for kind in kinds if not kind({"w": START}, convention="keras").rule.decoupled]

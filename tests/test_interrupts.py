@@ -234,6 +234,7 @@ METHODS: dict[str, tuple[Callable[[], Opt], Call, Call]] = {
     "step": (adam, nothing, step),
     "step with grads": (adam, nothing, step_with_grads),
     "step that clips": (lambda: adam(max_norm=0.5, nonfinite="skip", ema=0.9, zero_grad=True), nothing, step),
+    "step that clips each": (lambda: adam(clip_norm_per_tensor=0.1, nonfinite="skip"), nothing, step),
     "step after a skipped one": (lambda: adam(nonfinite="skip"), infinite_step, step),
     "step that is skipped": (lambda: adam(nonfinite="skip"), nothing, infinite_step),
     "step that is skipped and zeroes": (

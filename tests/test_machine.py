@@ -68,12 +68,13 @@ class Model:
             self.skipped += 1
             return
         norm = np.sqrt(sum((g**2).sum() for g in present.values()))
-        max_norm = self.options["max_norm"]
+        max_norm, limit = self.options.get("max_norm"), self.options.get("clip_norm_per_tensor")
         coefficient = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
         self.steps += 1
         for path, g in present.items():
             oracle = self.oracles[path]
-            oracle.step(coefficient * g, lr=self.lr[path])
+            own = coefficient if limit is None else limit / max(limit, np.sqrt((g**2).sum()))
+            oracle.step(own * g, lr=self.lr[path])
             if self.options["ema"] is not None:
                 self.average[path] += (1.0 - self.options["ema"]) * (oracle.p - self.average[path])
 
@@ -136,12 +137,12 @@ class Machine(RuleBasedStateMachine):
         seed=seeds,
         copies=st.booleans(),
         ema=st.sampled_from([None, 0.75]),
-        max_norm=st.sampled_from([None, 1.0]),
+        clipping=st.sampled_from([{}, {"max_norm": 1.0}, {"clip_norm_per_tensor": 1.0}]),
     )
-    def begin(self, name: str, seed: int, copies: bool, ema: float | None, max_norm: float | None) -> None:
+    def begin(self, name: str, seed: int, copies: bool, ema: float | None, clipping: dict[str, float]) -> None:
         rng = np.random.default_rng(seed)
         self.case = BY_NAME[name]
-        self.options = {"ema": ema, "max_norm": max_norm, "nonfinite": "skip", "copy": copies}
+        self.options = {"ema": ema, **clipping, "nonfinite": "skip", "copy": copies}
         self.folder = TemporaryDirectory()
         self.handler = signal.signal(signal.SIGALRM, raise_alarm)
         self.bn = fastopt.BatchNorm(3, dtype=np.float64)

@@ -631,6 +631,7 @@ def test_state_dict_holds_what_a_resumed_run_needs():
         "overrides": {"b": {"lr": 0.5}},
         "options": {
             "max_norm": None,
+            "clip_norm_per_tensor": None,
             "clip_value": None,
             "nonfinite": "propagate",
             "ema": None,

@@ -114,8 +114,9 @@ def test_float32_is_as_close_as_its_rounding_allows(case):
     assert_equal(rowwise, dense, rtol=3e-5, atol=3e-6)
 
 
-def test_all_flags_hold_for_rows():
-    options = {"max_norm": 0.5, "clip_value": 0.3, "zero_grad": True, "ema": 0.9, "maximize": True, "nonfinite": "skip"}
+@pytest.mark.parametrize("clipping", ["max_norm", "clip_norm_per_tensor"])
+def test_all_flags_hold_for_rows(clipping):
+    options = {clipping: 0.5, "clip_value": 0.3, "zero_grad": True, "ema": 0.9, "maximize": True, "nonfinite": "skip"}
     overrides = {"w": {"lr": 0.5}}
     rowwise = fastopt.AdamW(params_of(), overrides=overrides, **options)
     dense = fastopt.AdamW(params_of(), overrides=overrides, **options)
@@ -224,9 +225,10 @@ def test_parameters_that_are_not_named_are_left_out():
     assert opt.step_count == 2
 
 
-def test_two_parameters_with_rows_of_their_own():
+@pytest.mark.parametrize("clipping", ["max_norm", "clip_norm_per_tensor"])
+def test_two_parameters_with_rows_of_their_own(clipping):
     params = {"a": np.ones((5, 3)), "b": np.ones((6, 2))}
-    rowwise, dense = fastopt.Momentum(params, lr=0.1, max_norm=1.0), fastopt.Momentum(params, lr=0.1, max_norm=1.0)
+    rowwise, dense = (fastopt.Momentum(params, lr=0.1, **{clipping: 1.0}) for _ in range(2))
     for k in range(5):
         rows = {name: (np.array([k % 5]), np.full((1, params[name].shape[1]), 2.0)) for name in params}
         rowwise.step_rows(rows)

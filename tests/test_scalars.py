@@ -111,6 +111,7 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
     "assigned": assigned,
     "scheduled": scheduled,
     "max_norm": lambda x: stepped(grad_scale=1.0) and sgd(max_norm=x).step({"w": np.ones(2)}).clip_coefficient,
+    "clip_norm_per_tensor": lambda x: sgd(clip_norm_per_tensor=x).step({"w": np.ones(2)}).clip_coefficient,
     "ema": lambda x: sgd(ema=x).ema["w"].tolist(),
     "grad_scale": lambda x: stepped(grad_scale=x),
     "weight": accumulated,
@@ -134,7 +135,7 @@ def test_what_is_0_d_and_real_is_a_number_everywhere(where):
 @pytest.mark.parametrize("where", NUMBERS)
 @pytest.mark.parametrize(("value", "named"), NO_NUMBERS)
 def test_what_is_no_number_is_named_everywhere(where, value, named):
-    if value is None and where in ("max_norm", "ema", "a layer's", "batchnorm's momentum"):
+    if value is None and where in ("max_norm", "clip_norm_per_tensor", "ema", "a layer's", "batchnorm's momentum"):
         return  # means something there
     with pytest.raises(TypeError) as refused:
         NUMBERS[where](value)

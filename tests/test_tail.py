@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import pickle
 import re
 import sys
 from collections import Counter
@@ -27,6 +28,7 @@ from fastopt.kernels.driver import DRIVER
 
 FLAGS: dict[str, dict[str, Any]] = {
     "max_norm": {"max_norm": 0.5},
+    "clip_norm_per_tensor": {"clip_norm_per_tensor": 0.5},
     "clip_value": {"clip_value": 0.01},
     "zero": {"nonfinite": "zero"},
     "skip": {"nonfinite": "skip"},
@@ -34,6 +36,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "zero_grad": {"zero_grad": True},
     "maximize": {"maximize": True},
 }
+EXCLUDED = ({"zero", "skip"}, {"max_norm", "clip_norm_per_tensor"})
+PER_TENSOR = {"clip_norm_per_tensor": 0.5, **{name: EVERYTHING[name] for name in EVERYTHING if name != "max_norm"}}
+"""As EVERYTHING, with whose kernels; but each gradient is clipped by its own norm."""
 BY_STATES = [BY_NAME[name] for name in ("SGD-lr=0.1", "Momentum", "LAMB")] + [
     case for case in CASES if case.optimizer == "Adam" and "amsgrad" in case.options
 ]
@@ -72,6 +77,11 @@ def in_passes(grads: Any, scale: float, options: dict[str, Any]) -> Any:
     return out
 
 
+def clipped_each(grads: Any, limit: float) -> Any:
+    """Gradients clipped by their own norms, in Keras' form."""
+    return {name: g * g.dtype.type(limit / max(limit, norm_of({name: g}))) for name, g in grads.items()}
+
+
 def equal(left: Any, right: Any, rtol: float = 0.0) -> None:
     for name in right:
         np.testing.assert_allclose(left[name], right[name], rtol, err_msg=name)
@@ -84,6 +94,9 @@ def assert_as_separate_passes(case: Case, dtype: Any, options: dict[str, Any], s
     average = {name: p.copy() for name, p in params.items()}
     # A scale is of the norm of clipped gradients, which is a product here and there a norm of rounded products.
     rtol = 0.0 if case.rule.scaling is None else 1e-6
+    limit = options.get("clip_norm_per_tensor")
+    if limit is not None and dtype == np.float64:
+        rtol = max(rtol, 1e-13)  # the norm of a gradient is not known from outside to the last bit
     rng = np.random.default_rng(0)
     bad = np.nan if options.get("nonfinite") == "zero" else None
     for _ in range(steps):
@@ -93,7 +106,12 @@ def assert_as_separate_passes(case: Case, dtype: Any, options: dict[str, Any], s
             owned.grads[name] = grad
         owned.step(grad_scale=scale)
         passed = in_passes(grads, scale, options)
-        if "max_norm" in options or "nonfinite" in options:
+        if limit is not None:
+            norms = [norm_of({name: g}) for name, g in passed.items()]
+            assert info.grad_norm == pytest.approx(norm_of(passed), rel=1e-12)
+            assert info.clip_coefficient == pytest.approx(limit / max(limit, *norms), rel=1e-12)
+            passed = clipped_each(passed, limit)
+        elif "max_norm" in options or "nonfinite" in options:
             norm = norm_of(passed)
             assert info.grad_norm == pytest.approx(norm, rel=1e-12)
             expected = min(1.0, options.get("max_norm", math.inf) / (norm + 1e-6))
@@ -112,14 +130,16 @@ def assert_as_separate_passes(case: Case, dtype: Any, options: dict[str, Any], s
         assert contents(owned) == contents(fused)
 
 
+@pytest.mark.parametrize("options", [EVERYTHING, PER_TENSOR], ids=["", "each"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_all_flags_at_once_equal_separate_passes_for_every_rule(case):
-    assert_as_separate_passes(case, np.float32, EVERYTHING, SCALE)
+def test_all_flags_at_once_equal_separate_passes_for_every_rule(case, options):
+    assert_as_separate_passes(case, np.float32, options, SCALE)
 
 
+@pytest.mark.parametrize("options", [EVERYTHING, PER_TENSOR], ids=["", "each"])
 @pytest.mark.parametrize("case", BY_STATES, ids=str)
-def test_all_flags_at_once_in_float64(case):
-    assert_as_separate_passes(case, np.float64, EVERYTHING, SCALE)
+def test_all_flags_at_once_in_float64(case, options):
+    assert_as_separate_passes(case, np.float64, options, SCALE)
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -128,7 +148,7 @@ def test_each_flag_alone_equals_a_separate_pass(case, flag):
     assert_as_separate_passes(case, np.float32, FLAGS[flag], 1.0)
 
 
-PAIRS = [{**FLAGS[a], **FLAGS[b]} for a, b in itertools.combinations(FLAGS, 2) if {a, b} != {"zero", "skip"}][::3]
+PAIRS = [{**FLAGS[a], **FLAGS[b]} for a, b in itertools.combinations(FLAGS, 2) if {a, b} not in EXCLUDED][::3]
 
 
 @pytest.mark.parametrize("options", PAIRS, ids=lambda options: "+".join(options))
@@ -181,10 +201,12 @@ def test_any_combination_is_one_norm_pass_and_one_update(monkeypatch):
     params = start(np.float32, (1000, 3, 17, 1, 5000))
     overrides = {"w1": {"lr": 0.5}, "w2": {"weight_decay": 0.0}}
     whole = fastopt.AdamW(params, weight_decay=0.1, overrides=overrides, **EVERYTHING)
+    each = fastopt.AdamW(params, weight_decay=0.1, overrides=overrides, **PER_TENSOR)
     no_norm = fastopt.AdamW(params, ema=0.9, zero_grad=True, clip_value=1.0, maximize=True)
     grads = grads_like(np.random.default_rng(0), params)
     for opt, step, expected in (
         (whole, lambda opt: opt.step(grads, grad_scale=4.0), 2),
+        (each, lambda opt: opt.step(grads, grad_scale=4.0), 2),
         (no_norm, lambda opt: opt.step(grads, grad_scale=4.0), 1),
     ):
         step(opt)
@@ -235,11 +257,12 @@ DRIVERS = (("pool", 1), ("pool", 2), ("pool", 3), ("pool", 4), ("pool", 7), ("nu
 
 def report_drivers() -> None:
     params = start(np.float32, (100_003, 17, 200_000))
-    for name in ("AdamW", "LAMB", "NovoGrad"):
+    for name, clipping in itertools.product(("AdamW", "LAMB", "NovoGrad"), ("max_norm", "clip_norm_per_tensor")):
         for mode, threads in DRIVERS:
             DRIVER.choose(mode)
             fastopt.set_num_threads(threads)
-            opt = getattr(fastopt, name)(params, max_norm=0.5, ema=0.9, zero_grad=True, nonfinite="skip")
+            options = {clipping: 0.5, "ema": 0.9, "zero_grad": True, "nonfinite": "skip"}
+            opt = getattr(fastopt, name)(params, **options)
             rng = np.random.default_rng(0)
             opt.step(grads_like(rng, params))
             for _ in range(3):
@@ -248,15 +271,15 @@ def report_drivers() -> None:
             digest = hashlib.sha256(repr((info.grad_norm, info.clip_coefficient)).encode())
             for buffer in (opt.flat.data, opt.flat.grad, *opt._pipeline.buffers):
                 digest.update(buffer)
-            print(json.dumps([name, [mode, threads], digest.hexdigest()]))
+            print(json.dumps([f"{name} {clipping}", [mode, threads], digest.hexdigest()]))
 
 
 def test_every_driver_gives_the_same_bits():
     finished = run(__file__, "drivers", timeout=240, **compiled())
     assert finished.returncode == 0, finished.stderr
     lines = [json.loads(line) for line in finished.stdout.splitlines()]
-    assert len(lines) == 3 * len(DRIVERS)
-    for name in ("AdamW", "LAMB", "NovoGrad"):
+    assert len(lines) == 6 * len(DRIVERS)
+    for name in {name for name, _, _ in lines}:
         assert len({digest for rule, _, digest in lines if rule == name}) == 1, lines
 
 
@@ -265,6 +288,8 @@ def test_the_norm_does_not_depend_on_how_chunks_are_cut(longest, monkeypatch):
     params = start(np.float32, (50_000, 3, 4096, 4097))
     grads = grads_like(np.random.default_rng(0), params)
     expected = fastopt.SGD(params, max_norm=1.0).step(grads).grad_norm
+    each = fastopt.SGD(params, lr=1.0, clip_norm_per_tensor=1.0)
+    each.step(grads)
     chunks = type(fastopt.SGD(params).flat.layout).chunks
     monkeypatch.setattr(
         type(fastopt.SGD(params).flat.layout),
@@ -272,6 +297,9 @@ def test_the_norm_does_not_depend_on_how_chunks_are_cut(longest, monkeypatch):
         lambda self, groups, **options: chunks(self, groups, **options, longest=longest),
     )
     assert fastopt.SGD(params, max_norm=1.0).step(grads).grad_norm == expected
+    other = fastopt.SGD(params, lr=1.0, clip_norm_per_tensor=1.0)
+    other.step(grads)
+    equal(other.params, each.params)
 
 
 # --- norms of float64 beyond the squares that it holds ----------------------------------------------------------------
@@ -307,6 +335,131 @@ def test_the_norm_of_float64_gradients_is_right_over_its_whole_range(magnitude, 
         moved = 1.0 if magnitude > 1.0 else 5.0 * magnitude
         np.testing.assert_allclose(opt.params["e"][39, 5], -0.6 * moved * (k + 1), rtol=1e-6)
         np.testing.assert_allclose(opt.params["w"][-1], 0.8 * moved * (k + 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_value": 1e308}, {"nonfinite": "zero"}], ids=str)
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_each_float64_gradient_is_clipped_over_the_whole_range(magnitude, options):
+    opt = fastopt.SGD(
+        {"e": np.zeros((40, 128)), "w": np.zeros(BLOCK + 3)}, lr=1.0, clip_norm_per_tensor=2.0 * magnitude, **options
+    )
+    grads = {name: np.zeros(p.shape) for name, p in opt.params.items()}
+    grads["e"][39, 5], grads["w"][-1] = magnitude, -4.0 * magnitude
+    rtol = 1e-14 if magnitude > 1e-310 else 1e-7
+    for k, info in enumerate(ways_of_a_step(opt, grads)):
+        assert info.clip_coefficient == pytest.approx(0.5, rel=rtol), k
+        opt.flush_rows()
+        np.testing.assert_allclose(opt.params["e"][39, 5], -magnitude * (k + 1), rtol=rtol)
+        np.testing.assert_allclose(opt.params["w"][-1], 2.0 * magnitude * (k + 1), rtol=rtol)
+
+
+# --- clipping of each gradient by its own norm ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("case", PER_RULE, ids=str)
+def test_each_gradient_is_clipped_in_every_way_of_a_step(case, dtype):
+    rng = np.random.default_rng(4)
+    params = {"e": rng.normal(size=(40, 110)).astype(dtype), "w": rng.normal(size=3).astype(dtype)}
+    each, plain = case.make(params, clip_norm_per_tensor=0.5), case.make(params)
+    grads = {name: rng.normal(size=p.shape).astype(dtype) for name, p in params.items()}
+    passed = clipped_each(grads, 0.5)
+    ways = ways_of_a_step(each, grads)
+    for _ in range(5 if case.rule.idle is not None and case.options.get("weight_decay", 0.0) == 0.0 else 4):
+        next(ways)
+        plain.step(passed)
+    for name, p in plain.params.items():  # Muon's products of matrices amplify rounding
+        np.testing.assert_allclose(each.params[name], p, rtol=2e-4 if dtype == np.float32 else 1e-10, atol=1e-6)
+
+
+def test_param_groups_and_missing_gradients_keep_their_clipping():
+    """More groups than Python prepares one by one, a schedule, a frozen parameter, and one that is added."""
+    rng = np.random.default_rng(2)
+    params = {f"w{k:02}": rng.normal(size=k % 5) for k in range(80)}
+    overrides: dict[str, Any] = {name: {"lr": 0.01 * (k + 1)} for k, name in enumerate(params) if k % 8}
+    overrides["w02"] = {"lr": fastopt.schedules.linear(0.1, 0.2, 5)}
+    overrides["w03"] = {"frozen": True}
+    clips: dict[str, Any] = {"clip_norm_per_tensor": 0.7}
+    each, plain, in_place = (
+        fastopt.AdamW(given, overrides=overrides, ema=0.5, **options)
+        for given, options in ((params, clips), (params, {}), (None, clips))
+    )
+    own = {name: p.copy() for name, p in params.items()}
+    for step in range(6):
+        grads = {name: rng.normal(size=p.size) for name, p in plain.params.items()}
+        passed: dict[str, Any] = clipped_each(grads, 0.7)
+        for name in [name for k, name in enumerate(grads) if (k + step) % 7 == 0]:
+            grads[name] = passed[name] = None
+        there = [name for name, g in grads.items() if g is not None and name != "w03"]
+        expected = min(0.7 / max(0.7, norm_of({name: grads[name]})) for name in there)
+        doubled = {name: None if g is None else 2.0 * g for name, g in grads.items()}
+        assert each.step(doubled, grad_scale=2.0).clip_coefficient == pytest.approx(expected, rel=1e-12)
+        plain.step(passed)
+        if step < 4:
+            in_place.update(own, grads)
+            equal(own, plain.params, 1e-12)
+        if step == 2:
+            each.groups["w0*"].lr_scale = plain.groups["w0*"].lr_scale = in_place.groups["w0*"].lr_scale = 0.5
+        if step == 3:
+            for opt in (each, plain):
+                opt.add({"w80": np.ones(3)}, lr=0.25)
+    equal(each.params, plain.params, 1e-12)
+    equal(each.ema, plain.ema, 1e-12)
+    assert len(each.groups) > 64
+
+
+@pytest.mark.parametrize("clipping", ["max_norm", "clip_norm_per_tensor"])
+def test_the_gradients_of_matrices_are_clipped_before_their_momentum(clipping):
+    rng = np.random.default_rng(0)
+    params = {"W": rng.normal(size=(4, 3))}
+    opt, plain = fastopt.Muon(params, lr=0.1, **{clipping: 1.0}), fastopt.Muon(params, lr=0.1)
+    for size in (50.0, 0.01, 3.0):
+        grads = {"W": size * rng.normal(size=(4, 3))}
+        opt.step(grads)
+        plain.step(clipped_each(grads, 1.0))
+        equal(opt.params, plain.params, 1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_value": 0.1}], ids="+".join)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_each_accumulated_gradient_is_clipped_in_its_own_units(reduction, options):
+    params = start(np.float64, (1000, 3, 0, 5000))
+    each, plain = (fastopt.SGD(params, lr=1.0, **more) for more in ({"clip_norm_per_tensor": 0.25, **options}, {}))
+    rng = np.random.default_rng(0)
+    grads = [grads_like(rng, params) for _ in range(2)]
+    grads[0]["w0"] = grads[1]["w0"] = grads[0]["w1"] = None
+    for batch in grads:
+        each.accumulate(batch, weight=2.0)
+    divisor = 3.0 * (4.0 if reduction == "mean" else 1.0)
+    total = {name: sum(2.0 * g[name] for g in grads if g[name] is not None) / divisor for name in ("w1", "w2", "w3")}
+    each.step(grad_scale=3.0, reduction=reduction)
+    plain.step({"w0": None, **clipped_each(in_passes(total, 1.0, options), 0.25)})
+    equal(each.params, plain.params, 1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_does_not_reach_the_others(bad):
+    opt = fastopt.SGD({"a": np.ones(2), "b": np.ones(2), "no": np.ones(0)}, lr=1.0, clip_norm_per_tensor=1.0)
+    info = opt.step({"a": np.array([bad, 1.0]), "b": np.array([3.0, 4.0]), "no": np.ones(0)})
+    assert np.isnan(info.clip_coefficient) if np.isnan(bad) else info.clip_coefficient == 0.0
+    np.testing.assert_allclose(opt.params["b"], [0.4, 0.2], rtol=1e-15)
+    assert np.isnan(opt.params["a"][0])
+    assert opt.step({"a": None, "b": None, "no": None}).clip_coefficient == 1.0
+    assert opt.step({"a": None, "b": np.zeros(2), "no": None}).clip_coefficient == 1.0
+
+
+def test_a_copy_clips_each_gradient_as_well():
+    rng = np.random.default_rng(0)
+    params = start(np.float32)
+    opt = fastopt.Adam(params, clip_norm_per_tensor=0.5, overrides={"w1": {"lr": 0.5}})
+    opt.step(grads_like(rng, params))
+    twins = (opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt)))
+    grads = grads_like(rng, params)
+    for each in twins:
+        each.step(grads)
+        equal(each.params, opt.params)
+        equal(each.states["v"], opt.states["v"])
 
 
 @given(power=st.integers(-1000, 990), zero=st.integers(0, 2), seed=st.integers(0, 99))
@@ -774,6 +927,14 @@ BAD_OPTIONS = [
     ({"max_norm": math.inf}, ValueError, r"max_norm: must be a finite number.*, got inf"),
     ({"max_norm": "1"}, TypeError, r"max_norm: must be a finite number.*, got '1'"),
     ({"max_norm": True}, TypeError, r"max_norm: must be a finite number, got True"),
+    ({"clip_norm_per_tensor": 0}, ValueError, r"^clip_norm_per_tensor: must be a number > 0, got 0$"),
+    ({"clip_norm_per_tensor": math.nan}, ValueError, r"clip_norm_per_tensor: must be a finite number.*, got nan"),
+    ({"clip_norm_per_tensor": True}, TypeError, r"clip_norm_per_tensor: must be a finite number, got True"),
+    (
+        {"clip_norm_per_tensor": 1.0, "max_norm": 2.0},
+        ValueError,
+        r"^clip_norm_per_tensor: must be None together with max_norm=2.0, got 1.0; choose one of them$",
+    ),
     ({"clip_value": 0.0}, ValueError, r"^clip_value: must be a number > 0, got 0.0$"),
     ({"clip_value": 1e39}, ValueError, r"clip_value: must be in the range of float32, got 1e\+39"),
     ({"clip_value": math.nan}, ValueError, r"clip_value: must be a finite number, got nan"),

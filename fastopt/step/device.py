@@ -36,8 +36,9 @@ class DeviceSteps:
 
     def __init__(self, backend: Asynchronous, rule: Rule, options: StepOptions):
         self.backend = backend
-        # The device decides what the norm decides, unless the host has to raise, or a product of matrices is skipped.
-        self.decides = options.measures and options.nonfinite != "raise"
+        # The device decides what the norm of all gradients decides, unless the host has to raise, or a product of
+        # matrices is skipped. By the norms of single ones the host decides, and waits for them.
+        self.decides = options.measures and options.nonfinite != "raise" and options.clip_norm_per_tensor is None
         self.decides = self.decides and not (options.skips and rule.matrixwise is not None)
         self.gated = self.decides and options.skips
         self.options = options
@@ -89,6 +90,11 @@ class DeviceSteps:
             raise ValueError(
                 f"nonfinite: must be 'propagate' for a step that is captured in a CUDA graph, because the host counts "
                 f"such steps; got {self.options.nonfinite!r}"
+            )
+        if self.options.clip_norm_per_tensor is not None:
+            raise ValueError(
+                f"clip_norm_per_tensor: must be None for a step that is captured in a CUDA graph, because the host "
+                f"computes the coefficients; got {self.options.clip_norm_per_tensor!r}"
             )
         if rule.matrixwise is not None:
             raise TypeError(f"rule {rule.name!r}: its products of matrices cannot be captured in a CUDA graph")

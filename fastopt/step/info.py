@@ -130,7 +130,10 @@ class StepInfo:
 
     @property
     def clip_coefficient(self) -> float:
-        """What clipping by norm multiplied the gradients by; 1 where nothing was clipped."""
+        """What clipping by norm multiplied the gradients by; 1 where nothing was clipped.
+
+        With ``clip_norm_per_tensor`` each gradient has a coefficient of its own: this is the smallest, or NaN.
+        """
         return self._known()._coefficient
 
     def __repr__(self) -> str:

@@ -41,7 +41,7 @@ class ManyGroups:
             compiled = None
             if form is not None:
                 arguments = self._points[rows[0]].arguments
-                compiled = CompiledPrepare.of(table.rule, hyper, table.array.dtype, arguments)
+                compiled = CompiledPrepare.of(table.rule, hyper, table.by_group.dtype, arguments)
             self._batches.append(Batch(compiled, rows, self._points))
         self._scheduled = [
             (batch, k, row)
@@ -69,7 +69,7 @@ class ManyGroups:
             first = 0
             while batch.compiled is not None and first < len(batch.rows):
                 rows = batch.rows[first:]
-                found = batch.compiled.fill(table.array, rows, ts[rows], batch.numbers[first:])
+                found = batch.compiled.fill(table.by_group, rows, ts[rows], batch.numbers[first:])
                 if found < 0:
                     break
                 left.append(int(rows[found]))  # Python raises the error, or finds that there is none

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.kernels.contract import in_range, root_of_squares
+from fastopt.kernels.contract import Chunk, in_range, root_of_squares
+
+GROUP, LINE = Chunk._fields.index("group"), Chunk._fields.index("block")
 
 
 def norm_of(partials: list[np.ndarray]) -> tuple[float, bool]:
@@ -25,6 +27,21 @@ def norm_of(partials: list[np.ndarray]) -> tuple[float, bool]:
 def _summed(partials: list[np.ndarray], column: int) -> float:
     # One column at a time: NumPy adds up a column of its own in pairs, in an order that depends on its length only.
     return sum(float(part[:, column].sum()) for part in partials)
+
+
+def norms_of(partials: np.ndarray, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row of the table of each parameter, which is its own, and the norm of its gradient.
+
+    chunks : those of which these are the partial sums.
+    """
+    first = np.flatnonzero(np.diff(chunks[:, GROUP], prepend=-1))
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = np.add.reduceat(partials[:, :4], chunks[first, LINE], axis=0)
+        norms = np.sqrt(sums[:, 0])
+        if sums.shape[1] > 2:  # of float64
+            for k in np.flatnonzero(~in_range(sums[:, 0])).tolist():
+                norms[k] = root_of_squares(sums[k, 0], sums[k, 2], sums[k, 3])
+    return chunks[first, GROUP], norms
 
 
 def counted(nonfinite: tuple[int, int], *, finite: bool) -> tuple[int, int]:

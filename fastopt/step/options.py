@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fastopt.hyper import Choice, Flag, Interval
 from fastopt.kernels.contract import clip_coefficient
 
@@ -27,6 +29,7 @@ class StepOptions:
     """The options of a step that do not belong to the rule. They are arguments of `Optimizer`, and documented there."""
 
     max_norm: float | None = None
+    clip_norm_per_tensor: float | None = None
     clip_value: float | None = None
     nonfinite: str = "propagate"
     ema: float | None = None
@@ -38,6 +41,7 @@ class StepOptions:
     def checked(
         cls,
         max_norm: Any = None,
+        clip_norm_per_tensor: Any = None,
         clip_value: Any = None,
         nonfinite: Any = "propagate",
         ema: Any = None,
@@ -46,8 +50,14 @@ class StepOptions:
         grad_norm: Any = False,
     ) -> StepOptions:
         """These options, checked; TypeError or ValueError, naming the option, where one is out of range."""
+        if max_norm is not None and clip_norm_per_tensor is not None:
+            raise ValueError(
+                f"clip_norm_per_tensor: must be None together with max_norm={max_norm!r}, got "
+                f"{clip_norm_per_tensor!r}; choose one of them"
+            )
         return cls(
             None if max_norm is None else positive("max_norm", max_norm),
+            None if clip_norm_per_tensor is None else positive("clip_norm_per_tensor", clip_norm_per_tensor),
             None if clip_value is None else positive("clip_value", clip_value),
             NONFINITE.check("nonfinite", nonfinite),
             None if ema is None else positive("ema", ema, below=1.0),
@@ -59,7 +69,12 @@ class StepOptions:
     @property
     def measures(self) -> bool:
         """Whether a step needs a pass over the gradients before its update."""
-        return self.max_norm is not None or self.grad_norm or self.waits
+        return self.clips or self.grad_norm or self.waits
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped by norm: by that of all of them, or each by its own."""
+        return self.max_norm is not None or self.clip_norm_per_tensor is not None
 
     @property
     def waits(self) -> bool:
@@ -86,7 +101,7 @@ class StepOptions:
         """The kernel's flags that these options set."""
         return {
             **self.conditioning,
-            "clip_norm": self.max_norm is not None,
+            "clip_norm": self.clips,
             "ema": self.ema is not None,
             "zero_grad": self.zero_grad,
         }
@@ -94,3 +109,8 @@ class StepOptions:
     def coefficient(self, norm: float) -> float:
         """What clipping by norm multiplies gradients of this norm by; NaN for NaN."""
         return 1.0 if self.max_norm is None else float(clip_coefficient(norm, self.max_norm))
+
+    def coefficients(self, norms: np.ndarray) -> np.ndarray:
+        """What clipping by norm multiplies each of the gradients of these norms by, in Keras' form; NaN for NaN."""
+        limit = self.clip_norm_per_tensor
+        return np.ones_like(norms) if limit is None else np.asarray(limit / np.maximum(norms, limit))

@@ -21,7 +21,7 @@ from fastopt.step.device import MOST_IN_FLIGHT, DeviceSteps, Recorded
 from fastopt.step.gate import Gate, through_gate
 from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_matrices, mark_matrices
 from fastopt.step.info import StepInfo
-from fastopt.step.norms import Pending, counted, norm_of
+from fastopt.step.norms import Pending, counted, norm_of, norms_of
 from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.plan import Plan
 from fastopt.step.rows import RowSteps, check_indices, one_run
@@ -293,14 +293,37 @@ class Pipeline:
         Returns the norm, the coefficient of clipping, which is written into the table, whether there is a step, and
         what `nonfinite` is after it.
         """
-        partials, factor = self._partials(plan, places, rows, unscale, apart=not own)
-        norm, finite = norm_of([self.backend.host(partials)])
+        partials, chunks, factor = self._partials(plan, places, rows, unscale, apart=not own)
+        return self._decided(plan, [(partials, chunks)], factor, unscale, present, grads, own=own)
+
+    def _decided(
+        self,
+        plan: Plan,
+        parts: Sequence[tuple[Any, np.ndarray]],
+        factor: float,
+        unscale: float,
+        present: list[bool] | None,
+        grads: Any,
+        *,
+        own: bool,
+    ) -> tuple[float, float, bool, tuple[int, int]]:
+        """The same from partial sums, each with its chunks, and a factor of the norm that is not in them."""
+        found = [(self.backend.host(partials), chunks) for partials, chunks in parts]
+        norm, finite = norm_of([partials for partials, _ in found])
         norm *= factor
-        coefficient, proceeds = 1.0, self._proceeds(finite, present, grads, unscale, own=own)
-        if proceeds:
-            coefficient = self.options.coefficient(norm)
+        if not self._proceeds(finite, present, grads, unscale, own=own):
+            return norm, 1.0, False, self.nonfinite
+        coefficient = self.options.coefficient(norm)
+        if self.options.clip_norm_per_tensor is None:
             plan.table.clip(coefficient)
-        return norm, coefficient, proceeds, self._counted(finite) if proceeds else self.nonfinite
+        else:
+            coefficients = np.ones(len(plan.of))
+            for partials, chunks in found:
+                own_rows, norms = norms_of(partials, chunks)
+                coefficients[own_rows] = self.options.coefficients(factor * norms)
+            plan.table.clip(coefficients)
+            coefficient = float(coefficients.min())
+        return norm, coefficient, True, self._counted(finite)
 
     def commit(
         self,
@@ -345,7 +368,7 @@ class Pipeline:
         with deferred_signals:  # a device that decides counts skipped steps
             table = device.backend.table(plan.table.array)
             if self.measures and decides:
-                partials, factor = self._partials(plan, places, rows, unscale, table=table)
+                partials, _, factor = self._partials(plan, places, rows, unscale, table=table)
                 decision = device.decide(table, candidates, partials, factor)
             elif self.measures:
                 norm, coefficient, proceeds, nonfinite = self.decide(
@@ -414,28 +437,29 @@ class Pipeline:
         *,
         apart: bool = False,
         table: Any = None,
-    ) -> tuple[Any, float]:
-        """The partial sums of the squares of the gradients, and a factor of the norm that is not in them."""
+    ) -> tuple[Any, np.ndarray, float]:
+        """The partial sums of the squares of the gradients, their chunks, and a factor of the norm not in them."""
         if self.pending is not None and self.options.clip_value is None and not self.groups.frozen:
-            return self.pending.partials, abs(unscale)
+            return self.pending.partials, plan.chunks(plan.of, whole=True), abs(unscale)
         kernel = plan.norm_kernel(scaled=unscale != 1.0)
         chunks = plan.chunks(rows, whole=True, apart=apart)
         table = plan.table.array if table is None else table
-        return kernel.launch(places, table, chunks, self.size), 1.0
+        return kernel.launch(places, table, chunks, self.size), chunks, 1.0
 
     def _transform(self, plan: Plan, places: np.ndarray, rows: Sequence[int], table: Any, *, scaled: bool) -> None:
         """Turn the gradients of matrices into the directions of their update, where the rule treats any as such."""
         whole = self.rule.matrixwise
         if whole is None:
             return
-        values = [group.at_step(self.steps) for group in self.groups.list]
-        chosen = tuple([row >= 0 and bool(values[row][whole.chosen]) for row in rows])
+        by_group = [group.at_step(self.steps) for group in self.groups.list]
+        values = [by_group[number] for number in self.groups.of]
+        chosen = tuple([row >= 0 and bool(own[whole.chosen]) for row, own in zip(rows, values, strict=True)])
         kernel = plan.direction_kernel(scaled=scaled)
         kernel.launch(places, self.states, table, plan.dense_chunks(chosen, rows), self.size)
         views = self.flat.views(self.states[self.rule.states.index(whole.state)])
         for k, here in enumerate(chosen):
             if here:
-                whole.transform(views[k], **values[rows[k]])
+                whole.transform(views[k], **values[k])
 
     def _proceeds(self, finite: bool, present: Sequence[bool] | None, grads: Any, unscale: float, *, own: bool) -> bool:
         """Whether to make the step.
@@ -591,22 +615,20 @@ class Pipeline:
         table = plan.table.array
         if self.measures:
             measure = plan.norm_kernel(scaled=unscale != 1.0)
-            parts = [measure.launch(places, table, chunks, self.size)]
+            parts = [(measure.launch(places, table, chunks, self.size), chunks)]
             for k, (_, g) in touched.items():
                 run, run_chunks = one_run(self.backend.address(g), g.size, mapped[k])
-                parts.append(measure.launch(run, table, run_chunks, g.size))
-            norm, finite = norm_of([self.backend.host(part) for part in parts])
+                parts.append((measure.launch(run, table, run_chunks, g.size), run_chunks))
             found = [touched[k][1] if k in touched else leaf for k, leaf in enumerate(leaves)]
-            if not self._proceeds(finite, present, found, unscale, own=own):
+            norm, coefficient, proceeds, nonfinite = self._decided(plan, parts, 1.0, unscale, present, found, own=own)
+            if not proceeds:
                 return self._info(norm, skipped=True)
-            coefficient, nonfinite = self.options.coefficient(norm), self._counted(finite)
-            plan.table.clip(coefficient)
         with deferred_signals:
             if len(chunks):
                 kernel = plan.kernel(scaled=unscale != 1.0, own=own)
                 kernel.launch(places, self.buffers, table, chunks, self.size)
             for k, (indices, row_grads) in touched.items():
-                group, line = self.groups.list[mapped[k]], table[mapped[k]]
+                group, line = self.groups.list[self.groups.of[k]], table[mapped[k]]
                 flags = {**self.options.flags, "unscale": unscale != 1.0, "zero_grad": False}
                 self.rows.update(k, indices, row_grads, line, flags, plan)
                 self.clocks[k].tick(indices, line.copy(), self.steps + 1 - group.missed, group.point(self.steps))

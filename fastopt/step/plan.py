@@ -51,13 +51,20 @@ class Plan:
         self.flat = flat
         self.options = options
         self.backend = backend
-        self.of = list(groups.of)
-        """The row of the table of each parameter."""
+        self._per_tensor = options.clip_norm_per_tensor is not None
+        self.of = list(range(len(groups.of)) if self._per_tensor else groups.of)
+        """The row of the table of each parameter: that of its group, or its own, with a coefficient of its own."""
         self._decays = groups.decays
         self._gated = gated
         self.hyper = hyper_of(rule, groups.list[0].point(step))
         self.table = Table(
-            rule, self.hyper, flat.dtype, len(groups.list), clip_value=options.clip_value, ema=options.ema
+            rule,
+            self.hyper,
+            flat.dtype,
+            len(groups.list),
+            clip_value=options.clip_value,
+            ema=options.ema,
+            of=groups.of if self._per_tensor else None,
         )
         self.rows: dict[tuple[bool, ...], list[int]] = {}
         """For parameters that are there the row of the table, and -1 for the others."""
@@ -75,12 +82,14 @@ class Plan:
             write = self.table.write
             for row, group in enumerate(groups.list):
                 write(row, t - group.missed, group.fixed or group.point(t - 1), unscale)
-            return
-        if self._many is None or self._many.changes != groups.changes_made:
-            from fastopt.step.many import ManyGroups  # and numba, which is loaded by those who make steps
+        else:
+            if self._many is None or self._many.changes != groups.changes_made:
+                from fastopt.step.many import ManyGroups  # and numba, which is loaded by those who make steps
 
-            self._many = ManyGroups(self.table, groups, self.hyper, t - 1)
-        self._many.write(t, unscale)
+                self._many = ManyGroups(self.table, groups, self.hyper, t - 1)
+            self._many.write(t, unscale)
+        if self._per_tensor:
+            self.table.spread()
 
     @lazy
     def joined(self) -> np.ndarray:
@@ -145,8 +154,7 @@ class Plan:
     def direction_kernel(self, *, scaled: bool) -> Kernel:
         """The update that leaves the direction of matrices in a state."""
         assert self.rule.matrixwise is not None
-        clips = self.options.max_norm is not None
-        features = Features(unscale=scaled, **self.options.conditioning, clip_norm=clips)
+        features = Features(unscale=scaled, **self.options.conditioning, clip_norm=self.options.clips)
         return self.backend.kernel(self.rule.matrixwise.direction, self.hyper, self.flat.dtype, features)
 
     def norm_kernel(self, *, scaled: bool) -> NormKernel:

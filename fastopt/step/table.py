@@ -1,4 +1,4 @@
-"""`Table` turns hyperparameters into the numbers that a kernel reads: a row per param group, in the compute dtype."""
+"""`Table` turns hyperparameters into the numbers that a kernel reads: rows of param groups, in the compute dtype."""
 
 from __future__ import annotations
 
@@ -61,8 +61,13 @@ class Table:
         *,
         clip_value: float | None = None,
         ema: float | None = None,
+        of: Sequence[int] | None = None,
     ):
-        """`hyper`: the type of NamedTuple that `prepare` returns, from `hyper_of`."""
+        """Make a table of zeros.
+
+        hyper : the type of NamedTuple that `prepare` returns, from `hyper_of`. rows : the number of param groups.
+        of : the group of each parameter, which then has a row of its own; None: a row per group.
+        """
         self.rule = rule
         self._clip_value = 0.0 if clip_value is None else clip_value
         self._ema_weight = 0.0 if ema is None else 1.0 - ema
@@ -73,14 +78,17 @@ class Table:
             if value is not None and not is_normal(number, dtype):
                 raise ValueError(f"{name}: must be in the range of {dtype}, got {value!r}")
         width = len(StepHyper._fields) + len(hyper._fields)
-        self.array = np.zeros((rows, width), dtype)
+        self.by_group = np.zeros((rows, width), dtype)
+        self.array = self.by_group if of is None else np.zeros((len(of), width), dtype)
+        """What kernels read."""
+        self._of = np.arange(rows) if of is None else np.array(of)
         row = struct.Struct(f"={width}{'f' if dtype.itemsize == 4 else 'd'}")
         self._pack_into = row.pack_into
-        self._rows = self.array.data
+        self._rows = self.by_group.data
         self._stride = row.size
 
     def write(self, row: int, t: int, point: Point, unscale: float) -> None:
-        """Write the numbers of update `t` with these hyperparameters into `row`.
+        """Write the numbers of update `t` with these hyperparameters into the row of a group.
 
         Raises ValueError where a number is not finite in the compute dtype; the row is then unchanged.
         """
@@ -116,15 +124,19 @@ class Table:
         return heads
 
     def write_heads(self, heads: np.ndarray, unscale: float) -> list[int]:
-        """Write these fields of all rows; return the rows whose numbers leave the range of the dtype."""
+        """Write these fields of all groups; return the rows whose numbers leave the range of the dtype."""
         with np.errstate(over="ignore"):
-            self.array[:, :N_STEP] = heads
-        self.array[:, UNSCALE] = unscale
-        finite = np.isfinite(self.array[:, :N_STEP])
+            self.by_group[:, :N_STEP] = heads
+        self.by_group[:, UNSCALE] = unscale
+        finite = np.isfinite(self.by_group[:, :N_STEP])
         return [] if finite.all() else np.flatnonzero(~finite.all(axis=1)).tolist()
 
-    def clip(self, coefficient: float) -> None:
-        """Multiply all gradients by `coefficient` in the next launch."""
+    def spread(self) -> None:
+        """Copy the rows of the groups into those of their parameters."""
+        np.take(self.by_group, self._of, axis=0, out=self.array)
+
+    def clip(self, coefficient: float | np.ndarray) -> None:
+        """Multiply gradients by `coefficient` in the next launch: one for all, or one for each row."""
         self.array[:, COEFFICIENT] = coefficient
 
     def unscale(self, grad_scale: Any, divisor: float = 1.0) -> float:
