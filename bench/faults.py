@@ -896,6 +896,11 @@ TRUST: Sequence[Fault] = (
         ),
     ),
     *faults_of(
+        "fastopt/kernels/cuda/backend.py",
+        "NUMBA_ENABLE_CUDASIM=1 tests/test_cuda.py -k without_any_gradient",
+        ("last = np.append(first, len(lines))[1:] - 1", "last = np.append(first[1:], len(lines)) - 1"),
+    ),
+    *faults_of(
         "fastopt/kernels/cuda/batchnorm.py",
         "tests/test_cuda_batchnorm.py -k 'one_bad_value and two'",
         ("if not cuda.syncthreads_or(unrecordable):", "if cuda.syncthreads_or(1):"),
@@ -1202,6 +1207,16 @@ TRUST: Sequence[Fault] = (
             "",
             "NUMBA_ENABLE_CUDASIM=1 tests/test_cuda.py -k 'outlive or unknown_steps'",
         ),
+        (
+            " and options.clip_norm_per_tensor is None",
+            "",
+            "NUMBA_ENABLE_CUDASIM=1 tests/test_cuda.py -k 'clipped_by_its_own and SGD'",
+        ),
+        (
+            "        if self.options.clip_norm_per_tensor is not None:\n            raise",
+            "        if self.options.clip_norm_per_tensor == 0.0:\n            raise",
+            "NUMBA_ENABLE_CUDASIM=1 tests/test_cuda.py -k captured_or_replayed",
+        ),
     ),
     *faults_of(
         "fastopt/step/gate.py",
@@ -1253,10 +1268,45 @@ TRUST: Sequence[Fault] = (
     ),
     *faults_of(
         "fastopt/step/norms.py",
-        "tests/test_tail.py -k whole_range",
+        "tests/test_tail.py -k each_float64_gradient",
         (
             "root_of_squares(total, _summed(partials, 2), _summed(partials, 3))",
             "root_of_squares(total, _summed(partials, 3), _summed(partials, 2))",
+            "tests/test_tail.py -k whole_range",
+        ),
+        (
+            "sums = np.add.reduceat(partials[:, :4], chunks[first, LINE], axis=0)",
+            "sums = partials[chunks[first, LINE], :4]",
+            "tests/test_tail.py -k every_way_of_a_step",
+        ),
+        (
+            "for k in np.flatnonzero(~in_range(sums[:, 0])).tolist():",
+            "for k in np.flatnonzero(np.isinf(sums[:, 0])).tolist():",
+        ),
+        ("root_of_squares(sums[k, 0], sums[k, 2], sums[k, 3])", "root_of_squares(sums[k, 0], sums[k, 3], sums[k, 2])"),
+    ),
+    *faults_of(
+        "fastopt/step/options.py",
+        "tests/test_interop.py -k clipping_per_tensor",
+        ("limit / np.maximum(norms, limit))", "limit / (norms + 1e-6))"),
+        (
+            "limit / np.maximum(norms, limit))",
+            "limit / np.fmax(norms, limit))",
+            "tests/test_tail.py -k does_not_reach_the_others",
+        ),
+        (
+            "        if max_norm is not None and clip_norm_per_tensor is not None:\n",
+            "        if max_norm is None and clip_norm_per_tensor is not None and clip_norm_per_tensor < 0:\n",
+            "tests/test_tail.py -k bad_options",
+        ),
+        (
+            'positive("clip_norm_per_tensor", clip_norm_per_tensor)',
+            "float(clip_norm_per_tensor)",
+            "tests/test_tail.py -k bad_options",
+        ),
+        (
+            "return self.max_norm is not None or self.clip_norm_per_tensor is not None",
+            "return self.max_norm is not None",
         ),
     ),
     *faults_of(
@@ -1450,6 +1500,46 @@ TRUST: Sequence[Fault] = (
             "tests/test_bad_input.py -k must_not_lie",
         ),
         (
+            "self.options.coefficients(factor * norms)",
+            "self.options.coefficients(norms)",
+            "tests/test_tail.py -k 'each_accumulated'",
+        ),
+        (
+            "coefficient = float(coefficients.min())",
+            "coefficient = float(coefficients.max())",
+            "tests/test_interop.py -k clipping_per_tensor",
+        ),
+        (
+            "coefficients[own_rows] = self",
+            "coefficients[: len(own_rows)] = self",
+            "tests/test_tail.py -k missing_gradients_keep",
+        ),
+        (
+            "self.pending.partials, plan.chunks(plan.of, whole=True), abs(unscale)",
+            "self.pending.partials, plan.chunks(rows, whole=True), abs(unscale)",
+            "tests/test_tail.py -k each_accumulated",
+        ),
+        (
+            "                parts.append((measure.launch(run, table, run_chunks, g.size), run_chunks))\n",
+            "                parts.append((measure.launch(run, table, run_chunks, g.size), chunks))\n",
+            "tests/test_rows.py -k all_flags",
+        ),
+        (
+            "group, line = self.groups.list[self.groups.of[k]], table[mapped[k]]",
+            "group, line = self.groups.list[self.groups.of[k]], table[0]",
+            "tests/test_rows.py -k two_parameters",
+        ),
+        (
+            "values = [by_group[number] for number in self.groups.of]",
+            "values = [by_group[0] for number in self.groups.of]",
+            "tests/test_tail.py -k 'every_way_of_a_step and Muon'",
+        ),
+        (
+            "self.options.clip_value is None and not self.groups.frozen:",
+            "self.options.clip_value is None:",
+            "tests/test_groups.py -k frozen",
+        ),
+        (
             "            self.flush_rows()\n            self.begin()\n            backup",
             "            self.flush_rows()\n            backup",
             "tests/test_state.py -k test_the_average_and_z",
@@ -1493,11 +1583,32 @@ TRUST: Sequence[Fault] = (
             "tests/test_memory.py -k 'masks_of_other_steps'",
         ),
         ("MOST_MASKS = 128", "MOST_MASKS = 128_000"),
+        (
+            "        if self._per_tensor:\n            self.table.spread()\n",
+            "        if self._per_tensor and len(groups.list) < MANY:\n            self.table.spread()\n",
+            "tests/test_tail.py -k missing_gradients_keep",
+        ),
+        (
+            "clip_norm=self.options.clips)",
+            "clip_norm=self.options.max_norm is not None)",
+            "tests/test_tail.py -k of_matrices_are_clipped",
+        ),
+        (
+            "self.of = list(range(len(groups.of)) if self._per_tensor else groups.of)",
+            "self.of = list(groups.of)",
+            "tests/test_tail.py -k every_way_of_a_step",
+        ),
     ),
     *faults_of(
         "fastopt/step/rows.py",
         'tests/test_interrupts.py -k "raises and serial and flush_rows"',
         ("with deferred_signals:\n            lines, coefficients", "if True:\n            lines, coefficients"),
+    ),
+    *faults_of(
+        "fastopt/step/table.py",
+        "tests/test_tail.py -k missing_gradients_keep",
+        ("np.take(self.by_group, self._of, axis=0, out=self.array)", "self.array[...] = self.by_group[0]"),
+        ("        self.by_group[:, UNSCALE] = unscale\n", "        self.array[:, UNSCALE] = unscale\n"),
     ),
     *faults_of(
         "fastopt/storage/door.py",
