@@ -78,7 +78,11 @@ class Plan:
 
     def write_table(self, groups: Groups, t: int, unscale: float) -> None:
         """Write the row of every group for update number `t`, less those that the group has missed."""
-        if len(groups.list) < MANY:
+        count = len(groups.list)
+        if count == 1:  # 50 ns less than by the loop
+            group = groups.list[0]
+            self.table.write(0, t - group.missed, group.fixed or group.point(t - 1), unscale)
+        elif count < MANY:
             write = self.table.write
             for row, group in enumerate(groups.list):
                 write(row, t - group.missed, group.fixed or group.point(t - 1), unscale)
