@@ -473,7 +473,7 @@ def report_scenarios() -> None:
 @pytest.fixture(scope="module", params=[pytest.param("pool", marks=needs_pool), "omp", "workqueue"])
 def process(request) -> Any:
     environment = {"NUMBA_THREADING_LAYER": "default" if request.param == "pool" else request.param}
-    if request.param == "omp":  # the other two compile all that they run
+    if request.param != "pool":  # which compiles all that it runs
         environment |= compiled()
     return run(__file__, "scenarios", request.param, NUMBA_NUM_THREADS="4", timeout=180.0, **environment)
 
