@@ -336,13 +336,12 @@ def test_a_call_is_whole_or_not_made_whenever_a_handler_raises(mode, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_call_is_whole_or_not_made_at_random_times(mode, method):
     each = trial(method)
-    interrupts = 0
-    for _ in range(TRIES):
+    tries = interrupts = 0
+    while tries < TRIES or interrupts == 0:  # on a busy machine a timer may be late
         twin = each.prepared()
         raised = interrupted(lambda: each.call(twin), random.uniform(0.0, 1.2 * each.seconds))  # noqa: B023 called here
         each.check(twin, raised)
-        interrupts += raised
-    assert interrupts > 0
+        tries, interrupts = tries + 1, interrupts + raised
 
 
 @pytest.mark.parametrize("method", ["load", "load_state_dict"])
