@@ -620,14 +620,15 @@ def slice_of(opt: fastopt.Optimizer, path: str) -> slice:
 # --- not finite -------------------------------------------------------------------------------------------------------
 
 
-def test_steps_that_are_not_finite_are_counted():
-    opt = fastopt.Adam({"w": np.ones(3)}, nonfinite="skip")
-    good, bad = {"w": np.ones(3)}, {"w": np.array([1.0, np.inf, 1.0])}
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_steps_that_are_not_finite_are_counted(dtype):
+    opt = fastopt.Adam({"w": np.ones(3, dtype)}, nonfinite="skip")
+    good, bad = {"w": np.ones(3, dtype)}, {"w": np.array([1.0, np.inf, 1.0], dtype)}
     infos = [opt.step(g) for g in (good, bad, bad, good, bad)]
     assert [info.skipped for info in infos] == [False, True, True, False, True]
     assert [info.step for info in infos] == [1, 1, 1, 2, 2]
     assert [(i.nonfinite_consecutive, i.nonfinite_total) for i in infos] == [(0, 0), (1, 1), (2, 2), (0, 2), (1, 3)]
-    other = fastopt.Adam({"w": np.ones(3)}, nonfinite="skip")
+    other = fastopt.Adam({"w": np.ones(3, dtype)}, nonfinite="skip")
     other.load_state_dict(opt.state_dict())
     assert other.step(bad).nonfinite_total == 4
     assert "nonfinite_total=4" in repr(other.step(good))
