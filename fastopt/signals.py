@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found] # the functions of `signal`, which turns numbers into enums there and back: 10 times as slow
 import os
-import signal
 import threading
 from itertools import compress
 from typing import Any
 
-NUMBERS = sorted(map(int, signal.valid_signals()))
+NUMBERS = sorted(map(int, _signal.valid_signals()))
 
 
 class DeferredSignals:
