@@ -211,7 +211,7 @@ STEP: Sequence[Fault] = (
         (
             "        self.steps += 1\n        self.pending = None",
             "        self.steps += 1",
-            "tests/test_tail.py -k accumulated",
+            "tests/test_tail.py -k in_any_micro_batch",
         ),
         (
             "            self.groups.miss(present)\n        return self._info",
@@ -338,7 +338,7 @@ STEP: Sequence[Fault] = (
         (
             "block += -(-(stop - start) // BLOCK)",
             "block += (stop - start) // BLOCK",
-            "tests/test_flat.py -k partial_sums",
+            "tests/test_flat.py -k chunk_invariants",
         ),
     ),
 )

@@ -1,6 +1,6 @@
 """Plant faults, one at a time, run the tests that ought to notice, and print those that survived.
 
-    python bench/mutants.py                    all of bench/faults.py: some twenty minutes on two cores
+    python bench/mutants.py                    all of bench/faults.py: an hour on two cores
     python bench/mutants.py --only rprop       those with "rprop" in their file, text or tests
     python bench/mutants.py --list             what there is, and plant nothing
 
@@ -45,7 +45,8 @@ class Outcome(NamedTuple):
         """One word for the code of pytest, and for a fault that is known to change nothing."""
         if self.code == 0:
             return "equivalent" if self.fault.equivalent else "survived"
-        return "noticed" if self.code == FAILED else "no tests" if self.code == NO_TESTS else "broke the run"
+        noticed = self.code == FAILED or self.code < 0  # a signal ended it: the fault made it crash
+        return "noticed" if noticed else "no tests" if self.code == NO_TESTS else "broke the run"
 
 
 @contextmanager

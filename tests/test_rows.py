@@ -153,10 +153,17 @@ def test_updates_that_were_missed_as_a_whole_count_for_rows_too():
     assert_equal(rowwise, dense, rtol=1e-9, atol=1e-12)
 
 
-def test_no_row_is_lost_between_two_launches(monkeypatch):
+@pytest.mark.parametrize("behind", [3, 4, 5, 8, 9])
+def test_no_row_is_lost_between_two_launches(behind, monkeypatch):
     monkeypatch.setattr(row_module, "ROWS_AT_ONCE", 4)
-    rowwise, dense = fastopt.Momentum(params_of(), lr=0.1), fastopt.Momentum(params_of(), lr=0.1)
-    run_both(rowwise, dense, 60)
+    params = {"e": np.zeros((1 + behind, COLUMNS)), "w": np.zeros(5)}
+    rowwise, dense = fastopt.Momentum(params, lr=0.1), fastopt.Momentum(params, lr=0.1)
+    first = {"e": np.ones((1 + behind, COLUMNS)), "w": np.ones(5)}
+    rowwise.step(first)
+    dense.step(first)
+    rowwise.step_rows({"e": ([0], np.zeros((1, COLUMNS)))})
+    dense.step({"e": np.zeros_like(first["e"]), "w": None})
+    rowwise.flush_rows()
     assert_equal(rowwise, dense, rtol=1e-9, atol=1e-12)
 
 

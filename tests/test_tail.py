@@ -850,6 +850,8 @@ def test_parameters_without_a_gradient_in_any_micro_batch_are_left_out():
     np.testing.assert_array_equal(opt.states["velocity"]["a"], 2.9 * one)
     np.testing.assert_array_equal(opt.states["velocity"]["b"], 2.9 * one)
     assert info.grad_norm == pytest.approx(math.sqrt(24))
+    opt.accumulate({"a": one, "b": None, "c": None})  # begins anew
+    assert opt.step().grad_norm == pytest.approx(math.sqrt(3))
 
 
 def test_accumulated_nans_are_found_without_another_pass():
