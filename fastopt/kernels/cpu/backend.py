@@ -10,11 +10,11 @@ import numba
 import numpy as np
 from numba import types
 
-from fastopt.kernels.bind import bind, compile_loop, entry_of
+from fastopt.kernels.bind import bind, compile_loop, entry_of, inlined
 from fastopt.kernels.contract import ALIGNMENT, N_STEP, Adder, Array, Features, Kernel, KernelRule, StepHyper
 from fastopt.kernels.cpu.elementwise import ElementwiseKernel, elementwise, hyperparameters
 from fastopt.kernels.cpu.layerwise import LayerwiseKernel, ScaledKernel, apply, merge, propose, scale
-from fastopt.kernels.cpu.norms import SquaresKernel, add, squares
+from fastopt.kernels.cpu.norms import SquaresKernel, add, measure_block, squares
 from fastopt.kernels.driver import Loop
 from fastopt.kernels.elements import check_rule, conditioning, scalar, scaled_by, surrounded
 from fastopt.kernels.threads import COMPILING, get_num_threads
@@ -222,12 +222,11 @@ class CPU:
     def _compile_norm(self, dtype: np.dtype[Any], features: Features, of_parameters: bool) -> SquaresKernel:
         # A sum of squares of float32 is itself finite just where they are; otherwise a second sum has to find out.
         apart = features.zero_nonfinite or features.clip_value or dtype.itemsize == 8
-        wide = dtype.itemsize == 8
-        constants = {"DTYPE": dtype.type, "APART": apart, "OF_PARAMETERS": of_parameters, "WIDE": wide}
+        measure = self._measure(dtype, features, apart=apart)
         return SquaresKernel(
             Loop(
                 squares,
-                {**constants, **conditioning(dtype, features, scalar)},
+                {"DTYPE": dtype.type, "OF_PARAMETERS": of_parameters, "MEASURE_BLOCK": measure},
                 (INTEGERS, types.Array(numba.from_dtype(dtype), 2, "C"), INTEGERS, PARTIALS),
                 label=f"squares_{dtype.name}",
                 fastmath={"reassoc", "contract"},  # for the sums alone
@@ -235,15 +234,19 @@ class CPU:
             dtype,
         )
 
+    def _measure(self, dtype: np.dtype[Any], features: Features, *, apart: bool) -> Any:
+        """`measure_block`, to be inlined into a loop; apart: whether what is not finite is summed apart."""
+        constants = {"APART": apart, "WIDE": dtype.itemsize == 8, **conditioning(dtype, features, scalar)}
+        return inlined(bind(measure_block, constants, label="measure_block", scalar=scalar))
+
     def _compile_add(self, dtype: np.dtype[Any], adder: Adder) -> Loop:
         return Loop(
             add,
             {
                 "DTYPE": dtype.type,
                 "MEASURE": adder.measure,
-                "WIDE": dtype.itemsize == 8,
+                "MEASURE_BLOCK": self._measure(dtype, Features(zero_nonfinite=adder.zero_nonfinite), apart=True),
                 "STEP": StepHyper(*[0.0] * N_STEP),  # not looked at: none of its features is on
-                **conditioning(dtype, Features(zero_nonfinite=adder.zero_nonfinite), scalar),
             },
             (INTEGERS, FLAGS, FLAGS, types.Array(numba.from_dtype(dtype), 1, "C"), INTEGERS, PARTIALS),
             label=f"add_{dtype.name}",

@@ -18,10 +18,10 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from fastopt.kernels.bind import address_of, bind, compile_loop
+from fastopt.kernels.bind import address_of, bind, compile_loop, inlined
 from fastopt.kernels.cpu.batchnorm_tiles import LARGE_MAP, ROWS_AT_ONCE, SUM_LENGTH, Tile
 from fastopt.kernels.elements import scalar
 from fastopt.kernels.intrinsics import keep, window
@@ -61,11 +61,6 @@ OUTPUTS: Any
 MAP: Any
 MAP_ELEMENT: Any
 MAP_BY_CHANNEL_FROM: Any
-
-
-def inlined(function: Any) -> Any:
-    """Compile a part of a loop: numba inlines its source, which compiles faster than a function of its own."""
-    return njit(error_model="numpy", inline="always")(function)
 
 
 @cache

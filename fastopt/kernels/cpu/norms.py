@@ -40,7 +40,9 @@ OF_PARAMETERS: bool
 APART: bool
 """Whether a second sum has to find what is not finite."""
 MEASURE: bool
-"""Whether sums of squares are taken of the new sums."""
+"""Whether the new sums are measured."""
+MEASURE_BLOCK: Callable[..., Any]
+"""`measure_block`, bound to the constants above, and inlined."""
 STEP: StepHyper
 WIDE: bool
 """Whether squares may leave the range of float64, so that blocks where they do are summed again, scaled."""
@@ -48,9 +50,33 @@ WIDE: bool
 # --- the loops --------------------------------------------------------------------------------------------------------
 
 
-def squares(places, table, chunks, partials, first, last):
-    """The sum of the squares of each block's gradients; and 0, or NaN where one of them is not finite."""
+def measure_block(step, x, partials, block):
+    """The sum of the squares of the elements of a block; and 0, or NaN where one of them is not finite."""
     # float64: squares of float32 are exact in it, and neither 1e30 nor 1e-30 leaves its range.
+    total = 0.0
+    bad = ZERO
+    for i in range(x.size):
+        value = np.float64(CONDITIONED(step, x[i]))
+        total += value * value
+        if APART:
+            bad += UNSCALED(step, x[i]) - UNSCALED(step, x[i])
+    partials[block, 0] = total
+    partials[block, 1] = bad if APART else total - total
+    if WIDE:
+        up, down = rescaled(total, SCALE_UP), rescaled(total, SCALE_DOWN)
+        if not in_range(total):
+            up = 0.0
+            down = 0.0
+            for i in range(x.size):
+                value = np.float64(CONDITIONED(step, x[i]))
+                up += scaled_square(value, SCALE_UP)
+                down += scaled_square(value, SCALE_DOWN)
+        partials[block, 2] = up
+        partials[block, 3] = down
+
+
+def squares(places, table, chunks, partials, first, last):
+    """Measure each block of gradients."""
     for c in range(first, last):
         chunk = record(Chunk, chunks, c * N_CHUNK)
         place = record(Place, places, chunk.place * N_PLACE)
@@ -62,26 +88,7 @@ def squares(places, table, chunks, partials, first, last):
                 x = at_address(DTYPE, place.p, start, size)
             else:
                 x = at_address(DTYPE, place.g, chunk.grad + start - chunk.start, size)
-            total = 0.0
-            bad = ZERO
-            for i in range(size):
-                value = np.float64(CONDITIONED(step, x[i]))
-                total += value * value
-                if APART:
-                    bad += UNSCALED(step, x[i]) - UNSCALED(step, x[i])
-            partials[block, 0] = total
-            partials[block, 1] = bad if APART else total - total
-            if WIDE:
-                up, down = rescaled(total, SCALE_UP), rescaled(total, SCALE_DOWN)
-                if not in_range(total):
-                    up = 0.0
-                    down = 0.0
-                    for i in range(size):
-                        value = np.float64(CONDITIONED(step, x[i]))
-                        up += scaled_square(value, SCALE_UP)
-                        down += scaled_square(value, SCALE_DOWN)
-                partials[block, 2] = up
-                partials[block, 3] = down
+            MEASURE_BLOCK(step, x, partials, block)
             block += 1
 
 
@@ -104,25 +111,7 @@ def add(places, present, overwrite, weight, chunks, partials, first, last):
                     for i in range(size):
                         total[i] = total[i] + weight[0] * more[i]
                 if MEASURE:  # in a loop of its own: the block is in L1
-                    squared = 0.0
-                    bad = ZERO
-                    for i in range(size):
-                        x = np.float64(CONDITIONED(STEP, total[i]))
-                        squared += x * x
-                        bad += total[i] - total[i]
-                    partials[block, 0] = squared
-                    partials[block, 1] = bad
-                    if WIDE:
-                        up, down = rescaled(squared, SCALE_UP), rescaled(squared, SCALE_DOWN)
-                        if not in_range(squared):
-                            up = 0.0
-                            down = 0.0
-                            for i in range(size):
-                                x = np.float64(CONDITIONED(STEP, total[i]))
-                                up += scaled_square(x, SCALE_UP)
-                                down += scaled_square(x, SCALE_DOWN)
-                        partials[block, 2] = up
-                        partials[block, 3] = down
+                    MEASURE_BLOCK(STEP, total, partials, block)
                 block += 1
 
 
