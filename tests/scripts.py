@@ -15,7 +15,6 @@ SETTINGS = (
     "FASTOPT_NUM_THREADS",
     "NUMBA_NUM_THREADS",
     "NUMBA_THREADING_LAYER",
-    "FASTOPT_CACHE_DIR",
 )  # set by the test, never inherited
 
 
@@ -52,7 +51,10 @@ def compiled() -> dict[str, str]:
 
 
 def run(*arguments: str | Path, timeout: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``python *arguments`` with this environment on top of ours; kill it and its children after `timeout`."""
+    """Run ``python *arguments`` with this environment on top of ours; kill it and its children after `timeout`.
+
+    Kernels are compiled anew, and not kept, unless the environment says where: see `compiled`.
+    """
     # Drop pytest-xdist's variables: a pytest in the child would believe that it runs in a worker.
     kept = [name for name in os.environ if name not in SETTINGS and not name.startswith("PYTEST_")]
     inherited = {name: os.environ[name] for name in kept}
@@ -60,7 +62,7 @@ def run(*arguments: str | Path, timeout: float = 60.0, **environment: str) -> su
     command = [sys.executable, *map(str, arguments)]
     process = subprocess.Popen(
         command,
-        env={**inherited, "PYTHONPATH": path, **environment},
+        env={**inherited, "PYTHONPATH": path, "FASTOPT_CACHE_DIR": "0", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -22,7 +22,7 @@ from fastopt.kernels.driver import DRIVER
 
 def invoke(*arguments, **environment):
     # Do not use the kernel cache of this test run: another worker may be writing to it.
-    surroundings = {"COLUMNS": "500", "FASTOPT_CACHE_DIR": "", **environment}
+    surroundings = {"COLUMNS": "500", "FASTOPT_CACHE_DIR": "0", **environment}
     return CliRunner().invoke(app, ["info", *map(str, arguments)], env=surroundings)
 
 
@@ -92,10 +92,16 @@ def test_an_impossible_json_path_is_an_error_with_the_remedy(tmp_path):
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_cache_setting_is_reported():
-    cache = report(FASTOPT_CACHE_DIR="")["cache"]
+def test_the_users_own_cache_directory_is_reported(tmp_path):
+    cache = report(FASTOPT_CACHE_DIR="", XDG_CACHE_HOME=str(tmp_path))["cache"]
     assert cache["FASTOPT_CACHE_DIR"] is None
-    assert "is not set" in cache["reason"]
+    assert Path(cache["directory"]).parts[-2:] == ("fastopt", "kernels")
+
+
+def test_no_cache_is_reported():
+    cache = report(FASTOPT_CACHE_DIR="0")["cache"]
+    assert (cache["FASTOPT_CACHE_DIR"], cache["directory"]) == ("0", None)
+    assert "every process compiles" in cache["reason"]
 
 
 def test_the_report_does_not_create_the_cache_directory(tmp_path):
@@ -108,9 +114,9 @@ def test_the_report_does_not_create_the_cache_directory(tmp_path):
 
 def test_a_private_cache_directory_is_usable_and_its_kernels_are_counted(tmp_path):
     tmp_path.chmod(0o700)
-    (tmp_path / "adam.1.nbc").touch()
+    (tmp_path / "adam-0.kernel").write_bytes(bytes(70))
     cache = report(FASTOPT_CACHE_DIR=str(tmp_path))["cache"]
-    assert (cache["usable"], cache["kernels"], cache["reason"]) == (True, 1, None)
+    assert (cache["usable"], cache["kernels"], cache["bytes"], cache["reason"]) == (True, 1, 70, None)
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")

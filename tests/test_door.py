@@ -512,7 +512,7 @@ assert made._entry is not None
     for _ in range(2):
         finished = run("-c", script)
         assert finished.returncode == 0, finished.stderr
-    assert len(list(Path(tmp_path / "kernels").glob("*.door_*.nbc"))) == 1
+    assert len(list(Path(tmp_path / "kernels").glob("door-*.kernel"))) == 1
 
 
 # --- leaves that Python looks at --------------------------------------------------------------------------------------

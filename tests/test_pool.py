@@ -34,7 +34,7 @@ from scripts import compiled, run
 
 import fastopt
 from fastopt.kernels import driver, intrinsics, pool
-from fastopt.kernels.bind import bind, compile_loop, entry_of
+from fastopt.kernels.bind import bind, compile_loop
 from fastopt.kernels.driver import DRIVER
 from fastopt.kernels.elements import scalar
 from fastopt.kernels.pool import ALONE, COUNT, CREDIT, EPOCH, FAILURES, LOCK, WAIT
@@ -119,10 +119,10 @@ FLUSH = 0x8040  # of MXCSR: denormal results and operands count as 0
 @pytest.mark.skipif(intrinsics.MACHINE != "x86_64", reason="the bits of the modes are those of x86-64")
 def test_workers_compute_in_the_modes_of_the_thread_that_launches(every_job):
     """As with torch.set_flush_denormal: whether denormal numbers count as 0 must not depend on who has which chunk."""
-    modes = entry_of(compile_loop(bind(lambda: arithmetic_modes(), {}, label="modes", scalar=scalar), ()))
-    set_modes = entry_of(
-        compile_loop(bind(lambda m: set_arithmetic_modes(m), {}, label="set_modes", scalar=scalar), (types.int64,))
-    )
+    modes = compile_loop(bind(lambda: arithmetic_modes(), {}, label="modes", scalar=scalar), ()).entry
+    set_modes = compile_loop(
+        bind(lambda m: set_arithmetic_modes(m), {}, label="set_modes", scalar=scalar), (types.int64,)
+    ).entry
 
     def denormals_left() -> int:
         opt = fastopt.SGD({"w": np.full(60_000, 1e-39, np.float32)}, lr=1e-3)
@@ -183,7 +183,7 @@ def policy() -> tuple[Callable[..., Any], ...]:
     """`pays`, `judge` and `measure`, compiled for themselves."""
     arguments = {pool.pays: 1, pool.judge: 3, pool.measure: 2}
     return tuple(
-        entry_of(compile_loop(bind(f.py_func, {}, label=f"test_{f.__name__}", scalar=scalar), (types.int64,) * count))
+        compile_loop(bind(f.py_func, {}, label=f"test_{f.__name__}", scalar=scalar), (types.int64,) * count).entry
         for f, count in arguments.items()
     )
 
@@ -308,9 +308,7 @@ def test_the_delay_of_a_thread_is_the_second_number_of_schedstat(tmp_path, text,
     if text is not None:
         path.write_bytes(text)
     name = ctypes.create_string_buffer(bytes(path))
-    read = entry_of(
-        compile_loop(bind(pool.delay_of_this_thread.py_func, {}, label="delay", scalar=scalar), (types.int64,))
-    )
+    read = compile_loop(bind(pool.delay_of_this_thread.py_func, {}, label="delay", scalar=scalar), (types.int64,)).entry
     files = len(list(Path("/proc/self/fd").iterdir()))
     assert read(ctypes.addressof(name)) == delay
     assert len(list(Path("/proc/self/fd").iterdir())) == files
@@ -323,7 +321,7 @@ def test_a_thread_that_waits_for_its_processor_is_crowded(tmp_path, monkeypatch)
     block = ctypes.create_string_buffer(pool.RANGES)
     control = ctypes.addressof(block)
     ctypes.memmove(control + pool.PATH, bytes(path.relative_to(Path.cwd())) + b"\0", len("schedstat") + 1)
-    crowded = entry_of(compile_loop(bind(pool.crowded.py_func, {}, label="crowded", scalar=scalar), (types.int64,) * 2))
+    crowded = compile_loop(bind(pool.crowded.py_func, {}, label="crowded", scalar=scalar), (types.int64,) * 2).entry
 
     def asked(now: float, delay: float) -> bool:
         path.write_text(f"1 {int(1e9 * delay)} 1\n")

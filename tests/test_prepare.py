@@ -359,4 +359,4 @@ def test_the_cache_on_disk_distinguishes_forms(tmp_path):
     for _ in range(2):
         done = run("-c", SCRIPT, FASTOPT_CACHE_DIR=str(tmp_path))
         assert done.stdout == "[0.75, 1.0, 0.5]\n[0.75, 0.25, 0.5]\n[0.75, -0.5, -1.0]\n", done.stderr
-        assert len(list(tmp_path.glob("*.nbi"))) == len(list(tmp_path.glob("*.nbc"))) == 3
+        assert len(list(tmp_path.glob("*.kernel"))) == 3

@@ -15,8 +15,7 @@ from rich.text import Text
 
 import fastopt
 from fastopt.cli.output import STDOUT, check_files, console, write_json, writing
-from fastopt.kernels import find_cuda
-from fastopt.kernels.bind import CACHE_VARIABLE, checked_directory
+from fastopt.kernels import cache, find_cuda
 from fastopt.kernels.driver import DRIVER
 from fastopt.kernels.threads import get_num_threads, processors, source
 from fastopt.measure.machine import cpu_name, version_of
@@ -108,17 +107,23 @@ def _threads() -> dict[str, Any]:
 
 def _cache() -> dict[str, Any]:
     """Return the cache setting and its effect, without making the directory: the first kernel makes it."""
-    setting = os.environ.get(CACHE_VARIABLE) or None
-    found: dict[str, Any] = {CACHE_VARIABLE: setting, "usable": None, "kernels": None, "reason": None}
-    if setting is None:
-        found["reason"] = "FASTOPT_CACHE_DIR is not set: every process compiles its kernels again"
-        return found
+    found: dict[str, Any] = {
+        cache.VARIABLE: os.environ.get(cache.VARIABLE) or None,
+        **dict.fromkeys(("directory", "usable", "kernels", "bytes", "reason")),
+        "most_bytes": cache.MOST_BYTES,
+    }
     try:
-        if not Path(setting).expanduser().exists():
+        directory = cache.chosen_directory()
+        if directory is None:
+            found["reason"] = f"{cache.VARIABLE} is 0: every process compiles its kernels again"
+            return found
+        found["directory"] = str(directory)
+        if not directory.exists():
             found["reason"] = "the directory will be made when the first kernel is compiled"
             return found
-        directory = checked_directory() or Path(setting)
-        found |= {"usable": True, "kernels": len(list(directory.glob("*.nbc")))}
+        cache.checked_directory(make=False)
+        kernels = cache.kept(directory)
+        found |= {"usable": True, "kernels": len(kernels), "bytes": sum(file.bytes for file in kernels)}
         if not os.access(directory, os.W_OK):
             found["reason"] = "the directory cannot be written: new kernels are compiled again in every process"
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user

@@ -1,4 +1,4 @@
-"""One loop + one rule + compile-time flags -> one named kernel; and the opt-in cache of compiled kernels on disk.
+"""One loop + one rule + compile-time flags -> one named kernel, which is compiled, or loaded from the disk.
 
 A loop such as ``elementwise`` of the CPU is an ordinary function that reads a few undefined upper-case globals
 (``RULE``, ``L2``, ...). `bind` rebuilds the function with these names set. numba treats a global as a constant, prunes
@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import dis
 import hashlib
-import os
-import stat
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from types import CellType, CodeType, FunctionType, ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import numba
 import numpy as np
-from numba.core import caching
 
-CACHE_VARIABLE = "FASTOPT_CACHE_DIR"
+from fastopt.kernels import cache
 
 
 def scalar_of(value: object) -> FunctionType | None:
@@ -46,8 +43,7 @@ def bind(
     compiles the scalar functions of `constants`, those they call, and those that a rule finds in its own module or
     closure. So a rule may call another rule or a plain function of its file.
 
-    The result is named ``label_digest``. The digest covers the bytecode and constants of everything that went in. It
-    makes numba's on-disk cache safe to use, because numba's own key does not include these.
+    The result is named ``label_digest``. The digest covers the bytecode and constants of everything that went in.
 
     Raises TypeError where the function reads an upper-case name that is not among the constants, and that its module
     does not declare (``L2: bool``).
@@ -73,7 +69,7 @@ class _Binder:
         self.open: set[FunctionType] = set()
 
     def bind(self, function: FunctionType, constants: Mapping[str, Any], label: str) -> FunctionType:
-        names = set(_names(function.__code__))
+        names = _names(function.__code__)
         own = {name: value for name, value in function.__globals__.items() if name in names}
         namespace = {**own, **constants}
         digest = hashlib.sha256(f"{sys.version}|{numba.__version__}|{_describe_function(function, namespace)}".encode())
@@ -109,16 +105,15 @@ class _Binder:
 # --- the digest: everything that shapes the machine code --------------------------------------------------------------
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """Yield the globals that `code` reads. co_names also holds attributes, and h.momentum is not the rule momentum."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+@lru_cache(maxsize=1024)
+def _names(code: CodeType) -> frozenset[str]:
+    """Return the globals that `code` reads. co_names also holds attributes, and h.momentum is not the rule momentum."""
+    instructions = dis.get_instructions(code)
+    own = {each.argval for each in instructions if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return frozenset(own.union(*(_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))))
 
 
+@lru_cache(maxsize=1024)
 def _describe_code(code: CodeType) -> str:
     parts = [code.co_code.hex(), repr((code.co_names, code.co_varnames, code.co_freevars, code.co_argcount))]
     parts += [_describe_code(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
@@ -136,7 +131,7 @@ def _describe_function(
     parts = [_describe_code(function.__code__), repr(function.__defaults__), repr(function.__kwdefaults__)]
     for cell in function.__closure__ or ():
         parts.append(_describe(cell.cell_contents, function, seen))
-    for name in sorted(set(_names(function.__code__)) | set(namespace or ())):
+    for name in sorted(_names(function.__code__) | set(namespace or ())):
         if name in found:
             parts.append(f"{name}={_describe(found[name], function, seen)}")
     return hashlib.sha256(";".join(parts).encode()).hexdigest()
@@ -172,141 +167,84 @@ def _describe(value: Any, function: FunctionType, seen: frozenset[Any]) -> str:
 # --- from a function to machine code ----------------------------------------------------------------------------------
 
 
-def compile_loop(function: FunctionType, signature: tuple[Any, ...], *, nogil: bool = True, **options: Any) -> Any:
-    """Compile for exactly one signature; keep the result on disk where FASTOPT_CACHE_DIR is set.
+class Compiled:
+    """A function that was compiled for one signature, in this process or in an earlier one."""
 
-    Pass nogil=False for a function that reads Python objects, so that no other thread changes them meanwhile.
+    def __init__(self, result: Any):
+        self._result = result
+
+    @property
+    def entry(self) -> Callable[..., Any]:
+        """What Python calls, without numba's dispatch on the types of arguments."""
+        entry: Callable[..., Any] = self._result.entry_point
+        return entry
+
+    def address(self, *, of_c: bool = False) -> int:
+        """The address of the machine code, for calls from numba; with `of_c`, for calls from C."""
+        described = self._result.fndesc
+        name = described.llvm_cfunc_wrapper_name if of_c else described.llvm_func_name
+        address: int = self._result.library.get_pointer_to_function(name)
+        return address
+
+    def assembly(self) -> str:
+        """The machine code as text; only of a function that was compiled in this process."""
+        text: str = self._result.library.get_asm_str()
+        return text
+
+
+def compile_loop(
+    function: FunctionType,
+    signature: tuple[Any, ...],
+    *,
+    check: Callable[[], None] | None = None,
+    nogil: bool = True,
+    **options: Any,
+) -> Compiled:
+    """Compile a function that `bind` returned for one signature, or load it from the disk: see `fastopt.kernels.cache`.
+
+    check : called before the function is compiled. What it refuses, by an error, is not kept on disk.
+    nogil : False for a function that reads Python objects, so that no other thread changes them meanwhile.
     """
-    dispatcher = numba.njit(error_model="numpy", nogil=nogil, **options)(function)
-    directory = cache_directory()
-    if directory is not None:
-        keep_on_disk(dispatcher, directory)
-    dispatcher.compile(signature)
-    dispatcher.disable_compile()
-    return dispatcher
+    options = {"error_model": "numpy", "nogil": nogil, **options}
+    name = cache.name_of(function.__name__, signature, options)
+    result = cache.load(name)
+    if result is None:
+        if check is not None:
+            check()
+        start = time.perf_counter()
+        dispatcher = numba.njit(**options)(function)
+        dispatcher.compile(signature)
+        (result,) = dispatcher.overloads.values()
+        is_kept = cache.save(name, result)
+        WAIT.add(function.__name__, time.perf_counter() - start, is_kept)
+    return Compiled(result)
+
+
+class Wait:
+    """Tells people at a terminal, once, what they wait for."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """What compilation has taken in this process."""
+        self._told = False
+
+    def add(self, label: str, seconds: float, is_kept: bool) -> None:
+        """Count a compilation."""
+        self.seconds += seconds
+        if self._told or self.seconds < PATIENCE or sys.stderr is None or not sys.stderr.isatty():
+            return
+        self._told = True
+        later = "the next process loads them" if is_kept else "the next process compiles them again, without a cache"
+        name = label.rpartition("_")[0]  # the digest says nothing
+        print(f"fastopt: compiling kernels, {self.seconds:.0f} s so far ({name}); {later}", file=sys.stderr)
+
+
+PATIENCE = 2.0
+"""Seconds of compilation after which people are told."""
+
+WAIT = Wait()
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """Compile a part of a loop: numba inlines its source, which compiles faster than a function of its own."""
     return numba.njit(error_model="numpy", inline="always")(function)
-
-
-def entry_of(dispatcher: Any) -> Callable[..., Any]:
-    """Return the compiled entry of a function with one signature, which Python calls without numba's type dispatch."""
-    (compiled,) = dispatcher.overloads.values()
-    entry: Callable[..., Any] = compiled.entry_point
-    return entry
-
-
-def address_of(dispatcher: Any, *, of_c: bool = False) -> int:
-    """Return the address of a function with one signature, for calls from numba; with `of_c`, for calls from C."""
-    (compiled,) = dispatcher.overloads.values()
-    name = compiled.fndesc.llvm_cfunc_wrapper_name if of_c else compiled.fndesc.llvm_func_name
-    address: int = compiled.library.get_pointer_to_function(name)
-    return address
-
-
-# --- the opt-in cache -------------------------------------------------------------------------------------------------
-
-
-FAILED: set[str | None] = set()
-"""The settings of FASTOPT_CACHE_DIR whose failure was reported."""
-
-
-class SharedCacheError(PermissionError):
-    """Other users may write to the directory of the cache: numba's cache files are pickles, and run any code here."""
-
-
-def cache_directory() -> Path | None:
-    """Return the directory named by FASTOPT_CACHE_DIR, made if absent; None where the variable is unset or empty.
-
-    None also, after one warning, where the directory cannot be made or read. Raises SharedCacheError.
-    """
-    try:
-        return checked_directory()
-    except SharedCacheError:
-        raise
-    except (OSError, RuntimeError) as error:
-        go_on_without_cache(error)
-        return None
-
-
-def go_on_without_cache(error: Exception) -> None:
-    """Warn, once in a process, that the cache cannot be read or written, and that kernels are compiled without it."""
-    name = os.environ.get(CACHE_VARIABLE)
-    if name not in FAILED:
-        FAILED.add(name)
-        warnings.warn(
-            f"{CACHE_VARIABLE}: must be a directory that can be read and written, got {name!r}: {error}; kernels are "
-            f"compiled without it, again in every process",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def checked_directory() -> Path | None:
-    """Return the directory named by FASTOPT_CACHE_DIR, made if absent; None where the variable is unset or empty.
-
-    Raises OSError where it cannot be made or read, RuntimeError where it names an unknown user or a loop of links, and
-    SharedCacheError where other users may write to it.
-    """
-    name = os.environ.get(CACHE_VARIABLE)
-    if not name:
-        return None
-    path = Path(name).expanduser().resolve()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid"):
-        status = path.stat()
-        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise SharedCacheError(
-                f"{CACHE_VARIABLE}: must be a directory that belongs to you and that nobody else can write to, because "
-                f"cache files are executable code, got {name!r}; run: chmod 700 {name}"
-            )
-    return path
-
-
-def keep_on_disk(dispatcher: Any, directory: Path) -> None:
-    """Make numba keep the compiled code of `dispatcher`, whose name holds a digest of all sources, in `directory`."""
-
-    class Locator(caching._CacheLocator):
-        """The directory of the files, and a constant stamp: the digest in the function's name detects stale files."""
-
-        def __init__(self, function: FunctionType):
-            self.function = function
-
-        def get_cache_path(self) -> str:
-            return str(directory)
-
-        def get_source_stamp(self) -> str:
-            return self.function.__qualname__
-
-        def get_disambiguator(self) -> str:
-            return ""
-
-        @classmethod
-        def from_function(cls, function: FunctionType, source: str) -> Locator:
-            return cls(function)
-
-    class Files(caching.CompileResultCacheImpl):
-        _locator_classes: ClassVar[list[Any]] = [Locator]
-
-    class Cache(caching.FunctionCache):
-        _impl_class = Files
-
-        def load_overload(self, signature: Any, target: Any) -> Any:
-            try:
-                return super().load_overload(signature, target)
-            except Exception:  # a truncated or foreign file must cause a compilation, not fail for ever
-                try:
-                    self.flush()
-                except OSError as error:
-                    go_on_without_cache(error)
-                return None
-
-        def save_overload(self, signature: Any, data: Any) -> None:
-            try:
-                super().save_overload(signature, data)
-            except Exception as error:  # also where a damaged index could not be mended
-                go_on_without_cache(error)
-
-    dispatcher._cache = Cache(dispatcher.py_func)

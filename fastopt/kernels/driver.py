@@ -21,7 +21,7 @@ import numba
 from numba import prange, types
 from numba.np.ufunc import parallel as numba_parallel
 
-from fastopt.kernels.bind import address_of, bind, compile_loop, entry_of
+from fastopt.kernels.bind import bind, compile_loop
 from fastopt.kernels.elements import scalar
 from fastopt.kernels.intrinsics import caller_of, invoke, keep, spill
 from fastopt.kernels.pool import JOB, Pool, Site, why_not
@@ -78,17 +78,18 @@ class Loop:
         *,
         label: str,
         fastmath: Any = False,
+        check: Callable[[], None] | None = None,
     ):
         self.label = label
         self.signature = signature
-        self.dispatcher = compile_loop(
+        self.compiled = compile_loop(
             bind(function, constants, label=label, scalar=scalar),
             (*signature, types.int64, types.int64),
             fastmath=fastmath,
+            check=check,
         )
-        # The compiled entry itself: the argument types never change, and numba's dispatch on types costs 0.3 us.
-        self.serial = entry_of(self.dispatcher)
-        self.address = address_of(self.dispatcher)
+        self.serial = self.compiled.entry
+        self.address = self.compiled.address()
         self.sites: dict[int, Site] = {}
         """A `Site` for each bit length of the number of elements."""
         self.handover: tuple[Callable[..., None], int] | None = None
@@ -122,7 +123,7 @@ class Driver:
         self._forked = False
         self._pool: Pool | None = None
         self._launch = 0
-        self._kept: list[Any] = []  # dispatchers whose code is called by address
+        self._kept: list[Any] = []  # compiled functions whose code is called by address
         self._handovers: dict[tuple[Any, ...], tuple[Callable[..., None], int]] = {}
         self._executor: ThreadPoolExecutor | None = None
         if hasattr(os, "register_at_fork"):
@@ -205,15 +206,15 @@ class Driver:
                 task = self._compile(do_units, {"CALL": caller_of(signature)}, (types.int64,) * 3, label=name)
                 kinds = (*(types.int64,) * 9, types.Tuple(signature))
                 bound = bind(hand_over, {}, label=f"hand_over_{name}", scalar=scalar)
-                self._handovers[signature] = (entry_of(compile_loop(bound, kinds)), task)
+                self._handovers[signature] = (compile_loop(bound, kinds).entry, task)
             loop.handover = self._handovers[signature]
             return loop.handover
 
     def _compile(self, function: Any, constants: dict[str, Any], kinds: Any, *, label: str = "", **options: Any) -> int:
         bound = bind(function, constants, label=f"{function.__name__}_{label}", scalar=scalar)
-        dispatcher = compile_loop(bound, kinds, **options)
-        self._kept.append(dispatcher)
-        return address_of(dispatcher)
+        compiled = compile_loop(bound, kinds, **options)
+        self._kept.append(compiled)
+        return compiled.address()
 
     def _run_in_executor(
         self, loop: Loop, arguments: tuple[Any, ...], units: int, threads: int, backwards: bool

@@ -64,7 +64,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from fastopt.kernels.bind import address_of, bind, compile_loop, entry_of
+from fastopt.kernels.bind import bind, compile_loop
 from fastopt.kernels.elements import scalar
 from fastopt.kernels.intrinsics import (
     add,
@@ -465,7 +465,7 @@ def why_not() -> str | None:
 def _compiled() -> dict[str, Any]:
     """Compile the functions that are called by address or from Python. Their code lives as long as the process."""
     # A function that is called by address needs no wrapper for Python; one that C does not call needs none for C.
-    functions: list[tuple[Any, tuple[Any, ...], dict[str, bool]]] = [
+    functions: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
         (launch, JOB, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}),
         (worker, JOB[:1], {"no_cpython_wrapper": True}),
         (start, JOB[:4], {"no_cfunc_wrapper": True}),
@@ -483,9 +483,9 @@ class Pool:
 
     def __init__(self) -> None:
         compiled = _compiled()
-        self.launch = address_of(compiled["launch"])
-        self._start = entry_of(compiled["start"])
-        self._worker = address_of(compiled["worker"], of_c=True)
+        self.launch = compiled["launch"].address()
+        self._start = compiled["start"].entry
+        self._worker = compiled["worker"].address(of_c=True)
         allocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)(("calloc", ctypes.CDLL(None)))
         found = allocate(1, RANGES + MOST * PER_THREAD + LINE)
         if found is None:

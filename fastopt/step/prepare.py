@@ -35,7 +35,7 @@ from numba.core.ir_utils import build_definitions, get_definition, guard, mk_uni
 from numba.core.untyped_passes import IRProcessing
 from numba.extending import intrinsic
 
-from fastopt.kernels.bind import bind, compile_loop, entry_of
+from fastopt.kernels.bind import bind, compile_loop
 from fastopt.kernels.contract import StepHyper
 
 if TYPE_CHECKING:
@@ -409,7 +409,7 @@ def compiled_fill(prepare: Callable[..., Any], form: Form, width: int, dtype: np
     signature = (types.Array(numba.from_dtype(dtype), 2, "C"), words, words, numbers)
     try:
         bound = bind(fill, constants, label=f"{prepare.__name__}_{dtype}", scalar=scalar)
-        return entry_of(compile_loop(bound, signature))
+        return compile_loop(bound, signature).entry
     except Exception:  # numba and its passes fail with errors of many types
         return None
 

@@ -630,12 +630,12 @@ def _compile() -> Callable[[int, int, int], int] | None:
     from numba import types
 
     from fastopt.kernels import intrinsics
-    from fastopt.kernels.bind import bind, compile_loop, entry_of
+    from fastopt.kernels.bind import bind, compile_loop
     from fastopt.kernels.elements import scalar
 
     constants = {name: getattr(intrinsics, name) for name in ("prefetch", "read_int32", "read_int64", "write_int64")}
     bound = bind(read_arrays, constants, label="door", scalar=scalar)
-    entry = entry_of(compile_loop(bound, (types.int64,) * 3, nogil=False))
+    entry = compile_loop(bound, (types.int64,) * 3, nogil=False).entry
     return entry if passes_agree(entry) else None
 
 

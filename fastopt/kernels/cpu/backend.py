@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numba
 import numpy as np
 from numba import types
 
-from fastopt.kernels.bind import bind, compile_loop, entry_of, inlined
+from fastopt.kernels.bind import bind, compile_loop, inlined
 from fastopt.kernels.contract import ALIGNMENT, N_STEP, Adder, Array, Features, Kernel, KernelRule, StepHyper
 from fastopt.kernels.cpu.elementwise import ElementwiseKernel, elementwise, hyperparameters
 from fastopt.kernels.cpu.layerwise import LayerwiseKernel, ScaledKernel, apply, merge, propose, scale
@@ -151,10 +152,11 @@ class CPU:
         if numba.config.DISABLE_JIT:
             raise RuntimeError("NUMBA_DISABLE_JIT is set: fastopt has no interpreted kernels; unset it")
         compiled_rule = scalar(bind(rule.scalar, {}, label=f"{rule.name}_{dtype}", scalar=scalar))
-        # Before any loop is compiled around it, and kept on disk. The rule itself is not kept: its signature holds the
-        # user's NamedTuple, which another process does not recognise if it cannot import it.
-        check_rule(rule, compiled_rule, hyper, dtype)
-        return self._bind_loops(rule, compiled_rule, hyper, dtype, features, first)
+        # Before any loop is compiled around it, and kept on disk; a loop that is there was checked. The rule itself is
+        # not kept: its signature holds the user's NamedTuple, which another process does not recognise if it cannot
+        # import it.
+        check = cache(lambda: check_rule(rule, compiled_rule, hyper, dtype))
+        return self._bind_loops(rule, compiled_rule, hyper, dtype, features, first, check)
 
     def _bind_loops(
         self,
@@ -164,6 +166,7 @@ class CPU:
         dtype: np.dtype[Any],
         features: Features,
         first: tuple[Callable[..., Any], Any] | None,
+        check: Callable[[], None],
     ) -> ElementwiseKernel | LayerwiseKernel | ScaledKernel:
         number = numba.from_dtype(dtype)
         table = types.Array(number, 2, "C")
@@ -176,19 +179,17 @@ class CPU:
         constants["HYPERPARAMETERS"] = bind(hyperparameters, constants, label="hyperparameters", scalar=scalar)
 
         if rule.layerwise is None:
-            kernel = ElementwiseKernel(Loop(elementwise, constants, arguments, label=label))
+            kernel = ElementwiseKernel(Loop(elementwise, constants, arguments, label=label, check=check))
             if rule.scaling is None:
                 return kernel
             numbered = rule.scaling.number is not None
             scaling = {**constants, "SCALED": scaled_by(rule.scaling, features, scalar), "NUMBERED": numbered}
             return ScaledKernel(
                 (self.norm(dtype, Features(), of_parameters=True), self.norm(dtype, features.of_norm())),
-                entry_of(
-                    compile_loop(
-                        bind(scale, scaling, label=f"scale_{label}", scalar=scalar),
-                        (INTEGERS, table, PARTIALS, PARTIALS, PER_TENSOR, table, INTEGERS),
-                    )
-                ),
+                compile_loop(
+                    bind(scale, scaling, label=f"scale_{label}", scalar=scalar),
+                    (INTEGERS, table, PARTIALS, PARTIALS, PER_TENSOR, table, INTEGERS),
+                ).entry,
                 kernel,
                 numbered,
             )
@@ -203,18 +204,18 @@ class CPU:
                 (*arguments, PARTIALS),
                 label=f"propose_{label}",
                 fastmath={"reassoc"},  # for the two sums alone: the rule keeps its own flags; 16x faster than in order
+                check=check,
             ),
-            entry_of(
-                compile_loop(
-                    bind(merge, {"RATIO": rule.layerwise.ratio}, label=f"merge_{label}", scalar=scalar),
-                    (INTEGERS, PARTIALS, PER_TENSOR),
-                )
-            ),
+            compile_loop(
+                bind(merge, {"RATIO": rule.layerwise.ratio}, label=f"merge_{label}", scalar=scalar),
+                (INTEGERS, PARTIALS, PER_TENSOR),
+            ).entry,
             Loop(
                 apply,
                 {**constants, "APPLY": rule.layerwise.apply, "EMA": features.ema},
                 (INTEGERS, PER_TENSOR, states, table, INTEGERS),
                 label=f"apply_{label}",
+                check=check,
             ),
             dtype,
         )

@@ -21,7 +21,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from fastopt.kernels.bind import address_of, bind, compile_loop, inlined
+from fastopt.kernels.bind import bind, compile_loop, inlined
 from fastopt.kernels.cpu.batchnorm_tiles import LARGE_MAP, ROWS_AT_ONCE, SUM_LENGTH, Tile
 from fastopt.kernels.elements import scalar
 from fastopt.kernels.intrinsics import keep, window
@@ -491,9 +491,9 @@ class TileLoops:
 
     def _compile(self, function: Any, constants: dict[str, Any], signature: tuple[Any, ...], **options: Any) -> int:
         bound = bind(function, constants, label=f"batchnorm_{function.__name__}_{self._dtype.name}", scalar=inlined)
-        dispatcher = self._shared.get(bound.__name__)  # the sums of the statistics are the same for all flags
-        if dispatcher is None:
-            dispatcher = self._shared[bound.__name__] = compile_loop(
+        compiled = self._shared.get(bound.__name__)  # the sums of the statistics are the same for all flags
+        if compiled is None:
+            compiled = self._shared[bound.__name__] = compile_loop(
                 bound, signature, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options
             )
-        return address_of(dispatcher)
+        return compiled.address()
