@@ -14,6 +14,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ from rich.progress import track
 ROOT = Path(__file__).resolve().parent.parent
 FAILED, NO_TESTS = 1, 5
 """Exit codes of pytest: tests failed; none was selected."""
+LONGEST = 300.0
+"""Seconds after which tests count as hanging."""
 
 
 class Outcome(NamedTuple):
@@ -45,7 +48,7 @@ class Outcome(NamedTuple):
         """One word for the code of pytest, and for a fault that is known to change nothing."""
         if self.code == 0:
             return "equivalent" if self.fault.equivalent else "survived"
-        noticed = self.code == FAILED or self.code < 0  # a signal ended it: the fault made it crash
+        noticed = self.code == FAILED or self.code < 0  # a signal ended it: the fault made it crash, or hang
         return "noticed" if noticed else "no tests" if self.code == NO_TESTS else "broke the run"
 
 
@@ -70,16 +73,21 @@ def run_tests(fault: Fault, tree: Path, kernels: Path) -> Outcome:
     words = shlex.split(fault.tests)
     settings = dict(word.split("=", 1) for word in words if "=" in word and word.split("=", 1)[0].isupper())
     arguments = [word for word in words if word.split("=", 1)[0] not in settings]
-    finished = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *arguments],
         cwd=tree,
         env={**os.environ, "FASTOPT_CACHE_DIR": str(kernels), "PYTHONDONTWRITEBYTECODE": "1", **settings},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        start_new_session=True,
     )
-    return Outcome(fault, finished.returncode, finished.stdout)
+    try:
+        output = process.communicate(timeout=LONGEST)[0]
+    except subprocess.TimeoutExpired:  # the fault made it hang
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0]
+    return Outcome(fault, process.returncode, output)
 
 
 def copy_of_the_tree(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from scripts import compiled, run
 
 import fastopt
 from fastopt import reference
-from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
+from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm, functional
 from fastopt.kernels import get_backend
 from fastopt.kernels.cpu import batchnorm as cpu_batchnorm
 from fastopt.kernels.cpu import batchnorm_tiles as tiles
@@ -420,6 +420,51 @@ def test_tiles_hold_every_element_once_under_its_channel(samples, channels, spat
             assert t.channel == 0
     assert (seen == 1).all()
     assert plan.counts.sum() == samples * spatial
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("over", ["new", "out", "residual", "x"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), [((17, 33), 1), ((5, 3, 4, 6), 1), ((3, 4, 20, 11), 1), ((4, 6, 5), -1)])
+def test_a_later_pass_is_checked_by_compiled_code_and_has_the_same_bits(
+    shape, axis, given, activation, training, over, dtype, monkeypatch
+):
+    if training and over == "x":
+        pytest.skip("x is needed by the backward pass in training")
+
+    def both_passes() -> list[np.ndarray]:
+        arrays = case(shape, axis, dtype)
+        dy, residual = arrays.pop("dy"), arrays.pop("residual")
+        if not given:
+            arrays["gamma"] = arrays["beta"] = None
+        if over in ("residual", "out"):
+            arrays["residual"] = residual
+        out = {"new": None, "out": np.empty_like(residual), "residual": residual, "x": arrays["x"]}[over]
+        y, saved = batchnorm_forward(**arrays, training=training, activation=activation, axis=axis, out=out)
+        assert out is None or y is out
+        found = [y, saved.mean, saved.inv_std, arrays["running_mean"], arrays["running_var"]]
+        if over != "x":
+            found += [grad for grad in batchnorm_backward(dy, saved) if grad is not None]
+        return [array.copy() for array in found]
+
+    functional.KINDS.clear()
+    first = both_passes()
+    monkeypatch.setattr(functional, "_checked_forward_pass", None)
+    monkeypatch.setattr(functional, "_checked_backward", None)
+    for _ in range(2):
+        for array, expected in zip(both_passes(), first, strict=True):
+            np.testing.assert_array_equal(array, expected)
+
+
+def test_shapes_are_forgotten_one_day():
+    """Their tables, too: a program may see thousands of shapes."""
+    functional.KINDS.clear()
+    for samples in range(2, 2 * functional.MOST_KINDS + 10):
+        for _ in range(2):
+            batchnorm_forward(np.ones((samples, 1), np.float32))
+    assert len(functional.KINDS) <= functional.MOST_KINDS
 
 
 DRIVERS = (("pool", 1), ("pool", 2), ("pool", 3), ("pool", 4), ("pool", 7), ("numba", 2), ("executor", 3))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
+from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm, functional
 
 SHAPE = (4, 3, 2, 2)
 C = 3
@@ -24,6 +24,20 @@ def good() -> dict[str, Any]:
         "running_mean": np.full(C, 0.5, np.float32),
         "running_var": np.full(C, 1.5, np.float32),
     }
+
+
+@pytest.fixture(autouse=True, params=["first", "later"])
+def _call(request):
+    """A first call is checked in Python, and a later one by compiled code, which leaves what it refuses to Python."""
+    functional.KINDS.clear()
+    if request.param == "later":
+        for options in ({}, {"residual": np.zeros(SHAPE, np.float32)}, {"training": False}, {"gamma": None}):
+            for activation in (None, "relu"):
+                arguments = {**good(), **options, "activation": activation}
+                x = arguments["x"]
+                for _ in range(2):
+                    batchnorm_backward(x, batchnorm_forward(**arguments)[1])
+        assert len(functional.KINDS) == 8
 
 
 def misaligned(shape: tuple[int, ...]) -> np.ndarray:

@@ -136,7 +136,7 @@ def ours(
         over=("x", "residual").index(y_over) if y_over else -1,
         count=count,
     )
-    mean, inv_std = saved[1]
+    mean, inv_std = kernel.statistics(saved, channels)
     found = {"y": y, "running_mean": a["running_mean"], "running_var": a["running_var"], "mean": mean}
     found = {name: None if array is None else place.host(array).copy() for name, array in found.items()}
     found["inv_std"] = place.host(inv_std).copy()
@@ -151,7 +151,7 @@ def ours(
             a["dy"],
             y if relu and residual else None,
             (dx, other),
-            (a["gamma"], dgamma, dbeta),
+            (dgamma, dbeta),
             saved,
             training=training,
             over=("x", "dy", "y").index(dx_over) if dx_over else -1,

@@ -171,7 +171,7 @@ def trained_layer() -> tuple[fastopt.Optimizer, fastopt.BatchNorm]:
 def test_a_batchnorm_is_freed_with_its_optimizer():
     trained_layer()  # compiles, which leaves cycles of numba's that hold what it was called with
     opt, bn = trained_layer()
-    parts = [*parts_of(opt), weakref.ref(bn), weakref.ref(bn._saved.mean)]
+    parts = [*parts_of(opt), weakref.ref(bn), weakref.ref(bn._saved._state)]
     del opt, bn
     assert [part() for part in parts if part() is not None] == []
 

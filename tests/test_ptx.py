@@ -327,7 +327,7 @@ def of_batchnorm(
                 dy,
                 y if both else None,
                 (dx, of_residual if both else None),
-                (affine[0], dgamma, dbeta),
+                (dgamma, dbeta),
                 saved,
                 training=training,
                 over=-1,

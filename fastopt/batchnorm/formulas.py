@@ -126,20 +126,28 @@ def gradient(x, dy, y, h):
 # --- per channel, in float64: statistics ------------------------------------------------------------------------------
 
 
-def squares_about_mean(s, q, count):
-    """The sum of squares about the mean of `count` values whose sum is s and whose sum of squares is q."""
-    return q - s * (s / count)
+def near(a, b, c, d):
+    """A value near those of a channel, from four of them. One of them alone may be an outlier, far from the others."""
+    return (0.25 * a + 0.25 * b) + (0.25 * c + 0.25 * d)
 
 
-def sums_are_exact(s, q, count, largest):
+# `share` is 1 / m: there are many sums, and a division takes as long as ten multiplications.
+
+
+def squares_about_mean(s, q, share):
+    """The sum of squares about the mean of values whose sum is s and whose sum of squares is q."""
+    return q - s * (s * share)
+
+
+def sums_are_exact(s, q, share, largest):
     """Whether sums of float32 deviations have lost few digits; `largest`: the largest number of that dtype."""
-    return (q <= GUARD * squares_about_mean(s, q, count)) & (q <= largest)
+    return (q <= GUARD * squares_about_mean(s, q, share)) & (q <= largest)
 
 
-def moments(s, q, count, center):
+def moments(s, q, share, center):
     """(mean, sum of squares about it) of values, from the sums of the `deviation_terms` from `center`."""
-    squares = squares_about_mean(s, q, count)
-    return s / count + center, 0.0 if squares < 0.0 else squares
+    squares = squares_about_mean(s, q, share)
+    return s * share + center, 0.0 if squares < 0.0 else squares
 
 
 def merge_moments(n, mean, squares, more, more_mean, more_squares):

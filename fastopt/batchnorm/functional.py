@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from fastopt import scalars
 from fastopt.batchnorm import formulas
 from fastopt.kernels import backend_of, get_backend
-from fastopt.kernels.contract import Backend
+from fastopt.kernels.contract import REFUSED, Backend
+from fastopt.storage.door import Door, address_of
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 AXES = (1, -1)
@@ -43,80 +45,146 @@ class Saved:
         used: whether a backward pass has used it.
     """
 
-    __slots__ = (
-        "_activation",
-        "_axis",
-        "_backend",
-        "_beta",
-        "_coefficients",
-        "_gamma",
-        "_kernel",
-        "_residual",
-        "_stats",
-        "_x",
-        "_y",
-        "dtype",
-        "inv_std",
-        "mean",
-        "shape",
-        "training",
-        "used",
-    )
+    __slots__ = ("_kind", "_state", "_x", "_y", "used")
 
-    def __init__(
-        self,
-        backend: Backend,
-        kernel: Any,
-        x: np.ndarray,
-        y: np.ndarray,
-        gamma: np.ndarray | None,
-        beta: np.ndarray | None,
-        coefficients: Any,
-        stats: Any,
-        *,
-        axis: int,
-        activation: str | None,
-        residual: bool,
-        training: bool,
-        overwritten: bool,
-    ):
-        self.shape = x.shape
-        self.dtype = x.dtype
-        self.training = training
+    def __init__(self, kind: Kind, state: Any, x: np.ndarray | None, y: np.ndarray | None):
         self.used = False
-        self._backend = backend
-        self._kernel = kernel
-        self._x: np.ndarray | None = None if overwritten else x
-        self._y: np.ndarray | None = y if residual and activation else None
-        self._gamma = None if gamma is None else gamma.copy()  # an optimizer may step before the backward pass
-        self._beta = beta is not None
-        self._coefficients = coefficients
-        self._stats = stats
-        self.mean, self.inv_std = stats
-        self._axis = axis
-        self._activation = activation
-        self._residual = residual
+        self._kind = kind
+        self._state = state
+        self._x = x
+        self._y = y
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of x."""
+        return self._kind.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of x."""
+        return self._kind.dtype
+
+    @property
+    def training(self) -> bool:
+        """Whether the forward pass used the statistics of the batch."""
+        return self._kind.training
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The mean of every channel."""
+        return self._statistics()[0]
+
+    @property
+    def inv_std(self) -> np.ndarray:
+        """1 / sqrt(var + eps) of every channel."""
+        return self._statistics()[1]
+
+    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        found: tuple[np.ndarray, np.ndarray] = self._kind.kernel.statistics(self._state, self._kind.view[1])
+        return found
 
     def __repr__(self) -> str:
         state = "used" if self.used else "not used yet"
         return f"<Saved: BatchNorm of {self.dtype} {self.shape}, training={self.training}, {state}>"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _saved_again, ({name: getattr(self, name) for name in self.__slots__ if name != "_kernel"},)
 
     def _mark_used(self) -> None:
         self.used = True
         self._x = self._y = None
 
 
-def _saved_again(fields: dict[str, Any]) -> Saved:
-    """Return a copy of a `Saved`, or the one that was pickled, with the kernel of this process."""
-    saved = Saved.__new__(Saved)
-    for name, value in fields.items():
-        setattr(saved, name, value)
-    activated = saved._activation is not None
-    saved._kernel = saved._backend.batchnorm(formulas, saved.dtype, relu=activated, residual=saved._residual)
-    return saved
+class Kind:
+    """All that two forward passes share whose arrays have the same shapes, and whose options are the same."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        *,
+        axis: int,
+        activation: str | None,
+        residual: bool,
+        gamma: bool,
+        beta: bool,
+        training: bool,
+    ):
+        self.backend = backend
+        self.shape = shape
+        self.dtype = dtype
+        self.axis = axis
+        self.view = _view(shape, axis)
+        self.activation = activation
+        self.residual = residual
+        self.gamma = gamma
+        self.beta = beta
+        self.training = training
+        self.reads_y = residual and activation is not None
+        """Whether the backward pass reads y, and writes a gradient of the residual of its own."""
+        self.kernel = backend.batchnorm(formulas, dtype, relu=activation is not None, residual=residual)
+        self._quick: dict[bool, Quick] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = ("axis", "activation", "residual", "gamma", "beta", "training")
+        options = {name: getattr(self, name) for name in names}
+        return partial(Kind, **options), (self.backend, self.shape, self.dtype)
+
+    def quick(self, *, backward: bool) -> Quick:
+        """What makes a pass over arrays on the CPU."""
+        found = self._quick.get(backward)
+        if found is None:
+            found = self._quick[backward] = Quick(self, backward=backward)
+        return found
+
+
+class Quick:
+    """A pass over arrays on the CPU that compiled code checks, in 3 us; Python's checks take 30.
+
+    It makes none where an array is not as the kernels need it. The checks in Python then word the error, or find that
+    the array can be used all the same.
+    """
+
+    def __init__(self, kind: Kind, *, backward: bool):
+        self._prepared = kind.kernel.prepared(kind.view, backward=backward, training=kind.training)
+        shapes, written = self._prepared.arrays(kind.shape)
+        self._door = Door(shapes, kind.dtype, writeable=written, patience=False)
+        self._lists: list[tuple[np.ndarray, int]] = []
+        """Arrays for addresses, with their own address: a pass takes one, and puts it back."""
+
+    def forward(
+        self, arrays: list[Any], eps: float, weight: float | None, count: np.ndarray | None
+    ) -> tuple[np.ndarray, int] | None:
+        """Make a forward pass; return its workspace and the number of the input that y was written over, or -1.
+
+        arrays : x, residual, y, gamma, beta, running_mean, running_var; any but x and y may be None.
+        """
+        workspace = self._prepared.workspace()
+        arrays.append(workspace)
+        addresses = self._lists.pop() if self._lists else self._new_list()
+        over = REFUSED
+        if self._door.take(arrays, addresses[0])[0] == 0:
+            over = self._prepared.forward(addresses[1], workspace, eps, weight, count)
+        self._lists.append(addresses)
+        return None if over == REFUSED else (workspace, over)
+
+    def backward(self, arrays: list[Any]) -> bool:
+        """Make a backward pass; return whether it was made.
+
+        arrays : x, dy, y or None, dx, dresidual or None, dgamma, dbeta, and the workspace of the forward pass.
+        """
+        addresses = self._lists.pop() if self._lists else self._new_list()
+        made: bool = self._door.take(arrays, addresses[0])[0] == 0 and self._prepared.backward(addresses[1])
+        self._lists.append(addresses)
+        return made
+
+    def _new_list(self) -> tuple[np.ndarray, int]:
+        array = np.empty(len(self._door.shapes), np.int64)
+        return array, address_of(array)
+
+
+KINDS: dict[tuple[Any, ...], Kind] = {}
+"""Those of the last forward passes on the CPU, by what they were called with."""
+
+MOST_KINDS = 256
 
 
 def batchnorm_forward(
@@ -189,7 +257,7 @@ def batchnorm_forward(
         running_mean,
         running_var,
         training=training,
-        momentum=check_momentum(momentum),
+        momentum=momentum if type(momentum) is float else check_momentum(momentum),
         eps=eps,
         axis=axis,
         activation=activation,
@@ -221,6 +289,71 @@ def forward_pass(
         x, gamma, beta, running_mean, running_var, training, eps, axis, activation, residual, out: as there.
         momentum: as there, or None.
         count: an array of one number, which goes up by 1 where the batch moves the running statistics; or None.
+    """
+    key: tuple[Any, ...] | None = None
+    if (
+        type(x) is np.ndarray
+        and type(axis) is int
+        and type(eps) is float
+        and LEAST_QUICK_EPS < eps < math.inf
+        and (momentum is None or (type(momentum) is float and 0.0 <= momentum <= 1.0))
+        and (training is True or (training is False and running_mean is not None))
+        and (running_mean is None) == (running_var is None)
+        and (activation is None or type(activation) is str)
+    ):
+        key = (x.shape, x.dtype, axis, activation, residual is None, gamma is None, beta is None, training)
+        kind = KINDS.get(key)
+        if kind is not None:
+            y = np.empty(x.shape, x.dtype) if out is None else out
+            arrays = [x, residual, y, gamma, beta, running_mean, running_var]
+            made = kind.quick(backward=False).forward(arrays, eps, momentum, None if running_mean is None else count)
+            if made is not None:
+                return y, Saved(kind, made[0], None if made[1] == 0 else x, y if kind.reads_y else None)
+    return _checked_forward_pass(
+        x,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        axis=axis,
+        activation=activation,
+        residual=residual,
+        out=out,
+        count=count,
+        key=key,
+    )
+
+
+LEAST_QUICK_EPS = 1e-30
+"""Smaller numbers may be 0 in float32: Python looks at them."""
+
+
+def _checked_forward_pass(
+    x: np.ndarray,
+    gamma: np.ndarray | None,
+    beta: np.ndarray | None,
+    running_mean: np.ndarray | None,
+    running_var: np.ndarray | None,
+    *,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    axis: int,
+    activation: str | None,
+    residual: np.ndarray | None,
+    out: np.ndarray | None,
+    count: np.ndarray | None,
+    key: tuple[Any, ...] | None,
+) -> tuple[np.ndarray, Saved]:
+    """As `forward_pass`, with every check in Python.
+
+    Args:
+        x, gamma, beta, running_mean, running_var, training, momentum, eps, axis, activation, residual, out, count: as
+            there.
+        key: where the `Kind` of the pass is kept.
     """
     axis, training = check_axis(axis), scalars.flag("training", training)
     shape = _check_x(x, axis)
@@ -281,8 +414,18 @@ def forward_pass(
             if array is not None and backend.overlap(out, array):
                 raise _overlap("out", name)
 
-    kernel = backend.batchnorm(formulas, x.dtype, relu=activation is not None, residual=residual is not None)
-    coefficients, stats = kernel.forward(
+    kind = Kind(
+        backend,
+        x.shape,
+        np.dtype(x.dtype.type),
+        axis=axis,
+        activation=activation,
+        residual=residual is not None,
+        gamma=gamma is not None,
+        beta=beta is not None,
+        training=training,
+    )
+    state = kind.kernel.forward(
         shape,
         x.reshape(-1),
         None if residual is None else residual.reshape(-1),
@@ -292,24 +435,18 @@ def forward_pass(
         eps=eps,
         weight=momentum,
         over=over,
-        count=count,
+        count=None if running_mean is None else count,
     )
-    saved = Saved(
-        backend,
-        kernel,
-        x,
-        out,
-        gamma,
-        beta,
-        coefficients,
-        stats,
-        axis=axis,
-        activation=activation,
-        residual=residual is not None,
-        training=training,
-        overwritten=over == 0,
+    if key is not None and backend.name == "cpu":
+        if len(KINDS) >= MOST_KINDS:
+            KINDS.clear()
+        KINDS[key] = kind
+    return out, Saved(
+        kind,
+        state,
+        None if over == 0 else x,  # which is not there any more
+        out if kind.reads_y else None,
     )
-    return out, saved
 
 
 def batchnorm_backward(
@@ -353,6 +490,34 @@ def batchnorm_backward(
     >>> bool(abs(grads.dx.sum()) < 1e-12), grads.dgamma is None
     (True, True)
     """
+    if type(saved) is Saved and not saved.used and (saved._kind.gamma or dgamma is None):
+        kind, x = saved._kind, saved._x
+        quick = x is not None and type(x) is np.ndarray and (not kind.residual or out is None)
+        if quick and (kind.beta or dbeta is None):
+            dx = np.empty(kind.shape, kind.dtype) if out is None else out
+            of_gamma = np.empty(kind.view[1], kind.dtype) if dgamma is None else dgamma
+            of_beta = np.empty(kind.view[1], kind.dtype) if dbeta is None else dbeta
+            of_residual = np.empty(kind.shape, kind.dtype) if kind.reads_y else None
+            arrays = [x, dy, saved._y, dx, of_residual, of_gamma, of_beta, saved._state]
+            if kind.quick(backward=True).backward(arrays):
+                saved._mark_used()
+                return BatchNormGrads(
+                    dx,
+                    of_gamma if kind.gamma else None,
+                    of_beta if kind.beta else None,
+                    of_residual if kind.reads_y or not kind.residual else dy,
+                )
+    return _checked_backward(dy, saved, out, dgamma, dbeta)
+
+
+def _checked_backward(
+    dy: np.ndarray,
+    saved: Saved,
+    out: np.ndarray | None,
+    dgamma: np.ndarray | None,
+    dbeta: np.ndarray | None,
+) -> BatchNormGrads:
+    """As `batchnorm_backward`, with every check in Python."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: must be what batchnorm_forward returned, got {type(saved).__name__}")
     if saved.used:
@@ -365,7 +530,8 @@ def batchnorm_backward(
             "saved: must be of a forward pass that kept x, got one that wrote y over x (out=x); call batchnorm_forward "
             "with another out"
         )
-    backend = saved._backend
+    kind = saved._kind
+    backend = kind.backend
     check_like("dy", dy, saved.shape, saved.dtype, backend)
     y = saved._y
     over = -1
@@ -374,9 +540,9 @@ def batchnorm_backward(
         for number, (name, array) in enumerate((("x", x), ("dy", dy), ("y", y))):
             if array is not None and _check_same_or_apart("out", out, name, array, backend):
                 over = number
-    channels = saved.mean.size
+    channels = kind.view[1]
     sums = []
-    for name, array, present in (("dgamma", dgamma, saved._gamma is not None), ("dbeta", dbeta, saved._beta)):
+    for name, array, present in (("dgamma", dgamma, kind.gamma), ("dbeta", dbeta, kind.beta)):
         if array is None:
             sums.append(backend.empty((channels,), saved.dtype))
             continue
@@ -389,27 +555,25 @@ def batchnorm_backward(
         sums.append(array)
 
     dresidual = None
-    masked = saved._residual and saved._activation is not None
-    if masked:
-        dresidual = backend.empty(saved.shape, saved.dtype)
-    elif saved._residual:
+    if kind.reads_y:
+        dresidual = backend.empty(kind.shape, kind.dtype)
+    elif kind.residual:
         dresidual = dy.copy() if out is not None and backend.overlap(out, dy) else dy
     if out is None:
-        out = backend.empty(saved.shape, saved.dtype)
-    saved._kernel.backward(
-        _view(saved.shape, saved._axis),
+        out = backend.empty(kind.shape, kind.dtype)
+    kind.kernel.backward(
+        kind.view,
         x.reshape(-1),
         dy.reshape(-1),
         None if y is None else y.reshape(-1),
-        (out.reshape(-1), dresidual.reshape(-1) if masked and dresidual is not None else None),
-        (saved._gamma, *sums),
-        (saved._coefficients, saved._stats),
-        training=saved.training,
+        (out.reshape(-1), dresidual.reshape(-1) if kind.reads_y and dresidual is not None else None),
+        tuple(sums),
+        saved._state,
+        training=kind.training,
         over=over,
     )
-    has_gamma, has_beta = saved._gamma is not None, saved._beta
     saved._mark_used()
-    return BatchNormGrads(out, sums[0] if has_gamma else None, sums[1] if has_beta else None, dresidual)
+    return BatchNormGrads(out, sums[0] if kind.gamma else None, sums[1] if kind.beta else None, dresidual)
 
 
 # --- the checks -------------------------------------------------------------------------------------------------------

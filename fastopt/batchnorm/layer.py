@@ -320,7 +320,7 @@ class BatchNorm:
             raise RuntimeError(
                 "backward: must follow a forward pass, got none since the last backward pass; call forward first"
             )
-        residual = self._saved._residual
+        residual = self._saved._kind.residual
         grads = batchnorm_backward(
             dy, self._saved, out=out, dgamma=self.grads.get("gamma"), dbeta=self.grads.get("beta")
         )

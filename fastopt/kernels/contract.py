@@ -76,6 +76,11 @@ PROCEEDS = StepHyper._fields.index("proceeds")
 N_PLACE, N_CHUNK, N_STEP = len(Place._fields), len(Chunk._fields), len(StepHyper._fields)
 
 
+REFUSED = -2
+"""What a pass of BatchNorm returns that was not made, because Python has to look at its arrays. Otherwise it returns
+the number of the input that it has written over, or -1."""
+
+
 class LayerwiseFunctions(Protocol):
     """The part of `fastopt.Layerwise` that a kernel needs: a rule that proposes an update and scales it by norms."""
 

@@ -63,19 +63,18 @@ C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x100, 0x400
 
 # --- the header: what the pass compares with, as 64-bit words ---------------------------------------------------------
 
-WORDS = 15
+WORDS = 14
 (
     COUNT,  # how many leaves
     LIST_TYPE,  # the addresses of list, np.ndarray and None
     ARRAY_TYPE,
     NONE_OBJECT,
-    NEEDED,  # the flags that every array must have
     DTYPE_OBJECT,  # the address of the dtype; and what other objects of an equal dtype hold
     DTYPE_SCALAR_TYPE,
     DTYPE_KIND,
     INT64_SCALAR_TYPE,
     INT64_KIND,
-    SHAPES,  # the address of a table: for each leaf its size in bytes, its number of dimensions, and its shape
+    SHAPES,  # the address of a table: for each leaf its size in bytes, the flags that it must have, and its shape
     INTERVALS,  # how many intervals of memory are protected
     BEGINS,  # the addresses of tables of where the intervals begin and end
     ENDS,
@@ -109,7 +108,6 @@ def read_arrays(leaves: int, header: int, addresses: int) -> int:
         return NOT_ADDRESSES
 
     none = read_int64(header + NONE_OBJECT)
-    needed = read_int64(header + NEEDED)
     dtype_object = read_int64(header + DTYPE_OBJECT)
     dtype_scalar_type = read_int64(header + DTYPE_SCALAR_TYPE)
     dtype_kind = read_int64(header + DTYPE_KIND)
@@ -133,8 +131,9 @@ def read_arrays(leaves: int, header: int, addresses: int) -> int:
                 prefetch(later + FLAGS)
         leaf = read_int64(item + 8 * k)
         size = read_int64(expected)
-        ndim = read_int64(expected + 8)
-        shape = expected + 16
+        needed = read_int64(expected + 8)
+        ndim = read_int64(expected + 16)
+        shape = expected + 24
         expected = shape + 8 * ndim
         address = REFUSED
         if leaf == none:
@@ -220,25 +219,36 @@ class Door:
         shapes: of the arrays, in the order of the list.
         dtype: of all arrays, in native byte order.
         writeable: True for parameters, which are updated in place: each must be writeable, and none is converted.
-            False for gradients, which are only read.
+            False for gradients, which are only read. Or a sequence of both, one per array.
+        patience: whether to use Python's pass at first, and compile the other one when that has taken as long.
 
     A copy of a door, also a pickled one, protects no memory: its owner has memory of its own.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: Any, *, writeable: bool = False):
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: Any,
+        *,
+        writeable: bool | Sequence[bool] = False,
+        patience: bool = True,
+    ):
         self.shapes = tuple(tuple(shape) for shape in shapes)
         given = np.dtype(dtype)
         if not given.isnative:
             raise ValueError(f"dtype: must be in native byte order, got {scalars.dtype_name(given)}")
         self.dtype = np.dtype(given.type)  # the object that NumPy gives most arrays
-        self.writeable = writeable
+        self.writeable = tuple([writeable] * len(self.shapes) if isinstance(writeable, bool) else writeable)
         sizes = [math.prod(shape) * self.dtype.itemsize for shape in self.shapes]
         self.sizes = np.array(sizes, np.int64)
         """Of the arrays, in bytes."""
-        self._needed = C_CONTIGUOUS | ALIGNED | (WRITEABLE if writeable else 0)
-        lines = ((size, len(shape), *shape) for size, shape in zip(sizes, self.shapes, strict=True))
+        self._needed = [C_CONTIGUOUS | ALIGNED | (WRITEABLE if written else 0) for written in self.writeable]
+        lines = (
+            (size, needed, len(shape), *shape)
+            for size, needed, shape in zip(sizes, self._needed, self.shapes, strict=True)
+        )
         self._table = np.array([number for line in lines for number in line], np.int64)
-        self._entry: Callable[[int, int, int], int] | None = None
+        self._entry: Callable[[int, int, int], int] | None = None if patience else compiled_pass()
         self.protect((), ())
 
     def __reduce__(self) -> Any:
@@ -271,7 +281,6 @@ class Door:
                 id(list),
                 id(np.ndarray),
                 id(None),
-                self._needed,
                 *_identity(self.dtype),
                 *_identity(INT64)[1:],
                 address_of(self._table),
@@ -319,7 +328,7 @@ class Door:
         """As `take`, without compiled code."""
         self._check_arguments(leaves, addresses)
         found = np.array(
-            [self._address(leaf, shape) for leaf, shape in zip(leaves, self.shapes, strict=True)], np.int64
+            [self._address(*each) for each in zip(leaves, self.shapes, self._needed, strict=True)], np.int64
         )
         protected = self._header.protected
         overlaps = protected.overlaps(found, found + self.sizes)
@@ -328,10 +337,10 @@ class Door:
         addresses[...] = np.where(overlaps & (found > NONE), REFUSED, found)
         return int(np.count_nonzero(addresses == REFUSED)), int(np.count_nonzero(addresses == NONE))
 
-    def _address(self, leaf: Any, shape: tuple[int, ...]) -> int:
+    def _address(self, leaf: Any, shape: tuple[int, ...], needed: int) -> int:
         if leaf is None:
             return NONE
-        if type(leaf) is not np.ndarray or leaf.shape != shape or leaf.flags.num & self._needed != self._needed:
+        if type(leaf) is not np.ndarray or leaf.shape != shape or leaf.flags.num & needed != needed:
             return REFUSED
         return address_of(leaf) if _same(leaf.dtype, self.dtype) else REFUSED
 
@@ -362,8 +371,9 @@ class Door:
         Raises:
             TypeError, ValueError: as `usable_array`; the leaf overlaps the protected memory.
         """
-        what = f"{'parameter' if self.writeable else 'gradient'} {path!r}"
-        array = usable_array(leaf, self.shapes[k], self.dtype, what, writeable=self.writeable)
+        written = self.writeable[k]
+        what = f"{'parameter' if written else 'gradient'} {path!r}"
+        array = usable_array(leaf, self.shapes[k], self.dtype, what, writeable=written)
         protected = self._header.protected
         within = len(protected.begins) > 0 and isinstance(leaf, np.ndarray) and protected.overlaps(*bounds_of(leaf))
         if within and protected.overlaps(*runs_of(leaf)).any():

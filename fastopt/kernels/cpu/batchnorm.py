@@ -1,7 +1,10 @@
-"""BatchNorm on the CPU: the launches. The three files beside this one cut an array and hold the loops.
+"""BatchNorm on the CPU: the passes. The three files beside this one cut an array and hold the loops.
 
 A pass sums every tile, merges the sums of the blocks, and maps every tile to y or dx: each phase over all tiles, in the
 order of memory. Where the groups fit into L2, all three run on one group, and then on the next.
+
+What does not depend on the data, and not on where it is, is prepared once per shape. Then a pass is a few calls of
+compiled code, which get the addresses of the arrays.
 """
 
 from __future__ import annotations
@@ -11,15 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.kernels.contract import Array
+from fastopt.kernels.contract import REFUSED, Array
 from fastopt.kernels.cpu.batchnorm_loops import (
-    Backward,
-    Forward,
+    Fixed,
     OuterLoops,
     each_group,
     map_tiles,
     merge_channels,
+    stats_of,
     sum_tiles,
+    waiting_of,
+    workspace_size,
 )
 from fastopt.kernels.cpu.batchnorm_tile_loops import TileLoops
 from fastopt.kernels.cpu.batchnorm_tiles import Plan, plan
@@ -34,6 +39,9 @@ ACROSS_BELOW = 2**23
 """Bytes of x below which large maps, also, are cut into tiles that go over many samples, so that several samples of a
 channel are summed together. Larger arrays do not fit the cache and are better read in the order of memory; so is the
 backward pass."""
+
+MOST_SHAPES = 256
+"""Shapes that are remembered for each dtype and set of flags."""
 
 
 class BatchNormCPU:
@@ -51,10 +59,27 @@ class BatchNormCPU:
         self._flags = flags
         self._shared = shared
         self._passes: dict[tuple[bool, bool], _Pass] = {}
+        self._prepared: dict[tuple[Any, ...], Prepared] = {}
+
+    def prepared(self, view: tuple[int, int, int], *, backward: bool, training: bool) -> Prepared:
+        """What is prepared for arrays that are (samples, channels, spatial) in memory."""
+        key = (*view, backward, training)
+        found = self._prepared.get(key)
+        if found is None:
+            with COMPILING:
+                if len(self._prepared) >= MOST_SHAPES:
+                    self._prepared.clear()
+                found = self._prepared[key] = Prepared(view, self._pass(backward, training), self._dtype)
+        return found
+
+    def statistics(self, state: Array, channels: int) -> tuple[Array, Array]:
+        """The mean and inv_std of every channel, float64, of what `forward` returned."""
+        mean, inv_std = stats_of(state, channels)
+        return mean, inv_std
 
     def forward(
         self,
-        shape: tuple[int, int, int],
+        view: tuple[int, int, int],
         x: Array,
         residual: Array | None,
         out: Array,
@@ -65,182 +90,196 @@ class BatchNormCPU:
         weight: float | None,
         over: int,
         count: Array | None = None,
-    ) -> tuple[Array, Array]:
+    ) -> Array:
         """Write y to `out` and, in training, record the batch; return what `backward` needs.
 
         To record a batch is to move the running statistics and to add 1 to `count`. A batch with a NaN or an infinity
         is not recorded, in any channel.
 
-        x, residual, out : 1-D, (samples, channels, spatial) in memory.
+        x, residual, out : of one shape, contiguous, (samples, channels, spatial) in memory.
         channelwise : (gamma, beta, running_mean, running_var), any of them None.
         weight : of the new batch in the running statistics; None for 1 / (count + 1), the average of all batches.
         count : an array of one number: how many batches were recorded.
-        over : 0 or 1 where `out` is x or residual, -1 where it is neither.
+        over : not used here.
         """
-        channels = shape[1]
-        gamma, beta, running_mean, running_var = channelwise
-        cut = _plan(shape, across=training and x.nbytes < ACROSS_BELOW)
-        one = self._pass(backward=False, training=training)
-        if weight is None:
-            weight = 0.0 if count is None else 1.0 / (float(count[0]) + 1.0)
-        work = Forward(  # by position: 20 keywords take 0.7 us more
-            x,
-            x if residual is None else residual,
-            out,
-            cut.tiles,
-            cut.counts,
-            np.zeros((2, cut.counts.size if training else 0, channels)),
-            np.empty((len(self._formulas.GradientMap._fields), channels), self._dtype),
-            np.empty((2, channels)),
-            self._filled(channels, 1.0) if gamma is None else gamma,
-            self._filled(channels, 0.0) if beta is None else beta,
-            self._filled(channels, 0.0) if running_mean is None else running_mean,
-            self._filled(channels, 0.0) if running_var is None else running_var,
-            np.empty((2, channels), self._dtype),
-            np.zeros(1, np.bool_),
-            eps,
-            weight,
-            one.sum_loop(),
-            one.wide_sum_loop,
-            one.map_loop(over),
-            np.zeros(cut.groups, np.bool_),
-        )
-        by_group = _by_group(x.size, cut)  # asked once: the number of threads may change meanwhile
-        one.run(work, cut, by_group)
-        if np.count_nonzero(work.needs_wide):  # rare: of these channels only sums have been written yet
-            one.run_with_wide_sums(work, cut, by_group)
-        # Only now is it known whether any channel forbids it.
-        if training and running_mean is not None and running_var is not None and not work.unrecordable[0]:
-            running_mean[...], running_var[...] = work.new_running
-            if count is not None:
-                count += 1
-        return work.coefficients, work.stats
+        prepared = self.prepared(view, backward=False, training=training)
+        state = prepared.workspace()
+        addresses = _addresses_of(x, residual, out, *channelwise, state)
+        found = prepared.forward(addresses.ctypes.data, state, eps, weight, count)
+        assert found != REFUSED  # the caller has checked the arrays
+        return state
 
     def backward(
         self,
-        shape: tuple[int, int, int],
+        view: tuple[int, int, int],
         x: Array,
         dy: Array,
         y: Array | None,
         outputs: tuple[Array, Array | None],
-        channelwise: tuple[Array | None, Array, Array],
-        saved: tuple[Array, Array],
+        channelwise: tuple[Array, Array],
+        state: Array,
         *,
         training: bool,
         over: int,
     ) -> None:
         """Write dx, dgamma, dbeta and, where `outputs` has room for it, the residual's gradient.
 
-        channelwise : (gamma or None, dgamma, dbeta).
-        saved : what `forward` returned; it is written to.
-        over : 0, 1 or 2 where dx is written over x, dy or y, -1 where it is over none of them.
+        channelwise : (dgamma, dbeta).
+        state : what `forward` returned; it is written to.
+        over : not used here.
         """
-        channels = shape[1]
-        coefficients, stats = saved
-        gamma, dgamma, dbeta = channelwise
-        dx, dresidual = outputs
-        cut = _plan(shape)
-        one = self._pass(backward=True, training=training)
-        work = Backward(
-            x,
-            dy,
-            x if y is None else y,
-            dx,
-            dx if dresidual is None else dresidual,
-            cut.tiles,
-            cut.counts,
-            np.zeros((2, cut.counts.size, channels)),
-            coefficients,
-            stats,
-            self._filled(channels, 1.0) if gamma is None else gamma,
-            dgamma,
-            dbeta,
-            one.sum_loop(),
-            one.map_loop(over),
-        )
-        one.run(work, cut, _by_group(x.size, cut))
+        prepared = self.prepared(view, backward=True, training=training)
+        addresses = _addresses_of(x, dy, y, *outputs, *channelwise, state)
+        done = prepared.backward(addresses.ctypes.data)
+        assert done  # as in `forward`
 
-    def _filled(self, channels: int, value: float) -> Array:
-        return np.full(channels, value, self._dtype)
-
-    def _pass(self, *, backward: bool, training: bool) -> _Pass:
+    def _pass(self, backward: bool, training: bool) -> _Pass:
         key = (backward, training)
         found = self._passes.get(key)
         if found is None:
-            with COMPILING:
-                of_all_flags = (self._dtype, backward, training)
-                if of_all_flags not in self._shared:
-                    outer = OuterLoops(self._formulas, self._dtype, backward=backward, training=training)
-                    self._shared[of_all_flags] = outer
-                loops = TileLoops(self._formulas, self._dtype, self._flags, self._shared, backward=backward)
-                found = _Pass(self._shared[of_all_flags], loops, summed=backward or training)
-                self._passes[key] = found
+            of_all_flags = (self._dtype, backward, training)
+            if of_all_flags not in self._shared:
+                outer = OuterLoops(self._formulas, self._dtype, backward=backward, training=training)
+                self._shared[of_all_flags] = outer
+            loops = TileLoops(self._formulas, self._dtype, self._flags, self._shared, backward=backward)
+            found = self._passes[key] = _Pass(self._shared[of_all_flags], loops, summed=backward or training)
         return found
 
 
 class _Pass:
-    """The loops of one direction, each compiled when it is first used, and how they are launched."""
+    """The loops of one direction, in training or not."""
 
     def __init__(self, outer: OuterLoops, loops: TileLoops, *, summed: bool):
-        self._outer = outer
-        self._loops = loops
-        self._summed = summed
-        self._sum_loop = 0
-        self.wide_sum_loop = 0
-        """The address of the sums in float64; 0 before they have been needed."""
+        self.outer = outer
+        self.loops = loops
+        self.summed = summed
+
+
+class Prepared:
+    """A pass over arrays of one shape, forward or backward, with or without training."""
+
+    def __init__(self, view: tuple[int, int, int], one: _Pass, dtype: np.dtype[Any]):
+        outer = one.outer
+        self._one = one
+        self._dtype = dtype
+        self._spatial = max(1, view[2])
+        self._channels = view[1]
+        self._size = view[0] * view[1] * view[2]
+        plans = _plan(view, across=outer.training and self._size * dtype.itemsize < ACROSS_BELOW), _plan(view)
+        self._cut = cut = plans[outer.backward]
+        self._tiles = cut.tiles.shape[0]
+        sizes = [workspace_size(self._channels, each.counts.size, each.groups, dtype.itemsize) for each in plans]
+        self._items = -(-max(sizes) // dtype.itemsize)
+        self._begin, self._finish = outer.begin, outer.finish
+        self._fixed = np.array(
+            Fixed(
+                tiles=cut.tiles.ctypes.data,
+                counts=cut.counts.ctypes.data,
+                tile_count=self._tiles,
+                blocks=cut.counts.size,
+                groups=cut.groups,
+                channels=self._channels,
+                size=self._size,
+                sum_loop=one.loops.sums(self._spatial) if one.summed else 0,
+                wide_sum_loop=0,
+            ),
+            np.int64,
+        )
+        self._fixed_address = self._fixed.ctypes.data
         self._map_loops: dict[int, int] = {}
+        alone = self._size > 0 and (self._size < SERIAL_BELOW or self._tiles == 1)
+        self._serial: Any = outer(each_group).serial if alone else None
+        """Runs everything in one call; None where several threads may share the work."""
 
-    def sum_loop(self) -> int:
-        """The address of the sums of a tile; 0 where there are none."""
-        if self._summed and self._sum_loop == 0:
-            with COMPILING:
-                self._sum_loop = self._loops.sums()
-        return self._sum_loop
+    def arrays(self, shape: tuple[int, ...]) -> tuple[list[tuple[int, ...]], list[bool]]:
+        """The shapes of the arrays of `ForwardArrays` or `BackwardArrays`, and which of them are written."""
+        outer, vector = self._one.outer, (self._channels,)
+        if outer.backward:
+            return [*(shape,) * 5, *(vector,) * 2, (self._items,)], [*(False,) * 3, *(True,) * 5]
+        written = [False, False, True, False, False, outer.training, outer.training, True]
+        return [*(shape,) * 3, *(vector,) * 4, (self._items,)], written
 
-    def map_loop(self, over: int) -> int:
+    def workspace(self) -> Array:
+        """A new workspace. That of a forward pass serves its backward pass as well."""
+        return (np.empty if self._size else np.zeros)(self._items, self._dtype)
+
+    def forward(self, arrays: int, workspace: Array, eps: float, weight: float | None, count: Array | None) -> int:
+        """Make a pass over the arrays whose addresses are at `arrays`, unless `begin` refuses one; return what it says.
+
+        weight, count : as for `BatchNormCPU.forward`; `count` must be None where there are no running statistics.
+        """
+        fixed = self._fixed_address
+        begun: int = self._begin(arrays, fixed)
+        if begun == REFUSED:
+            return REFUSED
+        if weight is None:
+            weight = 0.0 if count is None else 1.0 / (float(count[0]) + 1.0)
+        arguments = (arrays, fixed, self._map_loops.get(begun) or self._map_loop(begun), eps, weight)
+        by_group = self._run(arguments)
+        if self._finish is not None:
+            found = self._finish(arrays, fixed)
+            if found > 0:  # rare, and once per shape
+                self._run_with_wide_sums(workspace, arguments, by_group)
+                found = self._finish(arrays, fixed)
+            if found == 0 and count is not None:
+                count[0] += 1
+        return begun
+
+    def backward(self, arrays: int) -> bool:
+        """The same of a backward pass; return whether it was made."""
+        begun = self._begin(arrays, self._fixed_address)
+        if begun == REFUSED:
+            return False
+        map_loop = self._map_loops.get(begun) or self._map_loop(begun)
+        self._run((arrays, self._fixed_address, map_loop, 0.0, 0.0))
+        return True
+
+    def _map_loop(self, over: int) -> int:
         """The address of the map of a tile."""
-        address = self._map_loops.get(over)
-        if address is None:
-            with COMPILING:
-                address = self._map_loops[over] = self._loops.map(over)
+        with COMPILING:
+            address = self._map_loops[over] = self._one.loops.map(self._spatial, over)
         return address
 
-    def run(self, work: Any, cut: Plan, by_group: bool) -> None:
-        """Run the phases over the whole array, or until a group needs sums in float64."""
-        outer, size = self._outer, work.x.size
-        tiles, channels = cut.tiles.shape[0], work.gamma.size
-        if size == 0:
-            outer(merge_channels).serial(work, 0, channels)
-        elif by_group:
-            outer(each_group).run(work, elements=size, units=cut.groups)
-        else:
-            if self._summed:
-                outer(sum_tiles).run(work, elements=size, units=tiles)
-                if isinstance(work, Forward) and np.count_nonzero(work.needs_wide):
-                    return
-            outer(merge_channels).serial(work, 0, channels)
-            outer(map_tiles).run(work, elements=size, units=tiles, backwards=True)
+    def _run(self, arguments: tuple[Any, ...]) -> bool:
+        """Run all phases, or until sums in float64 are missing; return whether this was done group by group."""
+        groups, size = self._cut.groups, self._size
+        if self._serial is not None:
+            self._serial(*arguments, 0, groups)
+            return True
+        outer = self._one.outer
+        if size <= GROUP_SIZE * groups and groups >= 2 * get_num_threads() and size > 0:
+            outer(each_group).run(*arguments, elements=size, units=groups)
+            return True
+        if self._one.summed and size > 0:
+            outer(sum_tiles).run(*arguments, elements=size, units=self._tiles)
+        outer(merge_channels).serial(*arguments, 0, self._channels)
+        if size > 0:
+            outer(map_tiles).run(*arguments, elements=size, units=self._tiles, backwards=True)
+        return False
 
-    def run_with_wide_sums(self, work: Forward, cut: Plan, by_group: bool) -> None:
-        """Run what `run` has left out, with sums in float64 where they are needed."""
+    def _run_with_wide_sums(self, workspace: Array, arguments: tuple[Any, ...], by_group: bool) -> None:
+        """Run what `_run` has left out, with sums in float64 where they are needed."""
         with COMPILING:
-            self.wide_sum_loop = self._loops.sums(wide=True)
-        work = work._replace(wide_sum_loop=self.wide_sum_loop)
-        waiting = np.flatnonzero(work.needs_wide)
-        work.needs_wide[:] = False
+            self._fixed[WIDE_SUM_LOOP] = self._one.loops.sums(self._spatial, wide=True)
+        waiting = waiting_of(workspace, self._channels, self._cut.groups)
+        groups = np.flatnonzero(waiting).tolist()
+        waiting[:] = 0
         if by_group:
-            for group in waiting:
-                self._outer(each_group).serial(work, group, group + 1)
+            for group in groups:
+                self._one.outer(each_group).serial(*arguments, group, group + 1)
         else:
-            self.run(work, cut, by_group)
+            self._run(arguments)
 
 
-def _plan(shape: tuple[int, int, int], *, across: bool = False) -> Plan:
+def _addresses_of(*arrays: Array | None) -> Array:
+    """The addresses of arrays, and 0 for None."""
+    return np.array([0 if array is None else array.ctypes.data for array in arrays], np.int64)
+
+
+def _plan(view: tuple[int, int, int], *, across: bool = False) -> Plan:
     """Cut an array. An empty one has coefficients and gradients as well: those of one block whose sums are 0."""
-    samples, channels, spatial = shape
+    samples, channels, spatial = view
     return plan(max(1, samples), channels, max(1, spatial), across=across)
 
 
-def _by_group(size: int, cut: Plan) -> bool:
-    """Whether one group after the other is summed, merged and mapped; else each phase runs on all tiles."""
-    return size < SERIAL_BELOW or (size <= GROUP_SIZE * cut.groups and cut.groups >= 2 * get_num_threads())
+WIDE_SUM_LOOP = Fixed._fields.index("wide_sum_loop")

@@ -18,10 +18,11 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from fastopt.kernels.bind import bind, compile_loop, inlined
+from fastopt.kernels.contract import ALIGNMENT
 from fastopt.kernels.cpu.batchnorm_tiles import LARGE_MAP, ROWS_AT_ONCE, SUM_LENGTH, Tile
 from fastopt.kernels.elements import scalar
 from fastopt.kernels.intrinsics import keep, window
@@ -29,6 +30,9 @@ from fastopt.kernels.intrinsics import keep, window
 MAP_BY_CHANNEL = 96
 """Bytes of a map, one and a half of the widest vectors, from which a tile is mapped channel by channel, with the
 coefficients in registers. With shorter maps the coefficients are read for every element."""
+
+PAGE = 4096
+"""Bytes after which the addresses of loads and stores look alike to a processor."""
 
 # --- what the loops are made of ---------------------------------------------------------------------------------------
 # Upper-case names are constants that `bind` supplies.
@@ -43,7 +47,6 @@ FOUR_ROWS: Any
 FOUR_TERMS: Any
 TERMS_OF_ROW: Any
 TERMS_OF_ROWS: Any
-AT_ONCE: Any
 HYPER: Any
 HYPER_AT: Any
 N_COEFFICIENTS: Any
@@ -53,14 +56,15 @@ ADD_ROW: Any
 ADD_ROWS: Any
 ADD_ROW_TO_COLUMNS: Any
 ADD_ROWS_TO_COLUMNS: Any
-SUM_COLUMNS: Any
 LENGTH: Any
 WIDE: Any
+ITEMSIZE: Any
+DATA_ITEMSIZE: Any
+SEVERAL_ROWS: Any
 OVER: Any
 OUTPUTS: Any
 MAP: Any
 MAP_ELEMENT: Any
-MAP_BY_CHANNEL_FROM: Any
 
 
 @cache
@@ -85,12 +89,12 @@ def windows_of(count: int) -> Any:
     return windows
 
 
-def expand(coefficients, channel, tile, expanded):
-    """Repeat each row of coefficients, from `channel` on, over the columns of a tile."""
+def expand(coefficients, pitch, channel, tile, expanded, apart):
+    """Repeat each row of coefficients, from `channel` on, over the columns of a tile, in rows that are `apart`."""
     period = tile.channels * tile.spatial
-    for k in range(expanded.size // tile.width):
-        row = window(expanded, k * tile.width, tile.width)
-        values = window(coefficients, k * coefficients.shape[1] + channel, tile.channels)
+    for k in range(expanded.size // apart):
+        row = window(expanded, k * apart, tile.width)
+        values = window(coefficients, k * pitch + channel, tile.channels)
         if tile.spatial == 1:
             for c in range(period):
                 row[c] = values[c]
@@ -217,25 +221,35 @@ def add_rows_to_columns(arrays, tile, first, size, columns, s, q):
         q[j] += q_one
 
 
-def sum_columns(arrays, tile, coefficients, channel, s_totals, q_totals):
-    """Leave the sums of the TERMS over the values of each channel of a tile of small maps."""
+def sum_columns(arrays, tile, coefficients, pitch, channel, s_totals, q_totals):
+    """Leave the sums of the TERMS over the values of each channel of a tile of small maps.
+
+    coefficients : `pitch` numbers of each coefficient, the first of them for the tile's channels from `channel` on.
+    """
     width = tile.width
     spatial = tile.spatial
-    expanded = np.empty(N_COEFFICIENTS * width, ACC)
-    EXPAND(coefficients, channel, tile, expanded)
-    columns = COEFFICIENTS(expanded, 0, width, width)
-    s = np.empty(width, ACC)
-    q = np.empty(width, ACC)
+    # Half a page away from the rows, modulo pages: where the last 12 bits of two addresses are the same, a processor
+    # lets a load wait for a store that is under way.
+    page = PAGE // ITEMSIZE
+    apart = -(-width // page) * page
+    scratch = np.empty((2 + N_COEFFICIENTS) * apart + page, ACC)
+    rows = (arrays[0].ctypes.data + DATA_ITEMSIZE * tile.start) // ALIGNMENT * ALIGNMENT
+    begin = (rows + PAGE // 2 - scratch.ctypes.data) % PAGE // ITEMSIZE
+    s = window(scratch, begin, width)
+    q = window(scratch, begin + apart, width)
+    expanded = window(scratch, begin + 2 * apart, N_COEFFICIENTS * apart)
+    EXPAND(coefficients, pitch, channel, tile, expanded, apart)
+    columns = COEFFICIENTS(expanded, 0, apart, width)
     for j in range(width):
         s[j] = ACC(0.0)
         q[j] = ACC(0.0)
     first = tile.start
     row = 0
     if not WIDE:
-        while row + AT_ONCE <= tile.rows:
+        while row + 4 <= tile.rows:
             ADD_ROWS_TO_COLUMNS(arrays, tile, first, width, columns, s, q)
-            first += AT_ONCE * tile.stride
-            row += AT_ONCE
+            first += 4 * tile.stride
+            row += 4
     while row <= tile.rows:
         size = width if row < tile.rows else tile.rest
         ADD_ROW_TO_COLUMNS(arrays, tile, first, size, columns, s, q)
@@ -263,44 +277,26 @@ def sum_columns(arrays, tile, coefficients, channel, s_totals, q_totals):
                 q_total += q_map[i]
             s_totals[c] = s_total
             q_totals[c] = q_total
-    keep(expanded)
-    keep(s)
-    keep(q)
+    keep(scratch)
 
 
 # Both sums are compiled with leave to reorder their additions, and those alone: TERMS are compiled for themselves. One
 # compiled copy serves every launch, so that the bits are the same in all.
 
 
-def forward_sums(arrays, tile, centers, s_totals, q_totals):
-    """Leave the sums of x - center and of its square, over the values of each channel of a tile."""
-    if tile.spatial < LARGE_MAP:
-        SUM_COLUMNS(arrays, tile, centers, np.int64(0), s_totals, q_totals)
-    else:
-        for c in range(tile.channels):
-            s_totals[c] = 0.0
-            q_totals[c] = 0.0
-        coefficients = COEFFICIENTS(centers, 0, tile.channels, tile.channels)
-        row = 0
-        if not WIDE:
-            while row + AT_ONCE <= tile.rows:
-                ADD_ROWS(arrays, tile, row, coefficients, s_totals, q_totals)
-                row += AT_ONCE
-        for k in range(row, tile.rows):
-            ADD_ROW(arrays, tile, k, coefficients, s_totals, q_totals)
-
-
-def backward_sums(arrays, tile, coefficients, s_totals, q_totals):
-    """Leave the sums of g and of g xhat, over the values of each channel of a tile."""
-    if tile.spatial < LARGE_MAP:
-        SUM_COLUMNS(arrays, tile, coefficients, tile.channel, s_totals, q_totals)
-    else:
-        for c in range(tile.channels):
-            s_totals[c] = 0.0
-            q_totals[c] = 0.0
-        of_tile = COEFFICIENTS(coefficients, tile.channel, coefficients.shape[1], tile.channels)
-        for row in range(tile.rows):
-            ADD_ROW(arrays, tile, row, of_tile, s_totals, q_totals)
+def sum_rows(arrays, tile, coefficients, pitch, channel, s_totals, q_totals):
+    """The same for a tile of large maps."""
+    for c in range(tile.channels):
+        s_totals[c] = 0.0
+        q_totals[c] = 0.0
+    of_tile = COEFFICIENTS(coefficients, channel, pitch, tile.channels)
+    row = 0
+    if SEVERAL_ROWS:
+        while row + ROWS_AT_ONCE <= tile.rows:
+            ADD_ROWS(arrays, tile, row, of_tile, s_totals, q_totals)
+            row += ROWS_AT_ONCE
+    for k in range(row, tile.rows):
+        ADD_ROW(arrays, tile, k, of_tile, s_totals, q_totals)
 
 
 # --- the map of a tile ------------------------------------------------------------------------------------------------
@@ -338,37 +334,49 @@ def map_to_gradients(inputs, outputs, j, h):
         outputs[1][j] = dresidual
 
 
-def map_tile(inputs, outputs, tile, coefficients):
-    """MAP_ELEMENT over a tile, one row at a time."""
-    if tile.spatial >= MAP_BY_CHANNEL_FROM:
-        size = tile.spatial
-        pitch = coefficients.shape[1]
-        of_channels = COEFFICIENTS(coefficients, 0, pitch, pitch)
-        for row in range(tile.rows + 1):
-            c = tile.channel - 1
-            for k in range((tile.width if row < tile.rows else tile.rest) // size):
-                c = c + 1 if c + 1 < tile.channel + tile.channels else tile.channel
-                h = HYPER_AT(of_channels, c)
-                read, written = VIEWS(inputs, outputs, tile.start + row * tile.stride + k * size, size)
-                for j in range(size):
-                    MAP_ELEMENT(read, written, j, h)
-        return
+def map_channels(inputs, outputs, tile, coefficients, pitch):
+    """MAP_ELEMENT over a tile, channel by channel, with the coefficients in registers."""
+    size = tile.spatial
+    of_channels = COEFFICIENTS(coefficients, 0, pitch, pitch)
+    for row in range(tile.rows + 1):
+        c = tile.channel - 1
+        for k in range((tile.width if row < tile.rows else tile.rest) // size):
+            c = c + 1 if c + 1 < tile.channel + tile.channels else tile.channel
+            h = HYPER_AT(of_channels, c)
+            read, written = VIEWS(inputs, outputs, tile.start + row * tile.stride + k * size, size)
+            for j in range(size):
+                MAP_ELEMENT(read, written, j, h)
+
+
+def map_columns(inputs, outputs, tile, coefficients, pitch):
+    """MAP_ELEMENT over a tile, two rows at once: the coefficients of a column are read once for both."""
     width = tile.width
     if tile.channels == width:  # the coefficients lie as the columns do
         table = window(coefficients, 0, coefficients.size)
         begin = tile.channel
-        pitch = coefficients.shape[1]
+        step = pitch
     else:
         table = np.empty(N_COEFFICIENTS * width, DTYPE)
-        EXPAND(coefficients, tile.channel, tile, table)
+        EXPAND(coefficients, pitch, tile.channel, tile, table, width)
         begin = 0
-        pitch = width
-    columns = COEFFICIENTS(table, begin, pitch, width)
-    for row in range(tile.rows + 1):
+        step = width
+    columns = COEFFICIENTS(table, begin, step, width)
+    row = 0
+    while row + 2 <= tile.rows:
+        first = tile.start + row * tile.stride
+        read, written = VIEWS(inputs, outputs, first, width)
+        read_too, written_too = VIEWS(inputs, outputs, first + tile.stride, width)
+        for j in range(width):
+            h = HYPER_AT(columns, j)
+            MAP_ELEMENT(read, written, j, h)
+            MAP_ELEMENT(read_too, written_too, j, h)
+        row += 2
+    while row <= tile.rows:
         size = width if row < tile.rows else tile.rest
         read, written = VIEWS(inputs, outputs, tile.start + row * tile.stride, size)
         for j in range(size):
             MAP_ELEMENT(read, written, j, HYPER_AT(columns, j))
+        row += 1
     keep(table)
 
 
@@ -380,7 +388,6 @@ class ArrayTypes:
 
     def __init__(self, dtype: np.dtype[Any]):
         self.vector = types.Array(numba.from_dtype(dtype), 1, "C")
-        self.coefficients = types.Array(numba.from_dtype(dtype), 2, "C")
         self.tile = types.NamedUniTuple(types.int64, len(Tile._fields), Tile)
         self.totals = types.Array(types.float64, 1, "C")
 
@@ -393,6 +400,19 @@ def part(function: Any, constants: dict[str, Any]) -> Any:
 def _scalar(function: Any, constants: dict[str, Any]) -> Any:
     """A scalar function of its own, whose additions keep their order in a loop that may reorder its own."""
     return scalar(bind(function, constants, label=function.__name__, scalar=scalar))
+
+
+def _contracted(function: Any, constants: dict[str, Any]) -> Any:
+    """The same, whose products may be added without a rounding of their own, which takes half as many additions.
+
+    Only for what is not computed a second time: with a rounding, the last bit would be another one.
+    """
+    bound = bind(function, constants, label=function.__name__, scalar=_contract)
+    return _contract(bound)
+
+
+def _contract(function: Any) -> Any:
+    return njit(error_model="numpy", fastmath={"contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 class TileLoops:
@@ -414,52 +434,66 @@ class TileLoops:
         self._flags = flags
         self._shared = shared
         self._backward = backward
+        self._way = "backward" if backward else "forward"
         self._types = ArrayTypes(dtype)
 
-    def sums(self, *, wide: bool = False) -> int:
+    def sums(self, spatial: int, *, wide: bool = False) -> int:
         """The address of the sums' loop, in the dtype or, `wide`, in float64: these read one row at a time."""
         accumulator = np.float64 if wide else self._dtype.type
         if self._backward:
-            hyper, at_once = self._formulas.Normaliser, ROWS_AT_ONCE // 2
-            function, hyper_at, row = backward_sums, normaliser_at, backward_row
+            hyper, hyper_at, row = self._formulas.Normaliser, normaliser_at, backward_row
             terms, formula = backward_terms, self._formulas.gradient_terms
+            compiled, compile_ = _scalar, scalar
         else:
-            hyper, at_once = self._formulas.Center, ROWS_AT_ONCE
-            function, hyper_at, row = forward_sums, center_at, forward_row
+            hyper, hyper_at, row = self._formulas.Center, center_at, forward_row
             terms, formula = forward_terms, self._formulas.deviation_terms
+            compiled, compile_ = _contracted, _contract
         constants = {
             "ACC": accumulator,
-            "WIDE": wide,
-            "AT_ONCE": at_once,
             "N_COEFFICIENTS": len(hyper._fields),
             "COEFFICIENTS": windows_of(len(hyper._fields)),
             "EXPAND": self._shared["expand", self._dtype],
             "HYPER_AT": part(hyper_at, {"HYPER": hyper, "ACC": accumulator}),
         }
-        of_one = _scalar(terms, {"TERMS": self._element(formula, scalar), "ACC": accumulator})
-        of_rows = _scalar(four_terms, {"TERMS_OF_ROW": of_one})
-        rows = part(four_rows, {"ROW": row})
-        if not self._backward:
-            of_rows = _scalar(eight_terms, {"FOUR_TERMS": of_rows})
-            rows = part(eight_rows, {"FOUR_ROWS": rows})
+        of_one = compiled(terms, {"TERMS": self._element(formula, compile_), "ACC": accumulator})
+        of_four = compiled(four_terms, {"TERMS_OF_ROW": of_one})
         one = {**constants, "ROWS": row, "TERMS_OF_ROWS": of_one, "LENGTH": SUM_LENGTH}
-        several = {**constants, "ROWS": rows, "TERMS_OF_ROWS": of_rows, "LENGTH": SUM_LENGTH // at_once}
-        columns = {
-            **constants,
-            "ADD_ROW_TO_COLUMNS": part(add_rows_to_columns, one),
-            "ADD_ROWS_TO_COLUMNS": part(add_rows_to_columns, several),
-        }
-        constants |= {
-            "SUM_COLUMNS": part(sum_columns, columns),
-            "ADD_ROW": part(add_rows, one),
-            "ADD_ROWS": part(add_rows, several),
-        }
+        four = part(four_rows, {"ROW": row})
+        if spatial < LARGE_MAP:
+            function: Any = sum_columns
+            constants |= {
+                "WIDE": wide,
+                "ITEMSIZE": 8 if wide else self._dtype.itemsize,
+                "DATA_ITEMSIZE": self._dtype.itemsize,
+                "ADD_ROW_TO_COLUMNS": part(add_rows_to_columns, one),
+                "ADD_ROWS_TO_COLUMNS": part(add_rows_to_columns, {**constants, "ROWS": four, "TERMS_OF_ROWS": of_four}),
+            }
+        else:
+            function = sum_rows
+            several = {
+                **constants,
+                "ROWS": part(eight_rows, {"FOUR_ROWS": four}),
+                "TERMS_OF_ROWS": compiled(eight_terms, {"FOUR_TERMS": of_four}),
+                "LENGTH": SUM_LENGTH // ROWS_AT_ONCE,
+            }
+            constants |= {
+                "SEVERAL_ROWS": not wide and not self._backward,
+                "ADD_ROW": part(add_rows, one),
+                "ADD_ROWS": part(add_rows, several),
+            }
         array_types = self._types
         arrays = types.UniTuple(array_types.vector, 3 if self._backward else 1)
-        signature = (arrays, array_types.tile, array_types.coefficients, array_types.totals, array_types.totals)
-        return self._compile(function, constants, signature, fastmath={"reassoc"})
+        place = (array_types.vector, types.int64, types.int64)
+        return self._compile(
+            function,
+            constants,
+            (arrays, array_types.tile, *place, array_types.totals, array_types.totals),
+            # Leave to reorder its additions, and those alone: TERMS are compiled for themselves. One compiled copy
+            # serves every launch, so that the bits are the same in all.
+            fastmath={"reassoc"} if self._backward else {"reassoc", "contract"},
+        )
 
-    def map(self, over: int) -> int:
+    def map(self, spatial: int, over: int) -> int:
         """The address of the map's loop that writes over its input of number `over`; -1: over none."""
         formulas, flags = self._formulas, self._flags
         if self._backward:
@@ -471,7 +505,6 @@ class TileLoops:
         outputs = 2 if self._backward and flags["RELU"] and flags["RESIDUAL"] else 1
         constants = {
             "DTYPE": self._dtype.type,
-            "MAP_BY_CHANNEL_FROM": MAP_BY_CHANNEL // self._dtype.itemsize,
             "N_COEFFICIENTS": len(hyper._fields),
             "COEFFICIENTS": windows_of(len(hyper._fields)),
             "EXPAND": self._shared["expand", self._dtype],
@@ -481,7 +514,8 @@ class TileLoops:
         }
         array_types = self._types
         read, written = (types.UniTuple(array_types.vector, count) for count in arrays)
-        return self._compile(map_tile, constants, (read, written, array_types.tile, array_types.coefficients))
+        function = map_columns if spatial < MAP_BY_CHANNEL // self._dtype.itemsize else map_channels
+        return self._compile(function, constants, (read, written, array_types.tile, array_types.vector, types.int64))
 
     def _element(self, formula: Any, compile_: Any) -> Any:
         """A formula of an element for these flags."""
@@ -490,7 +524,9 @@ class TileLoops:
         return compile_(bind(formula, constants, label=formula.__name__, scalar=compile_))
 
     def _compile(self, function: Any, constants: dict[str, Any], signature: tuple[Any, ...], **options: Any) -> int:
-        bound = bind(function, constants, label=f"batchnorm_{function.__name__}_{self._dtype.name}", scalar=inlined)
+        bound = bind(
+            function, constants, label=f"batchnorm_{self._way}{function.__name__}_{self._dtype.name}", scalar=inlined
+        )
         compiled = self._shared.get(bound.__name__)  # the sums of the statistics are the same for all flags
         if compiled is None:
             compiled = self._shared[bound.__name__] = compile_loop(

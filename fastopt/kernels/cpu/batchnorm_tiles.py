@@ -35,6 +35,9 @@ the prefetcher."""
 TILE_SIZE = 32_768
 """Elements of a tile, about: small enough to share few channels out among many threads."""
 
+FEW_BLOCKS = 8
+"""Blocks of small maps are not made shorter to have more than these: each costs as much as two or three rows."""
+
 LEAST_ROWS, MOST_ROWS = 16, 256
 """Rows of a tile of small maps. The most bounds the number of float32 values that a column adds up."""
 
@@ -115,7 +118,7 @@ def _tiles_of_whole_samples(samples: int, channels: int, spatial: int) -> list[l
     """A row holds several samples, where these are short."""
     sample = channels * spatial
     per_row = max(1, (COLUMNS if sample % VECTOR else FEW_COLUMNS) // sample)
-    rows = _rows(per_row * sample)
+    rows = _rows(per_row * sample, samples // per_row)
     blocks = []
     for n in range(0, samples, per_row * rows):
         present = min(per_row * rows, samples - n)
@@ -129,7 +132,7 @@ def _tiles_of_whole_samples(samples: int, channels: int, spatial: int) -> list[l
 def _tiles_of_some_channels(samples: int, channels: int, spatial: int) -> list[list[Tile]]:
     row = channels * spatial
     groups = _edges(channels, -(-channels // max(1, COLUMNS // spatial)))
-    rows = _rows(groups[0][1] * spatial)
+    rows = _rows(groups[0][1] * spatial, samples)
     return [
         [
             Tile(n * row + c * spatial, min(rows, samples - n), row, (d - c) * spatial, 0, c, d - c, spatial)
@@ -144,5 +147,7 @@ def _edges(size: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(size * k // parts for k in range(parts + 1)))
 
 
-def _rows(width: int) -> int:
-    return min(max(TILE_SIZE // width // ROWS_AT_ONCE * ROWS_AT_ONCE, LEAST_ROWS), MOST_ROWS)
+def _rows(width: int, total: int) -> int:
+    """Rows of a tile, of `total` rows of this width."""
+    rows = max(2 * TILE_SIZE // width, total // FEW_BLOCKS) // ROWS_AT_ONCE * ROWS_AT_ONCE
+    return min(max(rows, LEAST_ROWS), MOST_ROWS)

@@ -228,17 +228,17 @@ def forward_sums(x, cuts, partials):
         center = x[part.spare]
         s, q = THREAD_SUMS(x, x, x, cut, part, HYPER(center))
         TREE(sums, squares, s, q, cut.tile_channels)
-        count = float64(part.values)
+        share = 1.0 / float64(part.values)
         if GUARDED:
             inexact = 0
-            if thread < cut.tile_channels and not SUMS_ARE_EXACT(sums[thread], squares[thread], count, LARGEST):
+            if thread < cut.tile_channels and not SUMS_ARE_EXACT(sums[thread], squares[thread], share, LARGEST):
                 inexact = 1
             if cuda.syncthreads_or(inexact):
                 h = HYPER(float64(center))
                 s, q = WIDE_THREAD_SUMS(x, x, x, cut, part, h)
                 TREE(sums, squares, s, q, cut.tile_channels)
         if thread < cut.tile_channels and part.exists:
-            mean, about_mean = MOMENTS(sums[thread], squares[thread], count, float64(center))
+            mean, about_mean = MOMENTS(sums[thread], squares[thread], share, float64(center))
             partials[part.partial] = mean
             partials[part.partial + 1] = about_mean
 
@@ -493,7 +493,7 @@ class BatchNormCUDA:
         weight: float | None,
         over: int,
         count: Array | None = None,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array, Array | None]:
         """Write y to `out` and, in training, record the batch; return what `backward` needs.
 
         As on the CPU; in training x is not empty, and `over` is not used.
@@ -536,7 +536,13 @@ class BatchNormCUDA:
             arrays = (x, unused() if residual is None else residual, unused())
             kernel = self._map(backward=False)
             backend.launch(kernel, cut.tiles * cut.slices, *arrays, cuts, coefficients, out, unused())
-        return coefficients, stats[: 2 * channels].reshape(2, channels)
+        # A copy of gamma, because an optimizer may step before the backward pass.
+        return coefficients, stats[: 2 * channels].reshape(2, channels), None if gamma is None else gamma.copy()
+
+    def statistics(self, state: tuple[Array, Array, Array | None], channels: int) -> tuple[Array, Array]:
+        """The mean and inv_std of every channel, float64, of what `forward` returned."""
+        mean, inv_std = state[1]
+        return mean, inv_std
 
     def backward(
         self,
@@ -545,22 +551,22 @@ class BatchNormCUDA:
         dy: Array,
         y: Array | None,
         outputs: tuple[Array, Array | None],
-        channelwise: tuple[Array | None, Array, Array],
-        saved: tuple[Array, Array],
+        channelwise: tuple[Array, Array],
+        state: tuple[Array, Array, Array | None],
         *,
         training: bool,
         over: int,
     ) -> None:
         """Write dx, dgamma, dbeta and, where `outputs` has room for it, the residual's gradient.
 
-        channelwise : (gamma or None, dgamma, dbeta).
-        saved : what `forward` returned; it is written to.
+        channelwise : (dgamma, dbeta).
+        state : what `forward` returned; it is written to.
         over : not used here.
         """
         backend, unused = self._backend, self._unused
         cut, cuts = self._cut(shape)
-        coefficients, stats = saved
-        gamma, dgamma, dbeta = channelwise
+        coefficients, stats, gamma = state
+        dgamma, dbeta = channelwise
         dx, dresidual = outputs
         arrays = (x, dy, unused() if y is None else y)
         # An empty array has gradients as well: those of one slice whose sums are 0.
