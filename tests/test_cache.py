@@ -513,6 +513,19 @@ def test_a_rule_that_was_refused_is_refused_again_when_its_kernel_is_on_disk(mon
             literal.update_(np.ones(3, np.float32), np.ones(3, np.float32))
 
 
+def test_clear_removes_kernels_and_what_killed_processes_left(tmp_path):
+    names = ("adam-0.kernel", "sgd-0.kernel", f".{'0a' * 8}.tmp", f".{'1b' * 8}.tmp", ".draft.tmp", "notes.txt")
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(10))
+        if name != names[3]:  # of a process that is writing it
+            os.utime(tmp_path / name, (1e9, 1e9))
+    (tmp_path / "folder.kernel").mkdir()
+    removed = cache.clear(tmp_path)
+    assert sorted(file.path.name for file in removed) == list(names[:2])
+    assert {path.name for path in tmp_path.iterdir()} == {*names[3:], "folder.kernel"}
+    assert cache.clear(tmp_path) == []
+
+
 # --- what people are told ---------------------------------------------------------------------------------------------
 
 
@@ -538,6 +551,9 @@ def test_people_are_told_once_what_they_wait_for(terminal, kept, later):
 
 def test_nobody_is_told_what_takes_no_time_or_where_there_is_no_terminal(terminal, monkeypatch):
     bind.WAIT.add("adam_0", 1.9, True)
+    bind.WAIT.quiet = True  # a progress bar shows it
+    bind.WAIT.add("adam_0", 5.0, True)
+    bind.WAIT.quiet = False
     monkeypatch.setattr(bind.sys.stderr, "isatty", lambda: False)
     bind.WAIT.add("adam_0", 5.0, True)
     monkeypatch.setattr(bind.sys, "stderr", None)  # as with pythonw
@@ -551,5 +567,7 @@ def test_a_compilation_counts(terminal, monkeypatch, tmp_path):
     assert updated(REREAD) == 6.0
     assert "(descent_float64); the next process loads them" in "".join(terminal)
     before = bind.WAIT.seconds
+    assert (bind.WAIT.compiled, bind.WAIT.kept, bind.WAIT.loaded) == (1, 1, 0)
     assert updated(REREAD) == 6.0  # loaded
     assert bind.WAIT.seconds == before
+    assert (bind.WAIT.compiled, bind.WAIT.kept, bind.WAIT.loaded) == (1, 1, 1)

@@ -217,21 +217,31 @@ def compile_loop(
         (result,) = dispatcher.overloads.values()
         is_kept = cache.save(name, result)
         WAIT.add(function.__name__, time.perf_counter() - start, is_kept)
+    else:
+        WAIT.loaded += 1
     return Compiled(result)
 
 
 class Wait:
-    """Tells people at a terminal, once, what they wait for."""
+    """Counts compilations, and tells people at a terminal, once, what they wait for."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         """What compilation has taken in this process."""
+        self.compiled = self.kept = self.loaded = 0
+        """Kernels that were compiled, those of them that were kept on disk, and kernels that were loaded from there."""
+        self.quiet = False
+        """Whether people see already what they wait for, as in a command's progress bar."""
         self._told = False
 
     def add(self, label: str, seconds: float, is_kept: bool) -> None:
         """Count a compilation."""
         self.seconds += seconds
-        if self._told or self.seconds < PATIENCE or sys.stderr is None or not sys.stderr.isatty():
+        self.compiled += 1
+        self.kept += is_kept
+        if self.quiet or self._told or self.seconds < PATIENCE:
+            return
+        if sys.stderr is None or not sys.stderr.isatty():
             return
         self._told = True
         later = "the next process loads them" if is_kept else "the next process compiles them again, without a cache"

@@ -38,6 +38,9 @@ FRESH = 86_400.0
 STALE = 3_600.0
 """Seconds after which a temporary file belongs to a process that was killed."""
 
+TEMPORARY = f".{'[0-9a-f]' * 16}.tmp"
+"""The pattern of the names of temporary files, so that those of another program stay."""
+
 NO_WORD = r"[^A-Za-z0-9_]+"
 MAGIC = b"fastopt kernel 1\n"
 SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "DISABLE_INTEL_SVML")
@@ -206,7 +209,7 @@ def kept(folder: Path) -> list[Kept]:
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.endswith(SUFFIX):
+            if entry.name.endswith(SUFFIX) and entry.is_file():
                 with suppress(FileNotFoundError):  # another process has removed it
                     status = entry.stat()
                     found.append(Kept(Path(entry.path), status.st_size, status.st_mtime))
@@ -225,8 +228,26 @@ def shrink(folder: Path, most: int | None = None) -> int:
         if size > most:
             file.path.unlink(missing_ok=True)
             removed += 1
-    for path in folder.glob(".*.tmp"):
+    _remove_left_over(folder)
+    return removed
+
+
+def clear(folder: Path) -> list[Kept]:
+    """Remove the kernels of a directory, and temporary files of processes that were killed; return the kernels.
+
+    Raises OSError where one cannot be removed.
+    """
+    removed = []
+    for file in kept(folder):
+        with suppress(FileNotFoundError):  # another process has removed it
+            file.path.unlink()
+            removed.append(file)
+    _remove_left_over(folder)
+    return removed
+
+
+def _remove_left_over(folder: Path) -> None:
+    for path in folder.glob(TEMPORARY):
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > STALE:
                 path.unlink()
-    return removed
