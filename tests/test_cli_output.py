@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from scripts import ROOT
+from scripts import ROOT, on_terminal
 from typer.testing import CliRunner
 
 from fastopt.cli.app import app
@@ -225,6 +225,20 @@ def test_a_disk_that_keeps_other_bytes_is_an_error_of_the_run(tmp_path, monkeypa
     assert result.exit_code == 1
     assert "Error: --checkpoint: the description: must be in the new file" in plain(result.output)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="of POSIX systems")
+@pytest.mark.parametrize(
+    ("command", "waits"),
+    [("train", ["loading breast-cancer", "compiling adam (1/1)"]), ("bench", ["compiling sgd (1/1)"])],
+)
+def test_a_terminal_shows_what_a_command_waits_for_before_its_work(command, waits):
+    shown, out = on_terminal(command, *COMMANDS[command][0])
+    places = [plain(shown).find(wait) for wait in waits]
+    assert places[0] >= 0
+    assert places == sorted(places)
+    assert "fastopt: compiling kernels" not in shown  # the progress bar says more
+    assert "compiling sgd" not in out
 
 
 @pytest.mark.skipif(os.name == "nt", reason="of POSIX systems")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +20,7 @@ from rich.table import Table
 import fastopt
 from fastopt import get_num_threads
 from fastopt.cli.choices import Choice, one_of, optimizers, parse_optimizers, parse_sizes
-from fastopt.cli.output import blame, check_files, console, spelled, write_json, writing
+from fastopt.cli.output import blame, check_files, console, spelled, waiting, write_json, writing
 from fastopt.kernels.threads import processors, using
 from fastopt.measure import Result, Work, compare_batchnorm, compare_company, compare_step, machine
 from fastopt.measure.company import ways
@@ -193,12 +193,15 @@ def _company(*, seconds: float, after_round: Callable[[], object], times: dict[s
 
 
 def _cases(
-    choices: Iterable[Choice], counts: Sequence[int], dtype: str, batch_norm: bool
+    choices: Sequence[Choice], counts: Sequence[int], dtype: str, batch_norm: bool
 ) -> tuple[list[Case], list[Case]]:
     steps = []
+    with waiting() as show:
+        for k, choice in enumerate(choices):
+            show(f"compiling {choice.label}", k, len(choices))
+            choice.kind([np.zeros(1, dtype)], **_options(choice))  # raises for values out of range
     for choice in choices:
-        options = choice.options if choice.given_lr is None else {**choice.options, "lr": choice.given_lr}
-        choice.kind([np.zeros(1, dtype)], **options)  # raises for values out of range
+        options = _options(choice)
         for count in counts:
             work = Work(choice.kind.__name__, (_shape(choice, count),), dtype, options)
             title = f"{choice.label} {spelled(count)}"
@@ -210,6 +213,10 @@ def _cases(
             title = f"{'x'.join(map(str, shape))} {way}"
             norms.append(Case(title, partial(compare_batchnorm, title, shape, way=way, rounds=ROUNDS)))
     return steps, norms
+
+
+def _options(choice: Choice) -> dict[str, Any]:
+    return choice.options if choice.given_lr is None else {**choice.options, "lr": choice.given_lr}
 
 
 def _shape(choice: Choice, count: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,29 @@ def progress(unit: str) -> Progress:
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
     )
+
+
+@contextmanager
+def waiting() -> Iterator[Callable[..., None]]:
+    """Show what the command waits for before its own work, as in ``compiling adan (7/25)``, until the block ends.
+
+    The block calls the returned function with a text, and for one of many things also with its index and their number.
+    Shows nothing unless standard error is a terminal.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        from fastopt.kernels.bind import WAIT  # imports numba
+
+        def show(text: str, index: int = 0, count: int | None = None) -> None:
+            place = "" if count is None else f" ({index + 1}/{count})"
+            bar.update(task, description=f"{text}{place}", completed=index, total=count, refresh=True)
+
+        before, WAIT.quiet = WAIT.quiet, True
+        try:
+            yield show
+        finally:
+            WAIT.quiet = before
 
 
 @contextmanager

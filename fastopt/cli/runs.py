@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,6 +128,15 @@ def attach(norms: Sequence[fastopt.BatchNorm], flat: fastopt.FlatParams) -> None
     """Attach the norms to the flat buffer: they read gamma and beta there and write their gradients there."""
     for norm, params, grads in zip(norms, flat.params, flat.grads, strict=False):
         norm.attach(params.bn, grads.bn)
+
+
+def make_runs(plans: Sequence[Plan], setting: Setting, checkpoint: Path | None, show: Callable[..., None]) -> list[Run]:
+    """Return the runs of `plans`, as `make_run`; `show` is the function of `fastopt.cli.output.waiting`."""
+    runs = []
+    for k, plan in enumerate(plans):
+        show(f"compiling {plan.label}", k, len(plans))
+        runs.append(make_run(plan, setting, checkpoint))
+    return runs
 
 
 def make_run(plan: Plan, setting: Setting, checkpoint: Path | None = None) -> Run:

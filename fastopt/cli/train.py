@@ -23,10 +23,10 @@ from fastopt.cli.choices import (
 )
 from fastopt.cli.compare import COMPARISONS, PLAIN, own_defaults
 from fastopt.cli.network import ACTIVATIONS
-from fastopt.cli.output import STDOUT, blame, check_files, console, write_json, writing
+from fastopt.cli.output import STDOUT, blame, check_files, console, waiting, write_json, writing
 from fastopt.cli.report import Result, print_results, report, settings_of, title_of
 from fastopt.cli.resume import Keeper
-from fastopt.cli.runs import Plan, Setting, beside, make_run, train_all
+from fastopt.cli.runs import Plan, Setting, beside, make_runs, train_all
 
 INTERRUPTED = 130
 """The exit code of shells after Ctrl-C: 128 + SIGINT."""
@@ -225,21 +225,23 @@ def train(
         if checkpoint is not None:
             _check_checkpoint(checkpoint, len(choices), batch_norm, resume)
 
-    setting = Setting(dataset, widths, chosen("epochs"), backend, seed)
-    with blame("--optimizer"):
-        plans = [
-            plan
-            for choice in choices
-            for plan in comparison.vary(
-                Plan(choice.label, choice, rows_per_batch, schedule, init, activation, batch_norm=batch_norm)
-            )
-        ]
-    with blame("--batch-norm"):
-        for plan in plans:
-            if plan.batch_norm:
-                _check_batch_norm(widths, len(setting.rows.x_train), setting.batch_rows(plan))
-    with blame("--optimizer"):  # make all runs before training: a value out of range ends the command here
-        runs = [make_run(plan, setting, checkpoint) for plan in plans]
+    with waiting() as show:
+        show(f"loading {dataset}")
+        setting = Setting(dataset, widths, chosen("epochs"), backend, seed)
+        with blame("--optimizer"):
+            plans = [
+                plan
+                for choice in choices
+                for plan in comparison.vary(
+                    Plan(choice.label, choice, rows_per_batch, schedule, init, activation, batch_norm=batch_norm)
+                )
+            ]
+        with blame("--batch-norm"):
+            for plan in plans:
+                if plan.batch_norm:
+                    _check_batch_norm(widths, len(setting.rows.x_train), setting.batch_rows(plan))
+        with blame("--optimizer"):  # make all runs before training: a value out of range ends the command here
+            runs = make_runs(plans, setting, checkpoint, show)
     with blame("--resume"):
         begun = [
             run.keeper.resume() if resume and run.keeper is not None and run.keeper.path.exists() else None
