@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
         ("-o", "sgd", "--sizes", "1k", "--seconds", "1", "--no-batch-norm", "--no-company"),
         {"--json": "x.json", "--plot": "x.pdf"},
     ),
+    "cache": ((), {"--json": "x.json"}),
     "info": ((), {"--json": "x.json"}),
 }
 """The commands, each with arguments for a short run, and the options that name a file."""

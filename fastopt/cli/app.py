@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fastopt
-from fastopt.cli import bench, contour, info, train
+from fastopt.cli import bench, cache, contour, info, train
 
 app = typer.Typer(
     help="Train small networks with fastopt's optimizers, draw their paths, and measure their speed on this machine.",
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("contour", epilog=contour.EXAMPLES)(contour.contour)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
+app.command("cache", epilog=cache.EXAMPLES)(cache.cache)
 app.command("info", epilog=info.EXAMPLES)(info.info)
 
 

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 import fastopt
-from fastopt.cli.output import STDOUT, check_files, console, write_json, writing
-from fastopt.kernels import cache, find_cuda
+from fastopt.cli.cache import facts as cache_facts
+from fastopt.cli.output import STDOUT, check_files, console, one_line, write_json, writing
+from fastopt.kernels import find_cuda
 from fastopt.kernels.driver import DRIVER
 from fastopt.kernels.threads import get_num_threads, processors, source
 from fastopt.measure.machine import cpu_name, version_of
@@ -65,7 +66,7 @@ def gather() -> dict[str, dict[str, Any]]:
         "versions": _versions(),
         "cpu": _cpu(),
         "threads": _threads(),
-        "cache": _cache(),
+        "cache": cache_facts(),
         "cuda": find_cuda(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
@@ -98,41 +99,11 @@ def _threads() -> dict[str, Any]:
     try:
         found |= {"count": get_num_threads(), "decided_by": source()}
     except ValueError as error:  # FASTOPT_NUM_THREADS
-        return {**found, "reason": _one_line(error)}
+        return {**found, "reason": one_line(error)}
     mode = DRIVER.mode or DRIVER.choose()
     kinds = {"pool": "fastopt's own", "executor": "Python's"}
     found["kind"] = f"numba's ({numba.threading_layer()})" if mode == "numba" else kinds[mode]
     return {**found, "reason": DRIVER.reason}
-
-
-def _cache() -> dict[str, Any]:
-    """Return the cache setting and its effect, without making the directory: the first kernel makes it."""
-    found: dict[str, Any] = {
-        cache.VARIABLE: os.environ.get(cache.VARIABLE) or None,
-        **dict.fromkeys(("directory", "usable", "kernels", "bytes", "reason")),
-        "most_bytes": cache.MOST_BYTES,
-    }
-    try:
-        directory = cache.chosen_directory()
-        if directory is None:
-            found["reason"] = f"{cache.VARIABLE} is 0: every process compiles its kernels again"
-            return found
-        found["directory"] = str(directory)
-        if not directory.exists():
-            found["reason"] = "the directory will be made when the first kernel is compiled"
-            return found
-        cache.checked_directory(make=False)
-        kernels = cache.kept(directory)
-        found |= {"usable": True, "kernels": len(kernels), "bytes": sum(file.bytes for file in kernels)}
-        if not os.access(directory, os.W_OK):
-            found["reason"] = "the directory cannot be written: new kernels are compiled again in every process"
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
-        found |= {"usable": False, "reason": _one_line(error)}
-    return found
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(" :") or type(error).__name__
 
 
 def _spelled(key: str) -> str:

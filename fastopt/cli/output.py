@@ -144,6 +144,24 @@ def _finite(content: Any) -> Any:
     return content
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line, or the name of its type where it has none."""
+    return " ".join(str(error).split()).rstrip(" :") or type(error).__name__
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in the largest unit of which it has one.
+
+    >>> size(70), size(1_500_000), size(256 * 2**20)
+    ('70 bytes', '1.4 MiB', '256 MiB')
+    """
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 2**power:
+            number = count / 2**power
+            return f"{number:.1f} {unit}" if number < 10 else f"{number:.0f} {unit}"
+    return f"{count} byte{'' if count == 1 else 's'}"
+
+
 def spelled(count: int) -> str:
     """Return a number of parameters in the notation of ``--sizes``: 1000 as 1k, 2500000 as 2.5M.
 
