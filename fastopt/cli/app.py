@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 import fastopt
-from fastopt.cli import bench, cache, contour, info, train
+from fastopt.cli import bench, cache, contour, info, train, warmup
 
 app = typer.Typer(
-    help="Train small networks with fastopt's optimizers, draw their paths, and measure their speed on this machine.",
+    help="Train small networks with fastopt's optimizers, draw their paths, measure their speed on this machine, and "
+    "compile their kernels ahead.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("contour", epilog=contour.EXAMPLES)(contour.contour)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
+app.command("warmup", epilog=warmup.EXAMPLES)(warmup.warmup)
 app.command("cache", epilog=cache.EXAMPLES)(cache.cache)
 app.command("info", epilog=info.EXAMPLES)(info.info)
 

@@ -41,7 +41,7 @@ def cache(
     """Show where compiled kernels are kept on disk, how many there are, their size, and when they were last used.
 
     FASTOPT_CACHE_DIR names another directory, and FASTOPT_CACHE_DIR=0 turns the cache off. Above the bound on the size,
-    the kernels go first that were not used for the longest time.
+    the kernels go first that were not used for the longest time. To fill the cache, run: fastopt warmup
 
     The command does not make the directory. The exit code is 1 where the cache is off or cannot be used.
     """
