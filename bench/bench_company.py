@@ -7,9 +7,11 @@ the products, no step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from groups import Group, by_name, each_contestant
 
 import fastopt
 from fastopt.kernels.driver import DRIVER
@@ -30,21 +32,31 @@ def restored():
     DRIVER.choose()
 
 
-def adam(size: int) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], None]]]:
+class Steps(NamedTuple):
+    """The contestants of a case."""
+
+    steps: dict[str, Callable[[], Any]]
+    before: dict[str, Callable[[], None]]
+    """Functions to call before a contestant's turn."""
+    absent: dict[str, str]
+    """Reasons of rivals that do not take part."""
+
+
+def adam(size: int) -> Steps:
     work = Work("Adam", ((size,),))
     steps, before = ways(of_fastopt(work).step, openmp=True)
-    entered, _ = enter(work, ["torch fused"])
-    return {**steps, **{name: each.step for name, each in entered.items()}}, before
+    entered, absent = enter(work, ["torch fused"])
+    return Steps({**steps, **{name: each.step for name, each in entered.items()}}, before, absent)
 
 
-def batch_norm() -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], None]]]:
-    contestants, _ = norms.contestants(SHAPE, 1, "forward", ["torch"])
+def batch_norm() -> Steps:
+    contestants, absent = norms.contestants(SHAPE, 1, "forward", ["torch"])
     steps, before = ways(contestants.pop("fastopt").step, openmp=True)
     del contestants["limit"]
-    return {**steps, **{name: each.step for name, each in contestants.items()}}, before
+    return Steps({**steps, **{name: each.step for name, each in contestants.items()}}, before, absent)
 
 
-CASES: dict[str, Callable[[], Any]] = {
+CASES: dict[str, Callable[[], Steps]] = {
     **{f"Adam {name}": lambda size=size: adam(size) for name, size in SIZES.items()},
     "BatchNorm 32x256x14x14": batch_norm,
 }
@@ -64,23 +76,47 @@ def title_of(name: str, busy: int) -> str:
     return f"X@W; X@W; {name}" + (f", beside {busy} busy" if busy else "")
 
 
-@pytest.mark.parametrize("busy", BUSY)
-@pytest.mark.parametrize("name", CASES)
-def test_company(measure, name, busy):
-    def case(title: str, **options: Any) -> Result:
-        steps, before = CASES[name]()
-        if not busy:
-            steps["no step"] = lambda: None
+def contestants_of(name: str) -> tuple[str, ...]:
+    return ("fastopt", "one thread", "OpenMP", "torch fused" if name.startswith("Adam") else "torch")
+
+
+def in_company(name: str, busy: int) -> Group:
+    """Return the group of an iteration: two products and a step. Every iteration is a round of the plugin's table."""
+
+    def run(title: str, *, times: dict[str, list[float]], **how: Any) -> Result:
+        case = CASES[name]()
+        steps = case.steps if busy else {**case.steps, "no step": lambda: None}
+        turns: dict[str, list[np.ndarray]] = {}
+        how |= {"before": case.before, "absent": case.absent, "rounds": TURNS, "times": turns}
         with busy_processes(busy):
-            return compare_company(title, steps, before=before, busy=busy, case=name, **{**options, "rounds": TURNS})
+            result = compare_company(title, steps, busy=busy, case=name, **how)
+        times |= {contestant: np.concatenate([turn[0] for turn in of]).tolist() for contestant, of in turns.items()}
+        return result
 
-    measure(case, title_of(name, busy), seconds=5.0 if busy else 3.0)
+    contestants = contestants_of(name) + (() if busy else ("no step",))
+    heading = f"two matmuls and {name}" + (f", beside {busy} busy" if busy else "")
+    return Group(heading, contestants, run, 5.0 if busy else 3.0, title=title_of(name, busy))
 
 
-@pytest.mark.parametrize("name", [*CASES, *ALONE])
-def test_alone(measure, name):
-    def case(title: str, **options: Any) -> Result:
-        steps, before = adam(ALONE[name]) if name in ALONE else CASES[name]()
-        return compare(title, steps, before=before, case=name, **options)
+def alone(name: str) -> Group:
+    """Return the group of the same step without products."""
 
-    measure(case, f"{name}, alone", seconds=1.5)
+    def run(title: str, **how: Any) -> Result:
+        case = adam(ALONE[name]) if name in ALONE else CASES[name]()
+        return compare(title, case.steps, before=case.before, absent=case.absent, case=name, **how)
+
+    return Group(f"{name}, alone", contestants_of(name), run, 1.5)
+
+
+COMPANY = by_name(in_company(name, busy) for name in CASES for busy in BUSY)
+ALONES = by_name(alone(name) for name in [*CASES, *ALONE])
+
+
+@pytest.mark.parametrize(**each_contestant(COMPANY))
+def test_company(measure, group, contestant):
+    measure(COMPANY[group], contestant)
+
+
+@pytest.mark.parametrize(**each_contestant(ALONES))
+def test_alone(measure, group, contestant):
+    measure(ALONES[group], contestant)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import math
+from typing import Any
 
-from fastopt.measure import RIVALS, Work, compare_step
+import pytest
+from groups import Group, by_name, each_contestant, of_step
+
+from fastopt.measure import RIVALS, Result, Work, compare_step
 
 CASES = {
     "100 x 10k": ((10_000,), 100, 1),
@@ -17,10 +21,21 @@ MOST = 1000
 FEW = ("numpy", "torch fused")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_adam(measure, name):
+def group_of(name: str) -> Group:
     shape, tensors, groups = CASES[name]
-    work = Work("Adam", (shape,) * tensors, groups=groups)
     rivals = FEW if tensors > MOST else tuple(RIVALS)
     left_out = {rival: f"left out with {tensors} tensors" for rival in RIVALS if rival not in rivals}
-    measure(compare_step, f"Adam {name}", work, rivals, seconds=1.4, size=work.size, left_out=left_out)
+
+    def run(title: str, **how: Any) -> Result:
+        work = Work("Adam", (shape,) * tensors, groups=groups)
+        return compare_step(title, work, rivals, left_out=left_out, **how)
+
+    return Group(f"Adam {name}", of_step("Adam", rivals), run, 1.4, math.prod(shape) * tensors)
+
+
+GROUPS = by_name(group_of(name) for name in CASES)
+
+
+@pytest.mark.parametrize(**each_contestant(GROUPS))
+def test_many_tensors(measure, group, contestant):
+    measure(GROUPS[group], contestant)

@@ -12,16 +12,19 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from groups import Group, by_name, each_contestant
 from numpy.typing import NDArray
 
 import fastopt
 from fastopt.batches import _gathers_by_take
-from fastopt.measure import compare
+from fastopt.measure import Result, compare
 
 Array = NDArray[Any]
 
 DATA_BYTES = 128 * 2**20  # larger than the caches, like real data
 MOST_ROWS = 1_000_000
+WIDTHS = (None, 1, 10, 64, 784, 3072)
+"""Lengths of the rows; None stands for a vector."""
 
 
 @numba.njit(error_model="numpy")
@@ -58,24 +61,30 @@ def random_rows(count: int, batch: int) -> Iterator[Array]:
     return itertools.cycle([order[start : start + batch] for start in range(0, count - batch + 1, batch)])
 
 
-@pytest.mark.parametrize("batch", [1, 32, 256, 4096])
-@pytest.mark.parametrize(
-    ("width", "dtype"),
-    [*((width, "float32") for width in (None, 1, 10, 64, 784, 3072)), (None, "int64"), (784, "uint8")],
-)
-def test_gather(measure, width, dtype, batch):
-    def case(title: str, **options: Any) -> Any:
+def gathering(batch: int, width: int | None, dtype: str) -> Group:
+    ways = {name: way for name, way in WAYS.items() if width is not None or way is not by_kernel}  # which needs rows
+
+    def run(title: str, **how: Any) -> Result:
         X = data(width, dtype)
         rows = random_rows(len(X), batch)
-        ours = WAYS["np.take"] if _gathers_by_take(X) else WAYS["X[rows]"]
-        ways = {"fastopt": (lambda X, rows: X.take(rows, 0)) if _gathers_by_take(X) else ours, **WAYS}
-        if width is None:
-            del ways["njit kernel"]  # this kernel needs rows
-        calls = {name: lambda way=way: way(X, next(rows)) for name, way in ways.items()}
-        return compare(title, calls, width=width, batch=batch, dtype=dtype, **options)
+        ours = (lambda X, rows: X.take(rows, 0)) if _gathers_by_take(X) else WAYS["X[rows]"]
+        calls = {name: lambda way=way: way(X, next(rows)) for name, way in {"fastopt": ours, **ways}.items()}
+        return compare(title, calls, width=width, batch=batch, dtype=dtype, **how)
 
-    name = "vector" if width is None else f"rows of {width}"
-    measure(case, f"{batch} of {name}, {dtype}", seconds=0.3)
+    title = f"{batch} of {'vector' if width is None else f'rows of {width}'}, {dtype}"
+    return Group(f"gather {title}", ("fastopt", *ways), run, 0.3, title=title)
+
+
+GATHERING = by_name(
+    gathering(batch, width, dtype)
+    for width, dtype in [*((width, "float32") for width in WIDTHS), (None, "int64"), (784, "uint8")]
+    for batch in (1, 32, 256, 4096)
+)
+
+
+@pytest.mark.parametrize(**each_contestant(GATHERING))
+def test_gather(measure, group, contestant):
+    measure(GATHERING[group], contestant)
 
 
 def epoch_by_hand(rng: np.random.Generator, X: Array, y: Array, batch: int) -> None:
@@ -85,10 +94,8 @@ def epoch_by_hand(rng: np.random.Generator, X: Array, y: Array, batch: int) -> N
         _ = X[rows], y[rows]
 
 
-@pytest.mark.parametrize("batch", [1, 64, 1024])
-@pytest.mark.parametrize("shape", [(1797, 64), (20_000, 784), (5_000, 3, 32, 32)], ids=str)
-def test_epoch(measure, shape, batch):
-    def case(title: str, **options: Any) -> Any:
+def epochs(shape: tuple[int, ...], batch: int) -> Group:
+    def run(title: str, **how: Any) -> Result:
         X, y = np.ones(shape, np.float32), np.ones(shape[0], np.int64)
         batches = fastopt.minibatches(X, y, batch_size=batch, rng=0)
         rng = np.random.default_rng(0)
@@ -97,6 +104,16 @@ def test_epoch(measure, shape, batch):
             for _ in batches:
                 pass
 
-        return compare(title, {"fastopt": epoch, "by hand": lambda: epoch_by_hand(rng, X, y, batch)}, **options)
+        return compare(title, {"fastopt": epoch, "by hand": lambda: epoch_by_hand(rng, X, y, batch)}, **how)
 
-    measure(case, f"epoch of {'x'.join(map(str, shape))}, batches of {batch}", seconds=0.6)
+    return Group(f"epoch of {'x'.join(map(str, shape))}, batches of {batch}", ("fastopt", "by hand"), run, 0.6)
+
+
+EPOCHS = by_name(
+    epochs(shape, batch) for shape in ((1797, 64), (20_000, 784), (5_000, 3, 32, 32)) for batch in (1, 64, 1024)
+)
+
+
+@pytest.mark.parametrize(**each_contestant(EPOCHS))
+def test_epoch(measure, group, contestant):
+    measure(EPOCHS[group], contestant)

@@ -7,9 +7,11 @@ show the best value of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
+from groups import Group, by_name, each_contestant
 
 from fastopt import get_num_threads, set_num_threads
 from fastopt.kernels import driver
@@ -29,9 +31,10 @@ SWITCH = driver.SERIAL_BELOW
 MODE = DRIVER.choose()
 
 
-def thread_counts(most: int) -> list[int]:
-    """Return 1, 2, 4, ... and `most`."""
-    return sorted({min(2**k, most) for k in range(most.bit_length() + 1)})
+def thread_counts(most: int) -> dict[str, int]:
+    """Return 1, 2, 4, ... and `most` by the names of their contestants."""
+    counts = sorted({min(2**k, most) for k in range(most.bit_length() + 1)})
+    return {f"{count} thread{'s' if count > 1 else ''}": count for count in counts}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +54,7 @@ def on_threads(count: int, serial_below: int, mode: str | None) -> Callable[[], 
     return switch
 
 
-def scale(title: str, size: int, **options: Any) -> Result:
+def scale(title: str, *, size: int, **options: Any) -> Result:
     """Compare the default step, its limit, and the same step on each number of threads."""
     work = Work("Adam", ((size,),))
     check_memory(work, 2)
@@ -59,8 +62,7 @@ def scale(title: str, size: int, **options: Any) -> Result:
     most = get_num_threads()
     contestants = {"fastopt": optimizer.step, "limit": limit_of(optimizer).step}
     before = dict.fromkeys(contestants, on_threads(most, SWITCH, None))
-    for count in thread_counts(most):
-        name = f"{count} thread{'s' if count > 1 else ''}"
+    for name, count in thread_counts(most).items():
         contestants[name], before[name] = optimizer.step, on_threads(count, 0, MODE)
     return compare(
         title,
@@ -76,6 +78,16 @@ def scale(title: str, size: int, **options: Any) -> Result:
     )
 
 
-@pytest.mark.parametrize("size", sorted(SIZES))
-def test_scaling(measure, size):
-    measure(scale, f"Adam {size:,}", size, seconds=0.5 if size < 10**7 else 1.5, size=size)
+def group_of(size: int) -> Group:
+    contestants = ("fastopt", "limit", *thread_counts(get_num_threads()))
+    run = partial(scale, size=size)
+    title = f"Adam {size:,}"
+    return Group(f"{title}, by threads", contestants, run, 0.5 if size < 10**7 else 1.5, size, title)
+
+
+GROUPS = by_name(group_of(size) for size in sorted(SIZES))
+
+
+@pytest.mark.parametrize(**each_contestant(GROUPS))
+def test_scaling(measure, group, contestant):
+    measure(GROUPS[group], contestant)

@@ -11,9 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+
+import pytest
+from groups import Group, by_name, each_contestant
 
 import fastopt
 from fastopt.measure import Result, Spread
@@ -72,25 +75,33 @@ def gather(seconds: float, rounds: int) -> dict[str, dict[str, list[float]]]:
     return samples
 
 
-def moment_of(title: str, moment: str, *, seconds: float, rounds: int) -> Result:
+def moment_of(title: str, *, moment: str, seconds: float, rounds: int, times: dict[str, list[float]]) -> Result:
     if not SAMPLES:
         SAMPLES.update(gather(seconds, min(rounds, 3)))  # each process of torch takes seconds
-    times = dict(SAMPLES[moment])
+    times |= SAMPLES[moment]
     if moment == "import":
         times["numba"] = SAMPLES["numba"]["fastopt"]
     return Result(title, {name: Spread.of(taken, times["fastopt"]) for name, taken in times.items()}, MISSING)
 
 
-def test_import(measure: Any) -> None:
-    """Measure `import fastopt` after `import numba`, and the imports of numba and torch."""
-    measure(moment_of, "import fastopt, over numba", "import", seconds=15.0)
+TITLES = {
+    "import": "import fastopt, over numba",
+    "first step": "first step of a process",
+    "whole process": "whole process",
+}
+"""The title of each moment: `import fastopt` after `import numba`, and the imports of numba and torch; the construction
+and the first step of Adam on 1,000 parameters; Python's start, the imports, the optimizer, the first step and the exit.
+"""
 
 
-def test_first_step(measure: Any) -> None:
-    """Measure the construction and the first step of Adam on 1,000 parameters."""
-    measure(moment_of, "first step of a process", "first step", seconds=15.0)
+def group_of(moment: str) -> Group:
+    contestants = ("fastopt", "cached", "torch", *(["numba"] if moment == "import" else []))
+    return Group(TITLES[moment], contestants, partial(moment_of, moment=moment), 15.0)
 
 
-def test_whole_process(measure: Any) -> None:
-    """Measure Python's start, the imports, the optimizer, the first step and the exit."""
-    measure(moment_of, "whole process", "whole process", seconds=15.0)
+GROUPS = by_name(group_of(moment) for moment in TITLES)
+
+
+@pytest.mark.parametrize(**each_contestant(GROUPS))
+def test_startup(measure, group, contestant):
+    measure(GROUPS[group], contestant)

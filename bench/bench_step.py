@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+from groups import Group, by_name, each_contestant, of_step
 
 import fastopt
-from fastopt.measure import RIVALS, Work, compare_step
+from fastopt.measure import RIVALS, Result, Work, compare_step
 
 SIZES = {"1k": 1_000, "10k": 10_000, "100k": 100_000, "1M": 1_000_000, "4M": 4_000_000, "30M": 30_000_000}
 SECONDS = {"1k": 0.2, "10k": 0.2, "100k": 0.2, "1M": 0.4, "4M": 0.3, "30M": 0.7}
@@ -24,36 +26,38 @@ def title_of(name: str, size: str, dtype: str) -> str:
     return f"{name} {size}" + ("" if dtype == "float32" else f" {dtype}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
-def test_adam(measure, size, dtype):
-    """Compare all rivals at every size."""
-    work = Work("Adam", ((SIZES[size],),), dtype)
-    measure(compare_step, title_of("Adam", size, dtype), work, seconds=3 * SECONDS[size], size=work.size)
-
-
-OTHERS = [
-    (name, size, dtype)
-    for name in CASES
-    for dtype, sizes in (("float32", ("1k", "100k", "1M", "4M", "30M")), ("float64", ("1k", "1M", "30M")))
-    for size in sizes
-    if name != "Adam" and (name != "Muon" or size in MATRICES)
-]
-
-
-@pytest.mark.parametrize(("name", "size", "dtype"), OTHERS)
-def test_other(measure, name, size, dtype):
-    """Compare all rivals up to 1M; above, only the limit and torch's fused kernels."""
+def group_of(name: str, size: str, dtype: str) -> Group:
+    """Return the group of an optimizer: Adam with all rivals at every size, the others with few of them above 1M."""
     optimizer, options = CASES[name]
-    work = Work(optimizer, (MATRICES[size] if name == "Muon" else (SIZES[size],),), dtype, options)
-    few = SIZES[size] > SIZES["1M"]
-    measure(
-        compare_step,
-        title_of(name, size, dtype),
-        work,
-        FEW if few else tuple(RIVALS),
-        seconds=SECONDS[size],
-        size=work.size,
-        limit=name != "Muon",  # Muon's time is that of its matrix products
-        left_out=LEFT_OUT if few else {},
-    )
+    shape = MATRICES[size] if name == "Muon" else (SIZES[size],)
+    limit = name != "Muon"  # Muon's time is that of its matrix products
+    few = name != "Adam" and SIZES[size] > SIZES["1M"]
+    rivals, left_out = (FEW, LEFT_OUT) if few else (tuple(RIVALS), {})
+
+    def run(title: str, **how: Any) -> Result:
+        work = Work(optimizer, (shape,), dtype, options)  # a new one for each run, because it keeps its gradients
+        return compare_step(title, work, rivals, limit=limit, left_out=left_out, **how)
+
+    seconds = (3 if name == "Adam" else 1) * SECONDS[size]
+    contestants = of_step(optimizer, rivals, limit)
+    title = title_of(name, size, dtype)
+    return Group(f"{name} {size} {dtype}", contestants, run, seconds, math.prod(shape), title)
+
+
+GROUPS = by_name(
+    [
+        *(group_of("Adam", size, dtype) for size in SIZES for dtype in DTYPES),
+        *(
+            group_of(name, size, dtype)
+            for name in CASES
+            for dtype, sizes in (("float32", ("1k", "100k", "1M", "4M", "30M")), ("float64", ("1k", "1M", "30M")))
+            for size in sizes
+            if name != "Adam" and (name != "Muon" or size in MATRICES)
+        ),
+    ]
+)
+
+
+@pytest.mark.parametrize(**each_contestant(GROUPS))
+def test_step(measure, group, contestant):
+    measure(GROUPS[group], contestant)

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from groups import Group, by_name, each_contestant
 from tail import DECAY, EMA, LR, MAX_NORM, SCALE, torch_sequence
 
 import fastopt
-from fastopt.measure import compare
+from fastopt.measure import Result, compare
 
 try:
     import torch
@@ -56,11 +57,10 @@ def torchs(gradient: np.ndarray) -> Tail:
     return Tail(step, write, lambda: [param.numpy() for param in params])
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_tail(measure, size):
+def whole_step(size: str) -> Group:
     n = SIZES[size]
 
-    def case(title: str, **options: Any) -> Any:
+    def run(title: str, **how: Any) -> Result:
         gradient = np.random.default_rng(0).standard_normal(n, np.float32)
         tails = {
             "fastopt": ours(gradient, max_norm=MAX_NORM, ema=EMA, zero_grad=True),
@@ -70,16 +70,17 @@ def test_tail(measure, size):
         if torch:
             tails["torch"] = torchs(gradient)
         steps, writes = ({name: getattr(tail, what) for name, tail in tails.items()} for what in ("step", "write"))
-        return compare(title, steps, before=writes, absent=MISSING, parameters=n, **options)
+        return compare(title, steps, before=writes, absent=MISSING, parameters=n, **how)
 
-    measure(case, f"tail {size}", seconds=2.0 if size == "30M" else 1.0, size=n)
+    contestants = ("fastopt", "no clipping", "plain step", "torch")
+    heading = f"unscale, clip, AdamW, EMA, zero_grad {size}"
+    return Group(heading, contestants, run, 2.0 if size == "30M" else 1.0, n, f"tail {size}")
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_accumulate(measure, size):
+def accumulation(size: str) -> Group:
     n = SIZES[size]
 
-    def case(title: str, **options: Any) -> Any:
+    def run(title: str, **how: Any) -> Result:
         optimizer = fastopt.AdamW({"w": np.ones(n, np.float32)}, max_norm=MAX_NORM)
         plain = fastopt.AdamW({"w": np.ones(n, np.float32)})
         gradient = np.random.default_rng(0).standard_normal(n, np.float32)
@@ -91,17 +92,16 @@ def test_accumulate(measure, size):
             "not measured": lambda: plain.accumulate({"w": gradient}, 0.5),
             "numpy": lambda: np.add(theirs, 0.5 * gradient, out=theirs),
         }
-        return compare(title, contestants, parameters=n, **options)
+        return compare(title, contestants, parameters=n, **how)
 
-    measure(case, f"accumulate {size}", seconds=0.7, size=n)
+    return Group(f"accumulate {size}", ("fastopt", "not measured", "numpy"), run, 0.7, n)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.001])
-def test_rows(measure, share):
-    """Compare row-wise with dense steps of Adam on (1,000,000, 64), where a share of the rows has a gradient."""
+def of_rows(share: float) -> Group:
+    """Return row-wise and dense steps of Adam on (1,000,000, 64), where a share of the rows has a gradient."""
     rows, columns = 1_000_000, 64
 
-    def case(title: str, **options: Any) -> Any:
+    def run(title: str, **how: Any) -> Result:
         rng = np.random.default_rng(0)
         params = {"embedding": rng.standard_normal((rows, columns), np.float32)}
         dense, rowwise = fastopt.Adam(params), fastopt.Adam(params)
@@ -119,6 +119,27 @@ def test_rows(measure, share):
 
         for _ in range(200):  # mix the ages of the rows
             step_rows()
-        return compare(title, {"fastopt": step_rows, "dense step": dense.step}, **options)
+        return compare(title, {"fastopt": step_rows, "dense step": dense.step}, **how)
 
-    measure(case, f"{share:.1%} of 1,000,000 rows of 64", seconds=2.0, size=rows * columns)
+    title = f"{share:.1%} of 1,000,000 rows of 64"
+    return Group(f"Adam on {title}", ("fastopt", "dense step"), run, 2.0, rows * columns, title)
+
+
+TAILS = by_name(whole_step(size) for size in SIZES)
+ACCUMULATIONS = by_name(accumulation(size) for size in SIZES)
+ROWS = by_name(of_rows(share) for share in (0.01, 0.001))
+
+
+@pytest.mark.parametrize(**each_contestant(TAILS))
+def test_tail(measure, group, contestant):
+    measure(TAILS[group], contestant)
+
+
+@pytest.mark.parametrize(**each_contestant(ACCUMULATIONS))
+def test_accumulate(measure, group, contestant):
+    measure(ACCUMULATIONS[group], contestant)
+
+
+@pytest.mark.parametrize(**each_contestant(ROWS))
+def test_rows(measure, group, contestant):
+    measure(ROWS[group], contestant)

@@ -55,7 +55,8 @@ def store(path: Path, folder: Path = FOLDER) -> list[str]:
     records: dict[str, list[dict[str, Any]]] = {}
     for entry in run["benchmarks"]:
         name = Path(entry["fullname"].split("::")[0]).stem.removeprefix("bench_")
-        records.setdefault(name, []).append({key: entry["extra_info"][key] for key in Result._fields})
+        if record := entry["extra_info"].get("result"):  # of the whole group, in the benchmark that measured it
+            records.setdefault(name, []).append({key: record[key] for key in Result._fields})
     if unknown := sorted(records.keys() - set(FILES)):
         raise ValueError(f"{path}: must be of files in FILES, got bench_{unknown[0]}.py; add it in bench/results.py")
     folder.mkdir(exist_ok=True)

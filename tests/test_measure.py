@@ -18,7 +18,7 @@ import fastopt
 from fastopt.measure import RIVALS, Result, Spread, Work, batchnorm, bytes_of, compare, comparison, interleave, limit_of
 from fastopt.measure import machine as machine_facts
 from fastopt.measure.interleaved import SAMPLE, SAMPLES, SLOW, WARM
-from fastopt.measure.rivals import FUSED, OPTAX, SKLEARN, THINC, TORCH, enter, of_fastopt
+from fastopt.measure.rivals import OPTAX, SKLEARN, THINC, TORCH, enter, of_fastopt
 
 MODULES = ("interleaved", "limit", "machine", "rivals", "comparison", "batchnorm")
 
@@ -235,7 +235,7 @@ def entered(work: Work, rival: str):
 
 TAKES_PART = {
     "numpy": tuple(fastopt.Optimizer.classes),
-    "torch fused": FUSED,
+    "torch fused": RIVALS["torch fused"].optimizers,
     "torch": tuple(TORCH),
     "optax": tuple(OPTAX),
     "thinc": THINC,
@@ -270,6 +270,15 @@ def test_a_rival_computes_the_same_as_fastopt(work, rival):
 def test_the_table_lists_only_existing_optimizers():
     assert set().union(*TAKES_PART.values()) <= set(fastopt.Optimizer.classes)
     assert TAKES_PART.keys() | {"deepspeed"} == RIVALS.keys()
+
+
+@pytest.mark.parametrize("rival", TAKES_PART)
+def test_the_table_knows_which_optimizers_a_rival_has(rival):
+    pytest.importorskip(RIVALS[rival].imports, reason=f"{rival}, the rival, is not installed")
+    for name in fastopt.Optimizer.classes:
+        reason = enter(Work(name, ((3, 2),)), [rival])[1].get(rival, "")
+        lacks = f"has no {name} that" in reason or "has no fused" in reason
+        assert RIVALS[rival].makes(name) != lacks, (name, reason)
 
 
 @pytest.mark.parametrize(

@@ -101,14 +101,21 @@ def test_every_file_of_benchmarks_is_known_and_described():
 # --- storing ----------------------------------------------------------------------------------------------------------
 
 
+def entry(file: str, contestant: str, **extra_info) -> dict:
+    """Return a benchmark in the JSON of a run; the first of a group has the Result of the group."""
+    fullname = f"bench/bench_{file}.py::test[{contestant}]"
+    return {"fullname": fullname, "stats": {"min": 1}, "extra_info": extra_info}
+
+
 def test_a_run_is_stored(tmp_path):
     everything = {
         "machine_info": {"node": "my-secret-host"},
         "commit_info": {"author": "me"},
         "fastopt": RUN,
         "benchmarks": [
-            {"fullname": "bench/bench_step.py::test[1]", "stats": {"min": 1}, "extra_info": STEPS[0].record()},
-            {"fullname": "bench/bench_batchnorm.py::test", "stats": {"min": 1}, "extra_info": NORMS[0].record()},
+            entry("step", "fastopt", result=STEPS[0].record()),
+            entry("step", "numpy"),
+            entry("batchnorm", "torch", result=NORMS[0].record()),
         ],
     }
     path, folder = tmp_path / "run.json", tmp_path / "results"
@@ -125,8 +132,8 @@ def test_a_run_is_stored(tmp_path):
 
 def test_an_unknown_file_of_benchmarks_is_refused(tmp_path):
     path = tmp_path / "run.json"
-    entry = {"fullname": "bench/bench_new.py::test", "extra_info": STEPS[0].record()}
-    path.write_text(json.dumps({"fastopt": RUN, "benchmarks": [entry]}))
+    benchmarks = [entry("new", "fastopt", result=STEPS[0].record())]
+    path.write_text(json.dumps({"fastopt": RUN, "benchmarks": benchmarks}))
     with pytest.raises(ValueError, match=r"must be of files in FILES, got bench_new\.py"):
         results.store(path, tmp_path)
 
@@ -164,7 +171,8 @@ def test_machine_versions_and_date_are_shown():
 def test_the_pages_tables_have_a_row_for_each_result_and_a_column_for_each_contestant():
     page = report.performance(STORED)
     sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
-    assert [section.splitlines()[0] for section in sections] == ["One step", "BatchNorm", "Size and threads"]
+    headings = ["One step", "BatchNorm", "Size and threads"]
+    assert [section.splitlines()[0] for section in sections] == headings
     first = rows_of(sections[0])
     assert first[0] == ["", "fastopt", "8 of 10", "GB/s", "limit", "numpy", "torch fused", "optax"]
     assert [row[0] for row in first[2:]] == [each.title for each in STEPS]
@@ -252,7 +260,7 @@ def test_a_run_of_the_benchmarks_can_be_stored(tmp_path):
     path = tmp_path / "run.json"
     finished = run(
         *("-m", "pytest", ROOT / "bench", "--benchmark-only", "-p", "no:cacheprovider", "-q"),
-        *("-k", "(test_other and SGD-1k-float32) or (test_batchnorm and 256x1024) or test_scaling and 100"),
+        *("-k", "(test_step and SGD-1k-float32) or (test_batchnorm and 256x1024) or Adam-100-by-threads"),
         *("--scale", "0.01", "--most", "1000", f"--benchmark-json={path}", "-c", ROOT / "pyproject.toml"),
         timeout=120,
     )

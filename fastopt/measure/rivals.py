@@ -12,7 +12,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -461,16 +461,28 @@ class Rival(NamedTuple):
     """The module whose import shows that the package is installed."""
     enter: Callable[[Work], Contestant]
     """Return the contestant, or raise Absent."""
+    optimizers: Collection[str] | None = None
+    """The optimizers that the rival has, by fastopt's names; None means all."""
 
+    def makes(self, optimizer: str) -> bool:
+        """Return whether the rival has an optimizer; `enter` may still raise Absent for an option or a dtype.
+
+        >>> RIVALS["torch"].makes("Adam"), RIVALS["torch"].makes("Lion")
+        (True, False)
+        """
+        return self.optimizers is None or optimizer in self.optimizers
+
+
+_FUSED_BY_TORCH = [name for name, (theirs, _) in TORCH.items() if theirs in FUSED]
 
 RIVALS: dict[str, Rival] = {
     "numpy": Rival("numpy", "numpy", _numpy),
-    "torch fused": Rival("torch", "torch", lambda work: _torch(work, fused=True)),
-    "torch": Rival("torch", "torch", _torch),
-    "optax": Rival("optax", "optax", _optax),
-    "deepspeed": Rival("deepspeed", "deepspeed", _deepspeed),
-    "thinc": Rival("thinc", "thinc", _thinc),
-    "scikit-learn": Rival("scikit-learn", "sklearn", _sklearn),
+    "torch fused": Rival("torch", "torch", lambda work: _torch(work, fused=True), _FUSED_BY_TORCH),
+    "torch": Rival("torch", "torch", _torch, TORCH),
+    "optax": Rival("optax", "optax", _optax, OPTAX),
+    "deepspeed": Rival("deepspeed", "deepspeed", _deepspeed, DEEPSPEED),
+    "thinc": Rival("thinc", "thinc", _thinc, THINC),
+    "scikit-learn": Rival("scikit-learn", "sklearn", _sklearn, SKLEARN),
 }
 """All rivals, in the order of the tables' columns."""
 
