@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import fastopt
 from fastopt.cli import bench
 from fastopt.cli.app import app
-from fastopt.cli.choices import parse_sizes
+from fastopt.cli.choices import parse_shapes, parse_sizes
 from fastopt.kernels.threads import processors
 from fastopt.measure import Result, Spread, machine
 
@@ -31,9 +31,8 @@ def outcome(tmp_path_factory):
     """One run: its output, its JSON, its figure."""
     folder = tmp_path_factory.mktemp("bench")
     arguments = ("--optimizer", "sgd,adam:amsgrad", "--sizes", "100,1k", "--seconds", "1")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "SHAPES", ((8, 16, 7, 7), (4, 3, 8, 8)))
-        result = invoke(*arguments, "--json", folder / "b.json", "--plot", folder / "b.png")
+    shapes = ("--shapes", "8x16x7x7,32x64")
+    result = invoke(*arguments, *shapes, "--json", folder / "b.json", "--plot", folder / "b.png")
     assert result.exit_code == 0, result.output
     return result.output, json.loads((folder / "b.json").read_text(encoding="utf-8")), folder / "b.png"
 
@@ -41,7 +40,7 @@ def outcome(tmp_path_factory):
 def test_the_tables_have_a_row_for_each_case(outcome):
     output, _, _ = outcome
     lines = output.splitlines()
-    for title in ("sgd 100", "sgd 1k", "adam:amsgrad 100", "adam:amsgrad 1k", "8x16x7x7 forward"):
+    for title in ("sgd 100", "sgd 1k", "adam:amsgrad 100", "adam:amsgrad 1k", "8x16x7x7 forward", "32x64 backward"):
         (line,) = (line for line in lines if line.strip().startswith(title + " "))
         cells = line.strip().removeprefix(title).split()
         assert float(cells[0]) > 0
@@ -68,6 +67,7 @@ def test_the_json_holds_every_result_and_the_machine(outcome):
     ]
     assert results[2].facts["options"] == {"amsgrad": True}
     assert [result.facts["way"] for result in results[4:-1]] == ["forward", "backward"] * 2
+    assert [result.facts["shape"] for result in results[4:-1:2]] == [[8, 16, 7, 7], [32, 64]]
     assert set(results[-1].facts["parts"]) == {"iteration", "work", "step"}
     for result in results[:-1]:
         assert {"fastopt", "limit", "numpy"} <= result.seconds.keys()
@@ -201,6 +201,12 @@ def test_muon_gets_a_matrix():
         (("--sizes", "1k,many"), "--sizes", "must be whole numbers from 1 to 10G, such as 1000, 1k, 2.5M, 1e6, got 'm"),
         (("--sizes", "0"), "--sizes", "must be whole numbers from 1 to 10G, such as 1000, 1k, 2.5M, 1e6, got '0'"),
         (("--sizes", ""), "--sizes", "must be whole numbers from 1 to 10G, such as 1000, 1k, 2.5M, 1e6, got ''"),
+        (("--shapes", "64"), "--shapes", "must be shapes (N, C) or (N, C, H, W) with at least 2 values per channel"),
+        (("--shapes", "1x64"), "--shapes", "such as 256x1024 or 32x256x14x14, got '1x64'"),
+        (("--shapes", "8x-4"), "--shapes", "got '8x-4'"),
+        (("--shapes", "8x0"), "--shapes", "got '8x0'"),
+        (("--shapes", "8x4,"), "--shapes", "got ''"),
+        (("--shapes", "1000000x1000000"), "--shapes", "got '1000000x1000000'"),
         (("--dtype", "float16"), "--dtype", "dtype: must be one of float32, float64, got 'float16'"),
         (("--seconds", "0"), "--seconds", "must be a finite number of seconds from 1, such as 42, got 0"),
         (("--seconds", "nan"), "--seconds", "must be a finite number of seconds from 1, such as 42, got nan"),
@@ -224,6 +230,10 @@ def test_bad_input_is_refused_before_the_measurement(arguments, option, message,
 )
 def test_sizes(text, sizes):
     assert parse_sizes(text) == sizes
+
+
+def test_shapes():
+    assert parse_shapes("256x1024, 32x256x14x14,256x1024,1x3x5") == [(256, 1024), (32, 256, 14, 14), (1, 3, 5)]
 
 
 @pytest.mark.parametrize("text", ["1.5", "-1k", "nan", "inf", "k", "1kk", "1,,2", "1e11", "0.0001k"])

@@ -396,6 +396,12 @@ def test_a_library_without_mallopt_is_left_alone(monkeypatch):
     assert machine_facts.keep_freed_memory() is False
 
 
+def test_batchnorm_that_does_not_fit_raises_before_allocating(monkeypatch):
+    monkeypatch.setattr(machine_facts, "free_memory", lambda: 10**9)
+    with pytest.raises(MemoryError, match=r"needs 1\.6 GB of memory, and 1\.0 GB are free"):
+        comparison.compare_batchnorm("x", (2**13, 2**12), rivals=iter(["numpy", "torch"]), seconds=1.0)
+
+
 def test_too_little_memory_raises_before_allocating(monkeypatch):
     monkeypatch.setattr(machine_facts, "free_memory", lambda: 10**9)
     work = Work("Adam", ((10**9,),))

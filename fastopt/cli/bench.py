@@ -19,7 +19,7 @@ from rich.table import Table
 
 import fastopt
 from fastopt import get_num_threads
-from fastopt.cli.choices import Choice, one_of, optimizers, parse_optimizers, parse_sizes
+from fastopt.cli.choices import Choice, one_of, optimizers, parse_optimizers, parse_shapes, parse_sizes
 from fastopt.cli.output import blame, check_files, console, spelled, waiting, write_json, writing
 from fastopt.kernels.threads import processors, using
 from fastopt.measure import Result, Work, compare_batchnorm, compare_company, compare_step, machine
@@ -33,15 +33,13 @@ EXAMPLES = "\n\n".join(
         "fastopt bench --plot speed.png --json speed.json",
         "fastopt bench --optimizer adam,lion --sizes 1k,1M,30M --dtype float64",
         "fastopt bench --optimizer all --sizes 1M --seconds 120 --no-batch-norm",
+        "fastopt bench --shapes 32x64,256x1024,32x256x14x14",
         "fastopt bench --threads 1",
     ]
 )
 
 RIVALS = ("numpy", "torch fused", "torch")
 """The members of `fastopt.measure.RIVALS` that need no compiling: the command should finish within a minute."""
-
-SHAPES = ((32, 256, 14, 14), (64, 64, 28, 28))
-"""Shapes of the images that BatchNorm is measured on: (N, C, H, W)."""
 
 SECONDS = 42.0
 """Default duration of the command."""
@@ -103,6 +101,14 @@ def bench(
     batch_norm: Annotated[
         bool, typer.Option("--batch-norm/--no-batch-norm", help="Also measure BatchNorm, in float32.")
     ] = True,
+    shapes: Annotated[
+        str,
+        typer.Option(
+            metavar="SHAPES",
+            help="Shapes of the input of BatchNorm, separated by commas: NxC for matrices, the activations of dense "
+            "layers, and NxCxHxW for images.",
+        ),
+    ] = "64x128,256x1024,32x256x14x14,64x64x28x28",
     company: Annotated[
         bool,
         typer.Option("--company/--no-company", help="Also measure a step of Adam that follows two NumPy matmuls."),
@@ -129,6 +135,8 @@ def bench(
         choices = parse_optimizers(optimizer)
     with blame("--sizes"):
         counts = parse_sizes(sizes)
+    with blame("--shapes"):
+        inputs = parse_shapes(shapes) if batch_norm else []
     with blame("--dtype"):
         one_of(dtype, ("float32", "float64"), "dtype")
     with blame("--seconds"):
@@ -144,7 +152,7 @@ def bench(
     others = machine.OtherPrograms()
     with using(threads or get_num_threads()), torch_as_before():
         with blame("--optimizer"):
-            steps, norms = _cases(choices, counts, dtype, batch_norm)
+            steps, norms = _cases(choices, counts, dtype, inputs)
             together = [Case(COMPANY, _company)] if company else []
         results, skipped = _measure([*steps, *norms, *together], seconds)
         by_title = {result.title: result for result in results}
@@ -193,7 +201,7 @@ def _company(*, seconds: float, after_round: Callable[[], object], times: dict[s
 
 
 def _cases(
-    choices: Sequence[Choice], counts: Sequence[int], dtype: str, batch_norm: bool
+    choices: Sequence[Choice], counts: Sequence[int], dtype: str, shapes: Iterable[tuple[int, ...]]
 ) -> tuple[list[Case], list[Case]]:
     steps = []
     with waiting() as show:
@@ -208,7 +216,7 @@ def _cases(
             limit = choice.kind is not fastopt.Muon  # Muon's time is that of its matrix products
             steps.append(Case(title, partial(compare_step, title, work, RIVALS, rounds=ROUNDS, limit=limit)))
     norms = []
-    for shape in SHAPES if batch_norm else ():
+    for shape in shapes:
         for way in ("forward", "backward"):
             title = f"{'x'.join(map(str, shape))} {way}"
             norms.append(Case(title, partial(compare_batchnorm, title, shape, way=way, rounds=ROUNDS)))

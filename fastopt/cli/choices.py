@@ -300,6 +300,22 @@ def _size(word: str) -> int:
     return round(number)
 
 
+def parse_shapes(text: str) -> list[tuple[int, ...]]:
+    """Return the comma-separated shapes, such as 256x1024 or 32x256x14x14, each once."""
+    return list(dict.fromkeys(_shape(word.strip()) for word in text.split(",")))
+
+
+def _shape(word: str) -> tuple[int, ...]:
+    lengths = word.split("x")
+    shape = tuple(int(length) for length in lengths if length.isascii() and length.isdigit())
+    if len(shape) == len(lengths) >= 2 and all(shape) and 2 * shape[1] <= math.prod(shape) <= MOST_PARAMETERS:
+        return shape
+    raise ValueError(
+        f"must be shapes (N, C) or (N, C, H, W) with at least 2 values per channel, such as 256x1024 or 32x256x14x14, "
+        f"got {word!r}"
+    )
+
+
 def one_of(name: str, names: Iterable[str], what: str, also: str = "") -> str:
     """Return `name` if it is one of `names`; otherwise raise a ValueError that lists them and suggests the nearest.
 

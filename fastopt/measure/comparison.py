@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -276,7 +277,11 @@ def compare_company(
 
 def check_memory(work: Work, contestants: int) -> None:
     """Raise MemoryError if the contestants and the temporary arrays of one of them exceed the free memory."""
-    free, needed = machine.free_memory(), (contestants + 1) * work.bytes_each
+    _check_bytes((contestants + 1) * work.bytes_each)
+
+
+def _check_bytes(needed: int) -> None:
+    free = machine.free_memory()
     if free is not None and needed > 0.9 * free:
         raise MemoryError(f"needs {1e-9 * needed:.1f} GB of memory, and {1e-9 * free:.1f} GB are free")
 
@@ -313,6 +318,7 @@ def compare_batchnorm(
 
     Raises:
         ValueError: `way` is another string.
+        MemoryError: too little memory for all contestants; the message gives both sizes.
         PermissionError: other users may write to the directory ``FASTOPT_CACHE_DIR``.
         TypeError, ValueError, RuntimeError: as for `fastopt.batchnorm_forward`, about the shape and the axis.
 
@@ -320,10 +326,10 @@ def compare_batchnorm(
     >>> list(result.seconds), result.bytes
     (['fastopt', 'limit', 'numpy'], 256)
     """
+    rivals = list(rivals)
+    size = 4 * math.prod(shape)
+    _check_bytes((4 + 4 * len(rivals)) * size)  # x, dy and two outputs; a rival's copies and temporary arrays
     contestants, absent = batchnorm.contestants(shape, axis, way, rivals)
-    size = 4
-    for length in shape:
-        size *= length
     return compare(
         title,
         {name: each.step for name, each in contestants.items()},
