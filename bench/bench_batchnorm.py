@@ -1,4 +1,4 @@
-"""BatchNorm forward and backward against the minimum of passes over memory, torch and plain NumPy."""
+"""BatchNorm of images and of matrices against the minimum of passes over memory, torch and plain NumPy."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from groups import Group, by_name, each_contestant
 
 from fastopt.measure import compare_batchnorm
 
+DENSE = ((32, 64), (64, 128), (128, 256), (256, 512), (256, 1024), (1024, 1024), (4096, 256))
+"""The matrices (N, C) between the layers of dense networks."""
+
 SHAPES = {
     "64x64x56x56": ((64, 64, 56, 56), 1),
     "128x16x32x32": ((128, 16, 32, 32), 1),
     "32x256x14x14": ((32, 256, 14, 14), 1),
     "32x512x7x7": ((32, 512, 7, 7), 1),
     "64x56x56x64 channels last": ((64, 56, 56, 64), -1),
-    "256x1024": ((256, 1024), 1),
+    **{"x".join(map(str, shape)): (shape, 1) for shape in DENSE},
 }
 MOST_OF_NUMPY = 4_000_000
 CASES = [(way, name) for name in SHAPES for way in ("forward", "backward")]

@@ -63,6 +63,8 @@ HEADLINES = {
         "backward 32x256x14x14",
         "forward 64x64x56x56",
         "backward 64x64x56x56",
+        "forward 256x1024",
+        "backward 256x1024",
     ),
 }
 """Titles of each file that the README shows."""
@@ -97,7 +99,8 @@ SECTIONS = {
     ),
     "batchnorm": (
         "BatchNorm",
-        "float32. `limit` is a copy for forward, and two reads and a write for backward.",
+        "float32, images (N, C, H, W) and matrices (N, C), the activations of dense layers. `limit` is a copy for "
+        "forward, and two reads and a write for backward.",
     ),
     "minibatches": ("Mini-batches", "Rows gathered from 128 MiB of data, and epochs against a hand-written loop."),
     "scaling": (
@@ -188,7 +191,9 @@ def performance(stored: Mapping[str, Stored]) -> str:
         "many threads as fastopt if they can. Tests compare the parameters of installed rivals with those of fastopt; "
         "DeepSpeed's, which take too long to build, were compared by hand.",
         "",
-        "Measure your own machine with `fastopt bench`, or all of this with `pytest bench --benchmark-only`.",
+        "Measure your own machine with `fastopt bench`, or all of this with `pytest bench --benchmark-only`. There "
+        "every contestant is a benchmark of pytest-benchmark, whose options work: `-k 'Adam and 1M'` chooses groups, "
+        "`--benchmark-histogram` draws them, and `--benchmark-save` and `--benchmark-compare` compare two runs.",
     ]
     for file, each in stored.items():
         heading, text = SECTIONS[file]
@@ -309,6 +314,17 @@ def draw_batchnorm(path: Path, stored: Stored, digest: str) -> None:
     )
 
 
+def draw_company(path: Path, stored: Stored, digest: str) -> None:
+    from fastopt.cli.plots.speed import draw_dots
+
+    rows = {
+        result.title: {name: spread.ratio for name, spread in result.seconds.items()}
+        for result in stored.results.values()
+        if "parts" in result.facts
+    }
+    draw_dots(path, heading(stored), "time of an iteration (two products, a step) over fastopt's", rows, digest=digest)
+
+
 def heading(stored: Stored) -> str:
     return f"{stored.run['machine']['cpu']}, {threads_of(stored)}, {stored.run['date']}"
 
@@ -320,6 +336,7 @@ def threads_of(stored: Stored) -> str:
 CHARTS = (
     Chart("step", "performance-adam.svg", "Throughput of Adam against the number of parameters", draw_adam),
     Chart("step", "performance-optimizers.svg", "Every optimizer's time over that of its limit", draw_optimizers),
+    Chart("company", "performance-company.svg", "Iterations' time over that with fastopt's step", draw_company),
     Chart("scaling", "performance-threads.svg", "Throughput by size and number of threads", draw_threads),
     Chart("batchnorm", "performance-batchnorm.svg", "BatchNorm's time over that of its limit", draw_batchnorm),
 )

@@ -64,6 +64,12 @@ def test_two_groups_of_one_name_are_refused():
         groups.by_name([group, group])
 
 
+def test_matrices_are_measured_forward_and_backward():
+    titles = {group.title for group in groups_of("batchnorm")}
+    for shape in ("32x64", "64x128", "128x256", "256x512", "256x1024", "1024x1024", "4096x256"):
+        assert {f"forward {shape}", f"backward {shape}"} <= titles
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 CASES = """
@@ -176,15 +182,15 @@ def test_a_histogram_shows_the_contestants(folder):
 
 
 def test_contestants_of_the_repository_are_benchmarks(tmp_path):
-    chosen = "SGD-1k-float32 or (BatchNorm-forward-256x1024) or (Adam-300k and not beside)"
+    chosen = "SGD-1k-float32 or (BatchNorm-forward-32x64 and not 4096) or (Adam-300k and not beside)"
     finished = benchmarks("-k", chosen, f"--benchmark-json={tmp_path / 'run.json'}")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert [row[0] for row in table_of(finished.stdout, "SGD 1k float32")][:3] == ["fastopt", "limit", "numpy"]
-    assert [row[0] for row in table_of(finished.stdout, "BatchNorm forward 256x1024")][:2] == ["fastopt", "limit"]
+    assert [row[0] for row in table_of(finished.stdout, "BatchNorm forward 32x64")][:2] == ["fastopt", "limit"]
     iterations = table_of(finished.stdout, "two matmuls and Adam 300k")
     assert [row[0] for row in iterations][:2] == ["fastopt", "one"]
     assert int(iterations[0][-1]) >= 15, "every iteration is a round"
     assert results.store(tmp_path / "run.json", tmp_path) == ["batchnorm", "company", "step"]
     kept = results.load(tmp_path)
     assert list(kept["company"].results) == ["X@W; X@W; Adam 300k", "Adam 300k, alone"]
-    assert kept["batchnorm"].results["forward 256x1024"].facts["shape"] == [256, 1024]
+    assert kept["batchnorm"].results["forward 32x64"].facts["shape"] == [32, 64]

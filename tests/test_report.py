@@ -67,7 +67,15 @@ def stored_of(*of: Result, **run) -> results.Stored:
     return results.Stored({**RUN, **run}, {each.title: each for each in of})
 
 
-STORED = {"step": stored_of(*STEPS), "batchnorm": stored_of(*NORMS), "scaling": stored_of(*THREADS)}
+COMPANY = [
+    result(f"X@W; X@W; {name}", {"fastopt": 600.0, "one thread": 660.0, "OpenMP": 8000.0, "no step": 590.0})
+    for name in ("Adam 100k", "Adam 1M")
+]
+for each in COMPANY:
+    each.facts["parts"] = {part: {"fastopt": [6e-4, 1.0, 7e-4, 9e-4]} for part in ("iteration", "work", "step")}
+
+STORED = {"step": stored_of(*STEPS), "company": stored_of(*COMPANY)}
+STORED |= {"batchnorm": stored_of(*NORMS), "scaling": stored_of(*THREADS)}
 
 
 # --- the repository ---------------------------------------------------------------------------------------------------
@@ -171,14 +179,14 @@ def test_machine_versions_and_date_are_shown():
 def test_the_pages_tables_have_a_row_for_each_result_and_a_column_for_each_contestant():
     page = report.performance(STORED)
     sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
-    headings = ["One step", "BatchNorm", "Size and threads"]
+    headings = ["One step", "In company", "BatchNorm", "Size and threads"]
     assert [section.splitlines()[0] for section in sections] == headings
     first = rows_of(sections[0])
     assert first[0] == ["", "fastopt", "8 of 10", "GB/s", "limit", "numpy", "torch fused", "optax"]
     assert [row[0] for row in first[2:]] == [each.title for each in STEPS]
     assert {len(row) for row in first} == {8}
     assert first[2][1:5] == ["4.00", "3.60-4.40", "7.00", "3.00 (0.75x)"]
-    assert rows_of(sections[1])[0] == ["", "fastopt", "8 of 10", "limit", "torch", "numpy"]
+    assert rows_of(sections[2])[0] == ["", "fastopt", "8 of 10", "limit", "torch", "numpy"]
     assert "Empty cells: thinc is not installed." in page
 
 

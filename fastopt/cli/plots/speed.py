@@ -30,6 +30,9 @@ CONTESTANTS: dict[str, tuple[str, Any, str]] = {
     "deepspeed": ("#E69F00", "-", "P"),
     "thinc": ("#56B4E9", "-.", "X"),
     "scikit-learn": ("#56B4E9", "--", "*"),
+    "one thread": ("#56B4E9", ":", "<"),
+    "OpenMP": ("#CC79A7", "--", ">"),
+    "no step": ("#707070", ":", "d"),
 }
 """Colour, dashes and marker of each contestant, in every figure."""
 
