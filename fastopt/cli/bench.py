@@ -201,7 +201,7 @@ def _company(*, seconds: float, after_round: Callable[[], object], times: dict[s
 
 
 def _cases(
-    choices: Sequence[Choice], counts: Sequence[int], dtype: str, shapes: Iterable[tuple[int, ...]]
+    choices: Sequence[Choice], counts: Sequence[int], dtype: str, shapes: Sequence[tuple[int, ...]]
 ) -> tuple[list[Case], list[Case]]:
     steps = []
     with waiting() as show:
