@@ -246,8 +246,11 @@ class Prepared:
         if self._serial is not None:
             self._serial(*arguments, 0, groups)
             return True
-        outer = self._one.outer
-        if size <= GROUP_SIZE * groups and groups >= 2 * get_num_threads() and size > 0:
+        outer, threads = self._one.outer, get_num_threads()
+        if threads == 1 and groups == 1 and size > 0:
+            outer(each_group).serial(*arguments, 0, 1)
+            return True
+        if size <= GROUP_SIZE * groups and groups >= 2 * threads and size > 0:
             outer(each_group).run(*arguments, elements=size, units=groups)
             return True
         if self._one.summed and size > 0:

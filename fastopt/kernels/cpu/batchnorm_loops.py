@@ -22,7 +22,7 @@ from fastopt.kernels.contract import REFUSED
 from fastopt.kernels.cpu.batchnorm_tile_loops import part
 from fastopt.kernels.cpu.batchnorm_tiles import Tile
 from fastopt.kernels.driver import Loop
-from fastopt.kernels.intrinsics import at_address, invoke, keep, record, window
+from fastopt.kernels.intrinsics import address, at_address, invoke, keep, pointer, record, window
 from fastopt.kernels.threads import COMPILING
 
 # --- the loops --------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ ARRAYS_AT: Any
 FIXED_AT: Any
 WORKSPACE_AT: Any
 WHOLE: Any
-CHANNELWISE: Any
+COEFFICIENTS: Any
 COUNT_OF: Any
 OVERLAP: Any
 WAITING: Any
@@ -112,7 +112,7 @@ class Fixed(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """The parts of a workspace, which a forward pass leaves for its backward pass.
+    """The addresses of the parts of a workspace, which a forward pass leaves for its backward pass.
 
     The first ones are where they are whatever the plan, because the two passes may cut an array in different ways.
     """
@@ -153,30 +153,30 @@ def waiting_of(workspace: np.ndarray, channels: int, groups: int) -> np.ndarray:
     return workspace.view(np.uint8)[first : first + 8 * groups].view(np.int64)
 
 
-def workspace_at(address, fixed):
-    """The workspace at an address."""
+def workspace_at(where, fixed):
+    """The addresses of the parts of the workspace at an address."""
     channels = fixed.channels
-    vectors = address + 16 * channels
+    vectors = where + 16 * channels
     words = vectors + VECTORS * ITEMSIZE * channels
     return Workspace(
-        at_address(np.float64, address, 0, 2 * channels),
-        at_address(DTYPE, vectors, 0, 7 * channels),
-        at_address(DTYPE, vectors, 7 * channels, channels),
-        at_address(DTYPE, vectors, 8 * channels, 2 * channels),
-        at_address(np.int64, words, 0, 1),
-        at_address(np.int64, words, 1, fixed.groups),
-        at_address(np.float64, words, 1 + fixed.groups, 2 * fixed.blocks * channels),
+        where,
+        vectors,
+        vectors + 7 * ITEMSIZE * channels,
+        vectors + 8 * ITEMSIZE * channels,
+        words,
+        words + 8,
+        words + 8 + 8 * fixed.groups,
     )
 
 
-def arrays_at(address):
+def arrays_at(where):
     """The addresses of the arrays of a pass."""
-    return record(ARRAYS, at_address(np.int64, address, 0, N_ARRAYS), 0)
+    return record(ARRAYS, at_address(np.int64, where, 0, N_ARRAYS), 0)
 
 
-def fixed_at(address):
+def fixed_at(where):
     """What is fixed for a shape."""
-    return record(Fixed, at_address(np.int64, address, 0, N_FIXED), 0)
+    return record(Fixed, at_address(np.int64, where, 0, N_FIXED), 0)
 
 
 def tile_at(fixed, t):
@@ -184,19 +184,19 @@ def tile_at(fixed, t):
     return record(Tile, at_address(np.int64, fixed.tiles, t * N_TILE, N_TILE), 0)
 
 
-def whole(address, fixed):
+def whole(where, fixed):
     """An array like x."""
-    return at_address(DTYPE, address, 0, fixed.size)
+    return at_address(DTYPE, where, 0, fixed.size)
 
 
-def channelwise(address, first, channels):
-    """A part of an array of one number per channel."""
-    return at_address(DTYPE, address, first, channels)
+def coefficients_of(workspace, fixed):
+    """The coefficients of a workspace."""
+    return at_address(DTYPE, workspace.coefficients, 0, 7 * fixed.channels)
 
 
 def count_of(fixed, block):
     """The number of values per channel in a block."""
-    return at_address(np.float64, fixed.counts, block, 1)[0]
+    return pointer(np.float64, fixed.counts, block)[0]
 
 
 # --- before and after -------------------------------------------------------------------------------------------------
@@ -214,9 +214,9 @@ def begin_forward(arrays_address, fixed_address):
     size = fixed.size
     channels = fixed.channels
     workspace = WORKSPACE_AT(arrays.workspace, fixed)
-    for k in range(fixed.groups):
-        workspace.waiting[k] = 0
-    workspace.unrecordable[0] = 0
+    words = pointer(np.int64, workspace.unrecordable, 0)
+    for k in range(1 + fixed.groups):
+        words[k] = 0
     over = -1
     if OVERLAP(arrays.y, size, arrays.x, size):
         if TRAINING or arrays.y != arrays.x:
@@ -237,8 +237,8 @@ def begin_forward(arrays_address, fixed_address):
         if clash:
             return REFUSED
     else:
-        means = CHANNELWISE(mean, 0, channels)
-        variances = CHANNELWISE(var, 0, channels)
+        means = pointer(DTYPE, mean, 0)
+        variances = pointer(DTYPE, var, 0)
         for c in range(channels):
             if not ((means[c] - means[c] == ZERO) & (variances[c] - variances[c] == ZERO) & (variances[c] >= ZERO)):
                 return REFUSED
@@ -271,15 +271,17 @@ def finish_forward(arrays_address, fixed_address):
     count = WAITING(fixed, workspace)
     if count > 0:
         return count
-    if workspace.unrecordable[0] != 0:
+    if pointer(np.int64, workspace.unrecordable, 0)[0] != 0:
         return -1
     if arrays.running_mean != 0:
         channels = fixed.channels
-        mean = CHANNELWISE(arrays.running_mean, 0, channels)
-        var = CHANNELWISE(arrays.running_var, 0, channels)
+        mean = pointer(DTYPE, arrays.running_mean, 0)
+        var = pointer(DTYPE, arrays.running_var, 0)
+        new_mean = pointer(DTYPE, workspace.new_running, 0)
+        new_var = pointer(DTYPE, workspace.new_running, channels)
         for c in range(channels):
-            mean[c] = workspace.new_running[c]
-            var[c] = workspace.new_running[channels + c]
+            mean[c] = new_mean[c]
+            var[c] = new_var[c]
     return 0
 
 
@@ -291,38 +293,45 @@ def forward_sum_tile(arrays, fixed, workspace, t):
     tile = TILE_AT(fixed, t)
     share = 1.0 / ((tile.rows * tile.width + tile.rest) // tile.channels)
     x = WHOLE(arrays.x, fixed)
+    # A part of the tile's own for numbers of its channels: their centers, and their sums.
     centers = np.empty(tile.channels, DTYPE)
-    apart = tile.rows // 4 * tile.stride if tile.rows >= 4 else tile.spatial // 4
-    size = tile.channels * tile.spatial
-    x0 = window(x, tile.start, size)
-    x1 = window(x, tile.start + apart, size)
-    x2 = window(x, tile.start + 2 * apart, size)
-    x3 = window(x, tile.start + 3 * apart, size)
+    sums = np.empty(2 * tile.channels)
+    s = window(sums, 0, tile.channels)
+    q = window(sums, tile.channels, tile.channels)
+    step = tile.rows // 4 * tile.stride if tile.rows >= 4 else tile.spatial // 4
+    at = address(centers)
+    center = pointer(DTYPE, at, 0)
+    x0 = pointer(DTYPE, arrays.x, tile.start)
+    x1 = pointer(DTYPE, arrays.x, tile.start + step)
+    x2 = pointer(DTYPE, arrays.x, tile.start + 2 * step)
+    x3 = pointer(DTYPE, arrays.x, tile.start + 3 * step)
     if tile.spatial == 1:  # a loop of its own, which can be vectorised
-        for c in range(size):
-            centers[c] = NEAR(np.float64(x0[c]), np.float64(x1[c]), np.float64(x2[c]), np.float64(x3[c]))
+        for c in range(tile.channels):
+            center[c] = NEAR(np.float64(x0[c]), np.float64(x1[c]), np.float64(x2[c]), np.float64(x3[c]))
     else:
         for c in range(tile.channels):
             k = c * tile.spatial
-            centers[c] = NEAR(np.float64(x0[k]), np.float64(x1[k]), np.float64(x2[k]), np.float64(x3[k]))
-    s = np.empty(tile.channels)
-    q = np.empty(tile.channels)
+            center[c] = NEAR(np.float64(x0[k]), np.float64(x1[k]), np.float64(x2[k]), np.float64(x3[k]))
     arguments = ((x,), tile, centers, tile.channels, np.int64(0), s, q)
     invoke(fixed.sum_loop, arguments)
+    s_of = pointer(np.float64, address(sums), 0)
+    q_of = pointer(np.float64, address(sums), tile.channels)
     if GUARDED:
         exact = 0
         for c in range(tile.channels):
-            exact += SUMS_ARE_EXACT(s[c], q[c], share, LARGEST)
+            exact += SUMS_ARE_EXACT(s_of[c], q_of[c], share, LARGEST)
         if exact < tile.channels:
             if fixed.wide_sum_loop == 0:
-                workspace.waiting[t % fixed.groups] = 1
+                pointer(np.int64, workspace.waiting, t % fixed.groups)[0] = 1
                 return False
             invoke(fixed.wide_sum_loop, arguments)
     block = t // fixed.groups
-    means = window(workspace.partials, block * fixed.channels + tile.channel, tile.channels)
-    squares = window(workspace.partials, (fixed.blocks + block) * fixed.channels + tile.channel, tile.channels)
+    means = pointer(np.float64, workspace.partials, block * fixed.channels + tile.channel)
+    squares = pointer(np.float64, workspace.partials, (fixed.blocks + block) * fixed.channels + tile.channel)
     for c in range(tile.channels):
-        means[c], squares[c] = MOMENTS(s[c], q[c], share, centers[c])
+        means[c], squares[c] = MOMENTS(s_of[c], q_of[c], share, center[c])
+    keep(centers)
+    keep(sums)
     return True
 
 
@@ -330,10 +339,11 @@ def backward_sum_tile(arrays, fixed, workspace, t):
     """Leave the sums of the gradients of each channel of tile t in `partials`; return True."""
     tile = TILE_AT(fixed, t)
     block = t // fixed.groups
-    s = window(workspace.partials, block * fixed.channels + tile.channel, tile.channels)
-    q = window(workspace.partials, (fixed.blocks + block) * fixed.channels + tile.channel, tile.channels)
+    first = block * fixed.channels + tile.channel
+    s = at_address(np.float64, workspace.partials, first, tile.channels)
+    q = at_address(np.float64, workspace.partials, first + fixed.blocks * fixed.channels, tile.channels)
     read = (WHOLE(arrays.x, fixed), WHOLE(arrays.dy, fixed), WHOLE(arrays.y if arrays.y != 0 else arrays.x, fixed))
-    invoke(fixed.sum_loop, (read, tile, workspace.coefficients, fixed.channels, tile.channel, s, q))
+    invoke(fixed.sum_loop, (read, tile, COEFFICIENTS(workspace, fixed), fixed.channels, tile.channel, s, q))
     return True
 
 
@@ -341,7 +351,7 @@ def forward_map_tile(arrays, fixed, workspace, map_loop, t):
     """Map tile t to y."""
     read = (WHOLE(arrays.x, fixed), WHOLE(arrays.residual if arrays.residual != 0 else arrays.x, fixed))
     written = (WHOLE(arrays.y, fixed),)
-    invoke(map_loop, (read, written, TILE_AT(fixed, t), workspace.coefficients, fixed.channels))
+    invoke(map_loop, (read, written, TILE_AT(fixed, t), COEFFICIENTS(workspace, fixed), fixed.channels))
 
 
 def backward_map_tile(arrays, fixed, workspace, map_loop, t):
@@ -351,7 +361,7 @@ def backward_map_tile(arrays, fixed, workspace, map_loop, t):
         WHOLE(arrays.dx, fixed),
         WHOLE(arrays.dresidual if arrays.dresidual != 0 else arrays.dx, fixed),
     )
-    invoke(map_loop, (read, written, TILE_AT(fixed, t), workspace.coefficients, fixed.channels))
+    invoke(map_loop, (read, written, TILE_AT(fixed, t), COEFFICIENTS(workspace, fixed), fixed.channels))
 
 
 # The merges go over the channels in their inner loops, with few arrays in each, so that these are vectorised.
@@ -360,108 +370,93 @@ def backward_map_tile(arrays, fixed, workspace, map_loop, t):
 def merge_statistics(arrays, fixed, workspace, eps, momentum, first, channels):
     """Merge the blocks in index order; leave statistics and coefficients of `channels` channels from `first` on."""
     blocks, pitch = fixed.blocks, fixed.channels
-    means = window(workspace.stats, first, channels)
-    inv_stds = window(workspace.stats, pitch + first, channels)
-    gamma = window(workspace.gamma, first, channels)
-    beta = np.empty(channels, DTYPE)
-    if arrays.gamma != 0:
-        given = CHANNELWISE(arrays.gamma, first, channels)
-        for c in range(channels):
-            gamma[c] = given[c]
-    else:
-        for c in range(channels):
-            gamma[c] = ONE
-    if arrays.beta != 0:
-        given = CHANNELWISE(arrays.beta, first, channels)
-        for c in range(channels):
-            beta[c] = given[c]
-    else:
-        for c in range(channels):
-            beta[c] = ZERO
-    running_mean = CHANNELWISE(arrays.running_mean, first, channels)
-    running_var = CHANNELWISE(arrays.running_var, first, channels)
+    means = pointer(np.float64, workspace.stats, first)
+    inv_stds = pointer(np.float64, workspace.stats, pitch + first)
+    centers = pointer(DTYPE, workspace.coefficients, first)
+    scales = pointer(DTYPE, workspace.coefficients, pitch + first)
+    shifts = pointer(DTYPE, workspace.coefficients, 2 * pitch + first)
+    rounded_inv_stds = pointer(DTYPE, workspace.coefficients, 3 * pitch + first)
+    running_mean = pointer(DTYPE, arrays.running_mean, first)
+    running_var = pointer(DTYPE, arrays.running_var, first)
     if TRAINING:
         # Two passes over the blocks, about the first one's mean: no sum cancels, and blocks that agree merge to
         # exactly what they agree on.
         total = 0.0
         for b in range(blocks):
             total += COUNT_OF(fixed, b)
-        origin = window(workspace.partials, first, channels)
-        squares = np.empty(channels)
+        origin = pointer(np.float64, workspace.partials, first)
+        squares = inv_stds  # until these are known
         for c in range(channels):
             means[c] = 0.0
             squares[c] = 0.0
         for b in range(1, blocks):
             count = COUNT_OF(fixed, b)
-            block_means = window(workspace.partials, b * pitch + first, channels)
+            block_means = pointer(np.float64, workspace.partials, b * pitch + first)
             for c in range(channels):
                 means[c] += count * (block_means[c] - origin[c])
         for c in range(channels):
             means[c] = origin[c] + means[c] / total
         for b in range(blocks):
             count = COUNT_OF(fixed, b)
-            block_means = window(workspace.partials, b * pitch + first, channels)
-            block_squares = window(workspace.partials, (blocks + b) * pitch + first, channels)
+            block_means = pointer(np.float64, workspace.partials, b * pitch + first)
+            block_squares = pointer(np.float64, workspace.partials, (blocks + b) * pitch + first)
             for c in range(channels):
                 squares[c] += SQUARES_ABOUT(means[c], count, block_means[c], block_squares[c])
         recordable = 0
         for c in range(channels):
             recordable += IS_RECORDABLE(means[c], squares[c])
         if recordable < channels:
-            workspace.unrecordable[0] = 1
+            pointer(np.int64, workspace.unrecordable, 0)[0] = 1
         if arrays.running_mean != 0:
-            new_mean = window(workspace.new_running, first, channels)
-            new_var = window(workspace.new_running, pitch + first, channels)
+            new_mean = pointer(DTYPE, workspace.new_running, first)
+            new_var = pointer(DTYPE, workspace.new_running, pitch + first)
             for c in range(channels):
                 new_mean[c] = BLEND(np.float64(running_mean[c]), means[c], momentum, LARGEST)
-            for c in range(channels):
                 unbiased = UNBIASED_VARIANCE(squares[c], total)
                 new_var[c] = BLEND(np.float64(running_var[c]), unbiased, momentum, LARGEST)
         for c in range(channels):
             inv_stds[c] = INVERSE_STD(VARIANCE(squares[c], total), eps)
-        keep(squares)
     else:
         for c in range(channels):
             means[c] = running_mean[c]
             inv_stds[c] = INVERSE_STD(np.float64(running_var[c]), eps)
-    centers = window(workspace.coefficients, first, channels)
-    scales = window(workspace.coefficients, pitch + first, channels)
-    shifts = window(workspace.coefficients, 2 * pitch + first, channels)
-    rounded_inv_stds = window(workspace.coefficients, 3 * pitch + first, channels)
+    gamma = pointer(DTYPE, workspace.gamma, first)
+    given_gamma = pointer(DTYPE, arrays.gamma if arrays.gamma != 0 else workspace.gamma, first)
+    given_beta = pointer(DTYPE, arrays.beta if arrays.beta != 0 else workspace.gamma, first)
+    for c in range(channels):
+        gamma[c] = given_gamma[c] if arrays.gamma != 0 else ONE
+        shifts[c] = given_beta[c] if arrays.beta != 0 else ZERO
     for c in range(channels):
         centers[c] = means[c]
         rounded_inv_stds[c] = inv_stds[c]
     for c in range(channels):
         center = np.float64(centers[c])
-        scales[c], shifts[c] = AFFINE_COEFFICIENTS(means[c], center, inv_stds[c], gamma[c], beta[c])
-    keep(beta)
+        scales[c], shifts[c] = AFFINE_COEFFICIENTS(means[c], center, inv_stds[c], gamma[c], shifts[c])
 
 
 def merge_gradients(arrays, fixed, workspace, eps, momentum, first, channels):
     """Merge the blocks in index order; leave dgamma, dbeta and the coefficients of dx of `channels` channels."""
     blocks, pitch = fixed.blocks, fixed.channels
-    sums_g = np.empty(channels)
-    sums_g_xhat = np.empty(channels)
-    for c in range(channels):
-        sums_g[c] = 0.0
-        sums_g_xhat[c] = 0.0
-    total = 0.0
-    for b in range(blocks):
+    # The sums of all blocks take the place of those of the first one.
+    sums_g = pointer(np.float64, workspace.partials, first)
+    sums_g_xhat = pointer(np.float64, workspace.partials, blocks * pitch + first)
+    total = COUNT_OF(fixed, 0)
+    for b in range(1, blocks):
         total += COUNT_OF(fixed, b)
-        s = window(workspace.partials, b * pitch + first, channels)
-        q = window(workspace.partials, (blocks + b) * pitch + first, channels)
+        s = pointer(np.float64, workspace.partials, b * pitch + first)
+        q = pointer(np.float64, workspace.partials, (blocks + b) * pitch + first)
         for c in range(channels):
             sums_g[c] += s[c]
             sums_g_xhat[c] += q[c]
-    gamma = window(workspace.gamma, first, channels)
-    dgamma = CHANNELWISE(arrays.dgamma, first, channels)
-    dbeta = CHANNELWISE(arrays.dbeta, first, channels)
-    means = window(workspace.stats, first, channels)
-    inv_stds = window(workspace.stats, pitch + first, channels)
-    centers = window(workspace.coefficients, first, channels)
-    dy_scales = window(workspace.coefficients, 4 * pitch + first, channels)
-    xhat_scales = window(workspace.coefficients, 5 * pitch + first, channels)
-    offsets = window(workspace.coefficients, 6 * pitch + first, channels)
+    gamma = pointer(DTYPE, workspace.gamma, first)
+    dgamma = pointer(DTYPE, arrays.dgamma, first)
+    dbeta = pointer(DTYPE, arrays.dbeta, first)
+    means = pointer(np.float64, workspace.stats, first)
+    inv_stds = pointer(np.float64, workspace.stats, pitch + first)
+    centers = pointer(DTYPE, workspace.coefficients, first)
+    dy_scales = pointer(DTYPE, workspace.coefficients, 4 * pitch + first)
+    xhat_scales = pointer(DTYPE, workspace.coefficients, 5 * pitch + first)
+    offsets = pointer(DTYPE, workspace.coefficients, 6 * pitch + first)
     for c in range(channels):
         lost = ROUNDING(means[c], np.float64(centers[c]), inv_stds[c])
         sums_g_xhat[c] = GAMMA_GRADIENT(sums_g[c], sums_g_xhat[c], lost)
@@ -472,16 +467,15 @@ def merge_gradients(arrays, fixed, workspace, eps, momentum, first, channels):
         dy_scales[c], xhat_scales[c], offsets[c] = GRADIENT_COEFFICIENTS(
             sums_g[c], sums_g_xhat[c], total, np.float64(gamma[c]), inv_stds[c], lost, TRAINING
         )
-    keep(sums_g)
-    keep(sums_g_xhat)
 
 
 def waiting(fixed, workspace):
     """How many groups wait for sums in float64."""
     count = 0
     if GUARDED and SUMMED:
+        groups = pointer(np.int64, workspace.waiting, 0)
         for k in range(fixed.groups):
-            count += workspace.waiting[k]
+            count += groups[k]
     return count
 
 
@@ -553,7 +547,6 @@ class OuterLoops:
         kind = BackwardArrays if backward else ForwardArrays
         memory = {"DTYPE": dtype.type, "ITEMSIZE": dtype.itemsize, "ZERO": dtype.type(0), "ONE": dtype.type(1)}
         tile = part(tile_at, {"N_TILE": len(Tile._fields)})
-        vector = part(channelwise, memory)
         constants = {
             **{name.upper(): getattr(formulas, name) for name in FORMULAS},
             **memory,
@@ -562,7 +555,7 @@ class OuterLoops:
             "GUARDED": dtype.itemsize < 8,  # where the data is float64 there is nothing wider to go to
             "TILE_AT": tile,
             "WHOLE": part(whole, memory),
-            "CHANNELWISE": vector,
+            "COEFFICIENTS": part(coefficients_of, memory),
             "COUNT_OF": part(count_of, {}),
         }
         self.backward, self.training = backward, training
@@ -573,7 +566,6 @@ class OuterLoops:
             "ARRAYS_AT": part(arrays_at, {"ARRAYS": kind, "N_ARRAYS": len(kind._fields)}),
             "FIXED_AT": part(fixed_at, {"N_FIXED": len(Fixed._fields)}),
             "WORKSPACE_AT": part(workspace_at, memory),
-            "CHANNELWISE": vector,
             "TILE_AT": tile,
             "OVERLAP": part(overlap, memory),
             "WAITING": part(waiting, {"GUARDED": dtype.itemsize < 8, "SUMMED": training and not backward}),
@@ -606,7 +598,7 @@ class OuterLoops:
 
 
 OF_ENDS = (
-    *("ARRAYS_AT", "FIXED_AT", "WORKSPACE_AT", "CHANNELWISE", "OVERLAP", "WAITING"),
+    *("ARRAYS_AT", "FIXED_AT", "WORKSPACE_AT", "OVERLAP", "WAITING"),
     *("DTYPE", "ITEMSIZE", "ZERO", "TRAINING"),
 )
 """The constants of what runs before and after the loops."""
