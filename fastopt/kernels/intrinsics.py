@@ -12,7 +12,6 @@ from numba import types
 from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
 from fastopt.kernels.contract import ALIGNMENT
 
@@ -60,6 +59,8 @@ def windows(typing_context, arrays, start, size):
 
 def _view(context: Any, builder: Any, kind: Any, data: Any, size: Any) -> Any:
     """Return a 1-D contiguous array of `size` elements at the pointer `data`."""
+    from numba.np.arrayobj import populate_array  # 20 ms, which a process whose kernels are on disk does not need
+
     view = context.make_array(kind)(context, builder)
     itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
     populate_array(view, data=data, shape=[size], strides=[itemsize], itemsize=itemsize, meminfo=None)
