@@ -412,12 +412,16 @@ BATCHNORM: Sequence[Fault] = (
         (
             "return ZERO if affine(x, h) <= ZERO else dy",
             "return ZERO if affine(x, h) < ZERO else dy",
-            "tests/test_batchnorm.py",
+            "tests/test_batchnorm.py -k y_is_zero",
         ),
         ("y = ZERO if y < ZERO else y", "y = y if y > ZERO else ZERO", "tests/test_batchnorm.py -k not_a_number"),
         ("return q - s * (s * share)", "return q - s"),
         ("return s * share + center,", "return s * share,"),
-        ("delta * (n * more / total) * delta", "delta * delta"),
+        (
+            "delta * (n * more / total) * delta",
+            "delta * delta",
+            SIMULATED + "tests/test_cuda_batchnorm.py -k faults_are_found",
+        ),
         ("return squares / (count - 1.0)", "return squares / count"),
         ("new = (1.0 - momentum) * running + momentum * batch", "new = momentum * running + (1.0 - momentum) * batch"),
         ("return largest if new > largest else new", "return new", "tests/test_batchnorm.py -k 1e30"),
@@ -643,13 +647,13 @@ TRUST: Sequence[Fault] = (
         ('with writing("--plot"):', 'with blame("--plot"):'),
     ),
     *faults_of(
-        "fastopt/cli/info.py",
-        "tests/test_cli_info.py -k cannot_be_written",
-        ("        if not os.access(directory, os.W_OK):", "        if False:"),
+        "fastopt/cli/cache.py",
+        "tests/test_cli_cache.py tests/test_cli_info.py -k 'can_only_be_read or cannot_be_written'",
+        ("    if not os.access(directory, os.W_OK):", "    if False:"),
         (
             "    except (OSError, RuntimeError) as error:",
             "    except OSError as error:",
-            "tests/test_cli_info.py -k is_none",
+            "tests/test_cli_info.py tests/test_cli_cache.py -k 'is_none or exit_code_1'",
         ),
     ),
     *faults_of(
@@ -854,8 +858,8 @@ TRUST: Sequence[Fault] = (
         "fastopt/kernels/cpu/batchnorm_loops.py",
         "tests/test_batchnorm.py -k one_bad_value",
         ("if recordable < channels:", "if recordable == 0:"),
-        ("    if workspace.unrecordable[0] != 0:\n        return -1\n", ""),
-        ("    workspace.unrecordable[0] = 0\n", "    workspace.unrecordable[0] = 1\n", "tests/test_batchnorm.py"),
+        ("    if pointer(np.int64, workspace.unrecordable, 0)[0] != 0:\n        return -1\n", ""),
+        ("        words[k] = 0\n", "        words[k] = 1\n", "tests/test_batchnorm.py"),
         ("if TRAINING or arrays.y != arrays.x:", "if arrays.y != arrays.x:", "tests/test_batchnorm_bad_input.py"),
         (
             "        if arrays.y != arrays.residual:\n            return REFUSED\n",
@@ -886,7 +890,11 @@ TRUST: Sequence[Fault] = (
             "tests/test_batchnorm_bad_input.py",
         ),
         ("            invoke(fixed.wide_sum_loop, arguments)\n", "", "tests/test_batchnorm.py"),
-        ("                workspace.waiting[t % fixed.groups] = 1\n", "", "tests/test_batchnorm.py"),
+        (
+            "                pointer(np.int64, workspace.waiting, t % fixed.groups)[0] = 1\n",
+            "",
+            "tests/test_batchnorm.py",
+        ),
     ),
     *faults_of(
         "fastopt/kernels/cpu/batchnorm_tiles.py",

@@ -458,6 +458,20 @@ def test_a_later_pass_is_checked_by_compiled_code_and_has_the_same_bits(
             np.testing.assert_array_equal(array, expected)
 
 
+@pytest.mark.parametrize("shape", [(6, 5), (4, 5, 12, 13)])
+@pytest.mark.parametrize("residual", [None, 0.0])
+def test_a_relu_passes_no_gradient_where_y_is_zero(shape, residual):
+    """As in a constant channel without a shift: y is exactly 0 there, and so is the derivative that everyone uses."""
+    x = np.full(shape, 3.0, np.float32)
+    given = None if residual is None else np.full(shape, residual, np.float32)
+    y, saved = batchnorm_forward(x, np.ones(5, np.float32), activation="relu", residual=given)
+    assert not y.any()
+    grads = batchnorm_backward(np.ones(shape, np.float32), saved)
+    assert not grads.dx.any()
+    assert not grads.dgamma.any()
+    assert grads.dresidual is None or not grads.dresidual.any()
+
+
 def test_shapes_are_forgotten_one_day():
     """Their tables, too: a program may see thousands of shapes."""
     functional.KINDS.clear()
