@@ -177,12 +177,15 @@ FORWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"out: must be residual or share no memory with it",
     ),
-    (
-        "beta in out",
-        {"beta": LONG[:3], "out": LONG[:48].reshape(SHAPE)},
-        ValueError,
-        r"out: must share no memory with beta, got an array that overlaps it; pass another",
-    ),
+    *[
+        (
+            f"{name} in out",
+            {name: LONG[:3], "out": LONG[:48].reshape(SHAPE)},
+            ValueError,
+            rf"out: must share no memory with {name}, got an array that overlaps it; pass another",
+        )
+        for name in ("gamma", "beta", "running_mean", "running_var")
+    ],
     (
         "in place in training",
         {"x": LONG[:48].reshape(SHAPE), "out": LONG[:48].reshape(SHAPE)},
@@ -257,12 +260,16 @@ BACKWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"dbeta: must share no memory with dgamma",
     ),
-    (
-        "dbeta in dy",
-        {"dy": LONG[:48].reshape(SHAPE), "dbeta": LONG[:3]},
-        ValueError,
-        r"dbeta: must share no memory with dy",
-    ),
+    *[
+        (
+            f"{name} in {whole}",
+            {"dy": DY, whole: LONG[:48].reshape(SHAPE), name: LONG[:3]},
+            ValueError,
+            rf"{name}: must share no memory with {whole}",
+        )
+        for name in ("dgamma", "dbeta")
+        for whole in ("dy", "out")
+    ],
     ("not saved", {"saved": "y"}, TypeError, r"saved: must be what batchnorm_forward returned, got str"),
 ]
 
