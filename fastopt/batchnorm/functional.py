@@ -159,7 +159,7 @@ class Quick:
         """
         workspace = self._prepared.workspace()
         arrays.append(workspace)
-        addresses = self._lists.pop() if self._lists else self._new_list()
+        addresses = self._taken_list()
         over = REFUSED
         if self._door.take(arrays, addresses[0])[0] == 0:
             over = self._prepared.forward(addresses[1], workspace, eps, weight, count)
@@ -171,15 +171,21 @@ class Quick:
 
         arrays : x, dy, y or None, dx, dresidual or None, dgamma, dbeta, and the workspace of the forward pass.
         """
-        addresses = self._lists.pop() if self._lists else self._new_list()
+        addresses = self._taken_list()
         made: bool = self._door.take(arrays, addresses[0])[0] == 0 and self._prepared.backward(addresses[1])
         self._lists.append(addresses)
         return made
 
-    def _new_list(self) -> tuple[np.ndarray, int]:
-        array = np.empty(len(self._door.shapes), np.int64)
-        return array, address_of(array)
+    def _taken_list(self) -> tuple[np.ndarray, int]:
+        try:
+            return self._lists.pop()
+        except IndexError:  # none yet, or other threads have all of them
+            array = np.empty(len(self._door.shapes), np.int64)
+            return array, address_of(array)
 
+
+LEAST_QUICK_EPS = 1e-30
+"""Smaller numbers may be 0 in float32: Python looks at them."""
 
 KINDS: dict[tuple[Any, ...], Kind] = {}
 """Those of the last forward passes on the CPU, by what they were called with."""
@@ -309,52 +315,6 @@ def forward_pass(
             made = kind.quick(backward=False).forward(arrays, eps, momentum, None if running_mean is None else count)
             if made is not None:
                 return y, Saved(kind, made[0], None if made[1] == 0 else x, y if kind.reads_y else None)
-    return _checked_forward_pass(
-        x,
-        gamma,
-        beta,
-        running_mean,
-        running_var,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        axis=axis,
-        activation=activation,
-        residual=residual,
-        out=out,
-        count=count,
-        key=key,
-    )
-
-
-LEAST_QUICK_EPS = 1e-30
-"""Smaller numbers may be 0 in float32: Python looks at them."""
-
-
-def _checked_forward_pass(
-    x: np.ndarray,
-    gamma: np.ndarray | None,
-    beta: np.ndarray | None,
-    running_mean: np.ndarray | None,
-    running_var: np.ndarray | None,
-    *,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    axis: int,
-    activation: str | None,
-    residual: np.ndarray | None,
-    out: np.ndarray | None,
-    count: np.ndarray | None,
-    key: tuple[Any, ...] | None,
-) -> tuple[np.ndarray, Saved]:
-    """As `forward_pass`, with every check in Python.
-
-    Args:
-        x, gamma, beta, running_mean, running_var, training, momentum, eps, axis, activation, residual, out, count: as
-            there.
-        key: where the `Kind` of the pass is kept.
-    """
     axis, training = check_axis(axis), scalars.flag("training", training)
     shape = _check_x(x, axis)
     channels = shape[1]
@@ -437,7 +397,7 @@ def _checked_forward_pass(
         over=over,
         count=None if running_mean is None else count,
     )
-    if key is not None and backend.name == "cpu":
+    if key is not None:
         if len(KINDS) >= MOST_KINDS:
             KINDS.clear()
         KINDS[key] = kind
@@ -507,17 +467,6 @@ def batchnorm_backward(
                     of_beta if kind.beta else None,
                     of_residual if kind.reads_y or not kind.residual else dy,
                 )
-    return _checked_backward(dy, saved, out, dgamma, dbeta)
-
-
-def _checked_backward(
-    dy: np.ndarray,
-    saved: Saved,
-    out: np.ndarray | None,
-    dgamma: np.ndarray | None,
-    dbeta: np.ndarray | None,
-) -> BatchNormGrads:
-    """As `batchnorm_backward`, with every check in Python."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: must be what batchnorm_forward returned, got {type(saved).__name__}")
     if saved.used:
