@@ -46,6 +46,8 @@ class Outcome(NamedTuple):
     @property
     def word(self) -> str:
         """One word for the code of pytest, and for a fault that is known to change nothing."""
+        if self.code == 0 and " passed" not in self.output:  # all of them were skipped
+            return "no tests"
         if self.code == 0:
             return "equivalent" if self.fault.equivalent else "survived"
         noticed = self.code == FAILED or self.code < 0  # a signal ended it: the fault made it crash, or hang
