@@ -1405,8 +1405,8 @@ TRUST: Sequence[Fault] = (
             "tests/test_state.py -k hyperparameter",
         ),
         (
-            "        self.groups.regroup(self.groups.changes, [0] * len(self.flat.paths))\n",
-            "",
+            "            self.groups.regroup(self.groups.changes, [0] * len(self.flat.paths))\n",
+            "            pass\n",
             "tests/test_state.py -k restart",
         ),
         (
@@ -1427,7 +1427,11 @@ TRUST: Sequence[Fault] = (
         ),
         ("            if context == self.gradients_in:\n", "            if context != self.gradients_in:\n"),
         ('        self.refuse_while_held("deepcopy")\n', "", "tests/test_copies.py -k inside_a_context"),
-        ('        self.refuse_while_held("pickle")\n', "", "tests/test_copies.py -k inside_a_context"),
+        (
+            '            self.refuse_while_held("pickle")\n',
+            "            pass\n",
+            "tests/test_copies.py -k inside_a_context",
+        ),
         (
             '        self.groups.regroup(self.groups.changes, state["missed"])\n',
             "",

@@ -69,5 +69,18 @@ def test_a_fault_that_does_not_fit_is_refused(tmp_path):
 
 def test_a_survivor_with_a_reason_is_equivalent():
     fault = Fault("f", "a", "b", "tests", "no order of the two is visible")
-    assert mutants.Outcome(fault, 0, "").word == "equivalent"
+    assert mutants.Outcome(fault, 0, "3 passed").word == "equivalent"
     assert mutants.Outcome(fault, 1, "").word == "noticed"
+
+
+def test_what_was_skipped_has_noticed_nothing():
+    fault = Fault("f", "a", "b", "tests", "")
+    assert mutants.Outcome(fault, 0, "1 passed, 2 skipped").word == "survived"
+    assert mutants.Outcome(fault, 0, "2 skipped, 9 deselected").word == "no tests"
+
+
+def test_a_crash_and_a_hang_are_noticed(tmp_path, monkeypatch):
+    (tmp_path / "test_module.py").write_text("import time\n\ndef test_it():\n    time.sleep(60)\n")
+    monkeypatch.setattr(mutants, "LONGEST", 5.0)
+    assert mutants.run_tests(Fault("f", "a", "b", "test_module.py"), tmp_path, tmp_path / "kernels").word == "noticed"
+    assert mutants.Outcome(Fault("f", "a", "b", "tests"), -11, "").word == "noticed"
