@@ -464,11 +464,13 @@ def test_a_relu_passes_no_gradient_where_y_is_zero(shape, residual):
     """As in a constant channel without a shift: y is exactly 0 there, and so is the derivative that everyone uses."""
     x = np.full(shape, 3.0, np.float32)
     given = None if residual is None else np.full(shape, residual, np.float32)
-    y, saved = batchnorm_forward(x, np.ones(5, np.float32), activation="relu", residual=given)
+    ones, zeros = np.ones(5, np.float32), np.zeros(5, np.float32)
+    y, saved = batchnorm_forward(x, ones, zeros, activation="relu", residual=given)
     assert not y.any()
     grads = batchnorm_backward(np.ones(shape, np.float32), saved)
     assert not grads.dx.any()
     assert not grads.dgamma.any()
+    assert not grads.dbeta.any()
     assert grads.dresidual is None or not grads.dresidual.any()
 
 

@@ -150,6 +150,16 @@ FORWARD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"running_var: must be >= 0, got -1\.0",
     ),
+    *[
+        (
+            f"{name} {value}",
+            {"training": False, name: np.array([1.0, value, 1.0], np.float32)},
+            ValueError,
+            rf"{name}: must be finite, got {value}",
+        )
+        for name in ("running_mean", "running_var")
+        for value in (np.inf, np.nan)
+    ],
     (
         "short residual",
         {"residual": np.ones((4, 3), np.float32)},

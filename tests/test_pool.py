@@ -124,8 +124,10 @@ def test_workers_compute_in_the_modes_of_the_thread_that_launches(every_job):
         bind(lambda m: set_arithmetic_modes(m), {}, label="set_modes", scalar=scalar), (types.int64,)
     ).entry
 
+    size = 1_000_000  # so long a job that a worker wakes and takes a part of it
+
     def denormals_left() -> int:
-        opt = fastopt.SGD({"w": np.full(60_000, 1e-39, np.float32)}, lr=1e-3)
+        opt = fastopt.SGD({"w": np.full(size, 1e-39, np.float32)}, lr=1e-3)
         opt.grads["w"][...] = 1e-39
         opt.step()
         return int(np.count_nonzero(opt.params["w"].view(np.int32)))
@@ -133,14 +135,14 @@ def test_workers_compute_in_the_modes_of_the_thread_that_launches(every_job):
     before = modes()
     for _ in range(20):
         with using(3):
-            assert denormals_left() == 60_000
+            assert denormals_left() == size
             set_modes(before | FLUSH)
             try:
                 flushed = denormals_left()
             finally:
                 set_modes(before)
             assert flushed == 0
-            assert denormals_left() == 60_000
+            assert denormals_left() == size
 
 
 arithmetic_modes = intrinsics.arithmetic_modes
