@@ -125,24 +125,25 @@ def test_workers_compute_in_the_modes_of_the_thread_that_launches(every_job):
     ).entry
 
     size = 1_000_000  # so long a job that a worker wakes and takes a part of it
+    opt = fastopt.SGD({"w": np.zeros(size, np.float32)}, lr=1e-3)
+    denormal = np.full(size, 1e-39, np.float32)  # made here: no thread that flushes could make them
+    before = modes()
 
-    def denormals_left() -> int:
-        opt = fastopt.SGD({"w": np.full(size, 1e-39, np.float32)}, lr=1e-3)
-        opt.grads["w"][...] = 1e-39
-        opt.step()
+    def denormals_left(mode: int) -> int:
+        np.copyto(opt.params["w"], denormal)
+        np.copyto(opt.grads["w"], denormal)
+        set_modes(mode)
+        try:
+            opt.step()
+        finally:
+            set_modes(before)
         return int(np.count_nonzero(opt.params["w"].view(np.int32)))
 
-    before = modes()
     for _ in range(20):
         with using(3):
-            assert denormals_left() == size
-            set_modes(before | FLUSH)
-            try:
-                flushed = denormals_left()
-            finally:
-                set_modes(before)
-            assert flushed == 0
-            assert denormals_left() == size
+            assert denormals_left(before) == size
+            assert denormals_left(before | FLUSH) == 0
+            assert denormals_left(before) == size
 
 
 arithmetic_modes = intrinsics.arithmetic_modes
