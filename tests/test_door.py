@@ -406,7 +406,11 @@ def cases(draw: st.DrawFn) -> tuple[Door, list[Any]]:
         else draw(st.sampled_from([(), (2,), SHAPE]))
         for leaf in leaves
     ]
-    door = Door(shapes, dtype, writeable=draw(st.booleans()))
+    door = Door(
+        shapes,
+        dtype,
+        writeable=draw(st.booleans() | st.lists(st.booleans(), min_size=len(shapes), max_size=len(shapes))),
+    )
     cuts = sorted(draw(st.sets(st.integers(0, len(BUFFER)), max_size=20)))
     pairs = [(a, b) for a, b in pairwise(cuts) if draw(st.booleans())]
     start = address_of(BUFFER)
@@ -429,7 +433,7 @@ def test_both_passes_agree(case):
         if compiled[k] > 0:
             assert leaf.shape == door.shapes[k]
             assert leaf.dtype == door.dtype
-            assert leaf.flags.carray if door.writeable else leaf.flags.c_contiguous and leaf.flags.aligned
+            assert leaf.flags.carray if door.writeable[k] else leaf.flags.c_contiguous and leaf.flags.aligned
             low, high = bounds_of(leaf)
             hits = any(b < high and low < e for b, e in zip(header.begins, header.ends, strict=True)) and low < high
             assert compiled[k] == low
