@@ -454,6 +454,19 @@ def test_the_directory(monkeypatch, tmp_path):
     assert cache.directory() == wanted
 
 
+def test_a_user_without_a_home_is_one_warning(monkeypatch, tmp_path):
+    import platformdirs
+
+    monkeypatch.delenv("FASTOPT_CACHE_DIR")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cache, "_reported", set())
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *names, **options: "~/.cache/fastopt")
+    with pytest.warns(RuntimeWarning, match="the home directory of this user is not known") as caught:
+        assert [updated(REREAD), updated(REREAD)] == [6.0, 6.0]
+    assert len(caught) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="where other systems keep caches")
 def test_an_unsafe_directory_that_nobody_named_is_one_warning(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTOPT_CACHE_DIR")

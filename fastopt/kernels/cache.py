@@ -69,7 +69,7 @@ class Kept(NamedTuple):
 def chosen_directory() -> Path | None:
     """Return the directory named by FASTOPT_CACHE_DIR, or the user's; None where the variable is 0.
 
-    Raises RuntimeError where it names an unknown user or a loop of links.
+    Raises RuntimeError where it names an unknown user or a loop of links, and where the user has no home.
     """
     name = os.environ.get(VARIABLE)
     if name == OFF:
@@ -78,7 +78,10 @@ def chosen_directory() -> Path | None:
         return Path(name).expanduser().resolve()
     import platformdirs  # 5 ms
 
-    return Path(platformdirs.user_cache_dir("fastopt", appauthor=False)) / "kernels"
+    path = Path(platformdirs.user_cache_dir("fastopt", appauthor=False)) / "kernels"
+    if not path.is_absolute():  # "~" where nobody knows it
+        raise RuntimeError("the home directory of this user is not known")
+    return path
 
 
 def checked_directory(*, make: bool = True) -> Path | None:
