@@ -49,7 +49,7 @@ SAMPLES: dict[str, dict[str, list[float]]] = {}
 """Measured seconds by moment and contestant; the cases share their processes."""
 
 
-def process(code: str, cache: str = "") -> dict[str, float]:
+def process(code: str, cache: str = "0") -> dict[str, float]:
     """Run `code` in a new process; return the moments that it prints, and the time of the whole process."""
     path = os.pathsep.join([str(Path(fastopt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     surroundings = {**os.environ, "PYTHONPATH": path, "FASTOPT_CACHE_DIR": cache}
@@ -64,7 +64,7 @@ def gather(seconds: float, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Return the seconds of each moment, by contestant."""
     samples: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as cache:
-        contestants = {"fastopt": (OURS, ""), "cached": (OURS, cache)} | ({} if MISSING else {"torch": (TORCHS, "")})
+        contestants = {"fastopt": (OURS, "0"), "cached": (OURS, cache)} | ({} if MISSING else {"torch": (TORCHS, "0")})
         for code, folder in contestants.values():
             process(code, folder)  # loads the files into memory, and fills the cache
         stop = time.perf_counter() + seconds

@@ -110,8 +110,8 @@ SECTIONS = {
     ),
     "startup": (
         "A new process",
-        "`cached` is fastopt with `FASTOPT_CACHE_DIR`; numba, which fastopt imports, and torch are shown for "
-        "comparison.",
+        "`cached` is fastopt as usual, with its kernels on disk, and `fastopt` without (`FASTOPT_CACHE_DIR=0`); numba, "
+        "which fastopt imports, and torch are shown for comparison.",
     ),
 }
 
