@@ -106,7 +106,7 @@ BARS = (
         times("many_tensors", "Adam 1000 x 64, 501 groups", "torch fused"),
     ),
     Bar("the tail of a step, 1M", OVER["torch"], True, 2.2, times("tail", "tail 1M", "torch")),
-    Bar("the tail of a step, 30M", OVER["torch"], True, 1.3, times("tail", "tail 30M", "torch")),
+    Bar("the tail of a step, 30M", OVER["torch"], True, 1.5, times("tail", "tail 30M", "torch")),
     *(
         Bar(f"BatchNorm forward {shape}", OVER["torch"], True, 5.0, times("batchnorm", f"forward {shape}", "torch"))
         for shape in MAPS
