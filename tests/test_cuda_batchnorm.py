@@ -133,7 +133,6 @@ def ours(
         training=training,
         eps=eps,
         weight=weight,
-        over=("x", "residual").index(y_over) if y_over else -1,
         count=count,
     )
     mean, inv_std = kernel.statistics(saved, channels)
@@ -154,7 +153,6 @@ def ours(
             (dgamma, dbeta),
             saved,
             training=training,
-            over=("x", "dy", "y").index(dx_over) if dx_over else -1,
         )
         found |= {"dx": place.host(dx), "dgamma": place.host(dgamma), "dbeta": place.host(dbeta)}
         found["dresidual"] = None if other is None else place.host(other)

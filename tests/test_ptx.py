@@ -318,7 +318,6 @@ def of_batchnorm(
                 training=training,
                 eps=1e-5,
                 weight=0.1,
-                over=-1,
             )
             both = relu and residual
             kernel.backward(
@@ -330,7 +329,6 @@ def of_batchnorm(
                 (dgamma, dbeta),
                 saved,
                 training=training,
-                over=-1,
             )
 
     found = codes(cc, use)

@@ -137,7 +137,7 @@ class Kind:
 
 
 class Quick:
-    """A pass over arrays on the CPU that compiled code checks, in 3 us; Python's checks take 30.
+    """A pass over arrays on the CPU that compiled code checks, in 4 us; Python's checks take 30.
 
     It makes none where an array is not as the kernels need it. The checks in Python then word the error, or find that
     the array can be used all the same.
@@ -351,20 +351,19 @@ def forward_pass(
         check_statistics("running_mean", running_mean, "running_var", running_var)
     if residual is not None:
         check_like("residual", residual, x.shape, x.dtype, backend)
-    over = -1
+    overwritten = False
     if out is None:
         out = backend.empty(x.shape, x.dtype)
     else:
         check_like("out", out, x.shape, x.dtype, backend, written=True)
-        if _check_same_or_apart("out", out, "x", x, backend):
-            over = 0
-        if training and over == 0:
+        overwritten = _check_same_or_apart("out", out, "x", x, backend)
+        if training and overwritten:
             raise ValueError(
                 "out: must not be x in training, whose backward pass needs x, got x; pass another array (it may be the "
                 "residual), or training=False"
             )
-        if residual is not None and _check_same_or_apart("out", out, "residual", residual, backend):
-            over = 1
+        if residual is not None:
+            _check_same_or_apart("out", out, "residual", residual, backend)
         for name, array in (
             ("gamma", gamma),
             ("beta", beta),
@@ -394,7 +393,6 @@ def forward_pass(
         training=training,
         eps=eps,
         weight=momentum,
-        over=over,
         count=None if running_mean is None else count,
     )
     if key is not None:
@@ -404,7 +402,7 @@ def forward_pass(
     return out, Saved(
         kind,
         state,
-        None if over == 0 else x,  # which is not there any more
+        None if overwritten else x,
         out if kind.reads_y else None,
     )
 
@@ -483,12 +481,11 @@ def batchnorm_backward(
     backend = kind.backend
     check_like("dy", dy, saved.shape, saved.dtype, backend)
     y = saved._y
-    over = -1
     if out is not None:
         check_like("out", out, saved.shape, saved.dtype, backend, written=True)
-        for number, (name, array) in enumerate((("x", x), ("dy", dy), ("y", y))):
-            if array is not None and _check_same_or_apart("out", out, name, array, backend):
-                over = number
+        for name, array in (("x", x), ("dy", dy), ("y", y)):
+            if array is not None:
+                _check_same_or_apart("out", out, name, array, backend)
     channels = kind.view[1]
     sums = []
     for name, array, present in (("dgamma", dgamma, kind.gamma), ("dbeta", dbeta, kind.beta)):
@@ -519,7 +516,6 @@ def batchnorm_backward(
         tuple(sums),
         saved._state,
         training=kind.training,
-        over=over,
     )
     saved._mark_used()
     return BatchNormGrads(out, sums[0] if kind.gamma else None, sums[1] if kind.beta else None, dresidual)

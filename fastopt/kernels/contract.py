@@ -365,7 +365,11 @@ class Backend(Protocol):
         """
 
     def batchnorm(self, formulas: ModuleType, dtype: Any, *, relu: bool, residual: bool) -> Any:
-        """Return BatchNorm of `dtype` by the functions of `formulas`: an object with ``forward`` and ``backward``."""
+        """Return BatchNorm of `dtype` by the functions of `formulas`.
+
+        It has ``forward``, ``backward``, and ``statistics``, which reads mean and inv_std of what ``forward`` returned.
+        On the CPU it has ``prepared`` as well, for passes whose arrays compiled code checks.
+        """
 
 
 class Asynchronous(Backend, Protocol):

@@ -10,7 +10,7 @@ compiled code, which get the addresses of the arrays.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,7 +88,6 @@ class BatchNormCPU:
         training: bool,
         eps: float,
         weight: float | None,
-        over: int,
         count: Array | None = None,
     ) -> Array:
         """Write y to `out` and, in training, record the batch; return what `backward` needs.
@@ -100,7 +99,6 @@ class BatchNormCPU:
         channelwise : (gamma, beta, running_mean, running_var), any of them None.
         weight : of the new batch in the running statistics; None for 1 / (count + 1), the average of all batches.
         count : an array of one number: how many batches were recorded.
-        over : not used here.
         """
         prepared = self.prepared(view, backward=False, training=training)
         state = prepared.workspace()
@@ -120,13 +118,11 @@ class BatchNormCPU:
         state: Array,
         *,
         training: bool,
-        over: int,
     ) -> None:
         """Write dx, dgamma, dbeta and, where `outputs` has room for it, the residual's gradient.
 
         channelwise : (dgamma, dbeta).
         state : what `forward` returned; it is written to.
-        over : not used here.
         """
         prepared = self.prepared(view, backward=True, training=training)
         addresses = _addresses_of(x, dy, y, *outputs, *channelwise, state)
@@ -142,17 +138,15 @@ class BatchNormCPU:
                 outer = OuterLoops(self._formulas, self._dtype, backward=backward, training=training)
                 self._shared[of_all_flags] = outer
             loops = TileLoops(self._formulas, self._dtype, self._flags, self._shared, backward=backward)
-            found = self._passes[key] = _Pass(self._shared[of_all_flags], loops, summed=backward or training)
+            found = self._passes[key] = _Pass(self._shared[of_all_flags], loops)
         return found
 
 
-class _Pass:
+class _Pass(NamedTuple):
     """The loops of one direction, in training or not."""
 
-    def __init__(self, outer: OuterLoops, loops: TileLoops, *, summed: bool):
-        self.outer = outer
-        self.loops = loops
-        self.summed = summed
+    outer: OuterLoops
+    loops: TileLoops
 
 
 class Prepared:
@@ -180,7 +174,7 @@ class Prepared:
                 groups=cut.groups,
                 channels=self._channels,
                 size=self._size,
-                sum_loop=one.loops.sums(self._spatial) if one.summed else 0,
+                sum_loop=one.loops.sums(self._spatial) if outer.summed else 0,
                 wide_sum_loop=0,
             ),
             np.int64,
@@ -253,7 +247,7 @@ class Prepared:
         if size <= GROUP_SIZE * groups and groups >= 2 * threads and size > 0:
             outer(each_group).run(*arguments, elements=size, units=groups)
             return True
-        if self._one.summed and size > 0:
+        if outer.summed and size > 0:
             outer(sum_tiles).run(*arguments, elements=size, units=self._tiles)
         outer(merge_channels).serial(*arguments, 0, self._channels)
         if size > 0:

@@ -293,14 +293,12 @@ def forward_sum_tile(arrays, fixed, workspace, t):
     tile = TILE_AT(fixed, t)
     share = 1.0 / ((tile.rows * tile.width + tile.rest) // tile.channels)
     x = WHOLE(arrays.x, fixed)
-    # A part of the tile's own for numbers of its channels: their centers, and their sums.
     centers = np.empty(tile.channels, DTYPE)
     sums = np.empty(2 * tile.channels)
     s = window(sums, 0, tile.channels)
     q = window(sums, tile.channels, tile.channels)
     step = tile.rows // 4 * tile.stride if tile.rows >= 4 else tile.spatial // 4
-    at = address(centers)
-    center = pointer(DTYPE, at, 0)
+    center = pointer(DTYPE, address(centers), 0)
     x0 = pointer(DTYPE, arrays.x, tile.start)
     x1 = pointer(DTYPE, arrays.x, tile.start + step)
     x2 = pointer(DTYPE, arrays.x, tile.start + 2 * step)
@@ -559,6 +557,8 @@ class OuterLoops:
             "COUNT_OF": part(count_of, {}),
         }
         self.backward, self.training = backward, training
+        self.summed = backward or training
+        """Whether there are sums at all."""
         self._name = f"{'training' if training else 'inference'}_{dtype.name}"
         self._way = "backward" if backward else "forward"
         self._constants = {
@@ -570,7 +570,7 @@ class OuterLoops:
             "OVERLAP": part(overlap, memory),
             "WAITING": part(waiting, {"GUARDED": dtype.itemsize < 8, "SUMMED": training and not backward}),
             "TRAINING": training,
-            "SUMMED": backward or training,
+            "SUMMED": self.summed,
             "SUM_TILE": part(backward_sum_tile if backward else forward_sum_tile, constants),
             "MERGE": part(merge_gradients if backward else merge_statistics, constants),
             "MAP_TILE": part(backward_map_tile if backward else forward_map_tile, constants),

@@ -25,7 +25,7 @@ from fastopt.kernels.bind import bind, compile_loop, inlined
 from fastopt.kernels.contract import ALIGNMENT
 from fastopt.kernels.cpu.batchnorm_tiles import LARGE_MAP, ROWS_AT_ONCE, SUM_LENGTH, Tile
 from fastopt.kernels.elements import scalar
-from fastopt.kernels.intrinsics import keep, window
+from fastopt.kernels.intrinsics import address, keep, window
 
 MAP_BY_CHANNEL = 96
 """Bytes of a map, one and a half of the widest vectors, from which a tile is mapped channel by channel, with the
@@ -233,8 +233,8 @@ def sum_columns(arrays, tile, coefficients, pitch, channel, s_totals, q_totals):
     page = PAGE // ITEMSIZE
     apart = -(-width // page) * page
     scratch = np.empty((2 + N_COEFFICIENTS) * apart + page, ACC)
-    rows = (arrays[0].ctypes.data + DATA_ITEMSIZE * tile.start) // ALIGNMENT * ALIGNMENT
-    begin = (rows + PAGE // 2 - scratch.ctypes.data) % PAGE // ITEMSIZE
+    rows = (address(arrays[0]) + DATA_ITEMSIZE * tile.start) // ALIGNMENT * ALIGNMENT
+    begin = (rows + PAGE // 2 - address(scratch)) % PAGE // ITEMSIZE
     s = window(scratch, begin, width)
     q = window(scratch, begin + apart, width)
     expanded = window(scratch, begin + 2 * apart, N_COEFFICIENTS * apart)
@@ -278,10 +278,6 @@ def sum_columns(arrays, tile, coefficients, pitch, channel, s_totals, q_totals):
             s_totals[c] = s_total
             q_totals[c] = q_total
     keep(scratch)
-
-
-# Both sums are compiled with leave to reorder their additions, and those alone: TERMS are compiled for themselves. One
-# compiled copy serves every launch, so that the bits are the same in all.
 
 
 def sum_rows(arrays, tile, coefficients, pitch, channel, s_totals, q_totals):

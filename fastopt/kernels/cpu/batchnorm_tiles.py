@@ -33,7 +33,8 @@ FEW_COLUMNS = 64
 the prefetcher."""
 
 TILE_SIZE = 32_768
-"""Elements of a tile, about: small enough to share few channels out among many threads."""
+"""Elements of a tile, about: small enough to share few channels out among many threads. A tile of small maps has twice
+as many, or more: see `_rows`."""
 
 FEW_BLOCKS = 8
 """Blocks of small maps are not made shorter to have more than these: each costs as much as two or three rows."""
@@ -42,7 +43,7 @@ LEAST_ROWS, MOST_ROWS = 16, 256
 """Rows of a tile of small maps. The most bounds the number of float32 values that a column adds up."""
 
 ROWS_AT_ONCE = 8
-"""Rows that are summed together where one array is read."""
+"""Rows of large maps that are summed together where one array is read."""
 
 VECTOR = 16
 """Elements of the widest vector, AVX-512's of float32."""

@@ -491,12 +491,11 @@ class BatchNormCUDA:
         training: bool,
         eps: float,
         weight: float | None,
-        over: int,
         count: Array | None = None,
     ) -> tuple[Array, Array, Array | None]:
         """Write y to `out` and, in training, record the batch; return what `backward` needs.
 
-        As on the CPU; in training x is not empty, and `over` is not used.
+        As on the CPU; in training x is not empty.
         """
         backend, unused = self._backend, self._unused
         channels = shape[1]
@@ -555,13 +554,11 @@ class BatchNormCUDA:
         state: tuple[Array, Array, Array | None],
         *,
         training: bool,
-        over: int,
     ) -> None:
         """Write dx, dgamma, dbeta and, where `outputs` has room for it, the residual's gradient.
 
         channelwise : (dgamma, dbeta).
         state : what `forward` returned; it is written to.
-        over : not used here.
         """
         backend, unused = self._backend, self._unused
         cut, cuts = self._cut(shape)
