@@ -305,8 +305,11 @@ def test_backward_twice_is_refused():
         batchnorm_backward(DY, saved)
 
 
-def test_backward_after_in_place_inference_is_refused():
+@pytest.mark.parametrize("doubled", [False, True])
+def test_backward_after_in_place_inference_is_refused(doubled):
+    """Also where x is the residual, too, and y is written over both."""
     arguments = good()
+    arguments["residual"] = arguments["x"] if doubled else None
     _, saved = batchnorm_forward(**arguments, training=False, out=arguments["x"])
     with pytest.raises(
         ValueError, match=r"saved: must be of a forward pass that kept x, got one that wrote y over x \(out=x\)"

@@ -225,7 +225,7 @@ def begin_forward(arrays_address, fixed_address):
     if OVERLAP(arrays.y, size, arrays.residual, size):
         if arrays.y != arrays.residual:
             return REFUSED
-        over = 1
+        over = 1 if over < 0 else over
     mean, var = arrays.running_mean, arrays.running_var
     for vector in (arrays.gamma, arrays.beta, mean, var):
         if OVERLAP(arrays.y, size, vector, channels):
