@@ -70,6 +70,13 @@ def test_matrices_are_measured_forward_and_backward():
         assert {f"forward {shape}", f"backward {shape}"} <= titles
 
 
+def test_rows_are_measured_far_from_the_first_steps():
+    group = importlib.import_module("bench_tail").of_rows(0.1, rows=100)
+    times = {}
+    result = group.run(group.title, seconds=0.001, rounds=1, times=times)
+    assert set(times) == set(result.seconds) == set(group.contestants)
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 CASES = """
