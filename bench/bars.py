@@ -79,6 +79,8 @@ def worst_of_the_others(stored: Results) -> float:
 SHARE = "the limit's time over ours"
 OVER = {name: f"the time of {name} over ours" for name in ("torch fused", "torch", "deepspeed", "numpy")}
 MAPS = ("64x64x56x56", "32x256x14x14", "32x512x7x7", "128x16x32x32")
+SMALL_MATRICES = ("32x64", "64x128", "128x256")
+LARGE_MATRICES = ("256x512", "256x1024", "1024x1024", "4096x256")
 
 BARS = (
     Bar("Adam 1k", "microseconds, all Python included", False, 8.0, seconds("step", "Adam 1k", 1e-6)),
@@ -134,6 +136,20 @@ BARS = (
             times("batchnorm", f"backward {shape}", "limit"),
         )
         for shape in MAPS
+    ),
+    *(
+        Bar(f"BatchNorm {way} {shape}", OVER["torch"], True, bar, times("batchnorm", f"{way} {shape}", "torch"))
+        for way in ("forward", "backward")
+        for shapes, bar in ((SMALL_MATRICES, 1.5), (LARGE_MATRICES, 2.0))
+        for shape in shapes
+    ),
+    *(
+        Bar(f"BatchNorm {way} {shape}", text, True, 0.5, times("batchnorm", f"{way} {shape}", "limit"))
+        for way, text in (
+            ("forward", "the time of a copy over ours"),
+            ("backward", "the time of two reads and a write over ours"),
+        )
+        for shape in LARGE_MATRICES[1:]
     ),
     *(
         Bar(title, "the iteration's time over that on one thread", False, bar, over(title, "one thread"))
