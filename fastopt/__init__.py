@@ -13,7 +13,7 @@ from fastopt.closed_forms.linear import Linear
 from fastopt.hyper import Choice, Flag, Interval
 from fastopt.kernels.threads import get_num_threads, set_num_threads
 from fastopt.optimizer import Optimizer
-from fastopt.rule import Layerwise, Matrixwise, Rule, Scaling, rule
+from fastopt.rule import Layerwise, Matrixwise, Rule, Scaling, Sums, rule
 from fastopt.step.info import StepInfo
 from fastopt.storage.flat import FlatParams, pack
 from fastopt.version import __version__ as __version__
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from fastopt.optimizers.rprop import Rprop as Rprop
     from fastopt.optimizers.schedule_free_adamw import ScheduleFreeAdamW as ScheduleFreeAdamW
     from fastopt.optimizers.sgd import SGD as SGD
+    from fastopt.optimizers.stable_adamw import StableAdamW as StableAdamW
     from fastopt.optimizers.yogi import Yogi as Yogi
     # end of what is generated
 
@@ -59,6 +60,7 @@ __all__ = [
     "Rule",
     "Scaling",
     "StepInfo",
+    "Sums",
     "batchnorm_backward",
     "batchnorm_forward",
     "curvature",

@@ -87,6 +87,73 @@ class Scaling:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Sums over the elements of whole parameters, known before the update, give some of the rule's hyperparameters.
+
+    Args:
+        terms: ``{"name": term}``, each a scalar function ``term(p, g, *states, h)`` of an element before its update. It
+            is computed in the dtype, and added up in float64. It is given the p and g that the rule is given: clipped,
+            and with weight decay where the loop applies it.
+        settle: ``settle(sums, numbers, size, h)``, computed in float64: `sums` and `numbers` have a field for each
+            name, `size` is the number of elements. It returns the tuple of the values of `results`, then the new
+            `numbers`; a single value alone, not in a tuple.
+        results: the names of the fields of h which those values replace.
+        numbers: the names of per-tensor states: one float64 per parameter each, which begin at 0. Several `Sums` of a
+            rule may share one.
+        over: ``"tensor"``: sums over each parameter, settled once for each; ``"all"``: over all parameters of the step,
+            settled once, by the h of the first one. The numbers are then the same for all parameters.
+
+    Each `Sums` with terms reads what its terms use once more before the update. Sums are those of fixed blocks of 4096
+    elements, added in their order: the same bits for any number of threads.
+
+    Raises:
+        TypeError: functions of another signature, or names that are not names.
+
+    >>> import numpy as np, fastopt
+    >>> from typing import NamedTuple
+    >>> class Hyper(NamedTuple):
+    ...     lr: float
+    ...     factor: float
+    >>> def prepare(t, lr):
+    ...     return Hyper(lr, 1.0)
+    >>> def square(p, g, h):
+    ...     return g * g
+    >>> def settle(sums, numbers, size, h):
+    ...     rms = (sums.square / size) ** 0.5
+    ...     return 1.0 / max(1.0, rms)
+    >>> @fastopt.rule(prepare, sums=fastopt.Sums({"square": square}, settle, results=("factor",)))
+    ... def descent_of_bounded_rms(p, g, h):
+    ...     return p - h.lr * h.factor * g
+    >>> opt = fastopt.Optimizer({"w": np.zeros(2), "b": np.zeros(1)}, descent_of_bounded_rms, lr=1.0)
+    >>> _ = opt.step({"w": np.array([30.0, 40.0]), "b": np.array([0.5])})
+    >>> opt.params["w"].round(3), opt.params["b"]
+    (array([-0.849, -1.131]), array([-0.5]))
+    """
+
+    terms: Mapping[str, Callable[..., Any]]
+    settle: Callable[..., Any]
+    results: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    over: str = "tensor"
+
+    def __post_init__(self) -> None:
+        for name, names in (("terms", tuple(self.terms)), ("results", self.results), ("numbers", self.numbers)):
+            plain = isinstance(names, tuple) and all(isinstance(each, str) and each.isidentifier() for each in names)
+            if not plain or len(set(names)) != len(names):
+                raise TypeError(f"Sums: {name}: must be different names of variables, as ('scale',), got {names!r}")
+        if not self.results and not self.numbers:
+            raise TypeError("Sums: results: must name what settle gives, or numbers must, got neither")
+        if self.over not in ("tensor", "all"):
+            raise TypeError(f"Sums: over: must be 'tensor' or 'all', got {self.over!r}")
+        found = tuple(_parameters(self.settle, "settle"))
+        if len(found) != 4:
+            raise TypeError(f"Sums: settle: must take (sums, numbers, size, h), got ({', '.join(found)})")
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.terms.items()), self.settle, self.results, self.numbers, self.over))
+
+
+@dataclass(frozen=True)
 class Matrixwise:
     """Linear algebra on whole matrices gives the direction of the update.
 
@@ -139,8 +206,8 @@ class Rule:
         hyperparameters: the names of the arguments of `prepare` after t.
         defaults: the default values, by name.
         decoupled: whether ``weight_decay`` shrinks p directly (AdamW) instead of being added to the gradient (L2).
-        layerwise, scaling, matrixwise: a `Layerwise`, `Scaling` or `Matrixwise`; all None for a rule that updates each
-            element on its own.
+        layerwise, scaling, matrixwise: a `Layerwise`, `Scaling` or `Matrixwise`; None for none.
+        sums: the tuple of its `Sums`. With none of these four, the rule updates each element on its own.
         initial: the initial values of states that do not begin at 0: a number, the name of a hyperparameter, or
             ``"p"``.
         idle: the closed form of many zero-gradient steps, a `fastopt.closed_forms.Idle`; None for none, which rules out
@@ -159,6 +226,7 @@ class Rule:
         layerwise: Layerwise | None = None,
         scaling: Scaling | None = None,
         matrixwise: Matrixwise | None = None,
+        sums: Sums | Sequence[Sums] = (),
         domains: Mapping[str, Domain] | None = None,
         initial: Mapping[str, float | str] | None = None,
         idle: Idle | None = None,
@@ -188,6 +256,7 @@ class Rule:
         self.layerwise = layerwise
         self.scaling = scaling
         self.matrixwise = matrixwise
+        self.sums = (sums,) if isinstance(sums, Sums) else tuple(sums)
         self.initial = dict(initial or {})
         self.idle = idle
         self.gradients_in = gradients_in
@@ -221,6 +290,7 @@ class Rule:
                 f"rule {self.name!r}: prepare must take weight_decay for a scaling rule, which applies its own, and "
                 f"layerwise must be None, got ({', '.join(prepared)}) and {layerwise}"
             )
+        self._check_sums(names)
         kept = (*self.states, *self.numbers)
         if EMA in kept or len(set(kept)) != len(kept):
             raise TypeError(
@@ -242,6 +312,22 @@ class Rule:
         self._twin: Rule | None = None
         self._plain: Rule | None = None
         """The rule whose twin this is."""
+
+    def _check_sums(self, names: list[str]) -> None:
+        """Refuse sums that do not fit the rule, whose function has parameters of these names."""
+        others = [kind for kind in ("layerwise", "scaling", "matrixwise", "idle") if getattr(self, kind) is not None]
+        if self.sums and others:
+            raise TypeError(f"rule {self.name!r}: {others[0]}: must be None for a rule with sums")
+        for sums in self.sums:
+            if not isinstance(sums, Sums):
+                raise TypeError(f"rule {self.name!r}: sums: must be a Sums or several, got {sums!r}")
+            for name, term in sums.terms.items():
+                found = tuple(_parameters(term, "term"))
+                if len(found) != len(names):
+                    raise TypeError(
+                        f"rule {self.name!r}: sums: terms[{name!r}]: must take ({', '.join(names)}) as the rule does, "
+                        f"got ({', '.join(found)})"
+                    )
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the scalar function, so that one rule can be written in terms of another."""
@@ -270,12 +356,14 @@ class Rule:
     @property
     def numbers(self) -> tuple[str, ...]:
         """The names of per-tensor states: one number per parameter."""
-        return () if self.scaling is None or self.scaling.number is None else (self.scaling.number,)
+        if self.scaling is not None and self.scaling.number is not None:
+            return (self.scaling.number,)
+        return tuple(dict.fromkeys([name for sums in self.sums for name in sums.numbers]))
 
     @property
     def whole(self) -> bool:
-        """Whether the rule uses norms of whole parameters."""
-        return self.layerwise is not None or self.scaling is not None
+        """Whether the rule uses norms of whole parameters, or other sums over them."""
+        return self.layerwise is not None or self.scaling is not None or bool(self.sums)
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all hyperparameters: the rule's own, and weight_decay, which the loop applies.
@@ -402,6 +490,7 @@ class Rule:
                 self.scalar,
                 self.prepare,
                 decoupled=decoupled,
+                sums=self.sums,
                 domains=self._domains,
                 initial=self.initial,
                 idle=self.idle,
@@ -425,6 +514,7 @@ def rule(
     layerwise: Layerwise | None = None,
     scaling: Scaling | None = None,
     matrixwise: Matrixwise | None = None,
+    sums: Sums | Sequence[Sums] = (),
     domains: Mapping[str, Domain] | None = None,
     initial: Mapping[str, float | str] | None = None,
     idle: Idle | None = None,
@@ -439,6 +529,8 @@ def rule(
             as ``beta**t`` and differences such as ``1 - beta`` belong here. The rule reads the fields from `h`.
         decoupled: whether weight_decay shrinks p (``p *= 1 - lr*weight_decay``) instead of being added to the gradient.
         layerwise, scaling, matrixwise: see `Layerwise`, `Scaling`, `Matrixwise`.
+        sums: see `Sums`; several of them are settled one after the other, and each finds in h what those before it
+            gave.
         domains: ranges of hyperparameters whose names are not among the usual ones, as ``{"mu": Interval(0, 1)}``.
         initial: initial values of states that do not begin at 0, by name: a number, the name of a hyperparameter (its
             value at the first step), or ``"p"`` for the parameter itself, as it is at its first update.
@@ -482,6 +574,7 @@ def rule(
             layerwise=layerwise,
             scaling=scaling,
             matrixwise=matrixwise,
+            sums=sums,
             domains=domains,
             initial=initial,
             idle=idle,

@@ -7,7 +7,7 @@ the rule into its own loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -109,6 +109,30 @@ class ScalingFunctions(Protocol):
         """The name of the per-tensor state, or None."""
 
 
+class SumsFunctions(Protocol):
+    """The part of `fastopt.Sums` that a kernel needs: sums over whole parameters, and what follows from them."""
+
+    @property
+    def terms(self) -> Mapping[str, Callable[..., Any]]:
+        """``term(p, g, *states, h)``, of which the sums are taken, by the names of the sums."""
+
+    @property
+    def settle(self) -> Callable[..., Any]:
+        """``settle(sums, numbers, size, h)``, once per parameter or once for all."""
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The fields of h that it gives."""
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of the per-tensor states that it reads, and gives as well."""
+
+    @property
+    def over(self) -> str:
+        """``"tensor"`` or ``"all"``."""
+
+
 class KernelRule(Protocol):
     """The part of `fastopt.Rule` that a kernel needs."""
 
@@ -125,6 +149,14 @@ class KernelRule(Protocol):
     @property
     def scaling(self) -> ScalingFunctions | None:
         """None for a rule without a scale."""
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of its per-tensor states."""
+
+    @property
+    def sums(self) -> tuple[SumsFunctions, ...]:
+        """One after the other: each finds in h what those before it gave."""
 
 
 def clip_coefficient(norm: Any, max_norm: Any) -> Any:

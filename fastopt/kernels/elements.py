@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from numba import njit, types
 
 from fastopt.kernels.bind import bind
-from fastopt.kernels.contract import Features, KernelRule, ScalingFunctions
+from fastopt.kernels.contract import N_STEP, Features, KernelRule, ScalingFunctions, SumsFunctions
 
 MAX_STATES = 4
 """The most states of a rule. The moving average of the parameters adds one."""
@@ -25,6 +27,8 @@ RULE: Any
 N_STATES: Any
 STILL: Any
 UNSCALE: Any
+SETTLE: Any
+N_SETTLED: Any
 ZERO_NONFINITE: Any
 CLIP_VALUE: Any
 CLIP_NORM: Any
@@ -141,15 +145,27 @@ def check_rule(rule: KernelRule, compiled: Any, hyper: Any, dtype: np.dtype[Any]
     if rule.layerwise is not None:
         compiled_apply = scalar(bind(rule.layerwise.apply, {}, label=f"{rule.name}_{dtype}_apply", scalar=scalar))
         check_returns(rule, ("p",), returned_dtypes(compiled_apply, len(names) + 1, hyper, dtype), dtype)
+    for sums in rule.sums:
+        check_sums(rule, sums, hyper, dtype)
 
 
 def returned_dtypes(compiled: Any, arguments: int, hyper: Any, dtype: np.dtype[Any]) -> list[str] | str:
     """Return the numba type, or list of types, that a scalar function of `arguments` numbers and h returns, by name."""
     number = numba.from_dtype(dtype)
-    signature = (*[number] * arguments, types.NamedUniTuple(number, len(hyper._fields), hyper))
-    compiled.compile(signature)
-    returned = compiled.overloads[signature].signature.return_type
+    returned = returned_type(compiled, (*[number] * arguments, record_type(hyper, number)))
     return [str(kind) for kind in returned] if isinstance(returned, types.BaseTuple) else str(returned)
+
+
+def returned_type(compiled: Any, signature: tuple[Any, ...]) -> Any:
+    """Return the numba type that a scalar function returns for arguments of these types."""
+    compiled.compile(signature)
+    return compiled.overloads[signature].signature.return_type
+
+
+def record_type(kind: Any, number: Any) -> Any:
+    """Return the numba type of a NamedTuple of numbers, and that of the empty tuple for one without fields."""
+    fields = len(kind._fields)
+    return types.NamedUniTuple(number, fields, kind) if fields else types.Tuple(())
 
 
 def check_returns(rule: KernelRule, names: tuple[str, ...], returned: list[str] | str, dtype: np.dtype[Any]) -> None:
@@ -170,6 +186,35 @@ def check_returns(rule: KernelRule, names: tuple[str, ...], returned: list[str] 
         )
 
 
+def records_of(sums: SumsFunctions) -> tuple[Any, Any]:
+    """Return the NamedTuples that ``settle`` takes: of the sums, and of the numbers."""
+    return namedtuple("Sums", tuple(sums.terms)), namedtuple("Numbers", sums.numbers)
+
+
+def check_sums(rule: KernelRule, sums: SumsFunctions, hyper: Any, dtype: np.dtype[Any]) -> None:
+    """Check what the functions of sums return; raise TypeError where it is not what is declared."""
+    where = f"rule {rule.name!r}: sums:"
+    for name, term in sums.terms.items():
+        compiled = scalar(bind(term, {}, label=f"{rule.name}_{dtype}_{name}", scalar=scalar))
+        found = returned_dtypes(compiled, len(rule.states) + 2, hyper, dtype)
+        if not isinstance(found, str) or found == "none":
+            what = found if isinstance(found, str) else f"a tuple of {len(found)}"
+            raise TypeError(f"{where} terms[{name!r}] must return a number, got {what}")
+    of_sums, of_numbers = (record_type(kind, types.float64) for kind in records_of(sums))
+    compiled = scalar(bind(sums.settle, {}, label=f"{rule.name}_{dtype}_settle", scalar=scalar))
+    h = record_type(hyper, numba.from_dtype(dtype))
+    returned = returned_type(compiled, (of_sums, of_numbers, types.float64, h))
+    names = (*sums.results, *sums.numbers)
+    kinds = list(returned) if isinstance(returned, types.BaseTuple) else [returned]
+    if any(not isinstance(kind, types.Number | types.Boolean) for kind in kinds):
+        kinds = [str(kind) for kind in kinds]
+        raise TypeError(f"{where} settle must return {len(names)} numbers ({', '.join(names)}), got {', '.join(kinds)}")
+    if len(kinds) != len(names) or (len(names) == 1) == isinstance(returned, types.BaseTuple):
+        expected = "one number alone, not in a tuple" if len(names) == 1 else f"a tuple of {len(names)} numbers"
+        what = f"a tuple of {len(kinds)}" if isinstance(returned, types.BaseTuple) else "one number"
+        raise TypeError(f"{where} settle must return {expected} ({', '.join(names)}), got {what}")
+
+
 def scaled(step, norm_p, norm_g, *rest):
     """Return a parameter's scale, given the norms of p and g. `rest`: the per-tensor state, if any, and h."""
     if CLIP_NORM:
@@ -181,6 +226,73 @@ def scaled_by(scaling: ScalingFunctions, features: Features, scalar: Callable[[F
     """Return `scaled` for a rule's scaling, compiled by `scalar`."""
     constants = {"SCALE": scaling.scale, "CLIP_NORM": features.clip_norm}
     return bind(scaled, constants, label="scaled", scalar=scalar)
+
+
+def collected(functions: tuple[Callable[..., Any], ...]) -> Callable[..., tuple[Any, ...]]:
+    """Return a scalar function that returns the tuple of what several scalar functions return."""
+    if len(functions) == 1:
+        function = functions[0]
+
+        def one(*arguments):
+            return (function(*arguments),)
+
+        return one
+    half = len(functions) // 2
+    left, right = collected(functions[:half]), collected(functions[half:])
+
+    def both(*arguments):
+        return left(*arguments) + right(*arguments)
+
+    return both
+
+
+def settled(sums, numbers, size, h):
+    """Return what SETTLE returns as a tuple."""
+    if N_SETTLED == 1:
+        return (SETTLE(sums, numbers, size, h),)
+    return SETTLE(sums, numbers, size, h)
+
+
+def settling(
+    rule: KernelRule, sums: SumsFunctions, hyper: Any, scalar: Callable[[FunctionType], Any]
+) -> dict[str, Any]:
+    """Return the constants by which a kernel settles sums: `settled`, compiled by `scalar`, and what is around it."""
+    unknown = [name for name in sums.results if name not in hyper._fields]
+    if unknown:
+        raise TypeError(
+            f"rule {rule.name!r}: sums: results must be fields of {hyper.__name__} ({', '.join(hyper._fields)}), got "
+            f"{unknown[0]!r}"
+        )
+    of_sums, of_numbers = records_of(sums)
+    count = len(sums.results) + len(sums.numbers)
+    constants = {"SETTLE": sums.settle, "N_SETTLED": count}
+    return {
+        "SETTLED": bind(settled, constants, label="settled", scalar=scalar),
+        "N_TERMS": len(sums.terms),
+        "N_RESULTS": len(sums.results),
+        "N_NUMBERS": len(sums.numbers),
+        "SUMS": of_sums,
+        "NUMBERS": of_numbers,
+        "COLUMNS": tuple(N_STEP + hyper._fields.index(name) for name in sums.results) or (0,),
+        "OVER_ALL": sums.over == "all",
+    }
+
+
+def of_terms(
+    rule: KernelRule,
+    terms: tuple[Callable[..., Any], ...],
+    hyper: Any,
+    dtype: np.dtype[Any],
+    features: Features,
+    scalar: Callable[[FunctionType], Any],
+) -> tuple[dict[str, Any], str]:
+    """Return `surrounded` whose ELEMENT returns the tuple of several terms of an element, instead of a rule's values.
+
+    A term is given what the rule is given: p and g after the options that come before the rule.
+    """
+    bound = scalar(bind(collected(terms), {}, label=f"terms_of_{rule.name}_{dtype}", scalar=scalar))
+    before = replace(features, ema=False, gated=False, zero_grad=False, scattered=False)
+    return surrounded(rule, bound, hyper, dtype, before, None, scalar)
 
 
 def surrounded(

@@ -101,6 +101,26 @@ def put_values(typing_context, arrays, i, values):
 
 
 @intrinsic
+def add_values(typing_context, totals, values):
+    """Return the tuple of sums of two tuples of numbers, in float64; a loop that adds may change the order of these.
+
+    Only these additions: how the values are computed is not touched.
+    """
+    if len(totals) != len(values) or not all(isinstance(kind, types.Number | types.Boolean) for kind in values):
+        raise TypingError(f"values: must be {len(totals)} numbers, got {values}")
+    made = types.UniTuple(types.float64, len(totals))
+
+    def build(context, builder, signature, arguments):
+        found = []
+        for k, kind in enumerate(signature.args[1]):
+            value = context.cast(builder, builder.extract_value(arguments[1], k), kind, types.float64)
+            found.append(builder.fadd(builder.extract_value(arguments[0], k), value, flags=("reassoc",)))
+        return context.make_tuple(builder, made, found)
+
+    return made(totals, values), build
+
+
+@intrinsic
 def record(typing_context, kind, array, first):
     """Return the elements of a contiguous array from index `first` on as a NamedTuple of the class `kind`."""
     size = len(kind.instance_class._fields)

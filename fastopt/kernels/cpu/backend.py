@@ -16,8 +16,9 @@ from fastopt.kernels.contract import ALIGNMENT, N_STEP, Adder, Array, Features, 
 from fastopt.kernels.cpu.elementwise import ElementwiseKernel, elementwise, hyperparameters
 from fastopt.kernels.cpu.layerwise import LayerwiseKernel, ScaledKernel, apply, merge, propose, scale
 from fastopt.kernels.cpu.norms import SquaresKernel, add, measure_block, squares
+from fastopt.kernels.cpu.sums import Stage, SummedKernel, settle, sum_terms
 from fastopt.kernels.driver import Loop
-from fastopt.kernels.elements import check_rule, conditioning, scalar, scaled_by, surrounded
+from fastopt.kernels.elements import check_rule, conditioning, of_terms, scalar, scaled_by, settling, surrounded
 from fastopt.kernels.threads import COMPILING, get_num_threads
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class CPU:
         features: Features,
         first: tuple[Callable[..., Any], Any] | None,
         check: Callable[[], None],
-    ) -> ElementwiseKernel | LayerwiseKernel | ScaledKernel:
+    ) -> ElementwiseKernel | LayerwiseKernel | ScaledKernel | SummedKernel:
         number = numba.from_dtype(dtype)
         table = types.Array(number, 2, "C")
         buffers = len(rule.states) + features.ema
@@ -180,6 +181,8 @@ class CPU:
 
         if rule.layerwise is None:
             kernel = ElementwiseKernel(Loop(elementwise, constants, arguments, label=label, check=check))
+            if rule.sums:
+                return self._bind_sums(rule, hyper, dtype, features, constants, arguments, label, check, kernel)
             if rule.scaling is None:
                 return kernel
             numbered = rule.scaling.number is not None
@@ -219,6 +222,47 @@ class CPU:
             ),
             dtype,
         )
+
+    def _bind_sums(
+        self,
+        rule: KernelRule,
+        hyper: Any,
+        dtype: np.dtype[Any],
+        features: Features,
+        constants: dict[str, Any],
+        arguments: tuple[Any, ...],
+        label: str,
+        check: Callable[[], None],
+        update: ElementwiseKernel,
+    ) -> SummedKernel:
+        """constants, arguments, label : of the update."""
+        table = arguments[2]
+        stages = []
+        names = list(rule.numbers)
+        for sums in rule.sums:
+            of_settle = {**constants, **settling(rule, sums, hyper, scalar)}
+            of_settle["NOTHING_SETTLED"] = (0.0,) * (len(sums.results) + len(sums.numbers))
+            loop = None
+            if sums.terms:
+                of_sums, of_label = of_terms(rule, tuple(sums.terms.values()), hyper, dtype, features, scalar)
+                of_sums |= {
+                    "DTYPE": dtype.type,
+                    "HYPERPARAMETERS": constants["HYPERPARAMETERS"],
+                    "N_TERMS": len(sums.terms),
+                    "NO_SUMS": (0.0,) * len(sums.terms),
+                }
+                loop = Loop(sum_terms, of_sums, (*arguments, PARTIALS), label=f"sum_terms_{of_label}", check=check)
+            of_numbers = types.UniTuple(PER_TENSOR, len(sums.numbers)) if sums.numbers else types.Tuple(())
+            bound = bind(settle, of_settle, label=f"settle_{label}", scalar=scalar)
+            stages.append(
+                Stage(
+                    loop,
+                    compile_loop(bound, (INTEGERS, PARTIALS, table, of_numbers, table, INTEGERS), check=check).entry,
+                    len(sums.terms),
+                    tuple([names.index(name) for name in sums.numbers]),
+                )
+            )
+        return SummedKernel(tuple(stages), update, len(names))
 
     def _compile_norm(self, dtype: np.dtype[Any], features: Features, of_parameters: bool) -> SquaresKernel:
         # A sum of squares of float32 is itself finite just where they are; otherwise a second sum has to find out.

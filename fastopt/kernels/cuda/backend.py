@@ -54,7 +54,7 @@ from fastopt.kernels.cuda.layerwise import (
     scale,
     span_sums,
 )
-from fastopt.kernels.cuda.memory import UNPACKING, loop, looping, unpacking
+from fastopt.kernels.cuda.memory import UNPACKING, loop, looping, memory, packing, unpacking
 from fastopt.kernels.cuda.norms import (
     SquaresKernel,
     add,
@@ -66,6 +66,18 @@ from fastopt.kernels.cuda.norms import (
     squares,
     squares_again,
     sum_runs,
+)
+from fastopt.kernels.cuda.sums import (
+    PAIR,
+    Stage,
+    SummedKernel,
+    nothing,
+    putting,
+    settle,
+    spread,
+    sum_terms,
+    termed,
+    total,
 )
 from fastopt.kernels.cuda.target import SIMULATED, THREADS, cuda, device, type_of
 from fastopt.signals import deferred_signals
@@ -110,7 +122,8 @@ def spans_of(lines: np.ndarray) -> np.ndarray:
     columns = columns_of(lines)
     first = np.flatnonzero(np.diff(columns.place, prepend=-1))
     last = np.append(first, len(lines))[1:] - 1
-    spans = Span(columns.place[first], columns.group[first], columns.block[first], columns.block[last] + 1)
+    blocks = columns.block[first], columns.block[last] + 1
+    spans = Span(columns.place[first], columns.group[first], *blocks, columns.stop[last] - columns.start[first])
     return np.stack(spans, 1)
 
 
@@ -416,6 +429,8 @@ class CUDA:
             blocks = 2
         kernel = self.compiled(elementwise, updating, label, blocks)
         update = ElementwiseKernel(self, kernel, features.scattered)
+        if rule.sums:
+            return self._bind_sums(rule, hyper, dtype, features, constants, label, update)
         if rule.scaling is None:
             return update
         numbered = rule.scaling.number is not None
@@ -426,6 +441,58 @@ class CUDA:
         }
         norms = (self.norm(dtype, Features(), of_parameters=True), self.norm(dtype, features.of_norm()))
         return ScaledKernel(self, norms, self.compiled(scale, scaling, f"scale_{label}"), update, numbered)
+
+    def _bind_sums(
+        self,
+        rule: KernelRule,
+        hyper: Any,
+        dtype: np.dtype[Any],
+        features: Features,
+        constants: dict[str, Any],
+        label: str,
+        update: ElementwiseKernel,
+    ) -> SummedKernel:
+        """constants, label : of the update."""
+        stages: list[Stage] = []
+        names = list(rule.numbers)
+        for sums in rule.sums:
+            pairs = []
+            terms = tuple(sums.terms.values())
+            for first in range(0, len(terms), PAIR):
+                pair = (*terms[first : first + PAIR], nothing)[:PAIR]
+                adding, of_pair = elements.of_terms(rule, pair, hyper, dtype, features, device)
+                adding |= {**_of_dtype(dtype), "HYPERPARAMETERS": constants["HYPERPARAMETERS"]}
+                adding |= looping(termed, adding, dtype, 2 + len(rule.states), in_order=True)
+                pairs.append(self.compiled(sum_terms, adding, f"sum_terms_{of_pair}"))
+            found = elements.settling(rule, sums, hyper, device)
+            n_values = found["N_RESULTS"] + found["N_NUMBERS"]
+            load, store = memory(np.dtype(np.float64), 1, True)
+            settling = {
+                **constants,
+                **found,
+                "WIDTH": PAIR,
+                "N_TOTALS": PAIR * max(1, len(pairs)),
+                "N_VALUES": n_values,
+                "OWN_ROWS": bool(stages),
+                "LOAD_NUMBERS": load,
+                "STORE_NUMBERS": store,
+                "UNPACK_SUMS": unpacking(found["N_TERMS"]),
+                "UNPACK_NUMBERS": unpacking(found["N_NUMBERS"]),
+                "PACK_VALUES": packing(n_values),
+                "PUT_RESULTS": putting(found["COLUMNS"][: found["N_RESULTS"]]),
+            }
+            stages.append(
+                Stage(
+                    tuple(pairs),
+                    self.compiled(total, settling, f"total_{label}"),
+                    self.compiled(settle, settling, f"settle_{label}"),
+                    self.compiled(spread, settling, f"spread_{label}"),
+                    n_values,
+                    tuple([names.index(name) for name in sums.numbers]),
+                    sums.over == "all",
+                )
+            )
+        return SummedKernel(self, tuple(stages), update, len(rule.states), len(names))
 
     def _bind_layerwise(
         self, rule: Any, dtype: np.dtype[Any], features: Features, constants: dict[str, Any], label: str

@@ -41,6 +41,8 @@ class Span(NamedTuple):
     """The number of its first partial sum."""
     end: int
     """The number after its last one."""
+    size: int
+    """The number of its elements."""
 
 
 N_SPAN = len(Span._fields)

@@ -146,6 +146,24 @@ def _one(numbers, first):
     return (numbers[first],)
 
 
+def packing(size: int) -> Callable[..., None]:
+    """A function ``(numbers, first, values)`` that writes a tuple of `size` values to the numbers from the first on."""
+    if size == 1:
+        return _pack_one
+    half = size // 2
+    left, right = packing(half), packing(size - half)
+
+    def pack(numbers, first, values):
+        left(numbers, first, values[:half])
+        right(numbers, first + half, values[half:])
+
+    return pack
+
+
+def _pack_one(numbers, first, values):
+    numbers[first] = values[0]
+
+
 UNPACKING = {"UNPACK_PLACE": unpacking(N_PLACE), "UNPACK_CHUNK": unpacking(N_CHUNK)}
 """For the kernels that read records of both tables."""
 

@@ -1,0 +1,162 @@
+"""The update of a rule that sees sums over whole parameters: `fastopt.Sums`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastopt.kernels.contract import BLOCK, N_CHUNK, N_PLACE, PROCEEDS, Array, Chunk, Place
+from fastopt.kernels.cpu.elementwise import ElementwiseKernel
+from fastopt.kernels.cpu.norms import blocks_of, summed
+from fastopt.kernels.driver import Loop
+from fastopt.kernels.intrinsics import add_values, at_address, put_values, record, values_at, windows
+from fastopt.signals import deferred_signals
+
+# --- what `bind` supplies ---------------------------------------------------------------------------------------------
+
+DTYPE: Any
+"""That of parameters, gradients and states."""
+ELEMENT: Callable[..., Any]
+"""``element`` of elements.py, bound to the terms and the features."""
+HYPERPARAMETERS: Callable[..., Any]
+"""``hyperparameters`` of elementwise.py, bound to the rule."""
+SETTLED: Callable[..., Any]
+"""``settled`` of elements.py, bound to `fastopt.Sums.settle`."""
+SUMS: Callable[..., Any]
+"""The NamedTuple of the sums."""
+NUMBERS: Callable[..., Any]
+"""The NamedTuple of the per-tensor states."""
+NO_SUMS: tuple[float, ...]
+"""A 0 for each term."""
+NOTHING_SETTLED: tuple[float, ...]
+"""A 0 for each value that is settled."""
+COLUMNS: tuple[int, ...]
+"""Of the table: those of the results."""
+ZERO: Any
+N_STATES: int
+N_TERMS: int
+N_RESULTS: int
+N_NUMBERS: int
+OVER_ALL: bool
+"""Whether the sums go over all parameters."""
+
+GROUP = Chunk._fields.index("group")
+
+# --- the loops --------------------------------------------------------------------------------------------------------
+
+
+def sum_terms(places, states, table, chunks, partials, first, last):
+    """Leave the sums of the terms of every block in a line of `partials`."""
+    for c in range(first, last):
+        chunk = record(Chunk, chunks, c * N_CHUNK)
+        place = record(Place, places, chunk.place * N_PLACE)
+        step, h = HYPERPARAMETERS(table, chunk.group)
+        block = chunk.block
+        for start in range(chunk.start, chunk.stop, BLOCK):
+            size = min(BLOCK, chunk.stop - start)
+            p = at_address(DTYPE, place.p, start, size)
+            g = at_address(DTYPE, place.g, chunk.grad + start - chunk.start, size)
+            own = windows(states[:N_STATES], place.state + start, size)
+            totals = NO_SUMS
+            for i in range(size):
+                totals = add_values(totals, ELEMENT(step, p[i], g[i], *values_at(own, i), h))
+            for k in range(N_TERMS):
+                partials[block, k] = totals[k]
+            block += 1
+
+
+def settle(chunks, partials, table, numbers, rows, own_rows):
+    """Settle the sums of each parameter, or of all, and give each parameter a row of its own with the results in it.
+
+    numbers : the buffers of the per-tensor states.
+    rows, own_rows : overwritten: a table with a row per parameter, and the chunks that point to it.
+    """
+    table[0, PROCEEDS] = ZERO
+    found = np.empty(max(1, N_TERMS))
+    c = 0
+    while c < chunks.shape[0]:
+        chunk = record(Chunk, chunks, c * N_CHUNK)
+        place = chunk.place
+        if c == 0 or not OVER_ALL:
+            end = c
+            size = 0
+            for k in range(N_TERMS):
+                found[k] = 0.0
+            while end < chunks.shape[0]:
+                of_parameter = record(Chunk, chunks, end * N_CHUNK).place
+                if of_parameter != place and not OVER_ALL:
+                    break
+                begin = end
+                for k in range(N_TERMS):
+                    total, _ = summed(chunks, begin, partials, k)
+                    found[k] += total
+                while end < chunks.shape[0] and record(Chunk, chunks, end * N_CHUNK).place == of_parameter:
+                    piece = record(Chunk, chunks, end * N_CHUNK)
+                    size += piece.stop - piece.start
+                    end += 1
+            _, h = HYPERPARAMETERS(table, chunk.group)
+            if N_TERMS > 0:  # noqa: SIM108 a branch is pruned, an expression is not
+                sums = record(SUMS, found, 0)
+            else:
+                sums = ()
+            if N_NUMBERS > 0:  # noqa: SIM108
+                old = NUMBERS(*values_at(numbers, place))
+            else:
+                old = ()
+            new = add_values(NOTHING_SETTLED, SETTLED(sums, old, np.float64(size), h))
+        for column in range(table.shape[1]):
+            rows[place, column] = table[chunk.group, column]
+        for k in range(N_RESULTS):
+            rows[place, COLUMNS[k]] = new[k]
+        if N_NUMBERS > 0 and not OVER_ALL:
+            put_values(numbers, place, new[N_RESULTS:])
+        while c < chunks.shape[0] and record(Chunk, chunks, c * N_CHUNK).place == place:
+            for column in range(N_CHUNK):
+                own_rows[c, column] = place if column == GROUP else chunks[c, column]
+            c += 1
+    if N_NUMBERS > 0 and OVER_ALL:
+        for k in range(numbers[0].size):  # those of parameters without a gradient as well: they stay the same for all
+            put_values(numbers, k, new[N_RESULTS:])
+
+
+class Stage(NamedTuple):
+    """A `fastopt.Sums`, compiled."""
+
+    sum_terms: Loop | None
+    """None where there is no term: what is settled then follows from the numbers alone."""
+    settle: Callable[..., None]
+    width: int
+    """How many terms."""
+    numbers: tuple[int, ...]
+    """Which of the rule's per-tensor states are its own."""
+
+
+class SummedKernel:
+    """The update of a rule whose h depends on sums: for each `Stage` one pass that adds, then the update."""
+
+    def __init__(self, stages: tuple[Stage, ...], update: ElementwiseKernel, n_numbers: int):
+        """n_numbers : how many of the last states are per-tensor states."""
+        self._stages = stages
+        self._update = update
+        self._n_numbers = n_numbers
+
+    def launch(self, places: Array, states: tuple[Array, ...], table: Array, chunks: Array, elements: int) -> None:
+        """As `fastopt.kernels.contract.Kernel`."""
+        units = chunks.shape[0]
+        if units == 0:
+            return
+        own = len(states) - self._n_numbers
+        states, numbers = states[:own], states[own:]
+        with deferred_signals:
+            for stage in self._stages:
+                partials = np.empty((blocks_of(chunks), stage.width))
+                if stage.sum_terms is not None:
+                    stage.sum_terms.run(places, states, table, chunks, partials, elements=elements, units=units)
+                rows = np.empty((places.shape[0], table.shape[1]), table.dtype)
+                own_rows = np.empty_like(chunks)
+                of_stage = tuple([numbers[k] for k in stage.numbers])
+                stage.settle(chunks, partials, table, of_stage, rows, own_rows)
+                table, chunks = rows, own_rows
+            self._update.launch(places, states, table, chunks, elements)

@@ -1,0 +1,249 @@
+"""The update of a rule that sees sums over whole parameters: `fastopt.Sums`."""
+
+# Kernels are typed by numba, for every dtype; `bind` supplies the upper-case constants.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from numba import float64
+
+from fastopt.kernels.contract import N_CHUNK, N_PLACE, PROCEEDS, Array, Chunk, Place
+from fastopt.kernels.cuda.elementwise import ElementwiseKernel
+from fastopt.kernels.cuda.launcher import Launcher
+from fastopt.kernels.cuda.layerwise import N_SPAN, Span
+from fastopt.kernels.cuda.target import THREADS, cuda
+
+# --- what `bind` supplies ---------------------------------------------------------------------------------------------
+
+ELEMENT: Callable[..., Any]
+"""``element`` of elements.py, bound to two terms and the features."""
+HYPERPARAMETERS: Callable[..., Any]
+"""``hyperparameters`` of elementwise.py, bound to the rule."""
+SETTLED: Callable[..., Any]
+"""``settled`` of elements.py, bound to `fastopt.Sums.settle`."""
+SUMS: Callable[..., Any]
+"""The NamedTuple of the sums."""
+NUMBERS: Callable[..., Any]
+"""The NamedTuple of the per-tensor states."""
+PUT_RESULTS: Callable[..., Any]
+"""`putting`, for the columns of the results."""
+LOOP: Callable[..., Any]
+"""``loop`` of memory.py, with the element function of the kernel."""
+OPAQUE: Callable[..., Any]
+"""``opaque`` of memory.py."""
+LEAVE_SUMS: Callable[..., Any]
+"""``leave_sums`` of norms.py, as part of the kernel."""
+SPAN_SUMS: Callable[..., Any]
+"""``span_sums`` of layerwise.py, as part of the kernel."""
+LOAD_NUMBERS: Callable[..., Any]
+STORE_NUMBERS: Callable[..., Any]
+"""``memory`` of memory.py, of one float64 in each buffer of per-tensor states."""
+UNPACK_PLACE: Callable[..., Any]
+UNPACK_CHUNK: Callable[..., Any]
+UNPACK_SPAN: Callable[..., Any]
+UNPACK_SUMS: Callable[..., Any]
+UNPACK_NUMBERS: Callable[..., Any]
+PACK_VALUES: Callable[..., Any]
+ZERO: Any
+ITEMSIZE: int
+N_ROW: int
+"""How many columns the table of hyperparameters has."""
+N_TERMS: int
+N_TOTALS: int
+"""How many sums a parameter has: those of all terms, and of a 0 where their number is odd."""
+N_VALUES: int
+"""How many values are settled ..."""
+N_RESULTS: int
+"""... and how many of these, the first ones, are results; the others are numbers."""
+N_NUMBERS: int
+GATED: bool
+OVER_ALL: bool
+"""Whether the sums go over all parameters."""
+OWN_ROWS: bool
+"""Whether the table has a row per parameter, not per group."""
+
+NUMBER_BYTES = 8
+PAIR = 2
+"""A kernel adds up two terms."""
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+
+def nothing(*arguments):
+    """The second term of a pair where there is none."""
+    return 0.0
+
+
+def termed(values, context):
+    """The element function of `sum_terms`, of (*states, g, p)."""
+    step, h = context
+    found = ELEMENT(step, values[-1], values[-2], *values[:-2], h)
+    return (), float64(found[0]), float64(found[1])
+
+
+def sum_terms(places, states, table, chunks, n, partials):
+    """Leave the sums of two terms over every chunk in a line of `partials`.
+
+    states : the addresses of the rule's buffers of states.
+    """
+    left = cuda.shared.array(THREADS, float64)
+    right = cuda.shared.array(THREADS, float64)
+    c = cuda.blockIdx.x
+    while c < n:
+        chunk = Chunk(*UNPACK_CHUNK(chunks, N_CHUNK * c))
+        place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
+        first = OPAQUE(ITEMSIZE * (place.state + chunk.start))
+        p = OPAQUE(place.p + ITEMSIZE * chunk.start - first)
+        g = OPAQUE(place.g + ITEMSIZE * chunk.grad - first)
+        s, t = LOOP((*states, g, p), first, chunk.stop - chunk.start, HYPERPARAMETERS(table, chunk.group), 0.0, 0.0)
+        LEAVE_SUMS(left, right, s, t, partials, PAIR * chunk.block)
+        c += cuda.gridDim.x
+
+
+def total(spans, n, blocks, partials, column, totals):
+    """Add up the sums of the chunks of every parameter, or of all in one block."""
+    left = cuda.shared.array(THREADS, float64)
+    right = cuda.shared.array(THREADS, float64)
+    for k in range(cuda.blockIdx.x, n, cuda.gridDim.x):
+        if OVER_ALL:  # noqa: SIM108 a branch is pruned, an expression is not
+            span = Span(0, 0, 0, blocks, 0)
+        else:
+            span = Span(*UNPACK_SPAN(spans, N_SPAN * k))
+        SPAN_SUMS(span, partials, 0, partials, 1, left, right)
+        if cuda.threadIdx.x == 0:
+            totals[N_TOTALS * span.place + column] = left[0]
+            totals[N_TOTALS * span.place + column + 1] = right[0]
+        cuda.syncthreads()
+
+
+def settle(spans, n, totals, table, numbers, values):
+    """Settle the sums of each parameter, or of all: leave a line of new values, the results and then the numbers.
+
+    n : how many spans there are. numbers : the addresses of the buffers of per-tensor states.
+    """
+    k = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    while k < (1 if OVER_ALL else n):
+        span = Span(*UNPACK_SPAN(spans, N_SPAN * k))
+        size = span.size
+        if OVER_ALL:
+            for other in range(1, n):
+                size += Span(*UNPACK_SPAN(spans, N_SPAN * other)).size
+        _, h = HYPERPARAMETERS(table, span.place if OWN_ROWS else span.group)
+        if N_TERMS > 0:  # noqa: SIM108
+            sums = SUMS(*UNPACK_SUMS(totals, 0 if OVER_ALL else N_TOTALS * span.place))
+        else:
+            sums = ()
+        if N_NUMBERS > 0:  # noqa: SIM108
+            old = NUMBERS(*LOAD_NUMBERS(numbers, NUMBER_BYTES * span.place)[0])
+        else:
+            old = ()
+        PACK_VALUES(values, N_VALUES * k, SETTLED(sums, old, float64(size), h))
+        k += cuda.gridDim.x * cuda.blockDim.x
+
+
+def spread(spans, n, table, values, numbers, count, rows):
+    """Give each parameter a row of its own with the results in it, and write the numbers, unless the step is skipped.
+
+    count : how many numbers a buffer of per-tensor states has. rows : overwritten: a table with a row per parameter.
+    """
+    every = cuda.gridDim.x * cuda.blockDim.x
+    k = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    while k < n:
+        span = Span(*UNPACK_SPAN(spans, N_SPAN * k))
+        row = N_ROW * (span.place if OWN_ROWS else span.group)
+        line = 0 if OVER_ALL else N_VALUES * k
+        for column in range(N_ROW):
+            rows[N_ROW * span.place + column] = table[row + column]
+        PUT_RESULTS(rows, N_ROW * span.place, values, line)
+        if N_NUMBERS > 0 and not OVER_ALL and (not GATED or table[row + PROCEEDS] != ZERO):
+            STORE_NUMBERS(numbers, NUMBER_BYTES * span.place, (UNPACK_NUMBERS(values, line + N_RESULTS),))
+        k += every
+    if N_NUMBERS > 0 and OVER_ALL:
+        span = Span(*UNPACK_SPAN(spans, 0))
+        row = N_ROW * (span.place if OWN_ROWS else span.group)
+        k = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+        while k < count and (not GATED or table[row + PROCEEDS] != ZERO):
+            STORE_NUMBERS(numbers, NUMBER_BYTES * k, (UNPACK_NUMBERS(values, N_RESULTS),))
+            k += every
+
+
+def putting(columns):
+    """A function ``(rows, row, values, line)`` that writes the first values of a line to these columns of a row."""
+    if not columns:
+        return _put_nothing
+    *others, last = columns
+    before, at = putting(others), len(others)
+
+    def put(rows, row, values, line):
+        before(rows, row, values, line)
+        rows[row + last] = values[line + at]
+
+    return put
+
+
+def _put_nothing(rows, row, values, line):
+    return None
+
+
+# --- the launches -----------------------------------------------------------------------------------------------------
+
+
+class Stage(NamedTuple):
+    """A `fastopt.Sums`, compiled."""
+
+    pairs: tuple[Any, ...]
+    """`sum_terms`, for each pair of terms."""
+    total: Any
+    settle: Any
+    spread: Any
+    values: int
+    """How many values are settled."""
+    numbers: tuple[int, ...]
+    """Which of the rule's per-tensor states are its own."""
+    over_all: bool
+
+
+class SummedKernel:
+    """The update of a rule whose h depends on sums: for each `Stage` passes that add, then the update."""
+
+    def __init__(
+        self, backend: Launcher, stages: tuple[Stage, ...], update: ElementwiseKernel, n_states: int, n_numbers: int
+    ):
+        """n_states, n_numbers : how many of the first states are the rule's, and of the last ones per-tensor states."""
+        self._backend = backend
+        self._stages = stages
+        self._update = update
+        self._n_states = n_states
+        self._n_numbers = n_numbers
+
+    def launch(self, places: Array, states: tuple[Array, ...], table: Array, chunks: Array, elements: int) -> None:
+        """As `fastopt.kernels.contract.Kernel`."""
+        backend = self._backend
+        found = backend.chunks(chunks)
+        if found.blocks == 0:
+            return
+        where, on_device = backend.places(places), backend.table(table)
+        columns, flat, lines = on_device.shape[1], on_device.reshape(-1), found.lines
+        buffers = backend.addresses(states)
+        end = len(states) - self._n_numbers
+        own, numbers = buffers[: self._n_states], buffers[end:]
+        count = states[end].size if numbers else 0
+        spans, n = found.spans, found.spanned
+        for stage in self._stages:
+            of_stage = tuple([numbers[k] for k in stage.numbers])
+            totals = backend.empty(PAIR * max(1, len(stage.pairs)) * found.parameters)
+            for number, kernel in enumerate(stage.pairs):
+                partials = backend.empty(PAIR * found.blocks)
+                backend.launch(kernel, found.length, where, own, flat, lines, found.length, partials)
+                summed, of_pair = (1 if stage.over_all else n), PAIR * number
+                backend.launch(stage.total, summed, spans, summed, found.blocks, partials, of_pair, totals)
+            values = backend.empty(stage.values * n)
+            rows = backend.empty(found.parameters * columns, on_device.dtype)
+            blocks = -(-n // THREADS)
+            backend.launch(stage.settle, blocks, spans, n, totals, flat, of_stage, values)
+            widest = -(-max(n, count) // THREADS)
+            backend.launch(stage.spread, widest, spans, n, flat, values, of_stage, count, rows)
+            flat, lines = rows, found.by_place
+        self._update.launch_on(where, buffers[:end], flat, lines, found.length)

@@ -1,0 +1,418 @@
+"""Rules that see sums over whole parameters: `fastopt.Sums`.
+
+The rules here are written as a user would write them, and compared with the same formulas in NumPy.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import fastopt
+from fastopt.kernels.contract import BLOCK
+
+SIZES = {"a": 70_001, "b": 5, "empty": 0, "c": BLOCK, "d": BLOCK + 1, "one": 1}
+
+
+def tree(rng: np.random.Generator, dtype: Any) -> dict[str, np.ndarray]:
+    return {path: rng.normal(size=size).astype(dtype) for path, size in SIZES.items()}
+
+
+# --- Prodigy: sums over all parameters, and numbers that persist ------------------------------------------------------
+
+
+class ProdigyHyper(NamedTuple):
+    lr: float
+    b1: float
+    one_minus_b1: float
+    b2: float
+    one_minus_b2: float
+    b3: float
+    eps: float
+    d0: float
+    inverse_d0: float
+    d: float  # both are filled in
+    new_d: float
+
+
+def prepare_prodigy(t, lr=1.0, betas=(0.9, 0.999), eps=1e-8, d0=1e-6):
+    b1, b2 = betas
+    correction = math.sqrt(1.0 - b2**t) / (1.0 - b1**t)
+    return ProdigyHyper(
+        lr * correction, b1, 1.0 - b1, b2, 1.0 - b2, math.sqrt(b2), eps, d0, 1.0 / d0, d0, d0
+    )  # fmt: skip
+
+
+def present_d(sums, numbers, size, h):
+    d = numbers.d if numbers.d > 0.0 else h.d0
+    return d, d
+
+
+def towards_the_start(p, g, m, v, s, p0, h):
+    return h.lr * g * (p0 - p)
+
+
+def new_s(g, s, h):
+    return h.b3 * s + h.d * h.inverse_d0 * (h.d * h.lr) * g
+
+
+def magnitude(p, g, m, v, s, p0, h):
+    return abs(new_s(g, s, h))
+
+
+def next_d(sums, numbers, size, h):
+    weighted = h.b3 * numbers.weighted + h.d * h.inverse_d0 * h.d * sums.towards
+    estimate = weighted / sums.magnitude if sums.magnitude > 0.0 else numbers.d
+    d = max(numbers.d, estimate)
+    return d, weighted, d
+
+
+@fastopt.rule(
+    prepare_prodigy,
+    initial={"p0": "p"},
+    sums=(
+        fastopt.Sums({}, present_d, results=("d",), numbers=("d",), over="all"),
+        fastopt.Sums(
+            {"towards": towards_the_start, "magnitude": magnitude},
+            next_d,
+            results=("new_d",),
+            numbers=("weighted", "d"),
+            over="all",
+        ),
+    ),
+)
+def prodigy(p, g, m, v, s, p0, h):
+    m = h.b1 * m + h.one_minus_b1 * (h.d * g)
+    v = h.b2 * v + h.one_minus_b2 * (h.d * g) * (h.d * g)
+    return p - h.d * h.lr * m / (math.sqrt(v) + h.new_d * h.eps), m, v, new_s(g, s, h), p0
+
+
+def prodigy_in_numpy(params, all_grads, lr=1.0, betas=(0.9, 0.999), eps=1e-8, d0=1e-6):
+    b1, b2 = betas
+    b3 = math.sqrt(b2)
+    p = {path: leaf.astype(np.float64) for path, leaf in params.items()}
+    p0 = {path: leaf.copy() for path, leaf in p.items()}
+    m, v, s = ({path: np.zeros_like(leaf) for path, leaf in p.items()} for _ in range(3))
+    d, weighted = d0, 0.0
+    for t, grads in enumerate(all_grads, 1):
+        correction = math.sqrt(1.0 - b2**t) / (1.0 - b1**t)
+        step = d * lr * correction
+        weighted = b3 * weighted + d / d0 * step * sum(float((g * (p0[k] - p[k])).sum()) for k, g in grads.items())
+        for path, g in grads.items():
+            m[path] = b1 * m[path] + (1.0 - b1) * d * g
+            v[path] = b2 * v[path] + (1.0 - b2) * (d * g) ** 2
+            s[path] = b3 * s[path] + d / d0 * step * g
+        new_d = max(d, weighted / sum(float(np.abs(s[path]).sum()) for path in grads))
+        for path in grads:
+            p[path] = p[path] - step * m[path] / (np.sqrt(v[path]) + new_d * eps)
+        d = new_d
+    return p, d
+
+
+PRODIGY_START = {"w": np.array([0.5, -2.0, 1.0]), "b": np.array([3.0])}
+PRODIGY_CURVES = {"w": np.array([1.0, 0.5, 2.0]), "b": np.array([0.25])}
+
+
+def bowl(opt: fastopt.Optimizer, steps: int) -> list[dict[str, np.ndarray]]:
+    """Make steps down a bowl; return the gradients."""
+    made = []
+    for _ in range(steps):
+        made.append({path: curve * opt.params[path] for path, curve in PRODIGY_CURVES.items()})
+        opt.step(made[-1])
+    return made
+
+
+OPTAX = {
+    20: ([0.4982915223964841, -1.9982917368904207, 0.9982916649309516], [2.998291760968285], 0.0008989307040021144),
+    60: ([0.07213416995219867, 0.288071783197199, -0.1703695393475597], [0.07192495580485359], 0.4977366455487417),
+}
+"""What optax.contrib.prodigy(1.0, betas=(0.9, 0.999)) of optax 0.2.8 (jax 0.10.2, float64) gives after so many steps
+down this bowl: w, b and its estimate of d."""
+
+
+@pytest.mark.parametrize("steps", OPTAX)
+def test_a_prodigy_of_ones_own_computes_what_optax_computes(steps):
+    opt = fastopt.Optimizer(PRODIGY_START, prodigy)
+    grads = bowl(opt, steps)
+    w, b, d = OPTAX[steps]
+    np.testing.assert_allclose(opt.params["w"], w, rtol=1e-12)
+    np.testing.assert_allclose(opt.params["b"], b, rtol=1e-12)
+    assert float(opt.states["d"]["w"]) == float(opt.states["d"]["b"]) == pytest.approx(d, rel=1e-12)
+    p, _ = prodigy_in_numpy(PRODIGY_START, grads)
+    np.testing.assert_allclose(opt.params["w"], p["w"], rtol=1e-12)
+
+
+def test_sums_over_all_parameters_of_many_blocks_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    params = tree(rng, np.float64)
+    opt = fastopt.Optimizer(params, prodigy, d0=1e-2)
+    grads = [tree(rng, np.float64) for _ in range(5)]
+    for given in grads:
+        opt.step(given)
+    expected, d = prodigy_in_numpy(params, grads, d0=1e-2)
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(opt.params[path], leaf, rtol=1e-12, atol=1e-14, err_msg=path)
+    assert float(opt.states["d"]["empty"]) == pytest.approx(d, rel=1e-12)
+
+
+def test_a_parameter_without_gradient_is_in_no_sum_and_has_the_numbers_of_all():
+    opt = fastopt.Optimizer(PRODIGY_START, prodigy, d0=0.1)
+    alone = fastopt.Optimizer({"w": PRODIGY_START["w"]}, prodigy, d0=0.1)
+    for t in range(4):
+        g = PRODIGY_CURVES["w"] * (1.0 + t)
+        opt.step({"w": g, "b": None})
+        alone.step({"w": g})
+    assert opt.params["w"].tobytes() == alone.params["w"].tobytes()
+    assert opt.params["b"] == 3.0
+    for number in ("d", "weighted"):
+        assert float(opt.states[number]["b"]) == float(opt.states[number]["w"]) == float(alone.states[number]["w"])
+
+
+# --- sums over each parameter: all that a rule can be given -----------------------------------------------------------
+
+
+class Hyper(NamedTuple):
+    lr: float
+    rms: float
+    count: float
+    late: float
+
+
+def prepare(t: int, lr: float = 0.1) -> Hyper:
+    return Hyper(lr, 1.0, 0.0, 0.0)
+
+
+def square(p, g, m, h):
+    return g * g
+
+
+def product(p, g, m, h):
+    return p * m
+
+
+def momentum(p, g, m, h):
+    return m
+
+
+def of_three(sums, numbers, size, h):
+    """Three sums, two results, and a number of its own."""
+    return math.sqrt(sums.square / size) + abs(sums.product) + abs(sums.momentum), numbers.steps, numbers.steps + size
+
+
+def after_it(p, g, m, h):
+    """Of what was settled before."""
+    return g * h.rms
+
+
+def late(sums, numbers, size, h):
+    return sums.after / (size + h.count)
+
+
+def descent(p, g, m, h):
+    m = m + g
+    return p - h.lr * (g + h.late * m) / h.rms, m
+
+
+three = fastopt.Sums(
+    {"square": square, "product": product, "momentum": momentum}, of_three, ("rms", "count"), ("steps",)
+)
+ruled = fastopt.rule(prepare, sums=(three, fastopt.Sums({"after": after_it}, late, ("late",))))(descent)
+
+
+class InNumpy:
+    """The same on one array in float64."""
+
+    def __init__(self, p: np.ndarray):
+        self.p, self.m, self.steps = p.astype(np.float64), np.zeros(p.shape), 0.0
+
+    def step(self, g: np.ndarray, lr: float = 0.1) -> None:
+        rms = math.sqrt((g * g).sum() / g.size) + abs((self.p * self.m).sum()) + abs(self.m.sum())
+        late = (g * rms).sum() / (g.size + self.steps)
+        self.steps += g.size
+        self.m = self.m + g
+        self.p = self.p - lr * (g + late * self.m) / rms
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sums_of_each_tensor_settled_one_after_the_other(dtype):
+    rng = np.random.default_rng(1)
+    params = tree(rng, dtype)
+    opt = fastopt.Optimizer(params, ruled)
+    oracles = {path: InNumpy(leaf) for path, leaf in params.items() if leaf.size}
+    for _ in range(4):
+        grads = tree(rng, dtype)
+        opt.step(grads)
+        for path, oracle in oracles.items():
+            oracle.step(grads[path].astype(np.float64))
+    rtol = 1e-11 if dtype == np.float64 else 2e-4
+    for path, oracle in oracles.items():
+        np.testing.assert_allclose(opt.params[path], oracle.p, rtol=rtol, atol=rtol, err_msg=path)
+        assert float(opt.states["steps"][path]) == 4.0 * params[path].size
+    assert float(opt.states["steps"]["empty"]) == 0.0
+
+
+def test_terms_see_what_the_rule_sees():
+    """The gradient scaled, clipped and decayed; p decayed: as if the caller had done it."""
+    rng = np.random.default_rng(2)
+    params = {"w": rng.normal(size=300), "b": rng.normal(size=7)}
+    for decoupled in (False, True):
+        options: dict[str, Any] = {"weight_decay": 0.1, "decoupled_weight_decay": decoupled}
+        opt = fastopt.Optimizer(params, ruled, max_norm=0.5, maximize=True, clip_value=0.4, ema=0.9, **options)
+        oracles = {path: InNumpy(leaf) for path, leaf in params.items()}
+        average = {path: leaf.copy() for path, leaf in params.items()}
+        for _ in range(3):
+            grads = {path: rng.normal(size=leaf.shape) for path, leaf in params.items()}
+            info = opt.step(grads, grad_scale=2.0)
+            for path, oracle in oracles.items():
+                g = info.clip_coefficient * np.clip(-grads[path] / 2.0, -0.4, 0.4)
+                if decoupled:
+                    oracle.p = oracle.p * (1.0 - 0.1 * 0.1)
+                oracle.step(g if decoupled else g + 0.1 * oracle.p)
+                average[path] += (1.0 - 0.9) * (oracle.p - average[path])
+        for path, oracle in oracles.items():
+            np.testing.assert_allclose(opt.params[path], oracle.p, rtol=1e-11, err_msg=path)
+            np.testing.assert_allclose(opt.ema[path], average[path], rtol=1e-11, err_msg=path)
+
+
+def everything(opt: fastopt.Optimizer) -> list[bytes]:
+    return [buffer.tobytes() for buffer in (opt.flat.data, *opt._pipeline.buffers)]
+
+
+@pytest.mark.parametrize("made", [ruled, prodigy], ids=lambda rule: rule.name)
+def test_the_bits_are_the_same_for_any_number_of_threads_and_in_place(made):
+    found = []
+    before = fastopt.get_num_threads()
+    try:
+        for threads in (1, 2):
+            for copied in (True, False):
+                fastopt.set_num_threads(threads)
+                opt = fastopt.Optimizer(tree(np.random.default_rng(3), np.float32), made, copy=copied)
+                rng = np.random.default_rng(4)
+                for _ in range(3):
+                    opt.step(tree(rng, np.float32))
+                found.append([leaf.tobytes() for leaf in opt.params.values()])
+    finally:
+        fastopt.set_num_threads(before)
+    assert all(each == found[0] for each in found)
+
+
+@pytest.mark.parametrize("made", [ruled, prodigy], ids=lambda rule: rule.name)
+def test_a_copy_and_a_resumed_run_go_on_to_the_same_bits(made, tmp_path):
+    rng = np.random.default_rng(5)
+    opt = fastopt.Optimizer(tree(rng, np.float32), made)
+    opt.step(tree(rng, np.float32))
+    opt.save(tmp_path / "run.safetensors")
+    other = copy.deepcopy(opt)
+    resumed = fastopt.Optimizer(tree(rng, np.float32), made)
+    resumed.load(tmp_path / "run.safetensors")
+    for _ in range(2):
+        grads = tree(rng, np.float32)
+        for each in (opt, other, resumed):
+            each.step(grads)
+    assert everything(opt) == everything(other) == everything(resumed)
+
+
+@pytest.mark.parametrize("made", [ruled, prodigy], ids=lambda rule: rule.name)
+def test_a_skipped_step_leaves_the_numbers(made):
+    rng = np.random.default_rng(6)
+    opt = fastopt.Optimizer(tree(rng, np.float32), made, nonfinite="skip")
+    opt.step(tree(rng, np.float32))
+    before = everything(opt)
+    grads = tree(rng, np.float32)
+    grads["a"][70_000] = np.nan
+    assert opt.step(grads).skipped
+    assert everything(opt) == before
+
+
+def test_param_groups_settle_by_their_own_hyperparameters():
+    rng = np.random.default_rng(7)
+    params = {"w": rng.normal(size=50), "b": rng.normal(size=9)}
+    opt = fastopt.Optimizer(params, ruled, overrides={"b": {"lr": 0.5}})
+    oracles = {path: InNumpy(leaf) for path, leaf in params.items()}
+    for _ in range(3):
+        grads = {path: rng.normal(size=leaf.shape) for path, leaf in params.items()}
+        opt.step(grads)
+        for path, oracle in oracles.items():
+            oracle.step(grads[path], lr=0.5 if path == "b" else 0.1)
+    for path, oracle in oracles.items():
+        np.testing.assert_allclose(opt.params[path], oracle.p, rtol=1e-12)
+
+
+def test_bare_arrays_have_a_number_each():
+    p, g, m, steps = np.ones(6), np.arange(6.0), np.zeros(6), np.zeros(1)
+    oracle = InNumpy(p)
+    ruled.update_(p, g, m, steps)
+    oracle.step(g)
+    np.testing.assert_allclose(p, oracle.p, rtol=1e-14)
+    assert steps[0] == 6.0
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+def two(sums, numbers, size, h):
+    return sums.square, size
+
+
+def one(sums, numbers, size, h):
+    return sums.square
+
+
+def nothing(sums, numbers, size, h):
+    return None
+
+
+WRONG_SUMS = [
+    ({"terms": {"not a name": square}}, r"Sums: terms: must be different names of variables.*got \('not a name',\)"),
+    ({"results": "rms"}, r"Sums: results: must be different names of variables, as \('scale',\), got 'rms'"),
+    ({"numbers": ("d", "d")}, r"Sums: numbers: must be different names.*got \('d', 'd'\)"),
+    ({"results": ()}, r"Sums: results: must name what settle gives, or numbers must, got neither"),
+    ({"over": "row"}, r"Sums: over: must be 'tensor' or 'all', got 'row'"),
+    ({"settle": lambda sums, h: 1.0}, r"Sums: settle: must take \(sums, numbers, size, h\), got \(sums, h\)"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_SUMS, ids=lambda value: str(value)[:40])
+def test_sums_that_make_no_sense_are_refused_when_they_are_declared(wrong, message):
+    right: dict[str, Any] = {"terms": {"square": square}, "settle": of_three, "results": ("rms",)}
+    with pytest.raises(TypeError, match=f"^{message}"):
+        fastopt.Sums(**{**right, **wrong})
+
+
+def test_sums_that_do_not_fit_their_rule_are_refused_when_it_is_declared():
+    def of_g(g, h):
+        return g
+
+    sums = fastopt.Sums({"of_g": of_g}, of_three, ("rms",))
+    with pytest.raises(
+        TypeError, match=r"sums: terms\['of_g'\]: must take \(p, g, m, h\) as the rule does, got \(g, h"
+    ):
+        fastopt.rule(prepare, sums=sums)(descent)
+    with pytest.raises(TypeError, match=r"rule 'descent': sums: must be a Sums or several, got 'rms'"):
+        fastopt.rule(prepare, sums=["rms"])(descent)
+    with pytest.raises(TypeError, match=r"rule 'descent': idle: must be None for a rule with sums"):
+        fastopt.rule(prepare, sums=three, idle=fastopt.Linear())(descent)
+
+
+def of_no_type(p, g, m, h):
+    return None
+
+
+SETTLED_OTHERWISE = {
+    "no field": (square, one, ("scale",), r"results must be fields of Hyper \(lr.*got 'scale'"),
+    "two values": (square, two, ("rms",), r"settle must return one number alone.* \(rms\), got a tuple of 2"),
+    "nothing": (square, nothing, ("rms",), r"settle must return 1 numbers \(rms\), got none"),
+    "a term of no type": (of_no_type, two, ("rms", "late"), r"terms\['square'\] must return a number, got none"),
+}
+
+
+@pytest.mark.parametrize("name", SETTLED_OTHERWISE)
+def test_sums_that_settle_otherwise_are_refused_before_they_run(name):
+    term, settle, results, message = SETTLED_OTHERWISE[name]
+    made = fastopt.rule(prepare, sums=fastopt.Sums({"square": term}, settle, results))(descent)
+    with pytest.raises(TypeError, match=f"rule 'descent': sums: {message}"):
+        fastopt.Optimizer({"w": np.ones(3)}, made).step({"w": np.ones(3)})
