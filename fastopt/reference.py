@@ -69,6 +69,7 @@ __all__ = [
     "schedule_free_adamw",
     "schedule_free_eval",
     "sgd",
+    "stable_adamw",
     "yogi",
 ]
 
@@ -954,6 +955,52 @@ def novograd(
     p -= lr * m
 
 
+def stable_adamw(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+) -> None:
+    """StableAdamW: AdamW with a learning rate that is bounded by how much g outgrows v. p is one whole tensor.
+
+        b1_t = b1 (1 - b1^(t-1)) / (1 - b1^t);   b2_t likewise
+        m = b1_t m + (1 - b1_t) g
+        v = b2_t v + (1 - b2_t) g^2
+        rms = sqrt(mean of g^2 / max(v, eps^2) over p)
+        lr_t = lr / max(1, rms)
+        p = p - lr_t (m / (sqrt(v) + eps) + weight_decay p)
+
+    m = v = 0 before the first update. The mean is taken in float64 and the factor rounded to the dtype of p. With
+    eps = 0, an element whose v is 0 counts as 0.
+
+    lr [p]; betas no unit; eps [g]; weight_decay 1/[p]. States: "m" [g]; "v" [g]^2.
+
+    Source: M. Wortsman et al., Stable and low-precision training for large-scale vision-language models, NeurIPS 2023,
+    https://arxiv.org/abs/2304.13013, Algorithm 2.
+
+    >>> p = np.array([1.0]); state = init_state("stable_adamw", p)
+    >>> for t, g in enumerate((1.0, 7.0), 1):
+    ...     stable_adamw(p, np.array([g]), state, t, lr=0.5, betas=(0.0, 0.75), eps=0.0, weight_decay=0.0)
+    >>> state["v"].round(12).tolist(), p.round(12).tolist()  # rms = 7 / sqrt(v), and p - 0.5 sqrt(v)/7 7/sqrt(v)
+    ([28.428571428571], [0.0])
+    """
+    g = _gradient(p, g, t)
+    m, v = _states(state, p, "m", "v")
+    b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in betas)
+    m[...] = b1 * m + (1 - b1) * g
+    v[...] = b2 * v + (1 - b2) * g**2
+    average = np.maximum(v, eps**2)
+    excess = np.divide(g**2, average, out=np.zeros_like(p), where=np.asarray(average != 0))
+    mean = np.asarray(excess.astype(np.float64)).mean() if p.size else 0.0
+    bound = p.dtype.type(1 / np.maximum(1.0, np.sqrt(mean)))
+    p -= lr * bound * (m / (np.sqrt(v) + eps) + weight_decay * p)
+
+
 def yogi(
     p: Array,
     g: Array,
@@ -1224,6 +1271,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "ademamix": ademamix,
     "lars": lars,
     "novograd": novograd,
+    "stable_adamw": stable_adamw,
     "yogi": yogi,
     "rprop": rprop,
     "schedule_free_adamw": schedule_free_adamw,

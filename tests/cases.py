@@ -118,6 +118,7 @@ CASES = (
     Case("LARS", {"weight_decay": 0.1}, lr=10.0),
     Case("LARS", {"nesterov": True, "eps": 1e-3}, lr=10.0),
     Case("NovoGrad", {"weight_decay": 0.1}, lr=0.01),
+    Case("StableAdamW", {"weight_decay": 0.1}, reference="stable_adamw"),
     Case("Yogi"),
     Case("Yogi", {"bias_correction": False}),
     Case("Yogi", {"initial_momentum": 0.1}),

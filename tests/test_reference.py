@@ -69,6 +69,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("lars", {}),
     ("lars", {"nesterov": True}),
     ("novograd", {}),
+    ("stable_adamw", {}),
     ("yogi", {}),
     ("yogi", {"bias_correction": False, "initial_accumulator_value": 0.1}),
     ("rprop", {}),
@@ -89,10 +90,11 @@ OWN_DECAY = {
     "ademamix",
     "lars",
     "novograd",
+    "stable_adamw",
     "schedule_free_adamw",
     "muon",
 }
-WHOLE_TENSOR = {"lamb", "lars", "novograd"}
+WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw"}
 
 
 def form_id(form: tuple[str, dict[str, Any]]) -> str:
@@ -171,7 +173,10 @@ SAME_AS_TORCH: list[tuple[str, dict[str, Any], str, dict[str, Any], dict[str, st
     ("rprop", {}, "Rprop", {}, RPROP_STATES),
     ("rprop", {"lr": 0.1, "etas": (0.3, 1.7), "step_sizes": (0.05, 0.3)}, "Rprop", {}, RPROP_STATES),
 ]
-NOT_IN_TORCH = {"lamb", "lion", "adabelief", "adan", "ademamix", "lars", "novograd", "yogi", "schedule_free_adamw"}
+NOT_IN_TORCH = {
+    *("lamb", "lion", "adabelief", "adan", "ademamix", "lars", "novograd", "stable_adamw", "yogi"),
+    "schedule_free_adamw",
+}
 
 
 @pytest.fixture
@@ -505,6 +510,13 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
         (5 / 12, 5 / 12 - 0.5 * (19 / 24 - 1 / (R(3.25) + 1))),
         {"m": 19 / 24 - 1 / (R(3.25) + 1), "v": 3.25},
     ),
+    # b_t = 0 ; 0.25 * 0.75 / (1 - 1/16) = 1/5 and 0.75 * 0.25 / (1 - 9/16) = 3/7; g^2 <= v: lr is not bounded
+    (
+        "stable_adamw",
+        {"lr": 0.5, "betas": (0.25, 0.75), "eps": 1.0, "weight_decay": 0.5},
+        (5 / 12, 5 / 12 - 0.5 * (5 / 24 - 0.4 / (R(16 / 7) + 1))),
+        {"m": -0.4, "v": 16 / 7},
+    ),
     # v decreases: 8 - 0.5 * 4, v_hat = 12 ; 6 - 0.5 * 1, v_hat = 5.5 / 0.75
     (
         "yogi",
@@ -603,6 +615,16 @@ def test_lars_and_novograd_on_a_vector_by_hand() -> None:
     np.testing.assert_allclose(state["m"], second, rtol=1e-14)
     np.testing.assert_allclose(novograd, p - 0.1 * (first + second), rtol=1e-14)
     assert state["v"] == pytest.approx(25.0, rel=1e-14)
+
+
+def test_stable_adamw_bounds_its_rate_by_hand() -> None:
+    # b2_t = 3/7 at the second update: v = (3/7 + 4/7 49, 1), and the mean of g^2 / v is (343/199 + 1) / 2
+    p = np.array([1.0, 2.0])
+    after, state = run("stable_adamw", p, [np.ones(2), np.array([7.0, 1.0])], lr=0.1, betas=(0.0, 0.75), eps=0.0)
+    np.testing.assert_allclose(state["v"], [199 / 7, 1.0], rtol=1e-14)
+    first = p - 0.1 * (1.0 + 0.01 * p)
+    second = first - 0.1 * math.sqrt(199 / 271) * (np.array([7 / math.sqrt(199 / 7), 1.0]) + 0.01 * first)
+    np.testing.assert_allclose(after, second, rtol=1e-14)
 
 
 def test_radam_starts_to_use_the_second_moment_at_its_eighth_update_with_b2_of_three_quarters() -> None:
@@ -1509,6 +1531,7 @@ DEFAULTS = {
         "weight_decay": 0.0,
     },
     "novograd": {"lr": 1e-3, "betas": (0.95, 0.98), "eps": 1e-8, "weight_decay": 0.0},
+    "stable_adamw": {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01},
     "yogi": {
         "lr": 1e-2,
         "betas": (0.9, 0.999),
