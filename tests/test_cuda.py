@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import BY_NAME, CASES, EVERYTHING, Case, gradients
+from test_sums import prodigy, ruled
 
 import fastopt
 from fastopt.kernels import get_backend
@@ -139,7 +140,7 @@ def test_double_precision_and_groups(case: Case):
         np.testing.assert_allclose(host(ours.params[path]), expected, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", ["LAMB", "NovoGrad"])
+@pytest.mark.parametrize("name", ["LAMB", "NovoGrad", "StableAdamW"])
 def test_norms_over_several_blocks(name):
     params = tree(2, sizes={"long": (BLOCK + 700,), "short": (5,)})
     ours, cpu = (getattr(fastopt, name)(params, lr=0.1, backend=backend) for backend in ("cuda", "cpu"))
@@ -267,7 +268,26 @@ def test_a_step_does_not_wait_for_the_norm(monkeypatch):
         np.testing.assert_allclose(host(ours.params[path]), expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["Adam", "LAMB", "NovoGrad", "LARS"])
+@pytest.mark.parametrize("made", [ruled, prodigy], ids=lambda rule: rule.name)
+def test_sums_settled_one_after_the_other_and_numbers_of_each_and_of_all(made):
+    """Three terms, which are two passes; a stage without any; parameters without gradient; and a skipped step."""
+    params = tree(5, np.float64, {"long": (BLOCK + 700,), "b": (3, 4), "empty": (0,), "absent": (5,)})
+    options = {"max_norm": 0.5, "ema": 0.9, "zero_grad": True, "nonfinite": "skip", "overrides": {"b": {"lr": 0.5}}}
+    ours, cpu = (fastopt.Optimizer(params, made, backend=backend, **options) for backend in ("cuda", "cpu"))
+    for step in range(4):
+        grads = {**grads_of(params, step), "absent": None}
+        if step == 2:
+            grads["b"] = np.full((3, 4), np.nan)
+        given = {path: None if g is None else uploaded({path: g})[path] for path, g in grads.items()}
+        assert ours.step(given).skipped == cpu.step(grads).skipped == (step == 2)
+    for path, expected in cpu.params.items():
+        np.testing.assert_allclose(host(ours.params[path]), expected, rtol=1e-11, atol=1e-14, err_msg=path)
+        np.testing.assert_allclose(host(ours.ema[path]), cpu.ema[path], rtol=1e-11, atol=1e-14, err_msg=path)
+        for number in made.numbers:
+            assert float(host(ours.states[number][path])) == pytest.approx(float(cpu.states[number][path]), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "LAMB", "NovoGrad", "LARS", "StableAdamW"])
 def test_a_skipped_step_changes_nothing(kind):
     def everything() -> list[bytes]:
         numbers = [host(array) for state in opt.states.values() for array in state.values()]
