@@ -99,8 +99,8 @@ def limit_of(optimizer: Optimizer) -> Optimizer:
     twin of a rule with norms also computes the norms. The twin has no step options (clipping, averaging, zeroing).
 
     Args:
-        optimizer: any optimizer whose rule has at most 4 states. For one that multiplies matrices (Muon) the twin only
-            moves the bytes of the update.
+        optimizer: any optimizer whose rule has at most 4 states. For one that multiplies matrices (Muon) or takes
+            sums (StableAdamW) the twin only moves the bytes of the update.
 
     Returns:
         An `Optimizer`, whose parameters are 0.
