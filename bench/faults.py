@@ -33,6 +33,7 @@ def parity(rule: str) -> str:
     return f"tests/test_rules.py -k 'float64_equals and {rule}'"
 
 
+OF_GROUPS = "tests/test_sums.py -k param_groups"
 SIMULATED = "NUMBA_ENABLE_CUDASIM=1 "
 
 RULES: Sequence[Fault] = (
@@ -395,6 +396,42 @@ LOOPS: Sequence[Fault] = (
         ),
     ),
     *faults_of(
+        "fastopt/kernels/cpu/sums.py",
+        "tests/test_sums.py -k 'of_each_tensor or over_all_parameters'",
+        ("            block += 1\n", "            pass\n"),
+        ("chunk.grad + start - chunk.start", "chunk.grad"),
+        ("                    found[k] += total", "                    found[k] = total"),
+        ("rows[place, column] = table[chunk.group, column]", "rows[place, column] = table[0, column]", OF_GROUPS),
+        ("if c == 0 or not OVER_ALL:", "if True:", "tests/test_sums.py -k 'over_all_parameters or no_sum'"),
+        (
+            "for k in range(numbers[0].size):  #",
+            "for k in range(place + 1):  #",
+            "tests/test_sums.py -k 'over_all_parameters or no_sum'",
+        ),
+        ("table, chunks = rows, own_rows", "table, chunks = table, own_rows"),
+        (
+            "    table[0, PROCEEDS] = ZERO\n",
+            "",
+            'tests/test_interrupts.py -k "raises and serial and sums"',
+        ),
+        (
+            "        with deferred_signals:\n            for stage",
+            "        if True:\n            for stage",
+            'tests/test_interrupts.py -k "raises and serial and sums"',
+        ),
+    ),
+    *faults_of(
+        "fastopt/rules/stable_adamw.py",
+        parity("StableAdamW"),
+        ("return 1.0 if mean <= 1.0 else 1.0 / math.sqrt(mean)", "return 1.0 / math.sqrt(mean)"),
+        ("(b * (1.0 - b ** (t - 1)) / (1.0 - b**t) for b in betas)", "betas"),
+        (
+            "h.eps_squared if new_v < h.eps_squared else new_v",
+            "new_v if new_v > h.eps_squared else h.eps_squared",
+            "tests/test_rule_kinds.py -k nan_in_the_average",
+        ),
+    ),
+    *faults_of(
         "fastopt/kernels/pool.py",
         "tests/test_pool.py",
         ("if replace(claim, word, word - 1):", "if True:", "tests/test_pool.py -k 'every_rule or stress'"),
@@ -484,6 +521,19 @@ DEVICE: Sequence[Fault] = (
             SIMULATED + "tests/test_cuda.py -k skipped_step_changes_nothing",
         ),
         ("return (p, AVERAGED(step, p, values[1])), ZERO, ZERO", "return (p, values[1]), ZERO, ZERO"),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/sums.py",
+        SIMULATED + "tests/test_cuda.py -k settled_one_after_the_other",
+        ("size += Span(*UNPACK_SPAN(spans, N_SPAN * other)).size", "size += 1"),
+        ("PACK_VALUES(values, N_VALUES * k,", "PACK_VALUES(values, k,"),
+        ("row = N_ROW * (span.place if OWN_ROWS else span.group)\n        line", "row = 0\n        line"),
+        ("while k < count and (not GATED", "while k < n and (not GATED"),
+        (
+            "if N_NUMBERS > 0 and not OVER_ALL and (not GATED or table[row + PROCEEDS] != ZERO):",
+            "if N_NUMBERS > 0 and not OVER_ALL:",
+        ),
+        ("(1 if stage.over_all else n), PAIR * number", "(1 if stage.over_all else n), 0"),
     ),
     *faults_of(
         "fastopt/kernels/cuda/decisions.py",

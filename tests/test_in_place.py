@@ -43,7 +43,7 @@ def test_every_rule_has_the_same_bits_packed_and_in_place(case, options):
     assert_same_bits(case, np.float32, options)
 
 
-@pytest.mark.parametrize("name", ["Adam", "LAMB", "NovoGrad-weight_decay=0.1"])
+@pytest.mark.parametrize("name", ["Adam", "LAMB", "NovoGrad-weight_decay=0.1", "StableAdamW-weight_decay=0.1"])
 def test_the_same_in_float64(name):
     assert_same_bits(BY_NAME[name], np.float64, EVERYTHING)
 

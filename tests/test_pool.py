@@ -667,6 +667,7 @@ KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("AdamW", {"max_norm": 0.5, "ema": 0.9}),
     ("LAMB", {}),
     ("NovoGrad", {}),
+    ("StableAdamW", {}),
 )
 
 

@@ -113,6 +113,15 @@ def test_a_variance_never_gets_negative(dtype):
             assert np.isfinite(opt.flat.data).all(), str(case)
 
 
+def test_a_nan_in_the_average_of_one_element_is_not_swallowed_by_the_bound_of_its_tensor():
+    opt = fastopt.StableAdamW({"w": np.ones(3), "b": np.ones(2)})
+    opt.step({"w": np.array([np.nan, 1.0, 1.0]), "b": np.ones(2)})
+    opt.params["w"][...] = 1.0
+    opt.step({"w": np.ones(3), "b": np.ones(2)})
+    assert np.isnan(opt.params["w"]).all()
+    assert np.isfinite(opt.params["b"]).all()
+
+
 # --- made of matrices -------------------------------------------------------------------------------------------------
 
 
