@@ -179,6 +179,35 @@ def test_a_parameter_without_gradient_is_in_no_sum_and_has_the_numbers_of_all(ab
         assert values != {0.0}
 
 
+class CentredHyper(NamedTuple):
+    lr: float
+    mean: float
+
+
+def prepare_centred(t, lr=0.1):
+    return CentredHyper(lr, 0.0)
+
+
+def gradient(p, g, h):
+    return g
+
+
+def mean(sums, numbers, size, h):
+    return sums.gradient / size
+
+
+@fastopt.rule(prepare_centred, sums=fastopt.Sums({"gradient": gradient}, mean, results=("mean",), over="all"))
+def centred(p, g, h):
+    return p - h.lr * (g - h.mean)
+
+
+def test_the_size_of_all_is_that_of_the_parameters_with_a_gradient():
+    opt = fastopt.Optimizer({"a": np.zeros(3), "b": np.zeros(2), "c": np.zeros(5)}, centred, lr=1.0)
+    opt.step({"a": np.array([1.0, 2.0, 3.0]), "b": None, "c": np.full(5, 10.0)})
+    assert opt.params["a"].tolist() == [6.0, 5.0, 4.0]  # the mean is 56 / 8
+    assert opt.params["c"].tolist() == [-3.0] * 5
+
+
 # --- sums over each parameter: all that a rule can be given -----------------------------------------------------------
 
 
