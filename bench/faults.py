@@ -1042,7 +1042,8 @@ TRUST: Sequence[Fault] = (
     *faults_of(
         "fastopt/kernels/elements.py",
         "tests/test_tail.py -k all_magnitudes",
-        ('error_model="numpy", fastmath=False, no_cpython', 'error_model="numpy", no_cpython'),
+        ('    "fastmath": False,\n', ""),
+        ('"forceinline": True', '"forceinline": False', "tests/test_math.py -k 'vectorised and pow_of'"),
     ),
     *faults_of(
         "fastopt/optimizer.py",
@@ -1801,4 +1802,48 @@ TRUST: Sequence[Fault] = (
     ),
 )
 
-FAULTS: tuple[Fault, ...] = (*RULES, *STEP, *LOOPS, *BATCHNORM, *DEVICE, *AROUND, *TRUST)
+MATHEMATICS: Sequence[Fault] = (
+    *faults_of(
+        "fastopt/math.py",
+        "tests/test_math.py -k about_one_unit",
+        ("return n - WHERE(denormal, LIFTED, ZERO), m", "return n, m"),
+        ("return x * POWER_OF_TWO(first) * POWER_OF_TWO(n - first)", "return x * POWER_OF_TWO(n)"),
+        ("((f - s_high * divisor_high) - s_high * divisor_low) * inverse", "(f - s_high * divisor_high) * inverse"),
+        ("exponent_low = (power - power_high) * high + power * low", "exponent_low = power * low"),
+        ("small = size <= SMALL_TANH", "small = size < ZERO"),
+        (
+            "odd = (FLOOR(half) != half) & (FLOOR(y) == y)",
+            "odd = FLOOR(half) != half",
+            "tests/test_math.py -k ieee_754",
+        ),
+        ("    result = WHERE(x < INFINITY, result, x)\n", "", "tests/test_math.py -k ieee_754"),
+        ("return WHERE((y == ZERO) | (x == ONE), ONE, result)", "return result", "tests/test_math.py -k ieee_754"),
+    ),
+    *faults_of(
+        "fastopt/random.py",
+        "tests/test_math.py -k known_answers",
+        ("k1 = (k1 + SECOND_STEP) & LOW", "k1 = k1 & LOW"),
+        ("ROUNDS = 10", "ROUNDS = 9"),
+        ("key & LOW, key >> WORD)", "key & LOW, NONE)", "tests/test_math.py -k any_kind"),
+    ),
+    *faults_of(
+        "fastopt/kernels/operations.py",
+        "tests/test_math.py -k any_number_of_threads",
+        ("word(~form.low_half)", "word(-1)"),
+        ("bits.type(64 - form.stored)", "bits.type(63 - form.stored)"),
+        ("return np.uint64(np.int64(number))", "return np.uint64(np.int32(number) + np.int64(1))"),
+    ),
+    *faults_of(
+        "fastopt/kernels/typed.py",
+        "tests/test_math.py -k follow_the_same",
+        ("types.Float)} or {64}", "types.Float)} or {32}"),
+        ("if wrong:\n", "if not own and wrong:\n", "tests/test_math.py -k are_refused"),
+    ),
+    *faults_of(
+        "fastopt/kernels/bind.py",
+        "tests/test_math.py -k name_of_a_kernel",
+        ("if isinstance(digest, str):", "if isinstance(digest, bytes):"),
+    ),
+)
+
+FAULTS: tuple[Fault, ...] = (*RULES, *STEP, *LOOPS, *BATCHNORM, *DEVICE, *AROUND, *TRUST, *MATHEMATICS)

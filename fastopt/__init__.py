@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastopt import bare as bare  # which attaches Rule.update_
-from fastopt import curvature, init, optimizers, reference, rules, schedules
+from fastopt import curvature, init, math, optimizers, reference, rules, schedules
 from fastopt.batches import minibatches
 from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
 from fastopt.closed_forms.linear import Linear
 from fastopt.hyper import Choice, Flag, Interval
 from fastopt.kernels.threads import get_num_threads, set_num_threads
 from fastopt.optimizer import Optimizer
+from fastopt.random import uniform
 from fastopt.rule import Layerwise, Matrixwise, Rule, Scaling, Sums, rule
 from fastopt.step.info import StepInfo
 from fastopt.storage.flat import FlatParams, pack
@@ -68,6 +69,7 @@ __all__ = [
     "get_num_threads",
     "init",
     "interop",
+    "math",
     "minibatches",
     "pack",
     "reference",
@@ -75,6 +77,7 @@ __all__ = [
     "rules",
     "schedules",
     "set_num_threads",
+    "uniform",
 ]
 __all__.extend(optimizers.ALL)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -139,3 +139,49 @@ def gradients(rng: np.random.Generator, size: int, dtype: Any) -> np.ndarray:
     """Return non-zero gradients of all magnitudes from 1e-9 to 10."""
     magnitude = 10.0 ** rng.uniform(-9.0, 1.0, size)
     return (rng.choice([-1.0, 1.0], size) * magnitude).astype(dtype)
+
+
+# --- mathematics ------------------------------------------------------------------------------------------------------
+
+
+class OfMathematics(NamedTuple):
+    power: float
+    seed: float
+
+
+def prepare_mathematics(t, power=0.7, seed=7.0, weight_decay=0.0):
+    return OfMathematics(power, seed)
+
+
+@fastopt.rule(prepare_mathematics)
+def exp_of(p, g, h):
+    return fastopt.math.exp(g)
+
+
+@fastopt.rule(prepare_mathematics)
+def log_of(p, g, h):
+    return fastopt.math.log(g)
+
+
+@fastopt.rule(prepare_mathematics)
+def tanh_of(p, g, h):
+    return fastopt.math.tanh(g)
+
+
+@fastopt.rule(prepare_mathematics)
+def pow_of(p, g, h):
+    return fastopt.math.pow(g, h.power)
+
+
+@fastopt.rule(prepare_mathematics)
+def power_of(p, g, h):
+    return fastopt.math.pow(p, g)
+
+
+@fastopt.rule(prepare_mathematics)
+def uniform_of(p, g, h):
+    return fastopt.uniform(h.seed, g)
+
+
+MATHEMATICS = {rule.name: rule for rule in (exp_of, log_of, tanh_of, pow_of, power_of, uniform_of)}
+"""Rules that replace p by a function of g (of p and g: power_of)."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import BY_NAME, CASES, EVERYTHING, Case, gradients
+from cases import BY_NAME, CASES, EVERYTHING, MATHEMATICS, Case, gradients
 from test_sums import centred, prodigy, ruled
 
 import fastopt
@@ -719,3 +719,25 @@ def test_parameters_stay_where_they_are(name, options):
         fastopt.pack(params, backend="cuda", copy=False)
     with pytest.raises(TypeError, match="must be an array of the device to be updated in place"):
         given.update(params, grads)
+
+
+# --- functions for rules ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("name", MATHEMATICS)
+def test_functions_for_rules_are_those_of_the_cpu(name, dtype):
+    rng = np.random.default_rng(0)
+    p = (rng.normal(size=150) ** 2).astype(dtype)
+    g = (10.0 * rng.normal(size=150)).astype(dtype)
+    g[:6] = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40]
+    if name == "uniform_of":
+        g = np.arange(150).astype(dtype)
+    ours, cpu = (fastopt.Optimizer({"w": p}, MATHEMATICS[name], backend=place) for place in ("cuda", "cpu"))
+    ours.step(uploaded({"w": g}))
+    cpu.step({"w": g})
+    found, expected = host(ours.params["w"]), cpu.params["w"]
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(found[~finite], expected[~finite])
+    allowed = 0 if SIMULATED or name == "uniform_of" else 2  # a GPU rounds a product and a sum once
+    assert ulps(found[finite], expected[finite], np.zeros(finite.sum(), dtype)) <= allowed

@@ -24,6 +24,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
+from cases import MATHEMATICS, OfMathematics
 
 import fastopt
 from fastopt.batchnorm import formulas
@@ -237,6 +238,17 @@ def of_rule(name: str, dtype: Any, everything: bool, cc: tuple[int, int] = NEW, 
         kernel.launch(places(), states, rows_of(hyper, dtype=dtype), chunks(), SIZE)
 
     return codes(cc, use, lto)
+
+
+@cache
+def of_mathematics(name: str, dtype: Any, cc: tuple[int, int] = NEW) -> list[Code]:
+    """The kernel of a rule that calls a function of `fastopt.math`, or `fastopt.uniform`."""
+
+    def use(backend: Recorder) -> None:
+        kernel = backend.kernel(MATHEMATICS[name], OfMathematics, np.dtype(dtype), Features())
+        kernel.launch(places(), (), rows_of(OfMathematics, dtype=dtype), chunks(), SIZE)
+
+    return codes(cc, use)
 
 
 @cache
@@ -506,6 +518,15 @@ def test_so_are_the_kernels_of_batchnorm_in_any_layout(relu, residual, dtype):
                     "map_slices",
                 ]
                 assert [fault for code in found for fault in faults(code, dtype)] == []
+
+
+@by_dtype
+@pytest.mark.parametrize("name", MATHEMATICS)
+def test_functions_for_rules_stay_in_their_dtype_and_call_no_library(name, dtype):
+    for cc in (NEW, *OTHERS):
+        (code,) = of_mathematics(name, dtype, cc)
+        assert faults(code, dtype) == []
+        assert code.operations["call"] + code.operations["call.uni"] == 0
 
 
 def test_clipping_by_norm_divides_and_takes_the_root_exactly():

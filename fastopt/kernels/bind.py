@@ -154,6 +154,9 @@ def _describe(value: Any, function: FunctionType, seen: frozenset[Any]) -> str:
     plain = scalar_of(value)
     if plain is not None:
         return _describe_function(plain, seen=seen)
+    digest = getattr(value, "digest", None)
+    if isinstance(digest, str):  # a function with a form per dtype: see `fastopt.kernels.typed`
+        return digest
     definition = getattr(value, "_defn", None)
     if isinstance(definition, FunctionType):  # a numba intrinsic: its code is part of the kernel
         return _describe_function(definition, seen=seen)

@@ -121,14 +121,25 @@ def conditioning(dtype: np.dtype[Any], features: Features, scalar: Callable[[Fun
     return constants
 
 
+SCALAR_OPTIONS = {
+    "error_model": "numpy",
+    "fastmath": False,
+    "forceinline": True,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+"""How numba compiles a scalar function: see `scalar`."""
+
+
 def scalar(function: Callable[..., Any]) -> Any:
     """Compile a scalar function, never with fastmath: the result has the bits of the same arithmetic in NumPy.
 
     The rule itself has error_model="numpy", not only the loop: the default model puts a branch on every division (7x
-    slower) and raises in the middle of the loop, which leaves the buffer half updated.
+    slower) and raises in the middle of the loop, which leaves the buffer half updated. It is always inlined: LLVM would
+    call a long one, and a loop that calls is not vectorised.
     """
     # Said, not left out: numba would have it inherit the fastmath of the loop in which it is first compiled.
-    return njit(error_model="numpy", fastmath=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return njit(**SCALAR_OPTIONS)(function)
 
 
 def check_rule(rule: KernelRule, compiled: Any, hyper: Any, dtype: np.dtype[Any]) -> None:

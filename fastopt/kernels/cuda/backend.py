@@ -79,7 +79,7 @@ from fastopt.kernels.cuda.sums import (
     termed,
     total,
 )
-from fastopt.kernels.cuda.target import SIMULATED, THREADS, cuda, device, type_of
+from fastopt.kernels.cuda.target import SIMULATED, THREADS, cuda, device, teach, type_of
 from fastopt.signals import deferred_signals
 
 T = TypeVar("T")
@@ -410,6 +410,7 @@ class CUDA:
         features: Features,
         first: tuple[Callable[..., Any], Any] | None,
     ) -> Kernel:
+        teach()
         # What numba infers for the host holds for the device; this needs no device.
         on_host = elements.scalar(bind(rule.scalar, {}, label=f"{rule.name}_{dtype}", scalar=elements.scalar))
         elements.check_rule(rule, on_host, hyper, dtype)

@@ -6,10 +6,14 @@ In numba's simulator (NUMBA_ENABLE_CUDASIM=1), where there is no device, a threa
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from types import FunctionType
 from typing import Any
 
 import numpy as np
+
+from fastopt.kernels.operations import operations
+from fastopt.kernels.typed import KNOWN, Target, TypedFunction
 
 if not hasattr(np, "row_stack"):  # numba-cuda 0.30 looks for it at its first compilation; NumPy 2.5 has it no more
     np.row_stack = np.vstack  # noqa: NPY201
@@ -36,6 +40,25 @@ def extending() -> tuple[Any, Any]:
     from numba.cuda.extending import intrinsic
 
     return types, intrinsic
+
+
+@cache
+def teach() -> None:
+    """Make the functions that have a form per dtype known to CUDA's compiler. The simulator runs them in Python."""
+    if SIMULATED:
+        return
+    from numba.cuda.extending import overload
+
+    types, intrinsic = extending()
+    target = Target("cuda", operations(types, intrinsic), device, types)
+
+    def teach_one(function: TypedFunction) -> None:
+        @overload(function, jit_options={"fastmath": False, "forceinline": True}, strict=False)
+        def chosen(*arguments: Any) -> Any:
+            return function.chosen(target, arguments)
+
+    for function in KNOWN:
+        teach_one(function)
 
 
 def type_of(argument: Any) -> Any:
