@@ -1367,7 +1367,6 @@ TRUST: Sequence[Fault] = (
             "if True:\n            for group in self._union",
             'tests/test_interrupts.py -k "raises and serial and released"',
         ),
-        ("    if glob in paths:\n", "    if glob in ():\n", "tests/test_groups.py -k exact_path"),
         (
             'f"at step {step}, schedule of ", self.dtype)',
             'f"at step {step}, schedule of ")',
@@ -1838,6 +1837,15 @@ MATHEMATICS: Sequence[Fault] = (
         "tests/test_math.py -k follow_the_same",
         ("types.Float)} or {64}", "types.Float)} or {32}"),
         ("if wrong:\n", "if not own and wrong:\n", "tests/test_math.py -k are_refused"),
+    ),
+    *faults_of(
+        "fastopt/step/globs.py",
+        "tests/test_groups.py -k many_globs",
+        ("        if exact is not None:\n", "        if False:\n", "tests/test_groups.py -k exact_path"),
+        ("    shortest = sum(map(len, (first, *inner, last)))", "    shortest = 0"),
+        ("            at = found + len(piece)", "            at = found"),
+        ('if bracket else f"{END}{literal}{END}"', 'if False else f"{END}{literal}{END}"'),
+        ("return min(found, key=len,", "return max(found, key=len,", "tests/test_groups.py -k few_paths"),
     ),
     *faults_of(
         "fastopt/kernels/bind.py",

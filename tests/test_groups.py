@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 import fastopt
 from fastopt import schedules
-from fastopt.step import plan
+from fastopt.step import globs, plan
+from fastopt.step.groups import match_overrides
 
 PATHS = ("head.bias", "head.weight", "w")
 
@@ -492,3 +494,68 @@ def test_adopted_parameters_are_the_callers_own_names_for_them():
     assert params["layers"][0]["b"] is opt.params["layers"][0]["b"]
     with pytest.raises((TypeError, ValueError)):
         opt.adopt({"w": np.zeros(3), "layers": [{"b": np.ones(1)}]})
+
+
+# --- globs ------------------------------------------------------------------------------------------------------------
+
+
+def one_by_one(paths: list[str], glob: str) -> list[int]:
+    """The numbers of the paths that a glob matches, tried on each."""
+    return [paths.index(glob)] if glob in paths else [k for k, p in enumerate(paths) if fnmatch.fnmatchcase(p, glob)]
+
+
+LETTERS = st.sampled_from("aab..1[]!-?*\n\0é")
+PATH = st.text(st.sampled_from("aab..1[]\n\0é"), max_size=9)
+GLOB = st.text(LETTERS, max_size=7) | st.tuples(PATH, st.sampled_from("*?["), PATH).map("".join)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(PATH, min_size=1, max_size=12, unique=True), st.lists(GLOB, max_size=24, unique=True))
+def test_many_globs_match_what_each_of_them_matches(paths, names):
+    """Also those that are tried before there is an index, and those that match nothing."""
+    many = globs.Paths(paths)
+    for _ in range(2):
+        for glob in names:
+            assert many.matching(glob) == one_by_one(paths, glob), glob
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(PATH, min_size=1, max_size=12, unique=True), st.lists(GLOB, max_size=24, unique=True))
+def test_of_many_overrides_the_later_wins_and_one_that_matches_nothing_is_refused(paths, names):
+    overrides = {glob: {"lr": k, ("even" if k % 2 == 0 else "odd"): k} for k, glob in enumerate(names)}
+    matched = {glob: one_by_one(paths, glob) for glob in names}
+    nowhere = [glob for glob in names if not matched[glob]]
+    if nowhere:
+        with pytest.raises(ValueError, match="must match a parameter") as found:
+            match_overrides(paths, overrides)
+        assert str(found.value).startswith(f"overrides[{nowhere[0]!r}]: ")
+    expected: list[dict[str, Any]] = [{} for _ in paths]
+    overrides = {glob: values for glob, values in overrides.items() if matched[glob]}
+    for glob, values in overrides.items():
+        for k in matched[glob]:
+            expected[k].update(values)
+    assert match_overrides(paths, overrides) == expected
+
+
+@pytest.mark.parametrize("form", ["block{}.*", "*.block{}.*", "*block{}.bias", "*.block{}.[bw]*", "net.block{}.w?"])
+def test_a_glob_of_thousands_is_tried_on_few_paths(form, monkeypatch):
+    paths = [f"net.block{k:04d}.{name}" for k in range(2000) for name in ("wq", "wk", "wv", "bias")]
+    tried = 0
+    made = globs.matcher
+
+    def counting(glob):
+        matches = made(glob)
+
+        def count(path):
+            nonlocal tried
+            tried += 1
+            return matches(path)
+
+        return count
+
+    monkeypatch.setattr(globs, "matcher", counting)
+    among = globs.Paths(paths)
+    names = [form.format(f"{k:04d}") for k in range(2000)]
+    found = [among.matching(glob if form[0] == "*" else f"*{glob}") for glob in names]
+    assert all(1 <= len(numbers) <= 4 for numbers in found)
+    assert tried <= globs.FEW * len(paths) + 64 * len(names)  # of 16 million

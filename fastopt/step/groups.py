@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastopt.hyper import POSITIVE_OR_ZERO, WEIGHT_DECAY, Flag
 from fastopt.signals import deferred_signals
+from fastopt.step.globs import Paths
 from fastopt.step.table import Point
 
 if TYPE_CHECKING:
@@ -246,20 +246,13 @@ class Groups:
         """The parameters whose path matches; KeyError where none does."""
         if not isinstance(glob, str):
             raise TypeError(f"groups: must be given a glob on parameter paths, got {glob!r}")
-        found = tuple(matching(paths, glob))
+        found = tuple(Paths(paths).matching(glob))
         if not found:
             raise KeyError(f"groups[{glob!r}]: must match a parameter; the paths are {', '.join(paths)}")
         return found
 
 
 # --- overrides --------------------------------------------------------------------------------------------------------
-
-
-def matching(paths: Sequence[str], glob: str) -> list[int]:
-    """The numbers of the paths that a glob matches; a path stands for itself alone, also where it has brackets."""
-    if glob in paths:
-        return [paths.index(glob)]
-    return [k for k, path in enumerate(paths) if fnmatch.fnmatchcase(path, glob)]
 
 
 def match_overrides(paths: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -270,10 +263,11 @@ def match_overrides(paths: Sequence[str], overrides: Mapping[str, Mapping[str, A
     if not isinstance(overrides, Mapping):
         raise TypeError(f"overrides: must be a dict of glob -> hyperparameters, got {type(overrides).__name__}")
     found: list[dict[str, Any]] = [{} for _ in paths]
+    among = Paths(paths)
     for glob, values in overrides.items():
         if not isinstance(glob, str) or not isinstance(values, Mapping):
             raise TypeError(f"overrides[{glob!r}]: must be a dict of hyperparameters under a glob on parameter paths")
-        matches = matching(paths, glob)
+        matches = among.matching(glob)
         if not matches:
             raise ValueError(f"overrides[{glob!r}]: must match a parameter; the paths are {', '.join(paths)}")
         for k in matches:
