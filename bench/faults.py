@@ -1839,6 +1839,15 @@ MATHEMATICS: Sequence[Fault] = (
         ("if wrong:\n", "if not own and wrong:\n", "tests/test_math.py -k are_refused"),
     ),
     *faults_of(
+        "fastopt/rule.py",
+        "tests/test_bad_input.py -k declared",
+        ("numbers = () if self.number is None else (self.number,)", "numbers = ()"),
+        ('layerwise.direction, ("p", *self.states, "h"))', 'layerwise.direction, ("p", *self.states))'),
+        ('matrixwise.transform, ("array",), self.hyperparameters)', 'matrixwise.transform, ("array",))'),
+        ("scalars.number(where, value, expected)", "scalars.number(where, 0.0, expected)"),
+        ('co_varnames[:2] == ("p", "g")', 'co_varnames[:2] == ("g", "p")'),
+    ),
+    *faults_of(
         "fastopt/step/globs.py",
         "tests/test_groups.py -k many_globs",
         ("        if exact is not None:\n", "        if False:\n", "tests/test_groups.py -k exact_path"),

@@ -33,6 +33,9 @@ class Layerwise:
         direction: ``direction(p, *states, h)``, which returns u from the new states. With it, norm_u is also right in
             float64 where squares of u overflow or underflow.
 
+    Raises:
+        TypeError: `ratio` must take two arguments; a rule refuses an `apply` or a `direction` that does not fit it.
+
     >>> import numpy as np, fastopt
     >>> from typing import NamedTuple
     >>> class Hyper(NamedTuple):
@@ -54,6 +57,9 @@ class Layerwise:
     apply: Callable[..., Any]
     direction: Callable[..., Any] | None = None
 
+    def __post_init__(self) -> None:
+        _check_call("Layerwise: ratio", self.ratio, ("norm_p", "norm_u"))
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -63,6 +69,9 @@ class Scaling:
         scale: ``scale(norm_p, norm_g, h)``, computed once per parameter in float64; the result replaces the last field
             of h. With `number`, ``scale(norm_p, norm_g, number, h)`` returns the scale and the new number.
         number: the name of a per-tensor state: one float64 per parameter, which begins at 0; None for none.
+
+    Raises:
+        TypeError: `number` must be a name or None, and `scale` must take the arguments above.
 
     >>> import numpy as np, fastopt
     >>> from typing import NamedTuple
@@ -84,6 +93,12 @@ class Scaling:
 
     scale: Callable[..., Any]
     number: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.number is not None and not isinstance(self.number, str):
+            raise TypeError(f"Scaling: number: must be the name of one per-tensor state, or None, got {self.number!r}")
+        numbers = () if self.number is None else (self.number,)
+        _check_call("Scaling: scale", self.scale, ("norm_p", "norm_g", *numbers, "h"))
 
 
 @dataclass(frozen=True)
@@ -233,6 +248,10 @@ class Rule:
         gradients_in: str | None = None,
         evaluated_in: str | None = None,
     ):
+        stages = {"layerwise": (layerwise, Layerwise), "scaling": (scaling, Scaling)}
+        for name, (stage, kind) in {**stages, "matrixwise": (matrixwise, Matrixwise)}.items():
+            if stage is not None and not isinstance(stage, kind):
+                raise TypeError(f"rule {function.__name__!r}: {name}: must be a {kind.__name__} or None, got {stage!r}")
         names = list(_parameters(function, "rule"))
         if len(names) < 3 or names[:2] != ["p", "g"] or names[-1] != "h":
             raise TypeError(
@@ -257,6 +276,8 @@ class Rule:
         self.scaling = scaling
         self.matrixwise = matrixwise
         self.sums = (sums,) if isinstance(sums, Sums) else tuple(sums)
+        if not isinstance(initial, Mapping | None):
+            raise TypeError(f"rule {self.name!r}: initial: must be a dict of state -> initial value, got {initial!r}")
         self.initial = dict(initial or {})
         self.idle = idle
         self.gradients_in = gradients_in
@@ -291,6 +312,14 @@ class Rule:
                 f"layerwise must be None, got ({', '.join(prepared)}) and {layerwise}"
             )
         self._check_sums(names)
+        if layerwise is not None:
+            where = f"rule {self.name!r}: layerwise"
+            _check_call(f"{where}: apply", layerwise.apply, ("p", *self.states, "ratio", "h"))
+            if layerwise.direction is not None:
+                _check_call(f"{where}: direction", layerwise.direction, ("p", *self.states, "h"))
+        if matrixwise is not None:
+            where = f"rule {self.name!r}: matrixwise"
+            _check_call(f"{where}: transform", matrixwise.transform, ("array",), self.hyperparameters)
         kept = (*self.states, *self.numbers)
         if EMA in kept or len(set(kept)) != len(kept):
             raise TypeError(
@@ -301,13 +330,12 @@ class Rule:
                 raise TypeError(
                     f"rule {self.name!r}: initial: must name states ({', '.join(self.states)}), got {state!r}"
                 )
+            where, expected = f"rule {self.name!r}: initial[{state!r}]", "a number, 'p' or a hyperparameter"
+            expected += f" ({', '.join(self.hyperparameters)})"
             if isinstance(value, str) and value not in ("p", *self.hyperparameters):
-                raise TypeError(
-                    f"rule {self.name!r}: initial[{state!r}]: must be a number, 'p' or a hyperparameter "
-                    f"({', '.join(self.hyperparameters)}), got {value!r}"
-                )
+                raise TypeError(f"{where}: must be {expected}, got {value!r}")
             if not isinstance(value, str):
-                scalars.number(f"rule {self.name!r}: initial[{state!r}]", value)
+                scalars.number(where, value, expected)
         self._domains = {**DOMAINS, **(domains or {})}
         self._twin: Rule | None = None
         self._plain: Rule | None = None
@@ -564,6 +592,12 @@ def rule(
     array([0.9, 1.1])
     """
 
+    if isinstance(prepare, FunctionType) and prepare.__code__.co_varnames[:2] == ("p", "g"):
+        raise TypeError(
+            f"rule: must be given prepare(t, ...), as in @fastopt.rule(prepare), got the scalar function "
+            f"{prepare.__name__}{inspect.signature(prepare)}; write prepare in parentheses"
+        )
+
     def decorate(function: Callable[..., Any]) -> Rule:
         if not isinstance(function, FunctionType):
             raise TypeError(f"@rule: must decorate a plain function (p, g, *states, h), got {function!r}")
@@ -615,6 +649,21 @@ def check_acting(
                     f"overrides: {path}: {name}: must be absent where {chosen}={bool(matrix)}, got {change[name]!r}; "
                     f"{remedy}"
                 )
+
+
+def _check_call(what: str, function: Any, names: Sequence[str], keywords: Sequence[str] = ()) -> None:
+    """Refuse what cannot be called with so many arguments, and with these keywords."""
+    expected = f"({', '.join((*names, *(['**hyperparameters'] if keywords else [])))})"
+    if not callable(function):
+        raise TypeError(f"{what}: must be a function {expected}, got {function!r}")
+    try:
+        signature = inspect.signature(getattr(function, "scalar", function))
+    except ValueError:  # of some functions written in C
+        return
+    try:
+        signature.bind(*names, **dict.fromkeys(keywords))
+    except TypeError:
+        raise TypeError(f"{what}: must have the signature {expected}, got {signature}") from None
 
 
 def _parameters(function: Callable[..., Any], what: str) -> dict[str, Any]:

@@ -1100,6 +1100,104 @@ def test_signatures_of_rules(wrong, error, message):
         rule(prepare)(wrong)
 
 
+def decaying(t: int, lr: float = 0.1, weight_decay: float = 0.0) -> Hyper:
+    return Hyper(lr)
+
+
+def one_state(p, g, m, h):
+    return p, m
+
+
+def declared(**options: Any) -> Callable[[], Any]:
+    """The declaration of a rule of one state; of a prepare that takes weight_decay for what needs one."""
+    return lambda: rule(prepare if "layerwise" in options else decaying, **options)(one_state)
+
+
+def in_layers(ratio: Any, apply: Any = one_state, direction: Any = None) -> Callable[[], Any]:
+    return lambda: declared(layerwise=fastopt.Layerwise(ratio, apply, direction))()
+
+
+def by_scale(*arguments: Any) -> Callable[[], Any]:
+    return lambda: declared(scaling=fastopt.Scaling(*arguments))()
+
+
+def transformed(transform: Any) -> Callable[[], Any]:
+    return declared(matrixwise=fastopt.Matrixwise(rules.momentum, "m", transform, "lr"))
+
+
+AT_DECLARATION = [
+    (
+        "a callable as initial",
+        declared(initial={"m": abs}),
+        r"^rule 'one_state': initial\['m'\]: must be a number, 'p' or a hyperparameter \(lr, weight_decay\), "
+        r"got <built-in function abs>",
+    ),
+    ("a list of states", declared(initial=["m"]), r"^rule 'one_state': initial: must be a dict of state .*, got \['m'"),
+    (
+        "two numbers",
+        by_scale(lambda norm_p, norm_g, v, h: (1.0, v), ("v", "u")),
+        r"^Scaling: number: must be the name of one per-tensor state, or None, got \('v', 'u'\)$",
+    ),
+    (
+        "scale",
+        by_scale(lambda p, g: 1.0),
+        r"^Scaling: scale: must have the signature \(norm_p, norm_g, h\), got \(p, g\)$",
+    ),
+    (
+        "scale with a number",
+        by_scale(lambda p, g, h: 1.0, "v"),
+        r"^Scaling: scale: must have the signature \(norm_p, norm_g, v, h\), got \(p, g, h\)$",
+    ),
+    ("ratio", in_layers(lambda p: 1.0), r"^Layerwise: ratio: must have the signature \(norm_p, norm_u\), got \(p\)$"),
+    ("no ratio", in_layers(None), r"^Layerwise: ratio: must be a function \(norm_p, norm_u\), got None$"),
+    (
+        "apply",
+        in_layers(lambda p, u: 1.0, lambda p, ratio, h: p),
+        r"^rule 'one_state': layerwise: apply: must have the signature \(p, m, ratio, h\), got \(p, ratio, h\)$",
+    ),
+    (
+        "direction",
+        in_layers(lambda p, u: 1.0, one_state, lambda p, h: p),
+        r"^rule 'one_state': layerwise: direction: must have the signature \(p, m, h\), got \(p, h\)$",
+    ),
+    (
+        "transform",
+        transformed(lambda u: None),
+        r"^rule 'one_state': matrixwise: transform: must have the signature \(array, \*\*hyperparameters\), got \(u\)$",
+    ),
+    (
+        "a function as scaling",
+        declared(scaling=abs),
+        r"^rule 'one_state': scaling: must be a Scaling or None, got <built",
+    ),
+    (
+        "a class as layerwise",
+        declared(layerwise=fastopt.Layerwise),
+        r"^rule 'one_state': layerwise: must be a Layerwise or None, got <class",
+    ),
+    (
+        "no parentheses",
+        lambda: rule(one_state),
+        r"^rule: must be given prepare\(t, \.\.\.\), as in @fastopt\.rule\(prepare\), got the scalar function "
+        r"one_state\(p, g, m, h\)",
+    ),
+]
+
+
+@refused([(name, wrong, T, message) for name, wrong, message in AT_DECLARATION])
+def test_rules_are_refused_when_they_are_declared(wrong, error, message):
+    with pytest.raises(error, match=message) as found:
+        wrong()
+    assert "\n" not in str(found.value)
+
+
+def test_functions_of_the_right_arity_are_declared():
+    declared(initial={"m": np.float32(1)})()
+    in_layers(lambda *norms: 1.0, lambda p, m, ratio, h, more=0: p, lambda p, m, h: m)()
+    by_scale(max)()  # numba finds out
+    transformed(lambda u, lr, weight_decay: None)()
+
+
 def without_t(lr: float) -> Hyper:
     return Hyper(lr)
 
