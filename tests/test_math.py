@@ -353,6 +353,8 @@ def test_seeds_and_indices_are_integers_of_any_kind():
         assert fastopt.uniform(kind(7), kind(3)) == expected
     assert fastopt.uniform(-1, 0) == fastopt.uniform(2**64 - 1, 0) != fastopt.uniform(1, 0)
     assert fastopt.uniform(np.array([[7], [8]]), np.arange(4)).shape == (2, 4)
+    far = 2**32 * np.arange(2)  # the upper halves count
+    assert len({*fastopt.uniform(7 + far, 3), *fastopt.uniform(7, 3 + far)}) == 3
 
 
 def test_a_state_can_hold_the_index_of_each_element():
