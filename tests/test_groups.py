@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import BY_NAME, PER_RULE
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fastopt
@@ -511,11 +511,14 @@ GLOB = st.text(LETTERS, max_size=7) | st.tuples(PATH, st.sampled_from("*?["), PA
 
 @settings(deadline=None, max_examples=400)
 @given(st.lists(PATH, min_size=1, max_size=12, unique=True), st.lists(GLOB, max_size=24, unique=True))
+@example(["aba", "ab"], ["ab*ba", "*b*b*", "ab*b*a"])  # pieces that overlap
+@example(["ab", "aab"], ["a[ab]", "a[!b]b", "[a]b", "a?b*", "a[ab]?"])
 def test_many_globs_match_what_each_of_them_matches(paths, names):
     """Also those that are tried before there is an index, and those that match nothing."""
     many = globs.Paths(paths)
-    for _ in range(2):
+    for tried in (0, globs.FEW):
         for glob in names:
+            many._tried = tried
             assert many.matching(glob) == one_by_one(paths, glob), glob
 
 
