@@ -1841,9 +1841,9 @@ MATHEMATICS: Sequence[Fault] = (
     *faults_of(
         "fastopt/rule.py",
         "tests/test_bad_input.py -k declared",
-        ("numbers = () if self.number is None else (self.number,)", "numbers = ()"),
-        ('layerwise.direction, ("p", *self.states, "h"))', 'layerwise.direction, ("p", *self.states))'),
-        ('matrixwise.transform, ("array",), self.hyperparameters)', 'matrixwise.transform, ("array",))'),
+        ('        _check_call("Layerwise: ratio", self.ratio, ("norm_p", "norm_u"))\n', "        pass\n"),
+        ('        _check_call("Scaling: scale", self.scale, ("norm_p", "norm_g", *numbers, "h"))\n', ""),
+        ('            _check_call(f"{where}: apply", layerwise.apply, ("p", *self.states, "ratio", "h"))\n', ""),
         ("scalars.number(where, value, expected)", "scalars.number(where, 0.0, expected)"),
         ('co_varnames[:2] == ("p", "g")', 'co_varnames[:2] == ("g", "p")'),
     ),
