@@ -160,9 +160,7 @@ class Sums:
             raise TypeError("Sums: results: must name what settle gives, or numbers must, got neither")
         if self.over not in ("tensor", "all"):
             raise TypeError(f"Sums: over: must be 'tensor' or 'all', got {self.over!r}")
-        found = tuple(_parameters(self.settle, "settle"))
-        if len(found) != 4:
-            raise TypeError(f"Sums: settle: must take (sums, numbers, size, h), got ({', '.join(found)})")
+        _check_call("Sums: settle", self.settle, ("sums", "numbers", "size", "h"))
 
     def __hash__(self) -> int:
         return hash((tuple(self.terms.items()), self.settle, self.results, self.numbers, self.over))
@@ -350,12 +348,7 @@ class Rule:
             if not isinstance(sums, Sums):
                 raise TypeError(f"rule {self.name!r}: sums: must be a Sums or several, got {sums!r}")
             for name, term in sums.terms.items():
-                found = tuple(_parameters(term, "term"))
-                if len(found) != len(names):
-                    raise TypeError(
-                        f"rule {self.name!r}: sums: terms[{name!r}]: must take ({', '.join(names)}) as the rule does, "
-                        f"got ({', '.join(found)})"
-                    )
+                _check_call(f"rule {self.name!r}: sums: terms[{name!r}]", term, names)
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the scalar function, so that one rule can be written in terms of another."""
