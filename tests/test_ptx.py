@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import FunctionType
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -39,9 +39,9 @@ WHY = "needs a CUDA compiler, and no GPU: pip install 'numba-cuda[cu13]==0.30.4'
 if os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0":
     pytest.skip("the CUDA simulator compiles nothing", allow_module_level=True)
 pytest.importorskip("numba_cuda", reason=WHY)
-nvjitlink = pytest.importorskip("cuda.bindings.nvjitlink", reason=WHY)
+pytest.importorskip("cuda.bindings.nvjitlink", reason=WHY)
 
-from numba import cuda  # noqa: E402 not before it is known to be there
+from compiler import code_of, linked  # noqa: E402 not before both are known to be there
 
 from fastopt.kernels.cuda import backend as backend_module  # noqa: E402
 from fastopt.kernels.cuda import batchnorm, decisions, elementwise, layerwise, norms, sums  # noqa: E402
@@ -150,11 +150,7 @@ def recorder() -> Recorder:
 @cache
 def compiled(kernel: Any, signature: tuple[Any, ...], cc: tuple[int, int], lto: bool) -> Code:
     """lto : by way of LLVM's code, as numba-cuda does for a launch where it can; slower, and less to be looked at."""
-    options = {name: kernel.targetoptions[name] for name in ("fastmath", "opt", "launch_bounds")}
-    with pytest.MonkeyPatch.context() as patch:  # a device function asks for the device when it is first called
-        patch.setattr("numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=cc))
-        output = "ltoir" if lto else "ptx"
-        made, _ = cuda.compile(kernel.py_func, signature, cc=cc, device=False, output=output, abi="numba", **options)
+    made = code_of(kernel, signature, cc, "ltoir" if lto else "ptx")
     ptx = linked(made, cc, "-lto", "-ptx") if lto else made
     operations = Counter(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.]*)", ptx, re.MULTILINE))
     assert operations["ret"]
@@ -174,23 +170,6 @@ def compiled(kernel: Any, signature: tuple[Any, ...], cc: tuple[int, int], lto: 
         sum(map(int, spills.groups())),
         cc,
     )
-
-
-def linked(code: bytes, cc: tuple[int, int], *options: str) -> str:
-    """The PTX that the linker makes of LLVM's code; or what the assembler has to say on making machine code."""
-    of_ptx, lto = "-ptx" in options, "-lto" in options
-    linker = nvjitlink.create(1 + len(options), [f"-arch=sm_{cc[0]}{cc[1]}", *options])
-    try:
-        kind = nvjitlink.InputType.LTOIR if lto else nvjitlink.InputType.PTX
-        nvjitlink.add_data(linker, kind, code, len(code), "kernel")
-        nvjitlink.complete(linker)
-        size = nvjitlink.get_linked_ptx_size if of_ptx else nvjitlink.get_info_log_size
-        text = bytearray(size(linker))
-        (nvjitlink.get_linked_ptx if of_ptx else nvjitlink.get_info_log)(linker, text)
-        assert of_ptx or nvjitlink.get_linked_cubin_size(linker) > 0
-        return text.decode()
-    finally:
-        nvjitlink.destroy(linker)
 
 
 def codes(cc: tuple[int, int], use: Callable[[Recorder], None], lto: bool = False) -> list[Code]:
