@@ -1030,6 +1030,19 @@ TRUST: Sequence[Fault] = (
         ),
     ),
     *faults_of(
+        "bench/gpu.py",
+        SIMULATED + "tests/test_cuda_bench.py -k kept_on_the_device",
+        ("functional.KINDS.clear()  # which", "pass  # which"),
+        ('kernels._made.pop("cuda", None)', 'kernels._made.get("cuda", None)'),
+    ),
+    *faults_of(
+        "bench/on_gpu.sh",
+        "tests/test_on_gpu.py -k 'too_long or beside or missing'",
+        ('timeout --kill-after=5 "$limit" "$@"', '"$@"'),
+        ('"$python" bench/gpu.py --json "$out/gpu.json"\n', '"$python" bench/gpu.py --json "$out/gpu.json" &\n'),
+        ('if [ -n "$lacking" ]; then', 'if [ -z "$lacking" ]; then'),
+    ),
+    *faults_of(
         "fastopt/kernels/cuda/norms.py",
         SIMULATED + "tests/test_cuda.py -k 'whole_range and 1e+200'",
         ("LEAVE_SUMS(above, below, s, t, partials, at + 2)", "LEAVE_SUMS(below, above, t, s, partials, at + 2)"),

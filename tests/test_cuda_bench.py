@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -186,6 +187,24 @@ def test_the_sanitizer_mode_agrees_with_the_cpu(gpu, device, monkeypatch):
         assert gpu.sanitized(((1,), (3, 11)), (np.float32,)) == []
     else:
         assert gpu.sanitized() == []
+
+
+def test_after_the_sanitizer_mode_nothing_is_kept_on_the_device(gpu, monkeypatch):
+    if not SIMULATED:
+        pytest.skip("counts the memory of numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1)")
+    from fastopt.kernels.cuda.simulated import MEMORY
+
+    gpu.forget()
+    monkeypatch.setattr(gpu, "SANITIZED", {"steps left out": gpu.SANITIZED["steps left out on the device"]})
+    monkeypatch.setattr(gpu, "SIZE", 35)
+    monkeypatch.setattr(gpu, "SHAPES", (((5, 3), 1),))
+    before, backend = len(MEMORY._found), weakref.ref(get_backend("cuda"))
+    assert gpu.sanitized(((1,), (3, 11)), (np.float32,)) == []
+    assert backend() is not None
+    assert len(MEMORY._found) > before
+    gpu.forget()
+    assert backend() is None
+    assert len(MEMORY._found) == before
 
 
 def test_the_sanitizer_mode_notices_differences(gpu, device, monkeypatch):
