@@ -117,17 +117,17 @@ def test_commands_exist(page, command):
     elif program in ("pip", "python3") and "-m" not in arguments:
         assert arguments[0] == "install"
         known = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
-        for extra in re.findall(r"\[([\w,]+)\]", command):
+        for extra in re.findall(r"(?:\.|fastopt)\[([\w,]+)\]", command):
             assert set(extra.split(",")) <= set(re.findall(r"^(\w+) = ", known, flags=re.MULTILINE))
     else:
         assert program in (
             *("python3", "python", "pytest", "ruff", "mypy", "mkdocs", "source", "export", ".ci/run"),
-            "compute-sanitizer",
+            *("compute-sanitizer", "bench/on_gpu.sh"),
         )
         for word in arguments:
             if "/" in word and not word.startswith(("$", ".venv")) and "=" not in word:
                 assert (ROOT / word).exists()
-        assert program != ".ci/run" or os.access(ROOT / ".ci" / "run", os.X_OK)
+        assert "/" not in program or os.access(ROOT / program, os.X_OK)
 
 
 def parse(arguments: list[str]) -> None:
