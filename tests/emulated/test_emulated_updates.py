@@ -105,13 +105,15 @@ def assert_like_cpu(case: Case, dtype: Any, found: dict[str, Left], cpu: Left) -
 
     The ratio of a layerwise rule is of sums of squares that are not exact, and a GPU adds them up in another order: it
     is that of the CPU to the last places of float64. Contraction leaves out roundings of products; each of the five
-    rounds of matrix products of Muon's direction multiplies what that changes.
+    rounds of matrix products of Muon's direction multiplies what that changes. A centered RMSprop divides by the root
+    of a difference of squares, which has lost digits, and momentum adds up what comes of it: 8 ulp were seen.
     """
+    ulps = {"Muon": 24, "RMSprop": 16}.get(case.optimizer, 4)
     if case.rule.layerwise is not None and dtype is np.float64:
         assert_close(found["forwards"], cpu, 4)
     else:
         assert_same(found["forwards"], cpu)
-    assert_close(found["contracted"], cpu, 24 if case.optimizer == "Muon" else 4)
+    assert_close(found["contracted"], cpu, ulps)
 
 
 @by_dtype
