@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastopt import scalars
 from fastopt.init import generator
-from fastopt.kernels import backend_of, get_backend
+from fastopt.kernels import backend_of, check_device, get_backend
 
 __all__ = ["Minibatches", "minibatches"]
 
@@ -200,9 +200,9 @@ def _as_rows(name: str, array: ArrayLike) -> Array:
             f"{name}: must be an array without a mask, got a masked array; "
             f"pass {name}.filled(value), and the mask as a further array"
         )
-    on_device = backend_of(array) == "cuda"
+    backend = get_backend("cuda") if backend_of(array) == "cuda" else None
     try:
-        rows: Any = get_backend("cuda").adopt(array) if on_device else np.asarray(array)
+        rows: Any = np.asarray(array) if backend is None else backend.adopt(array)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
@@ -210,6 +210,8 @@ def _as_rows(name: str, array: ArrayLike) -> Array:
         ) from error
     if rows is None:
         raise TypeError(f"{name}: must be an array without a gradient, got {type(array).__name__}; use detach()")
+    if backend is not None:
+        check_device(name, rows, backend, backend.device, "the current one")
     if rows.ndim == 0:
         hint = "; pass the batch size by name: batch_size=64" if isinstance(array, int | str) else ""
         raise ValueError(

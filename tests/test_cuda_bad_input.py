@@ -199,8 +199,75 @@ def test_arrays_of_another_device_are_named_with_both():
     arrays["m"] = on_device_1(np.ones(N))
     with pytest.raises(ValueError, match=r"^m: must be on device 0, the current one, got an array on device 1"):
         rules.adam.update_(*arrays.values())
+    arrays = {name: on_device_1(array) for name, array in vectors().items()}
+    with pytest.raises(ValueError, match=r"^p: must be on device 0, the current one, got an array on device 1"):
+        rules.adam.update_(*arrays.values())
     assert host(opt.flat.data).tobytes() == before
     assert opt.step_count == 0
+
+
+def calls_of_a_layer() -> dict[str, Any]:
+    """BatchNorm, each time with one array of device 1."""
+    x, c = uploaded(np.arange(6.0).reshape(2, 3)), uploaded(np.ones(3))
+    far, far_c = on_device_1(np.ones((2, 3))), on_device_1(np.ones(3))
+    forward = fastopt.batchnorm_forward
+    return {
+        "x": lambda: forward(far),
+        "gamma": lambda: forward(x, far_c, c),
+        "beta": lambda: forward(x, c, far_c),
+        "running_mean": lambda: forward(x, running_mean=far_c, running_var=c),
+        "running_var": lambda: forward(x, running_mean=c, running_var=far_c),
+        "residual": lambda: forward(x, residual=far),
+        "out": lambda: forward(x, out=far),
+        "dy": lambda: fastopt.batchnorm_backward(far, forward(x)[1]),
+        "dgamma": lambda: fastopt.batchnorm_backward(x, forward(x, c)[1], dgamma=far_c),
+    }
+
+
+@simulator_only
+@pytest.mark.parametrize(
+    "name", ["x", "gamma", "beta", "running_mean", "running_var", "residual", "out", "dy", "dgamma"]
+)
+def test_batchnorm_names_the_array_of_another_device(name):
+    with pytest.raises(ValueError, match=rf"^{name}: must be on device 0, the current one, got an array on device 1"):
+        calls_of_a_layer()[name]()
+
+
+@simulator_only
+def test_an_array_of_another_device_is_not_copied_unasked():
+    """CuPy's `asarray` copies it to the current device: what is then written, or read later, is the copy."""
+    opt = fastopt.Adam({"w": np.ones((3, 2))}, backend="cuda")
+    other = on_device_1(np.ones((3, 2)))
+    tells = r": must be on device 0, .*, got an array on device 1"
+    with pytest.raises(ValueError, match=r'^opt\.params\["w"\]' + tells):
+        opt.params["w"] = other
+    with pytest.raises(ValueError, match=r"^parameter 'w'" + tells):
+        opt.set_params({"w": other})
+    with pytest.raises(ValueError, match=r"^rows\['w'\]: row_grads" + tells):
+        opt.step_rows({"w": (np.arange(3), other)})
+    with pytest.raises(ValueError, match=r"^X" + tells):
+        fastopt.minibatches(other, batch_size=2)
+    assert host(opt.params["w"]).tolist() == [[1.0] * 2] * 3
+    assert opt.step_count == 0
+
+
+@simulator_only
+@pytest.mark.parametrize("name", ADAM)
+def test_an_array_of_another_library_that_cupy_would_copy_is_refused(name):
+    foreign: dict[str, Any] = {key: Foreign(array) for key, array in vectors().items()}
+    before = [host(array.mine).tobytes() for array in foreign.values()]
+    with backend().xp.cuda.Device(1):
+        foreign[name] = Foreign(np.ones(N))
+    with pytest.raises(ValueError, match=rf"^{name}: must be on device 0, the current one, got .* another device"):
+        rules.adam.update_(*foreign.values())
+    assert [host(array.mine).tobytes() for key, array in foreign.items() if key != name] == [
+        old for key, old in zip(foreign, before, strict=True) if key != name
+    ]
+    opt = fastopt.SGD({"p": np.ones(N)}, backend="cuda")
+    with pytest.raises(ValueError, match=r"^gradient 'p': must be on device 0, .* another device"):
+        opt.step({"p": foreign[name]})
+    with pytest.raises(ValueError, match=r"^parameter 'p': must be on device 0, .* another device"):
+        fastopt.SGD({"p": foreign[name]})
 
 
 @simulator_only

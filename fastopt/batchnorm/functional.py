@@ -10,7 +10,7 @@ import numpy as np
 
 from fastopt import scalars
 from fastopt.batchnorm import formulas
-from fastopt.kernels import backend_of, get_backend
+from fastopt.kernels import backend_of, check_device, get_backend
 from fastopt.kernels.contract import REFUSED, Backend
 from fastopt.storage.door import Door, address_of
 
@@ -558,8 +558,10 @@ def check_axis(axis: Any) -> int:
 
 def _check_x(x: Any, axis: int) -> tuple[int, int, int]:
     scalars.refuse_masked("x", x)
-    if not isinstance(x, get_backend(backend_of(x)).array_type):
+    backend = get_backend(backend_of(x))
+    if not isinstance(x, backend.array_type):
         raise TypeError(f"x: must be a NumPy array, got {type(x).__name__}; use np.asarray(x)")
+    check_device("x", x, backend, backend.device, "the current one")
     if x.dtype not in DTYPES:
         raise TypeError(
             f"x: must be float32 or float64 in native byte order, got dtype {scalars.dtype_name(x.dtype)}; use "
@@ -624,6 +626,7 @@ def _check_place(name: str, array: Any, backend: Backend, none: str = "") -> Non
     if not isinstance(array, backend.array_type):
         expected = "a NumPy array" if backend.name == "cpu" else "an array of the device, as x is,"
         raise TypeError(f"{name}: must be {expected}{none}, got {type(array).__name__}")
+    check_device(name, array, backend, backend.device, "the current one")
 
 
 def _check_channelwise(

@@ -77,3 +77,13 @@ def backend_of(array: Any) -> str:
         return "cuda" if hasattr(array, "__cuda_array_interface__") else "cpu"
     except RuntimeError:  # torch raises it for a tensor on a device that requires grad; `Backend.adopt` reports that
         return "cuda"
+
+
+def check_device(name: str, array: Any, backend: Backend, expected: int | None, whose: str) -> None:
+    """Refuse an array of the backend that is on another device than `expected`, which is `whose` device."""
+    found = backend.device_of(array)
+    if found != expected:
+        raise ValueError(
+            f"{name}: must be on device {expected}, {whose}, got an array on device {found}; move all arrays to one "
+            f"device, and make it the current device by `with cupy.cuda.Device({found}):`"
+        )

@@ -11,7 +11,7 @@ import numpy as np
 from fastopt import scalars
 from fastopt.closed_forms import MOST, History
 from fastopt.hyper import WEIGHT_DECAY
-from fastopt.kernels import get_backend
+from fastopt.kernels import check_device, get_backend
 from fastopt.kernels.contract import Backend, Chunk, Features, Kernel, Place, StepHyper
 from fastopt.rule import Rule
 from fastopt.signals import deferred_signals
@@ -234,6 +234,7 @@ def check_row_grads(
         )
     if grads.shape != shape:
         raise ValueError(f"{name}: must have shape {shape}, a row for each index, got {grads.shape}")
+    check_device(name, grads, backend, backend.device, "the current one")
     return grads if grads.flags.c_contiguous else grads.copy(order="C")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optree
 
 from fastopt import scalars
-from fastopt.kernels import backend_of, get_backend
+from fastopt.kernels import backend_of, check_device, get_backend
 from fastopt.kernels.contract import Backend
 from fastopt.lazy import lazy
 from fastopt.signals import deferred_signals
@@ -403,7 +403,7 @@ class FlatParams:
             elif type(leaf) is not kind or leaf.dtype != self.dtype or leaf.shape != view.shape:
                 leaf = leaves[k] = given[k] = self._check_gradient(path, leaf, view)
             if device is not None:
-                _check_device(f"gradient {path!r}", leaf, self._backend, device, "as its parameter")
+                check_device(f"gradient {path!r}", leaf, self._backend, device, "as its parameter")
             bounds[k] = bounds_of(leaf, self._backend.address(leaf))
         params, sums = self._memory
         lows, highs = bounds.T
@@ -580,15 +580,6 @@ def _hint(array: Any) -> str:
     return "; it requires grad: pass tensor.detach()" if getattr(array, "requires_grad", False) else ""
 
 
-def _check_device(name: str, array: Any, backend: Backend, expected: int | None, whose: str) -> None:
-    found = backend.device_of(array)
-    if found != expected:
-        raise ValueError(
-            f"{name}: must be on device {expected}, {whose}, got an array on device {found}; move all arrays to one "
-            f"device, and make it the current device by `with cupy.cuda.Device({found}):`"
-        )
-
-
 def named(kind: type) -> str:
     """Return the name of a type of array, for errors."""
     return "a NumPy array" if kind is np.ndarray else f"{kind.__module__.split('.')[0]}.{kind.__name__}"
@@ -708,7 +699,7 @@ def _check_leaf(path: str, given: Any, memory: Backend, wanted: np.dtype[Any] | 
         else:
             hint = remedy(given, "param") or "; use np.asarray(param)"
         raise TypeError(f"parameter {path!r}: must be a NumPy array, got {type(given).__name__}{hint}")
-    _check_device(f"parameter {path!r}", leaf, memory, memory.device, "the current one")
+    check_device(f"parameter {path!r}", leaf, memory, memory.device, "the current one")
     found = scalars.dtype_name(leaf.dtype)
     floating = leaf.dtype.kind == "f" or found == "bfloat16"
     if leaf.dtype in DTYPES or (wanted is not None and floating and leaf.dtype.isnative):
@@ -764,7 +755,7 @@ def check_vectors(given: Mapping[str, Any], *, read_only: str) -> tuple[Backend,
             )
         if name != read_only and not _writeable(given[name]):
             raise ValueError(f"{name}: must be writeable, to be updated in place, got a read-only array")
-        _check_device(name, array, backend, backend.device, "the current one")
+        check_device(name, array, backend, backend.device, "the current one")
     return backend, list(arrays.values())
 
 

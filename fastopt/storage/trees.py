@@ -29,7 +29,7 @@ import numpy as np
 import optree
 
 from fastopt import scalars
-from fastopt.kernels import backend_of, get_backend
+from fastopt.kernels import backend_of, check_device, get_backend
 
 NAMESPACE = "fastopt"
 """The optree namespace in which fastopt registers plain dataclasses; optree's global registrations apply also."""
@@ -576,6 +576,7 @@ def _checked(leaf: Any, value: Any, code: str) -> Any:
         raise ValueError(
             f"{code}: must be of shape {leaf.shape}, got shape {array.shape}; assign to {code}[...] to broadcast"
         )
+    check_device(code, array, backend, backend.device_of(leaf), "as its leaf")
     if array.dtype == leaf.dtype:
         return array
     if not np.can_cast(array.dtype, leaf.dtype, "same_kind"):

@@ -589,16 +589,21 @@ class CUDA:
         return found
 
     def adopt(self, leaf: Any) -> Array | None:
-        """As `fastopt.kernels.contract.Backend`: arrays of the device as they are, NumPy's uploaded.
+        """As `fastopt.kernels.contract.Backend`: arrays of a device as they are, NumPy's uploaded.
 
-        CuPy keeps a reference to the owner of the memory, and waits for the stream that an owner names.
+        CuPy keeps a reference to the owner of the memory, and waits for the stream that an owner names. CuPy's
+        `asarray` copies an array of another device to the current one. An update of the copy would be lost: CuPy's own
+        arrays are returned as they are, and the caller checks their device; those of other libraries are refused.
         """
-        if isinstance(leaf, np.ndarray | self.xp.ndarray):
-            return self.xp.asarray(leaf)
+        if isinstance(leaf, self.xp.ndarray):
+            return leaf
+        if isinstance(leaf, np.ndarray):
+            return self.upload(leaf)
         try:
-            if not hasattr(leaf, "__cuda_array_interface__"):
-                return None
+            interface = getattr(leaf, "__cuda_array_interface__", None)
         except RuntimeError:  # torch's, of a tensor that requires grad
+            return None
+        if interface is None:
             return None
         torch = sys.modules.get("torch")
         if torch is not None and type(leaf).__module__.partition(".")[0] == "torch":  # it names no stream
@@ -608,7 +613,13 @@ class CUDA:
                     f"the current stream of torch ({theirs:#x}) is not that of CuPy ({ours:#x}), on which kernels run: "
                     f"use `with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):`"
                 )
-        return self.xp.asarray(leaf)
+        array = self.xp.asarray(leaf)
+        if array.size and self.address(array) != interface["data"][0]:
+            raise ValueError(
+                f"must be on device {self.device}, the current one, got an array on another device; make that device "
+                f"the current one by `with cupy.cuda.Device(...):`"
+            )
+        return array
 
     @property
     def device(self) -> int:

@@ -120,8 +120,11 @@ class ndarray(np.ndarray):  # noqa: N801 CuPy's name
     _device_id: int
 
     def __array_finalize__(self, source: Any) -> None:
-        """A view lives where its array does, and all else on the current device."""
+        """A view lives where its memory does, and all else on the current device."""
         self._device_id = source._device_id if isinstance(source, ndarray) else cuda.Device.current
+        if not isinstance(source, ndarray) and not self.flags.owndata and self.size:
+            known = MEMORY.find(self.__array_interface__["data"][0])
+            self._device_id = self._device_id if known is None else known.device
         if self.flags.owndata:
             MEMORY.add(self, self._device_id)
         elif not isinstance(source, ndarray):
@@ -307,11 +310,14 @@ def array(source: Any, dtype: Any = None) -> ndarray:
 
 
 def asarray(source: Any, dtype: Any = None) -> ndarray:
-    """`source` itself, or a view of another library's array, where it is of the device and this dtype, else a copy."""
+    """`source` itself, or a view of another library's array, where it is of this dtype and on the current device.
+
+    Otherwise a copy on the current device, as CuPy makes one.
+    """
     if not hasattr(source, "__cuda_array_interface__"):
         return array(source, dtype)
     found = source if isinstance(source, ndarray) else _unwrapped(source).view(ndarray)
-    return found if dtype in (None, found.dtype) else array(found, dtype)
+    return found if dtype in (None, found.dtype) and found.device.id == cuda.Device.current else array(found, dtype)
 
 
 def ascontiguousarray(source: ndarray) -> ndarray:
