@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import FunctionType, ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,8 +34,9 @@ from fastopt.kernels.contract import (
     sums_per_block,
 )
 from fastopt.kernels.cuda import simulated
-from fastopt.kernels.cuda.decisions import PendingDecision, decide
+from fastopt.kernels.cuda.decisions import PendingDecision, Slots, decide
 from fastopt.kernels.cuda.elementwise import ElementwiseKernel, elementwise, hyperparameters, updated
+from fastopt.kernels.cuda.kept import Kept
 from fastopt.kernels.cuda.launcher import Chunks
 from fastopt.kernels.cuda.layerwise import (
     N_SPAN,
@@ -127,28 +127,6 @@ def spans_of(lines: np.ndarray) -> np.ndarray:
     return np.stack(spans, 1)
 
 
-class Lately(Generic[T]):
-    """What was made of arrays of the host that are given again and again, by the array: of the 64 used last."""
-
-    def __init__(self) -> None:
-        self._found: OrderedDict[int, tuple[np.ndarray, T]] = OrderedDict()
-
-    def find(self, array: np.ndarray) -> T | None:
-        """What was made of this array."""
-        found = self._found.get(id(array))
-        if found is None:
-            return None
-        self._found.move_to_end(id(array))
-        return found[1]
-
-    def add(self, array: np.ndarray, made: T) -> T:
-        """Keep what was made of an array; and the array, whose id is else given to another."""
-        self._found[id(array)] = (array, made)
-        if len(self._found) > 64:
-            self._found.popitem(last=False)
-        return made
-
-
 class CUDA:
     """The CUDA backend."""
 
@@ -163,10 +141,12 @@ class CUDA:
     def __init__(self) -> None:
         """No device need be there before `connect`: kernels can be bound, and compiled to PTX, without one."""
         self._kernels: dict[tuple[Any, ...], Any] = {}
-        self._chunks: Lately[Chunks] = Lately()
-        self._places: Lately[Array] = Lately()
-        self._tables: Lately[Array] = Lately()
+        self._chunks: Kept[Chunks] = Kept(64)
+        self._places: Kept[Array] = Kept(64)
+        self._tables: Kept[Array] = Kept(64)
+        self._constants: Kept[Array] = Kept(256)
         self._recorded: list[Any] = []
+        self._slots: dict[int, Slots] = {}
         self._typed: dict[Any, Any] = {}
         self._configured: dict[tuple[Any, ...], Any] = {}
         self._most_blocks = 4
@@ -201,13 +181,13 @@ class CUDA:
         """As `Asynchronous.table`; while launches are recorded, the place alone: its content is sent later."""
         if not isinstance(table, np.ndarray) or isinstance(table, self.xp.ndarray):
             return table
-        place = self._tables.find(table)
+        place = self._tables.find(table, self.xp)
         if self.capturing():
             if place is None:
                 raise RuntimeError("step() is captured before there was one: make one ordinary step like it first")
             return self.keep(place)
         if place is None:
-            place = self._tables.add(table, self.xp.empty(table.shape, table.dtype))
+            place = self._tables.add(table, self.xp.empty(table.shape, table.dtype), self.xp)
         place[...] = self.upload(table)
         return place
 
@@ -228,19 +208,26 @@ class CUDA:
         """
         if isinstance(places, self.xp.ndarray):
             return places.reshape(-1)
-        found = self._places.find(places)
+        return self._sent(places, self._places)
+
+    def constant(self, array: np.ndarray) -> Array:
+        """The elements of a NumPy array on the device, where they are kept. The NumPy array is made read-only."""
+        return self._sent(array, self._constants)
+
+    def _sent(self, array: np.ndarray, kept: Kept[Array]) -> Array:
+        found = kept.find(array, self.xp)
         if found is None:
             self._check_recordable()
-            places.flags.writeable = False
-            found = self._places.add(places, self.upload(places.reshape(-1)))
+            array.flags.writeable = False
+            found = kept.add(array, self.upload(array.reshape(-1)), self.xp)
         return self.keep(found)
 
     def chunks(self, chunks: np.ndarray) -> Chunks:
         """A table of chunks on the device; that of a table seen lately is kept."""
-        found = self._chunks.find(chunks)
+        found = self._chunks.find(chunks, self.xp)
         if found is None:
             self._check_recordable()
-            found = self._chunks.add(chunks, self._chunks_of(chunks))
+            found = self._chunks.add(chunks, self._chunks_of(chunks), self.xp)
         return self.keep(found)
 
     def _chunks_of(self, chunks: np.ndarray) -> Chunks:
@@ -261,7 +248,9 @@ class CUDA:
 
     def _check_recordable(self) -> None:
         if self.capturing():
-            raise RuntimeError("step() is captured before there was one like it: make an ordinary step first")
+            raise RuntimeError(
+                "a step or pass is captured before there was one like it on this device: make an ordinary one first"
+            )
 
     def addresses(self, arrays: tuple[Array, ...]) -> tuple[int, ...]:
         """Where buffers of the current device begin."""
@@ -335,7 +324,7 @@ class CUDA:
         sums, flat = partials.reshape(-1), table.reshape(-1)
         kernel, norm = self._kernels[key], (float(factor), limit)
         self.launch(kernel, 1, sums, blocks, *norm, known, possible, rows, columns, counted, flat, result)
-        return PendingDecision(self, result)
+        return PendingDecision(self, result, self._slots.setdefault(self.device, Slots(self)))
 
     def add(
         self,
@@ -540,15 +529,10 @@ class CUDA:
             return
         self._check_device(arguments[0])
         grid = min(blocks, self._most_blocks)
-        given = [self._given(argument) for argument in arguments]
         if SIMULATED:
-            if self.capturing():
-                simulated.cuda.recorded.append(partial(self.launch, kernel, blocks, *arguments))
-                return
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # NumPy's, of infinities and NaN
-                kernel[grid, THREADS](*given)
+            simulated.launch(partial(_simulated, kernel, grid), arguments)
             return
+        given = [self._given(argument) for argument in arguments]
         stream = self.xp.cuda.get_current_stream().ptr
         key = (kernel, grid, stream)
         configured = self._configured.get(key)
@@ -567,8 +551,6 @@ class CUDA:
         """What numba is given for an argument: see `type_of`."""
         if not isinstance(argument, self.xp.ndarray):
             return argument
-        if SIMULATED:
-            return argument.view(np.ndarray)
         if argument.ndim == 1:
             return argument.data.ptr
         # Converted here, because numba would wait for CuPy's stream, on which the kernel is launched anyway.
@@ -653,6 +635,13 @@ class CUDA:
         return self.xp.ndarray
 
 
+def _simulated(kernel: Any, grid: int, *arguments: Any) -> None:
+    """Run a kernel in numba's simulator."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy's, of infinities and NaN
+        kernel[grid, THREADS](*arguments)
+
+
 def at_once(buffers: int, dtype: np.dtype[Any]) -> int:
     """How many blocks a multiprocessor is to have room for, where a loop reads that many buffers 16 bytes at a time.
 
@@ -721,7 +710,7 @@ def _described(found: Any) -> dict[str, Any]:
 def _array_module() -> tuple[ModuleType, Callable[[int], np.ndarray]]:
     """CuPy, and how it allocates pinned memory; RuntimeError with the reason where CUDA cannot work."""
     if SIMULATED:
-        return simulated, np.empty
+        return simulated, simulated.empty_pinned
     reason = survey()["reason"]
     if reason is None:
         try:

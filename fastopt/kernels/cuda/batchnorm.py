@@ -45,6 +45,9 @@ MOST_TASKS = 8 if SIMULATED else 1024
 LEAST_VALUES = 2 if SIMULATED else 8
 """Fewest values of a slice for each thread of a channel."""
 
+MOST_CUTS = 256
+"""Shapes whose cut is kept."""
+
 VALUES_AT_ONCE = 8
 """Values that a thread sums in the dtype of the data. All are read before the first is added."""
 
@@ -500,12 +503,12 @@ class BatchNormCUDA:
         backend, unused = self._backend, self._unused
         channels = shape[1]
         cut, cuts = self._cut(shape)
-        coefficients = backend.xp.empty(channels * self._coefficients, self._dtype)
-        stats = backend.xp.empty(3 * channels, np.float64)
+        coefficients = backend.empty(channels * self._coefficients, self._dtype)
+        stats = backend.empty(3 * channels)
         gamma, beta, mean, var = channelwise
         partials = unused(np.float64)
         if training:
-            partials = backend.xp.empty(2 * cut.slices * channels, np.float64)
+            partials = backend.empty(2 * cut.slices * channels)
             backend.launch(self._forward_sums(), cut.tiles * cut.slices, x, cuts, partials)
         backend.launch(
             self._merge_statistics(training, gamma=gamma is not None, beta=beta is not None),
@@ -536,7 +539,8 @@ class BatchNormCUDA:
             kernel = self._map(backward=False)
             backend.launch(kernel, cut.tiles * cut.slices, *arrays, cuts, coefficients, out, unused())
         # A copy of gamma, because an optimizer may step before the backward pass.
-        return coefficients, stats[: 2 * channels].reshape(2, channels), None if gamma is None else gamma.copy()
+        kept = None if gamma is None else backend.keep(gamma.copy())
+        return coefficients, stats[: 2 * channels].reshape(2, channels), kept
 
     def statistics(self, state: tuple[Array, Array, Array | None], channels: int) -> tuple[Array, Array]:
         """The mean and inv_std of every channel, float64, of what `forward` returned."""
@@ -567,7 +571,9 @@ class BatchNormCUDA:
         dx, dresidual = outputs
         arrays = (x, dy, unused() if y is None else y)
         # An empty array has gradients as well: those of one slice whose sums are 0.
-        partials = (backend.xp.empty if x.size else backend.xp.zeros)(2 * cut.slices * shape[1], np.float64)
+        partials = backend.empty(2 * cut.slices * shape[1])
+        if x.size == 0:
+            partials.fill(0)
         tasks = cut.tiles * cut.slices
         if x.size:
             backend.launch(self._backward_sums(), tasks, *arrays, cuts, coefficients, partials)
@@ -592,16 +598,16 @@ class BatchNormCUDA:
         return self._backend.unused(self._dtype if dtype is None else dtype)
 
     def _cut(self, shape: tuple[int, int, int]) -> tuple[Cut, Array]:
-        """How an array is shared out, and the same on the device, where that of a shape seen before still is."""
-        cuts = self._shared.setdefault("cuts", {})
-        if shape not in cuts:
-            if len(cuts) >= 256:
+        """How an array is shared out, and the same on the device."""
+        cuts: dict[tuple[int, int, int], tuple[Cut, np.ndarray]] = self._shared.setdefault("cuts", {})
+        found = cuts.get(shape)
+        if found is None:
+            if len(cuts) >= MOST_CUTS:
                 cuts.clear()
             samples, channels, spatial = shape
             cut = plan(max(1, samples), channels, max(1, spatial))
-            cuts[shape] = cut, self._backend.upload(np.array(cut, np.int64))
-        found: tuple[Cut, Array] = cuts[shape]
-        return found
+            found = cuts[shape] = cut, np.array(cut, np.int64)
+        return found[0], self._backend.constant(found[1])
 
     # --- kernels ------------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
+import numpy as np
 from numba import float64
 
 from fastopt.kernels.contract import Array, in_range, root_of_squares
@@ -92,35 +95,72 @@ def decide(partials, blocks, factor, max_norm, known, candidates, rows, columns,
 # --- the result -------------------------------------------------------------------------------------------------------
 
 
+class Slot(NamedTuple):
+    """Where a decision arrives at the host."""
+
+    numbers: np.ndarray
+    """Pinned memory."""
+    event: Any
+    """After the last copy to it."""
+
+
+class Slots:
+    """The slots of one device. They are used again, and their memory is never given back.
+
+    CuPy gives pinned memory to others as soon as its array is let go, and knows nothing of a copy that is still to be
+    made. A slot whose decision is forgotten before the copy comes back here, and waits for its event.
+    """
+
+    def __init__(self, backend: Launcher) -> None:
+        self._backend = backend
+        self._free: deque[Slot] = deque()
+
+    def take(self) -> Slot:
+        """Return a slot that no copy is on its way to."""
+        with suppress(IndexError):  # there is none, or another thread has just taken it
+            slot = self._free.popleft()
+            if slot.event.done:
+                return slot
+            self._free.append(slot)
+        return Slot(self._backend.pinned(3), self._backend.xp.cuda.Event(disable_timing=True))
+
+    def put_back(self, slot: Slot) -> None:
+        """Take a slot back, to which a copy may still be on its way."""
+        self._free.append(slot)
+
+
 class PendingDecision:
     """As `fastopt.kernels.contract.Decision`."""
 
-    def __init__(self, backend: Launcher, result: Array):
+    def __init__(self, backend: Launcher, result: Array, slots: Slots):
         """result : the norm, the coefficient, and whether all gradients are finite, as numbers on the device."""
         self._backend = backend
         self._result = result
-        self._event: Any = None
-        self._sent: Any = None
+        self._slots = slots
+        self._slot: Slot | None = None
+
+    def __del__(self) -> None:
+        if self._slot is not None:
+            self._slots.put_back(self._slot)
 
     def send(self) -> None:
         """As `fastopt.kernels.contract.Decision`: a copy to pinned memory, and an event after it."""
-        xp = self._backend.xp
-        self._sent = self._backend.pinned(3)
-        self._result.get(out=self._sent, blocking=False)
-        self._event = xp.cuda.Event(disable_timing=True)
-        self._event.record()
+        if self._slot is None:
+            self._slot = self._slots.take()
+        self._result.get(out=self._slot.numbers, blocking=False)
+        self._slot.event.record(self._backend.xp.cuda.get_current_stream())
 
     @property
     def arrived(self) -> bool:
         """As `fastopt.kernels.contract.Decision`."""
-        return self._event is not None and bool(self._event.done)
+        return self._slot is not None and bool(self._slot.event.done)
 
     def read(self) -> tuple[float, float, bool]:
         """As `fastopt.kernels.contract.Decision`."""
-        if self._event is None:
+        if self._slot is None:
             found = self._backend.host(self._result)
         else:
-            self._event.synchronize()
-            found = self._sent
+            self._slot.event.synchronize()
+            found = self._slot.numbers
         norm, coefficient, finite = found.tolist()
         return norm, coefficient, finite == 1.0

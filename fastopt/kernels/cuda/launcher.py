@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from fastopt.kernels.contract import Array
+
+T = TypeVar("T")
 
 
 class Chunks(NamedTuple):
@@ -38,6 +40,10 @@ class Launcher(Protocol):
     def unused(self, dtype: Any) -> Array: ...  # noqa: D102
 
     def upload(self, array: Any) -> Array: ...  # noqa: D102
+
+    def keep(self, kept: T) -> T: ...  # noqa: D102
+
+    def constant(self, array: np.ndarray) -> Array: ...  # noqa: D102
 
     def table(self, table: Any) -> Array: ...  # noqa: D102
 

@@ -195,6 +195,9 @@ def sum_runs(grads, order, starts, runs, width, sums):
         run += cuda.gridDim.x
 
 
+ALL = np.ones(1, np.int64)
+"""What is selected where everything is."""
+
 # --- the launch -------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +230,5 @@ class SquaresKernel:
         """Complete partial sums whose first two columns are known."""
         if self._again is not None:
             backend, (flat, columns) = self._backend, (table.reshape(-1), table.shape[1])
-            all_of_them = backend.upload(np.ones(1, np.int64))
-            arguments = (places, all_of_them, flat, columns, found.lines, found.length, partials)
+            arguments = (places, backend.constant(ALL), flat, columns, found.lines, found.length, partials)
             backend.launch(self._again, found.length, *arguments)

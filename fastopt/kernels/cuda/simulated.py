@@ -1,8 +1,9 @@
 """What stands for CuPy in numba's CUDA simulator: arrays that do not mix with NumPy's, as those of a device do not.
 
 They are NumPy arrays underneath, so what works here need not work on a device; but what forgets where an array lives
-fails here, as it would there. There are as many devices as are asked for, and one stream. Kernels read and write
-at addresses: what lies outside the arrays that are alive is refused, as compute-sanitizer would.
+fails here, as it would there. There are as many devices and streams as are asked for; what is sent to a stream is done
+as late as CUDA allows. Kernels read and write at addresses: what lies outside the arrays that are alive is refused, as
+compute-sanitizer would.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, ClassVar, NamedTuple
 
@@ -163,20 +164,43 @@ class ndarray(np.ndarray):  # noqa: N801 CuPy's name
         return _there(super().__getitem__(key))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Only numbers and arrays of the device can be assigned."""
-        _bare(self)[key] = _bare(value)
+        """Only numbers and arrays of the device can be assigned, which is done when its turn comes."""
+        here, there = self.view(np.ndarray), _checked(value)
+        cuda.get_current_stream().submit(lambda: here.__setitem__(key, there))
+
+    def copy(self, order: Any = "C") -> ndarray:
+        """As CuPy's, after the work of the current stream."""
+        cuda.get_current_stream().synchronize()
+        return super().copy(order)
+
+    def fill(self, value: Any) -> None:
+        """As CuPy's, after the work of the current stream."""
+        cuda.get_current_stream().synchronize()
+        super().fill(value)
+
+    def set(self, source: np.ndarray) -> None:
+        """As CuPy's: a copy of a NumPy array, whose content is taken now, and arrives when its turn comes."""
+        if cuda.get_current_stream().is_capturing():
+            raise RuntimeError("the current stream is capturing, so H2D transfers are disallowed")
+        content, here = source.copy(), self.view(np.ndarray)
+        cuda.get_current_stream().submit(lambda: np.copyto(here, content))
 
     def get(self, out: np.ndarray, blocking: bool = True) -> np.ndarray:
-        """As CuPy's."""
-        out[...] = _unwrapped(self)
+        """As CuPy's: it writes to an address, and does not keep the memory there."""
+        here, address = self.view(np.ndarray), out.__array_interface__["data"][0]
+        stream = cuda.get_current_stream()
+
+        def copy() -> None:
+            ctypes.memmove(address, here.tobytes(), here.nbytes)
+
+        stream.submit(copy)
+        if blocking:
+            stream.synchronize()
         return out
 
 
 class cuda:  # noqa: N801 CuPy's name
     """What of ``cupy.cuda`` is used: devices, the current stream, and events."""
-
-    recorded: ClassVar[list[Callable[[], None]]] = []
-    """The launches of the last capture."""
 
     class Event:
         """Done only once it is waited for, so that tests go the ways of what is not yet there."""
@@ -185,37 +209,87 @@ class cuda:  # noqa: N801 CuPy's name
 
         def __init__(self, disable_timing: bool = False):
             self.seconds = 0.0
+            self._stream: cuda.Stream | None = None
 
-        def record(self) -> None:
-            """Note the time. Nothing is asynchronous here."""
+        def record(self, stream: cuda.Stream | None = None) -> None:
+            """Note the stream and the time."""
+            self._stream = cuda.get_current_stream() if stream is None else stream
             self.seconds = perf_counter()
+            self.done = False
 
         def synchronize(self) -> None:
             """Wait."""
+            if self._stream is not None:
+                self._stream.synchronize()
             self.done = True
 
     class Stream:
-        """The only one."""
+        """A stream whose work is done as late as CUDA allows: when somebody waits for the stream.
 
-        capturing = False
-        ptr = 0
+        Launches and copies between host and device are its work. All else on arrays is done when it is called, after
+        the work of the current stream.
+        """
+
+        def __init__(self, non_blocking: bool = False):
+            self.ptr = id(self)
+            self._waiting: list[Callable[[], None]] = []
+            self._captured: list[Callable[[], None]] | None = None
+            self._outer: list[cuda.Stream] = []
+
+        def __enter__(self) -> cuda.Stream:
+            self._outer.append(cuda._stream)
+            cuda._stream = self
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            cuda._stream = self._outer.pop()
+
+        def submit(self, work: Callable[[], None]) -> None:
+            """Do some work later; or record it."""
+            (self._waiting if self._captured is None else self._captured).append(work)
 
         def synchronize(self) -> None:
-            """Nothing is asynchronous here."""
+            """Do all the work."""
+            while self._waiting:
+                self._waiting.pop(0)()
+
+        def wait_event(self, event: cuda.Event) -> None:
+            """Do the work before the event, and that of the same stream after it, before the work that follows here."""
+            self.submit(event.synchronize)
 
         def is_capturing(self) -> bool:
-            """Whether launches are recorded."""
-            return self.capturing
+            """Whether work is recorded."""
+            return self._captured is not None
 
         def begin_capture(self) -> None:
-            """Record launches from now on."""
-            cuda.recorded.clear()
-            self.capturing = True
+            """Record the work that follows."""
+            self._captured = []
 
         def end_capture(self) -> Graph:
             """What was recorded."""
-            self.capturing = False
-            return Graph(list(cuda.recorded))
+            work, self._captured = self._captured, None
+            assert work is not None
+            return Graph(work)
+
+    class NullStream(Stream):
+        """The stream that is current from the start. It does its work at once."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.ptr = 0
+
+        def submit(self, work: Callable[[], None]) -> None:
+            """Do some work, or record it."""
+            super().submit(work)
+            self.synchronize()
+
+    class runtime:  # noqa: N801 CuPy's name
+        """What of CUDA's runtime is called directly."""
+
+        @staticmethod
+        def getDevice() -> int:  # noqa: N802 CuPy's name
+            """The number of the current device."""
+            return cuda.Device.current
 
     class Device:
         """``Device(1).id`` is 1, ``Device().id`` that of the current one, which ``with Device(1):`` makes it."""
@@ -234,7 +308,11 @@ class cuda:  # noqa: N801 CuPy's name
         def __exit__(self, *_: Any) -> None:
             cuda.Device.current = self._outer.pop()
 
-    _stream = Stream()
+        def synchronize(self) -> None:
+            """Do the work of the current stream."""
+            cuda._stream.synchronize()
+
+    _stream: ClassVar[Stream] = NullStream()
 
     @classmethod
     def get_current_stream(cls) -> Stream:
@@ -248,7 +326,7 @@ class cuda:  # noqa: N801 CuPy's name
 
 
 class Graph:
-    """Recorded launches."""
+    """Recorded launches. It knows addresses, and does not keep the memory there."""
 
     def __init__(self, launches: list[Callable[[], None]]):
         self._launches = launches
@@ -256,7 +334,44 @@ class Graph:
     def launch(self) -> None:
         """Run them."""
         for launch in self._launches:
-            launch()
+            cuda.get_current_stream().submit(launch)
+
+
+class Argument(NamedTuple):
+    """A 1-D array as a launch knows it."""
+
+    address: int
+    dtype: np.dtype[Any]
+    size: int
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """An argument of a kernel: arrays by their address, all else as it is."""
+        if not isinstance(value, ndarray):
+            return value
+        return cls(value.__array_interface__["data"][0], value.dtype, value.size)
+
+    def array(self) -> np.ndarray:
+        """The memory, as a kernel uses it; IndexError where a device would fault."""
+        if self.size == 0:
+            return np.empty(0, self.dtype)
+        numbers, first = MEMORY.numbers_at(self.address, self.dtype, self.size, self.dtype.itemsize)
+        return numbers[first : first + self.size]
+
+
+def launch(kernel: Callable[..., None], arguments: Sequence[Any]) -> None:
+    """Run a kernel when it is the turn of its launch on the current stream.
+
+    Until then the arrays are kept: CuPy's pool gives memory that was let go to work that follows on the same stream.
+    """
+    stream = cuda.get_current_stream()
+    known = [Argument.of(argument) for argument in arguments]
+    kept = () if stream.is_capturing() else tuple(arguments)
+
+    def run(_kept: Sequence[Any] = kept) -> None:
+        kernel(*[each.array() if isinstance(each, Argument) else each for each in known])
+
+    stream.submit(run)
 
 
 def _there(result: Any) -> Any:
@@ -264,6 +379,12 @@ def _there(result: Any) -> Any:
 
 
 def _bare(value: Any) -> Any:
+    """An operand of arithmetic, after the work of the current stream."""
+    cuda.get_current_stream().synchronize()
+    return _checked(value)
+
+
+def _checked(value: Any) -> Any:
     if isinstance(value, ndarray):
         return value.view(np.ndarray)
     if isinstance(value, np.ndarray) and value.ndim > 0:
@@ -286,6 +407,29 @@ def _unwrapped(source: Any) -> Any:
     return np.asarray(_Owned(source)) if hasattr(source, "__cuda_array_interface__") else source
 
 
+def _copied(source: Any) -> Any:
+    """An array whose content is about to be copied, on the current stream."""
+    cuda.get_current_stream().synchronize()
+    return _unwrapped(source)
+
+
+class _Pinned:
+    """Memory of the host that is handed out again when its array is let go, as CuPy's pool does."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[bytearray]] = {}
+
+    def empty(self, size: int) -> np.ndarray:
+        """As ``cupyx.empty_pinned``."""
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else bytearray(8 * size)
+        found = np.frombuffer(memory, np.float64)
+        weakref.finalize(found, free.append, memory).atexit = False
+        return found
+
+
+empty_pinned = _Pinned().empty
+
 # --- functions --------------------------------------------------------------------------------------------------------
 
 
@@ -305,8 +449,14 @@ def arange(stop: int) -> ndarray:
 
 
 def array(source: Any, dtype: Any = None) -> ndarray:
-    """A copy of a NumPy array, or of one of the device."""
-    return np.array(_unwrapped(source), dtype).view(ndarray)
+    """A copy of a NumPy array, which arrives when its turn comes, or of one of the device."""
+    if hasattr(source, "__cuda_array_interface__"):
+        return np.array(_copied(source), dtype).view(ndarray)
+    content = np.array(source, dtype)
+    made = empty(content.shape, content.dtype)
+    made.view(np.ndarray).reshape(-1).view(np.uint8)[...] = 0xC7  # what is there before
+    made.set(content)
+    return made
 
 
 def asarray(source: Any, dtype: Any = None) -> ndarray:
@@ -322,12 +472,12 @@ def asarray(source: Any, dtype: Any = None) -> ndarray:
 
 def ascontiguousarray(source: ndarray) -> ndarray:
     """As CuPy's."""
-    return np.ascontiguousarray(_unwrapped(source)).view(ndarray)
+    return np.ascontiguousarray(_copied(source)).view(ndarray)
 
 
 def asnumpy(source: ndarray) -> np.ndarray:
     """A NumPy copy."""
-    return np.array(_unwrapped(source))
+    return np.array(_copied(source))
 
 
 def copyto(to: ndarray, source: ndarray) -> None:
