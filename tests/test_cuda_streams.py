@@ -100,6 +100,7 @@ def test_what_was_sent_on_one_stream_is_there_before_another_reads_it(make):
     np.testing.assert_array_equal(found, expected)
 
 
+@simulator_only
 def test_memory_that_several_streams_have_used_is_let_go_when_the_device_has_done_its_work(monkeypatch):
     from fastopt.kernels.cuda.kept import Kept
 

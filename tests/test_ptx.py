@@ -44,7 +44,7 @@ pytest.importorskip("cuda.bindings.nvjitlink", reason=WHY)
 from compiler import code_of, linked  # noqa: E402 not before both are known to be there
 
 from fastopt.kernels.cuda import backend as backend_module  # noqa: E402
-from fastopt.kernels.cuda import batchnorm, decisions, elementwise, layerwise, norms, sums  # noqa: E402
+from fastopt.kernels.cuda import batchnorm, decisions, elementwise, layerwise, norms, simulated, sums  # noqa: E402
 from fastopt.kernels.cuda.target import THREADS, type_of  # noqa: E402
 
 NEW, OTHERS = (9, 0), ((7, 5), (8, 0), (10, 0))
@@ -72,10 +72,19 @@ OF_EACH_KIND = ("sgd", "adam", "lamb", "novograd", "stable_adamw")
 # --- from a rule to machine code --------------------------------------------------------------------------------------
 
 
+class Arrays:
+    """What stands for CuPy: NumPy, with the devices and streams of the simulator."""
+
+    cuda = simulated.cuda
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
 class Recorder(backend_module.CUDA):
     """The backend, but that kernels are noted with the types of their arguments where they would be launched."""
 
-    xp = np
+    xp = Arrays()
 
     def __init__(self) -> None:
         super().__init__()

@@ -31,6 +31,18 @@ class Recorded(NamedTuple):
     decision: Decision | None
 
 
+class Candidates(NamedTuple):
+    """The tables of hyperparameters for the steps that the next step may be."""
+
+    version: int
+    """`Plan.version`. The plan itself would keep the arrays: results outlive them."""
+    unscale: float
+    step: int
+    """The number of the next step, where none in flight is skipped."""
+    tables: np.ndarray
+    """The tables of that step and of those before it."""
+
+
 class DeviceSteps:
     """What an optimizer on a device keeps besides: steps in flight, how many were skipped, and a captured step."""
 
@@ -52,6 +64,8 @@ class DeviceSteps:
         self.skips = backend.zeros(1, np.dtype(np.int64)) if self.gated else None
         """How many steps the device has skipped, counted there."""
         self.recorded: Recorded | None = None
+        self.candidates: Candidates | None = None
+        """Of the step that was launched last; None where no step was in flight then."""
 
     def launched(self, info: StepInfo, decision: Decision, nonfinite: tuple[int, int]) -> None:
         """Send for the results of the step just launched, which are taken when they are read."""

@@ -17,7 +17,7 @@ from fastopt.kernels.contract import BLOCK, PROCEEDS, Adder, Decision, sums_per_
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
 from fastopt.step.born import Born
-from fastopt.step.device import MOST_IN_FLIGHT, DeviceSteps, Recorded
+from fastopt.step.device import MOST_IN_FLIGHT, Candidates, DeviceSteps, Recorded
 from fastopt.step.gate import Gate, through_gate
 from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_matrices, mark_matrices
 from fastopt.step.info import StepInfo
@@ -362,6 +362,7 @@ class Pipeline:
         if device.in_flight and self.options.skips:
             candidates = self._candidates(plan, unscale)
         elif not capturing:
+            device.candidates = None
             plan.write_table(self.groups, self.steps + 1, unscale)
         norm, coefficient, decision, nonfinite = None, 1.0, None, self.nonfinite
         scaled = unscale != 1.0
@@ -407,12 +408,27 @@ class Pipeline:
             return info if recorded.decision is None else self._in_flight(info, recorded.decision)
 
     def _candidates(self, plan: Plan, unscale: float) -> np.ndarray:
-        """The table of the next step for each number of steps in flight that the device may have skipped."""
-        assert self.device is not None
-        tables = np.empty((len(self.device.in_flight) + 1, *plan.table.array.shape), plan.table.array.dtype)
-        for skipped, table in reversed(list(enumerate(tables))):  # the most likely one remains
-            plan.write_table(self.groups, self.steps + 1 - skipped, unscale)
-            table[...] = plan.table.array
+        """The table of the next step for each number of steps in flight that the device may have skipped.
+
+        All but the first are those of the step before: to change a hyperparameter waits for the steps in flight.
+        """
+        device, step = self.device, self.steps + 1
+        assert device is not None
+        before, known = device.candidates, 0
+        if (
+            before is not None
+            and before.version == plan.version
+            and before.unscale == unscale
+            and before.step == step - 1
+        ):
+            tables, known = before.tables, len(device.in_flight)
+            tables[1:] = tables[:-1]
+        else:
+            tables = np.empty((MOST_IN_FLIGHT + 1, *plan.table.array.shape), plan.table.array.dtype)
+        for skipped in range(len(device.in_flight) - known, -1, -1):  # the most likely one remains
+            plan.write_table(self.groups, step - skipped, unscale)
+            tables[skipped] = plan.table.array
+        device.candidates = Candidates(plan.version, unscale, step, tables)
         return tables
 
     def _without_frozen(self, present: list[bool] | None) -> list[bool]:

@@ -37,7 +37,7 @@ from fastopt.kernels.cuda import simulated
 from fastopt.kernels.cuda.decisions import PendingDecision, Slots, decide
 from fastopt.kernels.cuda.elementwise import ElementwiseKernel, elementwise, hyperparameters, updated
 from fastopt.kernels.cuda.kept import Kept
-from fastopt.kernels.cuda.launcher import Chunks
+from fastopt.kernels.cuda.launcher import Chunks, PreparedKernel
 from fastopt.kernels.cuda.layerwise import (
     N_SPAN,
     LayerwiseKernel,
@@ -79,12 +79,10 @@ from fastopt.kernels.cuda.sums import (
     termed,
     total,
 )
-from fastopt.kernels.cuda.target import SIMULATED, THREADS, cuda, device, teach, type_of
+from fastopt.kernels.cuda.target import SIMULATED, THREADS, DriverFunction, cuda, device, teach, type_of
 from fastopt.signals import deferred_signals
 
 T = TypeVar("T")
-
-BLOCKS_PER_SM = 8
 
 PARTS = (
     ("LOOP", loop),
@@ -147,15 +145,15 @@ class CUDA:
         self._constants: Kept[Array] = Kept(256)
         self._recorded: list[Any] = []
         self._slots: dict[int, Slots] = {}
+        self._unused: dict[tuple[int, Any], Array] = {}
         self._typed: dict[Any, Any] = {}
-        self._configured: dict[tuple[Any, ...], Any] = {}
-        self._most_blocks = 4
+        self._prepared: dict[tuple[Any, int], PreparedKernel] = {}
+        self._most_blocks = 4 if SIMULATED else 0
+        """In a launch; 0 for as many as suit the device."""
 
     def connect(self) -> CUDA:
         """Find a device, and CuPy to hold its memory. Raises RuntimeError, with the reason, where CUDA cannot work."""
         self.xp, self.pinned = _array_module()
-        if not SIMULATED:
-            self._most_blocks = BLOCKS_PER_SM * cuda.get_current_device().MULTIPROCESSOR_COUNT
         return self
 
     # --- memory -------------------------------------------------------------------------------------------------------
@@ -171,7 +169,13 @@ class CUDA:
     def unused(self, dtype: Any) -> Array:
         """What is passed for an array that a kernel does not look at. (The simulator copies all back after a launch, so
         that it must be none that is passed twice.)"""
-        return self.empty(1, dtype)
+        if SIMULATED:
+            return self.empty(1, dtype)
+        key = (self.device, dtype)
+        found = self._unused.get(key)
+        if found is None:
+            found = self._unused[key] = self.empty(1, dtype)
+        return found
 
     def upload(self, array: Any) -> Array:
         """A copy of a NumPy array on the device; an array of the device as it is."""
@@ -188,7 +192,7 @@ class CUDA:
             return self.keep(place)
         if place is None:
             place = self._tables.add(table, self.xp.empty(table.shape, table.dtype), self.xp)
-        place[...] = self.upload(table)
+        place.set(table)
         return place
 
     def keep(self, kept: T) -> T:
@@ -207,7 +211,7 @@ class CUDA:
         The NumPy array is made read-only: where an address changes, the caller passes a new array.
         """
         if isinstance(places, self.xp.ndarray):
-            return places.reshape(-1)
+            return places
         return self._sent(places, self._places)
 
     def constant(self, array: np.ndarray) -> Array:
@@ -318,13 +322,16 @@ class CUDA:
             self._kernels[key] = self.compiled(decide, constants, "decide")
         result = self.empty(3)
         counted, known = (self.unused(np.int64), 0) if skipped is None else skipped
-        possible = self.unused(table.dtype) if candidates is None else self.upload(candidates.reshape(-1))
+        possible = self.unused(table.dtype) if candidates is None else self.table(candidates)
         rows, columns = table.shape
         limit = 0.0 if max_norm is None else float(max_norm)
-        sums, flat = partials.reshape(-1), table.reshape(-1)
         kernel, norm = self._kernels[key], (float(factor), limit)
-        self.launch(kernel, 1, sums, blocks, *norm, known, possible, rows, columns, counted, flat, result)
-        return PendingDecision(self, result, self._slots.setdefault(self.device, Slots(self)))
+        self.launch(kernel, 1, partials, blocks, *norm, known, possible, rows, columns, counted, table, result)
+        device = self.device
+        slots = self._slots.get(device)
+        if slots is None:
+            slots = self._slots.setdefault(device, Slots(self))
+        return PendingDecision(self, result, slots)
 
     def add(
         self,
@@ -345,11 +352,10 @@ class CUDA:
                 if selected.any():
                     kernel, again = self._adding(dtype, adder, overwriting)
                     flags = self.upload(selected.astype(np.int64))
-                    sums = partials.reshape(-1)
-                    self.launch(kernel, found.length, where, flags, float(weight[0]), found.lines, found.length, sums)
+                    lines = (found.lines, found.length, partials)
+                    self.launch(kernel, found.length, where, flags, float(weight[0]), *lines)
                     if again is not None:
-                        no_table = self.unused(dtype)
-                        self.launch(again, found.length, where, flags, no_table, 0, found.lines, found.length, sums)
+                        self.launch(again, found.length, where, flags, self.unused(dtype), 0, *lines)
             weight[1] = 1
 
     def sum_rows(self, grads: Array, order: np.ndarray, starts: np.ndarray) -> Array:
@@ -360,8 +366,7 @@ class CUDA:
         sums = self.empty((len(starts), grads.shape[1]), grads.dtype)
         ends = self.upload(np.append(starts, len(order)))
         numbers, runs, width = self.upload(order), len(starts), grads.shape[1]
-        flat = sums.reshape(-1)
-        self.launch(self._kernels[key], runs, grads.reshape(-1), numbers, ends, runs, width, flat)
+        self.launch(self._kernels[key], runs, grads, numbers, ends, runs, width, sums)
         return sums
 
     def _adding(self, dtype: np.dtype[Any], adder: Adder, overwriting: bool) -> Any:
@@ -524,37 +529,42 @@ class CUDA:
         return cuda.jit(bound, **options)
 
     def launch(self, kernel: Any, blocks: int, *arguments: Any) -> None:
-        """Run a kernel on CuPy's current stream. Its first launch decides of what type every argument is."""
+        """Run a kernel on CuPy's current stream. Its first launch decides of what type every argument is.
+
+        An array is passed as the address of its first element: it has no gaps, and the kernel indexes it as 1-D.
+        """
         if blocks == 0:
             return
-        self._check_device(arguments[0])
-        grid = min(blocks, self._most_blocks)
         if SIMULATED:
-            simulated.launch(partial(_simulated, kernel, grid), arguments)
+            self._check_device(arguments[0])
+            simulated.launch(partial(_simulated, kernel, min(blocks, self._most_blocks)), arguments)
             return
-        given = [self._given(argument) for argument in arguments]
+        device, arrays = self.device, self.xp.ndarray
+        words: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, arrays):
+                memory = argument.data
+                if memory.device_id != device:
+                    self._check_device(argument)
+                words.append(memory.ptr)
+            elif isinstance(argument, tuple):
+                words += argument
+            else:
+                words.append(argument)
+        prepared = self._prepared.get((kernel, device))
+        if prepared is None:
+            prepared = self._prepared[kernel, device] = self._prepare(kernel, arguments, words)
         stream = self.xp.cuda.get_current_stream().ptr
-        key = (kernel, grid, stream)
-        configured = self._configured.get(key)
-        if configured is None:
-            typed = self._typed.get(kernel)
-            if typed is None:
-                signature = tuple(type_of(argument) for argument in arguments)
-                options = {"launch_bounds": kernel.targetoptions["launch_bounds"]}
-                typed = self._typed[kernel] = cuda.jit(signature, **options)(kernel.py_func)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the grid is small
-                configured = self._configured[key] = typed[grid, THREADS, cuda.external_stream(stream)]
-        configured(*given)
+        prepared.launch(min(blocks, self._most_blocks or prepared.most_blocks), stream, words)
 
-    def _given(self, argument: Any) -> Any:
-        """What numba is given for an argument: see `type_of`."""
-        if not isinstance(argument, self.xp.ndarray):
-            return argument
-        if argument.ndim == 1:
-            return argument.data.ptr
-        # Converted here, because numba would wait for CuPy's stream, on which the kernel is launched anyway.
-        return cuda.as_cuda_array(argument, sync=False)
+    def _prepare(self, kernel: Any, arguments: tuple[Any, ...], words: list[Any]) -> PreparedKernel:
+        """A kernel on the current device, compiled for arguments of these types."""
+        typed = self._typed.get(kernel)
+        if typed is None:
+            signature = tuple(type_of(argument) for argument in arguments)
+            options = {"launch_bounds": kernel.targetoptions["launch_bounds"]}
+            typed = self._typed[kernel] = cuda.jit(signature, **options)(kernel.py_func)
+        return PreparedKernel(DriverFunction(typed), words)
 
     def _check_device(self, array: Any) -> None:
         """Refuse to launch on the current device what works on another's arrays."""
@@ -606,7 +616,7 @@ class CUDA:
     @property
     def device(self) -> int:
         """As `fastopt.kernels.contract.Backend`."""
-        number: int = self.xp.cuda.Device().id
+        number: int = self.xp.cuda.runtime.getDevice()
         return number
 
     def device_of(self, array: Array) -> int:
@@ -616,7 +626,15 @@ class CUDA:
 
     def copy(self, to: Array, source: Array) -> None:
         """As `fastopt.kernels.contract.Backend`."""
-        to[...] = self.xp.asarray(source, to.dtype)
+        if (
+            type(source) is np.ndarray
+            and source.dtype == to.dtype
+            and source.shape == to.shape
+            and to.flags.c_contiguous
+        ):
+            to.set(source)
+        else:
+            to[...] = self.xp.asarray(source, to.dtype)
 
     def address(self, array: Array) -> int:
         """As `fastopt.kernels.contract.Backend`."""

@@ -112,13 +112,13 @@ class ElementwiseKernel:
         """As `fastopt.kernels.contract.Kernel`."""
         backend = self._backend
         if self._scattered:
-            where = backend.upload(places).reshape(-1)
-            on_device, lines, count = backend.upload(table), backend.upload(chunks.reshape(-1)), len(chunks)
+            where = backend.upload(places)
+            on_device, lines, count = backend.upload(table), backend.upload(chunks), len(chunks)
         else:
             found = backend.chunks(chunks)
             where, on_device = backend.places(places), backend.table(table)
             lines, count = found.lines, found.length
-        self.launch_on(where, backend.addresses(states), on_device.reshape(-1), lines, count)
+        self.launch_on(where, backend.addresses(states), on_device, lines, count)
 
     def launch_on(self, places: Array, states: tuple[int, ...], table: Array, lines: Array, count: int) -> None:
         """The same, with tables and `count` chunks that are on the device, the lines of each one after the other."""

@@ -1,13 +1,16 @@
-"""`Launcher`: what the kernels of this folder need of the backend that launches them."""
+"""`Launcher`: what the kernels of this folder need of the backend that launches them; `PreparedKernel`, a launch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from fastopt.kernels.contract import Array
+from fastopt.kernels.cuda.target import DriverFunction
 
 T = TypeVar("T")
 
@@ -27,6 +30,37 @@ class Chunks(NamedTuple):
     blocks: int
     parameters: int
     """One more than the number of the last one."""
+
+
+class PreparedKernel:
+    """A kernel that was compiled for the types of its arguments and loaded on a device, with room for the arguments."""
+
+    def __init__(self, function: DriverFunction, words: Sequence[Any]):
+        """words : the arguments of a launch, as those of `launch`."""
+        self.most_blocks = function.most_blocks
+        self._launch = function.launch
+        self._pack = struct.Struct("=" + "".join("d" if isinstance(word, float) else "q" for word in words)).pack_into
+        self._size = len(words)
+        self._rooms: list[tuple[Any, int, Any]] = []
+        """For the arguments of a launch each: a launch takes one, and puts it back, so that threads can launch at the
+        same time."""
+
+    def launch(self, blocks: int, stream: int, words: Sequence[Any]) -> None:
+        """Launch on a stream. words : numbers of 8 bytes: an int for each address and integer, and floats."""
+        try:
+            room = self._rooms.pop()
+        except IndexError:  # the first launch, or other threads have all of them
+            room = self._new_room()
+        numbers, addresses, _ = room
+        self._pack(numbers, 0, *words)
+        self._launch(blocks, stream, addresses)
+        self._rooms.append(room)
+
+    def _new_room(self) -> tuple[Any, int, Any]:
+        numbers = (ctypes.c_int64 * self._size)()
+        first = ctypes.addressof(numbers)
+        addresses = (ctypes.c_void_p * self._size)(*[first + 8 * k for k in range(self._size)])
+        return numbers, ctypes.addressof(addresses), addresses
 
 
 class Launcher(Protocol):

@@ -283,14 +283,14 @@ class LayerwiseKernel:
             return
         addresses = backend.addresses(states)
         own, average = addresses[: self._n_states], addresses[self._n_states :]
-        where, on_device = backend.places(places), backend.table(table).reshape(-1)
-        width = sums_per_block(backend.table(table).dtype)
+        where, on_device = backend.places(places), backend.table(table)
+        width = sums_per_block(on_device.dtype)
         partials = backend.empty(width * found.blocks)
         ratios = backend.empty(found.parameters)
         backend.launch(self._propose, found.length, where, own, on_device, found.lines, found.length, partials)
         if self._again is not None:
             of_p, of_u = self._again
-            of_p.launch_again(where, backend.table(table), found, partials)
+            of_p.launch_again(where, on_device, found, partials)
             backend.launch(of_u, found.length, where, own, on_device, found.lines, found.length, partials)
         backend.launch(self._merge, found.spanned, found.spans, found.spanned, partials, ratios)
         both = (*average, *own)
@@ -328,7 +328,5 @@ class ScaledKernel:
         rows = backend.empty(found.parameters * columns, on_device.dtype)
         states, per_tensor = (states[:-1], states[-1]) if self._numbered else (states, backend.unused(np.float64))
         addresses = backend.addresses(states)
-        backend.launch(
-            self._scale, found.spanned, found.spans, found.spanned, on_device.reshape(-1), pp, gg, per_tensor, rows
-        )
+        backend.launch(self._scale, found.spanned, found.spans, found.spanned, on_device, pp, gg, per_tensor, rows)
         self._update.launch_on(where, addresses, rows, found.by_place, found.length)

@@ -221,14 +221,13 @@ class SquaresKernel:
         """The same, with tables that are on the device, where the sums stay as well, all in a row."""
         backend, columns = self._backend, table.shape[1]
         partials = backend.empty(self._width * found.blocks)
-        flat = table.reshape(-1)
-        backend.launch(self._kernel, found.length, places, flat, columns, found.lines, found.length, partials)
+        backend.launch(self._kernel, found.length, places, table, columns, found.lines, found.length, partials)
         self.launch_again(places, table, found, partials)
         return partials
 
     def launch_again(self, places: Array, table: Array, found: Chunks, partials: Array) -> None:
         """Complete partial sums whose first two columns are known."""
         if self._again is not None:
-            backend, (flat, columns) = self._backend, (table.reshape(-1), table.shape[1])
-            arguments = (places, backend.constant(ALL), flat, columns, found.lines, found.length, partials)
+            backend, columns = self._backend, table.shape[1]
+            arguments = (places, backend.constant(ALL), table, columns, found.lines, found.length, partials)
             backend.launch(self._again, found.length, *arguments)

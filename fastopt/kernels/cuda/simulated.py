@@ -200,7 +200,10 @@ class ndarray(np.ndarray):  # noqa: N801 CuPy's name
 
 
 class cuda:  # noqa: N801 CuPy's name
-    """What of ``cupy.cuda`` is used: devices, the current stream, and events."""
+    """What of ``cupy.cuda`` is used: devices, streams, and events."""
+
+    recorded: ClassVar[list[Callable[[], None]]] = []
+    """The work of the last capture."""
 
     class Event:
         """Done only once it is waited for, so that tests go the ways of what is not yet there."""
@@ -263,13 +266,14 @@ class cuda:  # noqa: N801 CuPy's name
 
         def begin_capture(self) -> None:
             """Record the work that follows."""
-            self._captured = []
+            cuda.recorded.clear()
+            self._captured = cuda.recorded
 
         def end_capture(self) -> Graph:
             """What was recorded."""
             work, self._captured = self._captured, None
             assert work is not None
-            return Graph(work)
+            return Graph(list(work))
 
     class NullStream(Stream):
         """The stream that is current from the start. It does its work at once."""
@@ -338,7 +342,7 @@ class Graph:
 
 
 class Argument(NamedTuple):
-    """A 1-D array as a launch knows it."""
+    """An array as a launch knows it: its elements, one after the other."""
 
     address: int
     dtype: np.dtype[Any]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from importlib import import_module
 from types import FunctionType
 from typing import Any
 
@@ -24,6 +25,9 @@ with warnings.catch_warnings():
     from numba import cuda as cuda  # for the other files
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
+
+BLOCKS_PER_SM = 8
+"""Blocks of a launch for each multiprocessor, at most."""
 
 THREADS = 32 if SIMULATED else 256
 """In a block. Sums are of THREADS strided parts and then of a tree, so their bits depend on it; it is never changed."""
@@ -62,11 +66,37 @@ def teach() -> None:
 
 
 def type_of(argument: Any) -> Any:
-    """The numba type of a kernel's argument: a 1-D array is the address of its first element, and has no gaps."""
+    """The numba type of a kernel's argument: an array is the address of its first element, and has no gaps."""
     types, _ = extending()
     if isinstance(argument, tuple):
         return types.BaseTuple.from_types([type_of(item) for item in argument])
     if getattr(argument, "ndim", 0) == 0:
         return types.float64 if isinstance(argument, float) else types.int64
-    number = getattr(types, argument.dtype.name)
-    return types.CPointer(number) if argument.ndim == 1 else types.Array(number, argument.ndim, "C")
+    return types.CPointer(getattr(types, argument.dtype.name))
+
+
+class DriverFunction:
+    """A kernel as the driver launches it, on the device that was current when it was loaded.
+
+    numba's own launch is not used: it makes an object of every argument, every time. All arguments have 8 bytes, and a
+    tuple is passed as its items.
+    """
+
+    def __init__(self, typed: Any):
+        """typed : a kernel that numba has compiled for the types of its arguments."""
+        driver = import_module("cuda.bindings.driver")
+        (compiled,) = typed.overloads.values()
+        self._kept = typed  # with the module that the function is in
+        self._function = driver.CUfunction(int(compiled._codelibrary.get_cufunc().handle))
+        self._streams: dict[int, Any] = {}
+        self._driver = driver
+        self.most_blocks = BLOCKS_PER_SM * cuda.get_current_device().MULTIPROCESSOR_COUNT
+
+    def launch(self, blocks: int, stream: int, arguments: int) -> None:
+        """Launch on a stream; RuntimeError if that fails. arguments : where the addresses of the arguments are."""
+        on = self._streams.get(stream)
+        if on is None:
+            on = self._streams[stream] = self._driver.CUstream(stream)
+        (code,) = self._driver.cuLaunchKernel(self._function, blocks, 1, 1, THREADS, 1, 1, 0, on, arguments, 0)
+        if code != 0:
+            raise RuntimeError(f"the driver refused to launch a kernel: {code!r}")
