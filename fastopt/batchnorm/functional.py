@@ -188,7 +188,7 @@ LEAST_QUICK_EPS = 1e-30
 """Smaller numbers may be 0 in float32: Python looks at them."""
 
 KINDS: dict[tuple[Any, ...], Kind] = {}
-"""Those of the last forward passes on the CPU, by what they were called with."""
+"""Those of the last forward passes, by what they were called with."""
 
 MOST_KINDS = 256
 
@@ -296,7 +296,7 @@ def forward_pass(
         momentum: as there, or None.
         count: an array of one number, which goes up by 1 where the batch moves the running statistics; or None.
     """
-    key: tuple[Any, ...] | None = None
+    key: tuple[Any, ...] = ()
     if (
         type(x) is np.ndarray
         and type(axis) is int
@@ -373,29 +373,32 @@ def forward_pass(
             if array is not None and backend.overlap(out, array):
                 raise _overlap("out", name)
 
-    kind = Kind(
-        backend,
-        x.shape,
-        np.dtype(x.dtype.type),
-        axis=axis,
-        activation=activation,
-        residual=residual is not None,
-        gamma=gamma is not None,
-        beta=beta is not None,
-        training=training,
-    )
+    of_device = backend.asynchronous
+    if of_device:
+        key = ("device", x.shape, x.dtype, axis, activation, residual is None, gamma is None, beta is None, training)
+    kind = KINDS.get(key) if of_device else None  # on the CPU the compiled checks have refused it
+    if kind is None:
+        kind = Kind(
+            backend,
+            x.shape,
+            np.dtype(x.dtype.type),
+            axis=axis,
+            activation=activation,
+            residual=residual is not None,
+            gamma=gamma is not None,
+            beta=beta is not None,
+            training=training,
+        )
     state = kind.kernel.forward(
         shape,
-        x.reshape(-1),
-        None if residual is None else residual.reshape(-1),
-        out.reshape(-1),
+        *(_flat(array, backend) for array in (x, residual, out)),
         (gamma, beta, running_mean, running_var),
         training=training,
         eps=eps,
         weight=momentum,
         count=None if running_mean is None else count,
     )
-    if key is not None:
+    if key:
         if len(KINDS) >= MOST_KINDS:
             KINDS.clear()
         KINDS[key] = kind
@@ -509,16 +512,19 @@ def batchnorm_backward(
         out = backend.empty(kind.shape, kind.dtype)
     kind.kernel.backward(
         kind.view,
-        x.reshape(-1),
-        dy.reshape(-1),
-        None if y is None else y.reshape(-1),
-        (out.reshape(-1), dresidual.reshape(-1) if kind.reads_y and dresidual is not None else None),
+        *(_flat(array, backend) for array in (x, dy, y)),
+        (_flat(out, backend), _flat(dresidual, backend) if kind.reads_y else None),
         tuple(sums),
         saved._state,
         training=kind.training,
     )
     saved._mark_used()
     return BatchNormGrads(out, sums[0] if kind.gamma else None, sums[1] if kind.beta else None, dresidual)
+
+
+def _flat(array: Any, backend: Backend) -> Any:
+    """A contiguous array as the kernels of the backend take it: 1-D on the CPU, of any shape on a device."""
+    return array if array is None or backend.asynchronous else array.reshape(-1)
 
 
 # --- the checks -------------------------------------------------------------------------------------------------------

@@ -194,7 +194,8 @@ class Pipeline:
         device = self.device
         if device is not None:
             device.check_place(self.flat.device)  # before a buffer of gradients is made
-            self.collect(MOST_IN_FLIGHT)
+            if device.in_flight or device.collected:
+                self.collect(MOST_IN_FLIGHT)
         plan = self.plan
         if plan.version != self.groups.version or self.addresses is not self.flat.addresses:
             plan = self.current_plan()
