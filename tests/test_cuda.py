@@ -12,7 +12,7 @@ import random
 import signal
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,19 @@ SIZES = {"a": (150,), "b": (3, 4), "empty": (0, 2), "number": ()}
 def _device(request: pytest.FixtureRequest) -> None:
     if not SIMULATED and not request.config.getoption("--gpu"):
         pytest.skip("needs numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1, as in CI) or a GPU (--gpu)")
+
+
+@pytest.fixture
+def own_stream() -> Iterator[Any]:
+    """The current stream is one that can be captured, which the legacy stream cannot."""
+    with get_backend("cuda").xp.cuda.Stream(non_blocking=True) as stream:
+        yield stream
+
+
+@pytest.fixture
+def behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No result arrives before it is waited for: a GPU may be so fast that the host finds all of them there."""
+    monkeypatch.setattr("fastopt.kernels.cuda.decisions.PendingDecision.arrived", False)
 
 
 def tree(seed: int, dtype: Any = np.float32, sizes: dict[str, tuple[int, ...]] = SIZES) -> dict[str, np.ndarray]:
@@ -457,7 +470,8 @@ def test_arrays_of_another_place_are_refused():
 
 @pytest.mark.parametrize("nonfinite", ["skip", "zero"])
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "LAMB", "NovoGrad"])
-def test_the_device_decides_about_gradients_that_are_not_finite_and_nobody_waits(name, nonfinite, monkeypatch):
+@pytest.mark.usefixtures("behind")
+def test_the_device_decides_about_gradients_that_are_not_finite_and_nobody_waits(name, nonfinite):
     params, backend = tree(20), get_backend("cuda")
     options = {"nonfinite": nonfinite, "max_norm": 0.5, "ema": 0.75, "zero_grad": True}
     schedule = fastopt.schedules.exponential(0.1, 0.05)
@@ -469,14 +483,13 @@ def test_the_device_decides_about_gradients_that_are_not_finite_and_nobody_waits
         batches[bad]["a"][7] = [np.nan, np.inf, -np.inf][bad % 3]
     if nonfinite == "skip":
         assert ours.step_count == 1  # or else the second step would ask whether the average has begun, and then no more
-    there, reading = [uploaded(grads) for grads in batches], backend.host
-    monkeypatch.setattr(backend, "host", lambda array: pytest.fail("waited for the device"))
-    monkeypatch.setattr(
-        "fastopt.kernels.cuda.decisions.PendingDecision.read", lambda pending: pytest.fail("waited for the device")
-    )
-    infos = [ours.step(grads, grad_scale=2.0) for grads in there]
-    monkeypatch.undo()
-    assert backend.host == reading
+    there = [uploaded(grads) for grads in batches]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "host", lambda array: pytest.fail("waited for the device"))
+        patch.setattr(
+            "fastopt.kernels.cuda.decisions.PendingDecision.read", lambda pending: pytest.fail("waited for the device")
+        )
+        infos = [ours.step(grads, grad_scale=2.0) for grads in there]
     expected = [cpu.step(grads, grad_scale=2.0) for grads in batches]
     for info, told in zip(infos, expected, strict=True):
         assert (info.step, info.skipped, info.lr) == (told.step, told.skipped, told.lr)
@@ -560,6 +573,7 @@ def test_a_deep_copy_keeps_the_tie_to_a_layer(layer_first):
     ],
     ids=["deepcopy", "load_state_dict", "lr", "None"],
 )
+@pytest.mark.usefixtures("behind")
 def test_what_needs_the_count_of_steps_waits_for_it(spoil):
     params = tree(22)
     opt = fastopt.Adam(params, lr=0.1, backend="cuda", nonfinite="skip")
@@ -579,12 +593,12 @@ def test_what_needs_the_count_of_steps_waits_for_it(spoil):
 
 
 @pytest.mark.parametrize("case", [BY_NAME[name] for name in ("Adam", "LAMB", "NovoGrad-weight_decay=0.1")], ids=str)
-def test_a_captured_step_is_replayed_with_the_numbers_of_each_step(case):
+def test_a_captured_step_is_replayed_with_the_numbers_of_each_step(case, own_stream):
     """In the simulator launches are recorded as they would be by CuPy's stream."""
     params, schedule = tree(23), fastopt.schedules.exponential(0.1, 0.2)
     options = {"lr": schedule, "max_norm": 0.5, "zero_grad": True, "overrides": {"b": {"weight_decay": 0.1}}}
     ours, cpu = (case.make(params, backend=place, **options) for place in ("cuda", "cpu"))
-    backend, stream = get_backend("cuda"), get_backend("cuda").xp.cuda.get_current_stream()
+    backend, stream = get_backend("cuda"), own_stream
     for each, grads in ((ours, uploaded(grads_of(params, 0))), (cpu, grads_of(params, 0))):
         each.step(grads, grad_scale=2.0)
     before = host(ours.flat.data).tobytes()
@@ -609,8 +623,8 @@ def test_a_captured_step_is_replayed_with_the_numbers_of_each_step(case):
     assert ours.step_count == cpu.step_count == 5
 
 
-def test_what_cannot_be_captured_or_replayed_is_refused():
-    params, stream = tree(24), get_backend("cuda").xp.cuda.get_current_stream()
+def test_what_cannot_be_captured_or_replayed_is_refused(own_stream):
+    params, stream = tree(24), own_stream
     plain = fastopt.Adam(params, backend="cuda")
     with pytest.raises(RuntimeError, match="no step\\(\\) was captured"):
         plain.prepare_replay()

@@ -281,7 +281,11 @@ def test_the_variance_of_float32_data_far_from_zero():
 
 
 def with_outliers(outlier: float) -> np.ndarray:
-    x = np.full((1000, 1), 0.3, np.float32)  # the same, so that roundings add up
+    from fastopt.kernels.cuda.target import THREADS
+
+    # The same numbers, so that roundings add up; and as many for each thread on a GPU, whose blocks have more threads:
+    # four equal numbers add up exactly.
+    x = np.full((31 * THREADS + 8, 1), 0.3, np.float32)
     x[0] = outlier  # the first value, which deviations are taken from
     return x
 

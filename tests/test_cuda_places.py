@@ -364,7 +364,7 @@ def test_what_was_never_uploaded_cannot_be_captured():
     stream.begin_capture()
     try:
         for call in (cuda().places, cuda().chunks):
-            with pytest.raises(RuntimeError, match="make an ordinary step first"):
+            with pytest.raises(RuntimeError, match="on this device: make an ordinary one first"):
                 call(np.zeros((1, 6), np.int64))
     finally:
         stream.end_capture()
