@@ -497,6 +497,49 @@ BATCHNORM: Sequence[Fault] = (
 
 DEVICE: Sequence[Fault] = (
     *faults_of(
+        "fastopt/kernels/cuda/kept.py",
+        SIMULATED + "tests/test_cuda_streams.py -k sent_on_one_stream",
+        ("            stream.wait_event(entry.event)", "            pass"),
+        (
+            "key = (xp.cuda.runtime.getDevice(), id(array))",
+            "key = (0, id(array))",
+            SIMULATED + "tests/test_cuda_streams.py -k each_device_has_tables",
+        ),
+        (
+            "            if oldest.shared:",
+            "            if False:",
+            SIMULATED + "tests/test_cuda_streams.py -k several_streams_have_used",
+        ),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/decisions.py",
+        SIMULATED + "tests/test_cuda_streams.py -k slot_is_used_again",
+        ("            if slot.event.done:", "            if slot:"),
+        (
+            "            self._slots.put_back(self._slot)",
+            "            self._slot = None",
+            SIMULATED + "tests/test_cuda_streams.py -k nobody_waits_for",
+        ),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/batchnorm.py",
+        SIMULATED + "tests/test_cuda_streams.py -k captured_batchnorm",
+        ("stats = backend.empty(3 * channels)", "stats = backend.xp.empty(3 * channels)"),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/backend.py",
+        SIMULATED + "tests/test_cuda_bad_input.py -k cupy_would_copy",
+        (
+            "if array.size and self.address(array) != interface",
+            "if not array.size and self.address(array) != interface",
+        ),
+    ),
+    *faults_of(
+        "fastopt/step/pipeline.py",
+        SIMULATED + "tests/test_cuda.py -k 'nobody_waits and SGD or unknown_steps'",
+        ("            tables[1:] = tables[:-1]", "            tables[:-1] = tables[1:]"),
+    ),
+    *faults_of(
         "fastopt/kernels/cuda/elementwise.py",
         SIMULATED + "tests/test_cuda.py -k 'elements_left_over or every_rule_with and SGD'",
         ("        c += cuda.gridDim.x\n\n\n# --- the launch", "        c += n\n\n\n# --- the launch"),
