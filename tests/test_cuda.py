@@ -25,6 +25,9 @@ from fastopt.kernels import get_backend
 from fastopt.kernels.contract import BLOCK
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
+BOUND = 4 if SIMULATED else 6
+"""In ulp, after one of three steps. A GPU rounds a product and a sum once. So emulated, Adadelta's mean of the squares
+of its steps, which has twice their relative error, was up to 5 away, and RMSprop's parameters up to 4.5."""
 SIZES = {"a": (150,), "b": (3, 4), "empty": (0, 2), "number": ()}
 
 
@@ -94,9 +97,10 @@ def test_every_rule_with_every_flag_is_that_of_the_cpu(case: Case):
         told = [opt.step(g, grad_scale=8.0) for opt, g in ((ours, uploaded(grads)), (cpu, grads))]
         assert told[0].grad_norm == pytest.approx(told[1].grad_norm, rel=1e-12)
         assert told[0].nonfinite_total == told[1].nonfinite_total == step + 1
-        assert_close(ours, cpu, before, 4)
+        assert_close(ours, cpu, before, BOUND)
         for path, expected in cpu.ema.items():
-            assert ulps(host(ours.ema[path]), expected, np.abs(expected)) <= 4, path
+            magnitude = np.maximum(np.abs(before[path]), np.abs(cpu.params[path]))  # which may cancel in their average
+            assert ulps(host(ours.ema[path]), expected, magnitude) <= BOUND, path
         assert not host(ours.flat.grad).any()
 
 
