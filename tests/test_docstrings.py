@@ -25,6 +25,7 @@ import ast
 import builtins
 import doctest
 import importlib
+import importlib.util
 import inspect
 import linecache
 import pkgutil
@@ -91,10 +92,13 @@ class Public(NamedTuple):
 
 
 def modules() -> Iterator[ModuleType]:
-    """Those of the package that can be imported anywhere, without the command line."""
+    """Those of the package that can be imported here, without the command line."""
     yield fastopt
-    for found in pkgutil.walk_packages(fastopt.__path__, "fastopt."):
-        if not found.name.startswith(("fastopt.cli", "fastopt.kernels.cuda.backend", "fastopt.__main__")):
+    left_out = ["fastopt.cli", "fastopt.kernels.cuda.backend", "fastopt.__main__"]
+    if importlib.util.find_spec("torch") is None:
+        left_out.append("fastopt.torch")
+    for found in pkgutil.walk_packages(fastopt.__path__, "fastopt.", onerror=lambda name: None):
+        if not found.name.startswith(tuple(left_out)):
             importlib.import_module(found.name)
             yield sys.modules[found.name]  # not an attribute: fastopt.rules.adam is the rule
 

@@ -20,6 +20,7 @@ FILES = {
 FLOORS = [
     ("fastopt.cli", "fastopt.__main__"),
     ("fastopt.measure",),
+    ("fastopt.torch",),
     ("fastopt",),
     ("fastopt.interop",),
     ("fastopt.optimizers", "fastopt.batchnorm", "fastopt.curvature", "fastopt.batches"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from fastopt.step.plan import Plan
 from fastopt.step.rows import RowSteps, check_indices, one_run
 from fastopt.step.table import is_normal
 from fastopt.storage.flat import FlatParams
-from fastopt.storage.intake import Intake
+from fastopt.storage.intake import ALONE, Intake, Taken
 from fastopt.storage.trees import replaced, watched
 
 
@@ -141,6 +142,30 @@ class Pipeline:
         self.watched = watched(self.flat.params)
         """Whether the trees of parameters and gradients have containers that cannot refuse another leaf."""
 
+    def resume(self, counts: Sequence[int], changes: Sequence[Mapping[str, Any]], beginning: Sequence[int]) -> None:
+        """Continue with these counts of updates and hyperparameters, one per parameter, and states as they are.
+
+        counts : how many updates each parameter has had. changes : its hyperparameters that differ from those of the
+        optimizer, checked. beginning : the parameters whose states have their first values.
+        """
+        with deferred_signals:
+            self.steps = max(counts, default=0)
+            self.groups.regroup(changes, [self.steps - count for count in counts])
+            self.born.shown.clear()
+            self.born.wait(len(counts))
+            self._initialise(beginning)
+
+    def hold_states_in(self, buffers: Sequence[np.ndarray]) -> None:
+        """Use these buffers from now on, with the values that they hold: those of the rule's states, then the average.
+
+        buffers : 1-D, contiguous, aligned and writeable, of the size and dtype of the parameters' layout.
+        """
+        count = len(self.rule.states)
+        self.states = tuple(buffers[:count])
+        if self.average is not None:
+            (self.average,) = buffers[count:]
+        self._collect_buffers()
+
     def _locate(self) -> None:
         """Take the addresses of the parameters, which may have moved: see `FlatParams.replace`."""
         addresses = self.flat.addresses
@@ -209,6 +234,7 @@ class Pipeline:
             unscale = self.sign * plan.table.unscale(grad_scale, divisor)
         # Check.
         kept = present = None
+        beside = ALONE
         own = device is not None or (grads is None and pending is None)
         if grads is None:
             if pending is None:
@@ -222,7 +248,8 @@ class Pipeline:
                 "zero_grad() to drop them"
             )
         else:
-            places, present, kept = self.intake.take(grads)
+            taken = grads if type(grads) is Taken else self.intake.take(grads)
+            places, present, kept, beside = taken
         if self.groups.frozen:
             present = self._without_frozen(present)
         if device is not None and device.backend.capturing():
@@ -242,7 +269,9 @@ class Pipeline:
         plan.write_table(self.groups, self.steps + 1, unscale)
         norm, coefficient, nonfinite = None, 1.0, self.nonfinite
         if self.measures:
-            norm, coefficient, proceeds, nonfinite = self.decide(plan, places, rows, unscale, present, kept, own=own)
+            norm, coefficient, proceeds, nonfinite = self.decide(
+                plan, places, rows, unscale, present, kept, own=own, beside=beside
+            )
             if not proceeds:
                 return self._info(norm, skipped=True)
         # Launch.
@@ -286,16 +315,17 @@ class Pipeline:
         grads: Any,
         *,
         own: bool,
+        beside: tuple[float, bool] = ALONE,
     ) -> tuple[float, float, bool, tuple[int, int]]:
         """Measure the gradients, and decide what their norm decides.
 
-        own : whether the gradients are in opt.grads. grads : those that are not, for errors.
+        own : whether the gradients are in opt.grads. grads : those that are not, for errors. beside : `Taken.beside`.
 
         Returns the norm, the coefficient of clipping, which is written into the table, whether there is a step, and
         what `nonfinite` is after it.
         """
         partials, chunks, factor = self._partials(plan, places, rows, unscale, apart=not own)
-        return self._decided(plan, [(partials, chunks)], factor, unscale, present, grads, own=own)
+        return self._decided(plan, [(partials, chunks)], factor, unscale, present, grads, own=own, beside=beside)
 
     def _decided(
         self,
@@ -307,11 +337,14 @@ class Pipeline:
         grads: Any,
         *,
         own: bool,
+        beside: tuple[float, bool] = ALONE,
     ) -> tuple[float, float, bool, tuple[int, int]]:
         """The same from partial sums, each with its chunks, and a factor of the norm that is not in them."""
         found = [(self.backend.host(partials), chunks) for partials, chunks in parts]
         norm, finite = norm_of([partials for partials, _ in found])
         norm *= factor
+        if beside is not ALONE:
+            norm, finite = math.hypot(norm, beside[0]), finite and beside[1]
         if not self._proceeds(finite, present, grads, unscale, own=own):
             return norm, 1.0, False, self.nonfinite
         coefficient = self.options.coefficient(norm)
@@ -325,6 +358,18 @@ class Pipeline:
             plan.table.clip(coefficients)
             coefficient = float(coefficients.min())
         return norm, coefficient, True, self._counted(finite)
+
+    def measure(self, taken: Taken) -> tuple[float, bool]:
+        """The norm of these gradients, and whether all of them are finite: `Taken.beside` of another pipeline."""
+        plan = self.current_plan()
+        rows: Sequence[int] = plan.of
+        if taken.present is not None:
+            rows = self._rows_of(taken.present)
+            plan = self.plan
+        plan.write_table(self.groups, self.steps + 1, self.sign)
+        partials, _, factor = self._partials(plan, taken.places, rows, self.sign, apart=True)
+        norm, finite = norm_of([self.backend.host(partials)])
+        return norm * factor, finite
 
     def commit(
         self,
@@ -608,7 +653,7 @@ class Pipeline:
         own = self.device is not None
         places, leaves = self.places_of_params, [None] * len(self.flat.paths)
         if grads is not None:
-            places, _, leaves = self.intake.take(grads)
+            places, _, leaves, _ = self.intake.take(grads)
         for k in touched:
             if leaves[k] is not None:
                 path = self.flat.paths[k]

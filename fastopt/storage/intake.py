@@ -11,6 +11,9 @@ from fastopt.kernels.contract import Array, Backend
 from fastopt.storage.door import Door, intervals
 from fastopt.storage.flat import FlatParams
 
+ALONE = (0.0, True)
+"""`Taken.beside` of a step whose gradients are all in one pipeline."""
+
 
 class Taken(NamedTuple):
     """The gradients of one step, as the kernels read them."""
@@ -20,7 +23,9 @@ class Taken(NamedTuple):
     present: list[bool] | None
     """Which parameters have a gradient; None where all have."""
     kept: Any
-    """Keeps the memory alive while the kernels read it."""
+    """Keeps the memory alive while the kernels read it; an iterable of an array or None per parameter, for errors."""
+    beside: tuple[float, bool] = ALONE
+    """The norm of gradients that other pipelines take in the same step, and whether all of them are finite."""
 
 
 class Intake:

@@ -1,0 +1,66 @@
+"""Where torch's parameters and gradients are: the checks of tensors, and NumPy arrays over their memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+
+
+def check_param(name: str, p: torch.Tensor) -> None:
+    """Refuse a parameter that kernels of the CPU cannot update.
+
+    Raises TypeError that names it: another dtype (float16, bfloat16, complex), device or layout, a wrapper of tensors.
+    """
+    if torch.nn.parameter.is_lazy(p):
+        return  # it has its dtype and device from the first forward pass on
+    if p.dtype not in DTYPES:
+        remedy = "use torch.optim for it, or model.float()"
+        raise TypeError(f"{name}: must have dtype torch.float32 or torch.float64, got {p.dtype}; {remedy}")
+    if p.device.type != "cpu":
+        raise TypeError(f"{name}: must be on the CPU, got a tensor on {p.device}; use torch.optim for it")
+    if p.layout is not torch.strided or torch.utils._python_dispatch.is_traceable_wrapper_subclass(p):
+        found = p.layout if p.layout is not torch.strided else type(p).__name__
+        raise TypeError(f"{name}: must be a dense tensor, got {found}; use torch.optim for it")
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(
+            f"{name}: must have memory of its own for every element, got an expanded tensor; use {name}.clone()"
+        )
+
+
+def check_grad(name: str, g: torch.Tensor, optimizer: str) -> None:
+    """Refuse a gradient that is not dense; torch's own optimizers raise RuntimeError as well."""
+    if g.layout is not torch.strided:
+        raise RuntimeError(f"{name}.grad: must be dense, got {g.layout}; {optimizer} does not support sparse gradients")
+
+
+def dense_view(p: torch.Tensor) -> torch.Tensor | None:
+    """A contiguous view of a tensor, its dimensions in the order of their strides; None where there is none."""
+    own = p.detach()
+    if own.data_ptr() % own.itemsize:
+        return None
+    if own.is_contiguous():
+        return own
+    order = sorted(range(own.ndim), key=lambda k: (own.stride(k), own.shape[k]), reverse=True)
+    own = own.permute(order)
+    return own if own.is_contiguous() else None
+
+
+def same_strides(g: torch.Tensor, p: torch.Tensor) -> bool:
+    """Whether the elements of two tensors of one shape are in the same order in memory, without gaps."""
+    return g.stride() == p.stride() or (g.is_contiguous() and p.is_contiguous())
+
+
+class Arrays:
+    """Gradients as NumPy arrays, for errors: made when somebody looks at them."""
+
+    __slots__ = ("_tensors",)
+
+    def __init__(self, tensors: list[torch.Tensor | None]):
+        self._tensors = tensors
+
+    def __iter__(self) -> Any:
+        return (None if tensor is None else tensor.detach().numpy() for tensor in self._tensors)

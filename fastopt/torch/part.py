@@ -1,0 +1,398 @@
+"""`Part`: parameters that share a rule and a dtype, updated where they are by one of our optimizers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import fastopt
+from fastopt.hyper import EMA
+from fastopt.rules.nadam import product
+from fastopt.step.gate import through_gate
+from fastopt.step.info import StepInfo
+from fastopt.storage.intake import ALONE, Taken
+from fastopt.torch.parameters import Arrays, check_grad, dense_view, same_strides
+from fastopt.torch.states import States, one_buffer
+
+
+class StaleError(Exception):
+    """A parameter is not what it was: another dtype or shape. The parts have to be made again."""
+
+
+class Member(NamedTuple):
+    """A parameter of a torch optimizer."""
+
+    param: torch.Tensor
+    group: int
+    """The number of its param group."""
+    name: str
+    """For errors."""
+
+
+class Part:
+    """The parameters of a torch optimizer that one of our optimizers updates, in one launch.
+
+    Args:
+        members: the parameters, all of one dtype.
+        make: called with a tree of NumPy arrays: makes our optimizer of these arrays, which stay where they are.
+        values: for each param group of torch the hyperparameters of the rule, by name, checked.
+        states: the states of all parameters, as torch shows them.
+        names: torch's name of each state, by ours.
+        counts: whether torch's state has a `step`.
+        shares: whether states that already lie as ours would may be used where they are.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        make: Callable[[Mapping[str, np.ndarray]], fastopt.Optimizer],
+        values: Sequence[Mapping[str, Any]],
+        states: States,
+        names: Mapping[str, str],
+        *,
+        counts: bool,
+        shares: bool,
+    ):
+        self.params = [member.param for member in members]
+        self.names = [member.name for member in members]
+        self.of = [member.group for member in members]
+        self.dtype = self.params[0].dtype
+        self.sizes = [p.numel() for p in self.params]
+        self.shapes = [p.shape for p in self.params]
+        self.single = [k for k, size in enumerate(self.sizes) if size == 1]
+        """By number: parameters whose gradient may be contiguous though it is a view of a complex number."""
+        self.shadows: dict[int, torch.Tensor] = {}
+        """By number: copies of parameters whose elements have gaps between them in memory."""
+        self.dense: dict[int, tuple[int, ...]] = {}
+        """By number: the strides of parameters that are not contiguous, but have no gaps: channels last, transposed."""
+        arrays = [self._array(k, p) for k, p in enumerate(self.params)]
+        self.opt = make(OrderedDict(zip(self.names, arrays, strict=True)))
+        self.pipeline = self.opt._running
+        self.gate = self.pipeline.gate
+        self.members_of = {
+            group: tuple([k for k, own in enumerate(self.of) if own == group]) for group in dict.fromkeys(self.of)
+        }
+        self._acting: dict[tuple[str, int], tuple[int, ...]] = {}
+        """By name and group: the parameters on which a hyperparameter of a matrixwise rule acts."""
+        self._begin(values, states, names, counts=counts, shares=shares)
+        self._locate()
+
+    # --- where things are ---------------------------------------------------------------------------------------------
+
+    def _array(self, k: int, p: torch.Tensor) -> np.ndarray:
+        """A NumPy array over the memory of a parameter, or of a copy where it has gaps."""
+        view = dense_view(p)
+        if view is None:
+            shadow = self.shadows.get(k)
+            if shadow is None:
+                shadow = self.shadows[k] = torch.empty(p.shape, dtype=p.dtype)
+            view = shadow.copy_(p.detach())
+        elif not p.is_contiguous():
+            self.dense[k] = p.stride()
+        array: np.ndarray = view.numpy()
+        return array
+
+    def _strides(self, k: int) -> tuple[int, ...]:
+        """The strides of a parameter's states: its own, or contiguous ones where it has gaps."""
+        return self.shadows[k].stride() if k in self.shadows else self.params[k].stride()
+
+    def _locate(self) -> None:
+        """Take the addresses of the parameters, and of the states."""
+        self.at = [p.data_ptr() for p in self.params]
+        flat = self.pipeline.flat
+        self.places = flat.layout.places(flat.addresses, 0)
+        self._plain = not self.shadows and not self.dense
+
+    def _follow(self) -> None:
+        """Update the parameters where they are now."""
+        for k, p in enumerate(self.params):
+            if p.device.type != "cpu" or p.shape != self.shapes[k] or (dense_view(p) is None) != (k in self.shadows):
+                raise StaleError
+            if k not in self.shadows and self.dense.get(k) != (None if p.is_contiguous() else p.stride()):
+                raise StaleError
+        arrays = [self._array(k, p) for k, p in enumerate(self.params)]
+        self.pipeline.replace(self.pipeline.flat.tree(arrays))
+        self._locate()
+
+    # --- states -------------------------------------------------------------------------------------------------------
+
+    def _views(self, buffers: Sequence[torch.Tensor], counts: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """For each parameter its states by torch's names, as views of the buffers."""
+        offsets = self.pipeline.flat.offsets
+        found = []
+        for k, (shape, offset) in enumerate(zip(self.shapes, offsets, strict=True)):
+            own = {"step": counts[k]} if self._counts else {}
+            if "mu_product" in self._extra:
+                own["mu_product"] = self._products[k]
+            strides = self._strides(k)
+            for name, buffer in zip(self._shown, buffers, strict=True):
+                own[name] = buffer.as_strided(shape, strides, offset)
+            for name, numbers in zip(self._numbers, self._per_tensor, strict=True):
+                own[name] = numbers[k]
+            found.append(own)
+        return found
+
+    def _begin(
+        self,
+        values: Sequence[Mapping[str, Any]],
+        states: States,
+        names: Mapping[str, str],
+        *,
+        counts: bool,
+        shares: bool,
+    ) -> None:
+        """Continue from the states that there are, and let all others begin."""
+        pipeline, rule = self.pipeline, self.opt.rule
+        averages = () if pipeline.average is None else (EMA,)
+        self._counts = counts
+        self._extra = ("mu_product",) if rule.name == "nadam" else ()
+        self._shown = [names.get(name, name) for name in (*rule.states, *averages)]
+        self._numbers = [names.get(name, name) for name in rule.numbers]
+        self._products = torch.ones(len(self.params), dtype=torch.float32)
+        self._per_tensor = [torch.from_numpy(numbers) for numbers in pipeline.per_tensor]
+        old = [dict(states[p]) if p in states else {} for p in self.params]
+        self._check(old)
+        numbers = [self._count(k, entry) for k, entry in enumerate(old)]
+        self.counts = torch.tensor(numbers, dtype=torch.float32)
+        own = (*pipeline.states, *(() if pipeline.average is None else (pipeline.average,)))
+        self.buffers = [torch.from_numpy(buffer) for buffer in own]
+        views = self._views(self.buffers, self.counts)
+        if shares:
+            self._adopt(old, views)
+            views = self._views(self.buffers, self.counts)
+        base = pipeline.groups.base
+        changes = [
+            {
+                **pipeline.groups.changes[k],
+                **{name: value for name, value in values[group].items() if value != base[name]},
+            }
+            for k, group in enumerate(self.of)
+        ]
+        pipeline.resume(numbers, changes, [k for k, entry in enumerate(old) if not entry])
+        for k, (entry, fresh) in enumerate(zip(old, views, strict=True)):
+            for name, view in fresh.items():
+                given = entry.get(name)
+                if name == "step" or given is None or view.data_ptr() == given.data_ptr():
+                    continue
+                if given.is_shared():
+                    raise ValueError(
+                        f"state of {self.names[k]}: {name}: must not be in shared memory by itself, because states lie "
+                        f"in one buffer here; call share_memory() of the optimizer"
+                    )
+                view.copy_(given)
+        self._states, self._fresh = states, views
+        self.waiting = {k for k, entry in enumerate(old) if not entry and views[k]}
+        """Parameters without a state that torch shows: they have had no gradient."""
+        for k in range(len(old)):
+            if k not in self.waiting and views[k]:
+                states.show(self.params[k], views[k])
+        self._note_buffers()
+        self._count_now()
+
+    def _check(self, old: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse states that are not of these parameters."""
+        known = ["step", *self._extra, *self._shown]
+        for k, entry in enumerate(old):
+            for name in (*self._shown, *self._extra):
+                value = entry.get(name)
+                if value is None:
+                    continue
+                shape = torch.Size() if name in self._extra else self.shapes[k]
+                if not isinstance(value, torch.Tensor) or value.shape != shape:
+                    found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                    raise ValueError(
+                        f"state of {self.names[k]}: {name}: must be a tensor of shape {tuple(shape)}, got {found}"
+                    )
+            lacking = [name for name in self._shown if name not in entry and name != EMA]
+            if lacking and any(name in entry for name in known if name != EMA):
+                raise ValueError(
+                    f"state of {self.names[k]}: must have {', '.join(self._shown)}, as the optimizer has, got "
+                    f"{', '.join(map(str, entry))}"
+                )
+
+    def _count(self, k: int, entry: Mapping[str, Any]) -> int:
+        """How many updates a parameter has had, as far as its state shows."""
+        if not self._counts:
+            return int(any(name in entry for name in self._shown))
+        value = entry.get("step", 0)
+        number = float(value.item() if isinstance(value, torch.Tensor) else value)
+        if not (number >= 0 and number == int(number)):
+            raise ValueError(f"state of {self.names[k]}: step: must be a whole number from 0, got {number}")
+        return int(number)
+
+    def _adopt(self, old: Sequence[Mapping[str, Any]], views: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Use the memory in which the states already lie as ours would."""
+        found = [
+            one_buffer([entry.get(name) for entry in old], [view[name] for view in views], buffer)
+            for name, buffer in zip(self._shown, self.buffers, strict=True)
+        ]
+        if self.buffers and all(buffer is not None for buffer in found):
+            self.buffers = [buffer for buffer in found if buffer is not None]
+            self.pipeline.hold_states_in([buffer.numpy() for buffer in self.buffers])
+        if self._counts:
+            counts = one_buffer([entry.get("step") for entry in old], [view["step"] for view in views], self.counts)
+            self.counts = self.counts if counts is None else counts
+
+    def _note_buffers(self) -> None:
+        self._buffers_at = [buffer.data_ptr() for buffer in (*self.buffers, self.counts)]
+
+    def share_memory(self) -> None:
+        """Move the states to shared memory, and show all of them."""
+        for k in sorted(self.waiting):
+            self._states.show(self.params[k], self._fresh[k])
+        self.waiting.clear()
+        for buffer in (*self.buffers, self.counts):
+            buffer.share_memory_()
+
+    def moved(self) -> bool:
+        """Whether states are no longer where they were: they were moved to shared memory."""
+        return [buffer.data_ptr() for buffer in (*self.buffers, self.counts)] != self._buffers_at
+
+    # --- counts of updates --------------------------------------------------------------------------------------------
+
+    def _count_now(self) -> None:
+        self._numbers_now = self.counts.numpy()
+        self._bytes = self._numbers_now.tobytes()
+        if self._extra:
+            self._put_products()
+
+    def recount(self) -> None:
+        """Take the counts of updates that somebody has written into torch's state."""
+        if self._numbers_now.tobytes() != self._bytes:
+            found = self._numbers_now.tolist()
+            counts = [self._count(k, {"step": number}) for k, number in enumerate(found)] if self._counts else found
+            self.pipeline.resume(counts, self.pipeline.groups.changes, [])
+            self._count_now()
+
+    def _counted(self, present: list[bool] | None) -> None:
+        numbers = self._numbers_now
+        numbers += 1.0 if present is None else np.array(present, np.float32)
+        self._bytes = numbers.tobytes()
+        if self._extra:
+            self._put_products()
+
+    def _put_products(self) -> None:
+        """NAdam's product of momenta, which torch shows as a state."""
+        groups, steps = self.pipeline.groups, self.pipeline.steps
+        found = [
+            product(steps - group.missed, group.values["betas"][0], group.values["momentum_decay"])
+            for group in groups.list
+        ]
+        self._products.numpy()[:] = [found[number] for number in groups.of]
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def set_hyper(self, name: str, value: Any, group: int) -> None:
+        """Set a hyperparameter of a param group of torch."""
+        members: tuple[int, ...] | None = self.members_of[group]
+        whole = self.opt.rule.matrixwise
+        if len(self.members_of) == 1:
+            members = None
+        elif whole is not None and name in (*whole.matrix_only, *whole.other_only):
+            acting = name in whole.matrix_only
+            values_of = self.pipeline.groups.values_of
+            members = self._acting.setdefault(
+                (name, group), tuple([k for k in self.members_of[group] if values_of(k)[whole.chosen] == acting])
+            )
+            if not members:
+                return
+        self.pipeline.set_hyper(name, value, members)
+
+    def refuse_shadows(self, what: str) -> None:
+        """Refuse to hold parameters elsewhere that have gaps between their elements."""
+        for k in self.shadows:
+            raise RuntimeError(
+                f"{what}(): {self.names[k]}: must have no gaps between its elements, got strides "
+                f"{self.params[k].stride()}; use contiguous()"
+            )
+
+    def take(self, optimizer: str) -> Taken:
+        """Look at every parameter and its gradient, and take their addresses.
+
+        Raises StaleError where the parts have to be made again; RuntimeError for a gradient that is sparse.
+        """
+        dtype = self.dtype
+        at: list[int] = []
+        grads_at: list[int] = []
+        grads: list[torch.Tensor | None] = []
+        if self._plain:
+            add_at, add_grad_at, add = at.append, grads_at.append, grads.append
+            try:
+                for p, size in zip(self.params, self.sizes, strict=True):
+                    g = p.grad
+                    if g is None or g.dtype is not dtype or p.dtype is not dtype or g.numel() != size:
+                        break
+                    if not g.is_contiguous():
+                        break
+                    add(g)
+                    add_at(p.data_ptr())
+                    add_grad_at(g.data_ptr())
+                else:
+                    if any(grads[k].is_neg() for k in self.single):  # type: ignore[union-attr]
+                        return self._take_each(optimizer)
+                    if at != self.at:
+                        self._follow()
+                    self.places[:, 1] = grads_at
+                    return Taken(self.places, None, grads)
+            except RuntimeError:  # of a sparse gradient, which has no address
+                pass
+        return self._take_each(optimizer)
+
+    def _take_each(self, optimizer: str) -> Taken:
+        """As `take`, where something is not as usual: no gradient, other strides, another dtype."""
+        grads: list[torch.Tensor | None] = []
+        moved = False
+        for k, p in enumerate(self.params):
+            if p.dtype is not self.dtype or p.numel() != self.sizes[k]:
+                raise StaleError
+            g = p.grad
+            if g is not None:
+                check_grad(self.names[k], g, optimizer)
+                if g.shape != p.shape:
+                    raise StaleError if p.shape != self.shapes[k] else _misshapen(self.names[k], p, g)
+                like = self.shadows.get(k, p)
+                if g.dtype is not self.dtype or g.is_neg() or not same_strides(g, like):
+                    copy = torch.empty_strided(like.shape, like.stride(), dtype=self.dtype)
+                    g = copy.copy_(g.detach())
+                moved = moved or p.data_ptr() != self.at[k]
+            grads.append(g)
+        if moved:
+            self._follow()
+        for k, shadow in self.shadows.items():
+            shadow.copy_(self.params[k].detach())
+        self.places[:, 1] = [0 if g is None else g.data_ptr() for g in grads]
+        present = [g is not None for g in grads]
+        return Taken(self.places, None if all(present) else present, grads)
+
+    @through_gate
+    def advance(self, taken: Taken, beside: tuple[float, bool] = ALONE) -> StepInfo:
+        """Make a step with gradients that were taken. beside : `Taken.beside`."""
+        places, present, grads, _ = taken
+        info = self.pipeline.step(Taken(places, present, Arrays(grads), beside), 1.0, "mean")
+        if info.skipped:
+            return info
+        self._counted(present)
+        for k, shadow in self.shadows.items():
+            if grads[k] is not None:
+                self.params[k].detach().copy_(shadow)
+        if self.waiting:
+            for k in [k for k in self.waiting if grads[k] is not None]:
+                self._states.show(self.params[k], self._fresh[k])
+                self.waiting.discard(k)
+        updated = (
+            self.params if present is None else [p for p, g in zip(self.params, grads, strict=True) if g is not None]
+        )
+        increment_version(updated)
+        return info
+
+
+increment_version = torch.autograd.graph.increment_version
+STRIDED = torch.strided
+
+
+def _misshapen(name: str, p: torch.Tensor, g: torch.Tensor) -> ValueError:
+    return ValueError(f"{name}.grad: must have shape {tuple(p.shape)} as its parameter, got {tuple(g.shape)}")
