@@ -1,6 +1,7 @@
-"""fastopt for torch: optimizers with the interface of `torch.optim`, on tensors where they are.
+"""fastopt for torch: optimizers with the interface of `torch.optim`, on tensors where they are; and BatchNorm.
 
-Change one import: ``fastopt.torch.AdamW`` in place of ``torch.optim.AdamW``.
+Change one import: ``fastopt.torch.AdamW`` in place of ``torch.optim.AdamW``. `convert_batchnorm` has the BatchNorm of a
+model make its passes by our kernels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ try:
 except ImportError as error:
     raise ImportError("fastopt.torch: must have torch, got none; use pip install 'fastopt[torch]'") from error
 
+from fastopt.torch.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
 from fastopt.torch.classes import (
     LAMB,
     LARS,
@@ -49,6 +51,9 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Adan",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "Lion",
     "Momentum",
     "Muon",
@@ -61,5 +66,6 @@ __all__ = [
     "Rprop",
     "ScheduleFreeAdamW",
     "Yogi",
+    "convert_batchnorm",
     "from_rule",
 ]
