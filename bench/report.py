@@ -113,6 +113,12 @@ SECTIONS = {
         "`cached` is fastopt as usual, with its kernels on disk, and `fastopt` without (`FASTOPT_CACHE_DIR=0`); numba, "
         "which fastopt imports, and torch are shown for comparison.",
     ),
+    "torch": (
+        "In torch",
+        "Whole iterations (zero_grad, forward, backward, step) with `fastopt.torch.AdamW` and torch's own, fused and "
+        "by default. `fastopt` of the CNN has our BatchNorm as well, with ReLU in its pass; `fastopt's AdamW alone` "
+        "has torch's. Below, the step alone.",
+    ),
 }
 
 

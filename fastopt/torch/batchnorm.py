@@ -30,6 +30,8 @@ class Pass:
     def __init__(self, module: Any, x: torch.Tensor, training: bool):
         self.training, self.relu, self.eps = training, module.relu, float(module.eps)
         records = module.training and module.running_mean is not None
+        mean: Any
+        var: Any
         mean, var = (module.running_mean, module.running_var) if records or not training else (None, None)
         tracked, momentum = module.num_batches_tracked, module.momentum
         if momentum is None:  # the average over all batches
