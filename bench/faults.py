@@ -1919,4 +1919,74 @@ MATHEMATICS: Sequence[Fault] = (
     ),
 )
 
-FAULTS: tuple[Fault, ...] = (*RULES, *STEP, *LOOPS, *BATCHNORM, *DEVICE, *AROUND, *TRUST, *MATHEMATICS)
+IN_TORCH = "tests/test_torch_optim.py "
+
+TORCH: Sequence[Fault] = (
+    *faults_of(
+        "fastopt/torch/part.py",
+        IN_TORCH,
+        ("        increment_version(updated)\n", "", IN_TORCH + "-k autograd_sees"),
+        (
+            "                    if at != self.at:\n                        self._follow()\n",
+            "",
+            IN_TORCH + "-k that_move",
+        ),
+        (
+            "numbers += 1.0 if present is None else np.array(present, np.float32)",
+            "numbers += 1.0",
+            IN_TORCH + "-k stay_as_they_are",
+        ),
+        ("            self._count_now()\n\n    def _counted", "\n    def _counted", IN_TORCH + "-k step-in-place"),
+        (
+            "                        return self._take_each(optimizer)\n",
+            "                        pass\n",
+            IN_TORCH + "-k conjugated",
+        ),
+        ("            shadow.copy_(self.params[k].detach())\n", "            pass\n", IN_TORCH + "-k any_strides"),
+        ("                if given.is_shared():", "                if False:", IN_TORCH + "-k shared_one_by_one"),
+    ),
+    *faults_of(
+        "fastopt/torch/optimizer.py",
+        IN_TORCH,
+        ("            self._shares = False\n", "", IN_TORCH + "-k loaded_state_is_a_copy"),
+        (
+            "if len(own) != len(params) or not all(map(is_, own, params)):",
+            "if False:",
+            IN_TORCH + "-k list_of_parameters",
+        ),
+        ("            if k in self._live or key", "            if key", IN_TORCH + "-k rate_in_a_tensor"),
+        ("key=lambda k: measured[k][1]", "key=lambda k: not measured[k][1]", IN_TORCH + "-k whole_or_not"),
+        (
+            "                group.setdefault(name, value)\n",
+            "                pass\n",
+            IN_TORCH + "-k continues_in_the_other",
+        ),
+        ("            self.__dict__.update(before)\n", "", IN_TORCH + "-k leaves_the_optimizer_as_it_was"),
+    ),
+    *faults_of(
+        "fastopt/torch/states.py",
+        IN_TORCH,
+        ("        self.mark.changed = True\n", "", IN_TORCH + "-k changes_of_a_state"),
+        ("            or tensor.storage_offset() != own.storage_offset()\n", "", IN_TORCH + "-k list_of_parameters"),
+    ),
+    *faults_of(
+        "fastopt/torch/parameters.py",
+        IN_TORCH,
+        (
+            "return g.stride() == p.stride() or (g.is_contiguous() and p.is_contiguous())",
+            "return True",
+            IN_TORCH + "-k any_strides",
+        ),
+        ("reverse=True", "reverse=False", IN_TORCH + "-k any_strides"),
+    ),
+    *faults_of(
+        "fastopt/torch/batchnorm.py",
+        "tests/test_torch_batchnorm.py",
+        ("self.saved.twin()", "self.saved", "tests/test_torch_batchnorm.py -k kept_can_be"),
+        ("            increment_version((mean, var))\n", "", "tests/test_torch_batchnorm.py -k seen_by_autograd"),
+        ("            if count[0] and tracked", "            if tracked", "tests/test_torch_batchnorm.py -k nan"),
+        ("y.relu() if made.relu else y, inputs", "y, inputs", "tests/test_torch_batchnorm.py -k by_differences"),
+    ),
+)
+
+FAULTS: tuple[Fault, ...] = (*RULES, *STEP, *LOOPS, *BATCHNORM, *DEVICE, *AROUND, *TRUST, *MATHEMATICS, *TORCH)
