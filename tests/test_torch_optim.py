@@ -365,6 +365,10 @@ def test_parameters_of_any_strides(layout):
         for k, (p, q) in enumerate(zip(mine, theirs, strict=True)):
             g = torch.randn(p.shape, generator=torch.Generator().manual_seed(9 * step + k))
             p.grad = q.grad = torch.empty_strided(p.shape, p.stride()).copy_(g) if step % 2 else g
+            if step == 3:
+                with torch.no_grad():  # somebody writes between two steps
+                    p.mul_(0.5)
+                    q.mul_(0.5)
         ours.step()
         other.step()
     for p, q in zip(mine, theirs, strict=True):
@@ -900,6 +904,66 @@ def test_sparse_gradients_are_refused_as_in_torch():
     with pytest.raises(RuntimeError, match="AdamW does not support sparse gradients"):
         opt.step()
     assert torch.equal(embedding.weight, before)
+
+
+SPARSE = [
+    ("SGD", {"lr": 0.01}),
+    ("SGD", {"lr": 0.01, "momentum": 0.9}),
+    ("SGD", {"lr": 0.01, "maximize": True}),
+    ("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+@pytest.mark.parametrize(("name", "options"), SPARSE, ids=lambda each: str(each))
+def test_sparse_gradients_are_taken_where_torch_takes_them(name, options):
+    def made() -> Any:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Embedding(50, 4, sparse=True), torch.nn.Flatten(), torch.nn.Linear(12, 1))
+
+    models, opts = (made(), made()), []
+    for model, kind in zip(models, (ft, torch.optim), strict=True):
+        opt = getattr(kind, name)(model.parameters(), **options)
+        for step in range(12):
+            opt.zero_grad()
+            rows = torch.randint(50, (6, 3), generator=torch.Generator().manual_seed(step))
+            rows[0] = 7  # repeated
+            dense = step == 5 and "momentum" not in options  # whose buffer torch cannot add a dense gradient to
+            loss = model[0].weight.square().sum() if dense else model(rows).square().mean()
+            loss.backward()
+            opt.step()
+        opts.append(opt)
+    assert_same(*models)
+    found, expected = (opt.state_dict()["state"] for opt in opts)
+    assert found.keys() == expected.keys()
+    for k, entry in expected.items():
+        for state, tensor in entry.items():
+            tensor = tensor.to_dense() if tensor.layout is torch.sparse_coo else tensor
+            torch.testing.assert_close(found[k][state], tensor, **CLOSE)
+
+
+def test_rows_without_a_gradient_cost_nothing():
+    embedding = torch.nn.Embedding(100_000, 4, sparse=True)
+    opt = ft.SGD(embedding.parameters(), lr=0.5, max_norm=1.0)
+    embedding(torch.tensor([3, 5])).sum().backward()
+    opt.step()
+    part = opt._parts[0]
+    assert part.pipeline.clocks
+    assert opt.info.grad_norm == pytest.approx(8**0.5)
+    before = embedding.weight.detach().clone()
+    opt.zero_grad()
+    embedding(torch.tensor([5, 5])).sum().backward()
+    opt.step()
+    moved = (embedding.weight.detach() - before).abs().sum(1).nonzero().flatten().tolist()
+    assert moved == [5]
+
+
+def test_weight_decay_is_refused_with_sparse_gradients_as_in_torch():
+    embedding = torch.nn.Embedding(5, 2, sparse=True)
+    opt = ft.Adagrad(embedding.parameters(), weight_decay=0.1)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="weight_decay must be 0 with sparse gradients"):
+        opt.step()
 
 
 def test_a_failed_constructor_leaves_nothing_to_fail_later(monkeypatch):

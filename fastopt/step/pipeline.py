@@ -653,7 +653,8 @@ class Pipeline:
         own = self.device is not None
         places, leaves = self.places_of_params, [None] * len(self.flat.paths)
         if grads is not None:
-            places, _, leaves, _ = self.intake.take(grads)
+            places, _, kept, _ = grads if type(grads) is Taken else self.intake.take(grads)
+            leaves = list(kept)
         for k in touched:
             if leaves[k] is not None:
                 path = self.flat.paths[k]

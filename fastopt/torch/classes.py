@@ -41,6 +41,8 @@ class SGD(Optimizer, ours=fastopt.SGD, theirs=torch.optim.SGD, names=_as("sgd_mo
     tensor([0.5000, 0.5000])
     """
 
+    sparse = True
+
 
 class Adagrad(Optimizer, ours=fastopt.Adagrad, theirs=torch.optim.Adagrad, names=_as("adagrad")):
     """`torch.optim.Adagrad`, by the rule of `fastopt.Adagrad`.
@@ -62,6 +64,8 @@ class Adagrad(Optimizer, ours=fastopt.Adagrad, theirs=torch.optim.Adagrad, names
     >>> w.data
     tensor([0.5000, 0.5000])
     """
+
+    sparse = True
 
     def _start(self, group: dict[str, Any]) -> None:
         """As in torch, states are there from the beginning."""

@@ -74,6 +74,8 @@ class Optimizer(torch.optim.Optimizer):
     """Our name of an argument that torch calls otherwise."""
     counts: ClassVar[bool] = True
     """Whether torch's state has a `step`."""
+    sparse: ClassVar[bool] = False
+    """Whether torch's class takes sparse gradients."""
     _signature: ClassVar[inspect.Signature]
     info: StepInfo | None
 
@@ -281,11 +283,15 @@ class Optimizer(torch.optim.Optimizer):
                     self.names,
                     counts=self.counts,
                     shares=self._shares,
+                    sparse=self.sparse,
                 )
             )
         self._shares = True
         self._parts = parts
         self._measures = parts[0].pipeline.measures if parts else False
+        if self._measures and len(parts) > 1:  # which measure each other's gradients, and no rows
+            for part in parts:
+                part.by_rows = False
         self._keys = itemgetter(*[name for name in self.defaults if name not in IMPLEMENTATION])
         self._key_names = [name for name in self.defaults if name not in IMPLEMENTATION]
         self._known = [self._keys(group) for group in groups]
@@ -353,10 +359,14 @@ class Optimizer(torch.optim.Optimizer):
             parts = self._rebuilt()
             taken = [part.take(name) for part in parts]
         if len(parts) == 1:
-            if taken[0].present is None or any(taken[0].present):
+            if taken[0].present is None or any(taken[0].present) or parts[0].rows:
                 self.info = parts[0].advance(taken[0])
             return
-        found = [(part, own) for part, own in zip(parts, taken, strict=True) if own.present is None or any(own.present)]
+        found = [
+            (part, own)
+            for part, own in zip(parts, taken, strict=True)
+            if own.present is None or any(own.present) or part.rows
+        ]
         if not self._measures:
             for part, own in found:
                 self.info = part.advance(own)
@@ -380,7 +390,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError, ValueError: a hyperparameter was set out of range, a parameter or state replaced by another kind.
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, other than for SGD and Adagrad, as in torch.
             FloatingPointError: with ``nonfinite="raise"``. Nothing was updated.
 
         >>> import torch, fastopt.torch

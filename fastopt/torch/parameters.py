@@ -31,10 +31,11 @@ def check_param(name: str, p: torch.Tensor) -> None:
         )
 
 
-def check_grad(name: str, g: torch.Tensor, optimizer: str) -> None:
-    """Refuse a gradient that is not dense; torch's own optimizers raise RuntimeError as well."""
-    if g.layout is not torch.strided:
-        raise RuntimeError(f"{name}.grad: must be dense, got {g.layout}; {optimizer} does not support sparse gradients")
+def rows_of(g: torch.Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+    """The numbers of the rows of a sparse gradient of a 2-D parameter, repeated ones included, and their gradients."""
+    if g.layout is not torch.sparse_coo or g.sparse_dim() != 1 or g.dense_dim() != 1:
+        return None
+    return g._indices()[0].numpy(), g._values().detach().contiguous().numpy()
 
 
 def dense_view(p: torch.Tensor) -> torch.Tensor | None:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 import fastopt
-from fastopt.hyper import EMA
+from fastopt.hyper import EMA, WEIGHT_DECAY
 from fastopt.rules.nadam import product
 from fastopt.step.gate import through_gate
 from fastopt.step.info import StepInfo
 from fastopt.storage.intake import ALONE, Taken
-from fastopt.torch.parameters import Arrays, check_grad, dense_view, same_strides
+from fastopt.torch.parameters import Arrays, dense_view, rows_of, same_strides
 from fastopt.torch.states import States, one_buffer
 
 
@@ -44,6 +44,7 @@ class Part:
         names: torch's name of each state, by ours.
         counts: whether torch's state has a `step`.
         shares: whether states that already lie as ours would may be used where they are.
+        sparse: whether gradients may be sparse.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Part:
         *,
         counts: bool,
         shares: bool,
+        sparse: bool,
     ):
+        self.sparse = self.by_rows = sparse
         self.params = [member.param for member in members]
         self.names = [member.name for member in members]
         self.of = [member.group for member in members]
@@ -65,6 +68,8 @@ class Part:
         self.shapes = [p.shape for p in self.params]
         self.single = [k for k, size in enumerate(self.sizes) if size == 1]
         """By number: parameters whose gradient may be contiguous though it is a view of a complex number."""
+        self.rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        """By name: the rows of sparse gradients of this step, and their numbers."""
         self.shadows: dict[int, torch.Tensor] = {}
         """By number: copies of parameters whose elements have gaps between them in memory."""
         self.dense: dict[int, tuple[int, ...]] = {}
@@ -310,11 +315,31 @@ class Part:
                 f"{self.params[k].stride()}; use contiguous()"
             )
 
+    def _from_sparse(self, k: int, g: torch.Tensor, optimizer: str) -> torch.Tensor | None:
+        """A dense gradient in the place of a sparse one; None where its rows are in `rows`.
+
+        Row by row where a row without a gradient stays as it is, so that all rows are up to date at all times.
+        """
+        if not self.sparse or g.layout is not torch.sparse_coo:
+            raise RuntimeError(
+                f"{self.names[k]}.grad: must be dense, got {g.layout}; {optimizer} does not support sparse gradients"
+            )
+        rule, values = self.opt.rule, self.pipeline.groups.values_of(k)
+        if rule.states and values[WEIGHT_DECAY] != 0.0 and "lr_decay" in values:
+            raise RuntimeError(f"{optimizer}: weight_decay must be 0 with sparse gradients, got {values[WEIGHT_DECAY]}")
+        still = self.by_rows and rule.name in STILL and values[WEIGHT_DECAY] == 0.0 and self.pipeline.average is None
+        rows = rows_of(g) if still and g.dtype is self.dtype and k not in self.shadows and k not in self.dense else None
+        if rows is None:
+            return g.to_dense()
+        self.rows[self.names[k]] = rows
+        return None
+
     def take(self, optimizer: str) -> Taken:
         """Look at every parameter and its gradient, and take their addresses.
 
         Raises StaleError where the parts have to be made again; RuntimeError for a gradient that is sparse.
         """
+        self.rows.clear()
         dtype = self.dtype
         at: list[int] = []
         grads_at: list[int] = []
@@ -351,14 +376,16 @@ class Part:
                 raise StaleError
             g = p.grad
             if g is not None:
-                check_grad(self.names[k], g, optimizer)
+                moved = moved or p.data_ptr() != self.at[k]
+                if g.layout is not STRIDED:
+                    g = self._from_sparse(k, g, optimizer)
+            if g is not None:
                 if g.shape != p.shape:
                     raise StaleError if p.shape != self.shapes[k] else _misshapen(self.names[k], p, g)
                 like = self.shadows.get(k, p)
                 if g.dtype is not self.dtype or g.is_neg() or not same_strides(g, like):
                     copy = torch.empty_strided(like.shape, like.stride(), dtype=self.dtype)
                     g = copy.copy_(g.detach())
-                moved = moved or p.data_ptr() != self.at[k]
             grads.append(g)
         if moved:
             self._follow()
@@ -372,7 +399,13 @@ class Part:
     def advance(self, taken: Taken, beside: tuple[float, bool] = ALONE) -> StepInfo:
         """Make a step with gradients that were taken. beside : `Taken.beside`."""
         places, present, grads, _ = taken
-        info = self.pipeline.step(Taken(places, present, Arrays(grads), beside), 1.0, "mean")
+        given = Taken(places, present, Arrays(grads), beside)
+        if self.rows:
+            rows, self.rows = self.rows, {}
+            info = self.pipeline.step_rows(rows, given)
+            present = [g is not None or name in rows for name, g in zip(self.names, grads, strict=True)]
+        else:
+            info = self.pipeline.step(given, 1.0, "mean")
         if info.skipped:
             return info
         self._counted(present)
@@ -380,18 +413,18 @@ class Part:
             if grads[k] is not None:
                 self.params[k].detach().copy_(shadow)
         if self.waiting:
-            for k in [k for k in self.waiting if grads[k] is not None]:
+            for k in [k for k in self.waiting if present is None or present[k]]:
                 self._states.show(self.params[k], self._fresh[k])
                 self.waiting.discard(k)
-        updated = (
-            self.params if present is None else [p for p, g in zip(self.params, grads, strict=True) if g is not None]
-        )
+        updated = self.params if present is None else [p for p, here in zip(self.params, present, strict=True) if here]
         increment_version(updated)
         return info
 
 
 increment_version = torch.autograd.graph.increment_version
 STRIDED = torch.strided
+STILL = ("sgd", "adagrad")
+"""Rules by which elements without a gradient stay as they are."""
 
 
 def _misshapen(name: str, p: torch.Tensor, g: torch.Tensor) -> ValueError:
