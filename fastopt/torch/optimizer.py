@@ -331,19 +331,24 @@ class Optimizer(torch.optim.Optimizer):
 
     def _set(self, k: int, key: tuple[Any, ...]) -> bool:
         """Take new hyperparameters of a param group; return whether that was possible without new parts."""
-        group = self.param_groups[k]
-        own = self._checked(group)
-        if own.rule is not self._rules[k] or _has_tensor(self._keys(group)) != (k in self._live):
+        group, rule = self.param_groups[k], self._rules[k]
+        changed = [
+            (self.renamed.get(name, name), value, before)
+            for name, value, before in zip(self._key_names, key, self._known[k], strict=True)
+            if value != before
+        ]
+        if _has_tensor(self._keys(group)) != (k in self._live):
             return False
-        names = own.rule.names()
-        for name, value, before in zip(self._key_names, key, self._known[k], strict=True):
-            if value != before:
-                ours = self.renamed.get(name, name)
-                if ours not in names:
-                    return False
-                for part in self._parts or ():
-                    if k in part.members_of:
-                        part.set_hyper(ours, getattr(own, ours), k)
+        names = rule.names()
+        for name, value, before in changed:
+            # What becomes 0 or is no longer 0, a flag and a word may select another rule: momentum, amsgrad, form.
+            selects = isinstance(value, bool | str) or (value != 0) != (before != 0)
+            if name not in names or (selects and self._checked(group).rule is not rule):
+                return False
+        for name, value, _ in changed:
+            for part in self._parts or ():
+                if k in part.members_of:
+                    part.set_hyper(name, value, k)
         self._known[k] = key
         return True
 
