@@ -1954,7 +1954,7 @@ TORCH: Sequence[Fault] = (
             "if False:",
             IN_TORCH + "-k list_of_parameters",
         ),
-        ("            if k in self._live or key", "            if key", IN_TORCH + "-k rate_in_a_tensor"),
+        ("key = tuple(map(_number, key))", "key = tuple(key)", IN_TORCH + "-k rate_in_a_tensor"),
         ("key=lambda k: measured[k][1]", "key=lambda k: not measured[k][1]", IN_TORCH + "-k whole_or_not"),
         (
             "                group.setdefault(name, value)\n",

@@ -294,10 +294,7 @@ class Optimizer(torch.optim.Optimizer):
                 part.by_rows = False
         self._keys = itemgetter(*[name for name in self.defaults if name not in IMPLEMENTATION])
         self._key_names = [name for name in self.defaults if name not in IMPLEMENTATION]
-        self._known = [self._keys(group) for group in groups]
-        self._live = [k for k, key in enumerate(self._known) if _has_tensor(key)]
-        for k in self._live:
-            self._known[k] = tuple(map(_number, self._known[k]))
+        self._known = [tuple(map(_number, self._keys(group))) for group in groups]
         self._lists = [list(group["params"]) for group in groups]
         self._rules = [own.rule for own in made]
         self._state_of_parts = self.state
@@ -319,7 +316,7 @@ class Optimizer(torch.optim.Optimizer):
             if len(own) != len(params) or not all(map(is_, own, params)):
                 return self._rebuilt()
             key = self._keys(group)
-            if k in self._live or key != self._known[k]:
+            if key != self._known[k]:  # a number in a tensor is compared as well
                 key = tuple(map(_number, key))
                 if key != self._known[k] and not self._set(k, key):
                     return self._rebuilt()
@@ -337,8 +334,6 @@ class Optimizer(torch.optim.Optimizer):
             for name, value, before in zip(self._key_names, key, self._known[k], strict=True)
             if value != before
         ]
-        if _has_tensor(self._keys(group)) != (k in self._live):
-            return False
         names = rule.names()
         for name, value, before in changed:
             # What becomes 0 or is no longer 0, a flag and a word may select another rule: momentum, amsgrad, form.
@@ -542,7 +537,3 @@ def _number(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.item()
     return tuple(map(_number, value)) if isinstance(value, tuple | list) else value
-
-
-def _has_tensor(key: tuple[Any, ...]) -> bool:
-    return any(isinstance(v, torch.Tensor) or (isinstance(v, tuple | list) and _has_tensor(tuple(v))) for v in key)
