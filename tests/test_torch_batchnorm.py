@@ -101,6 +101,20 @@ def test_gradients_by_differences(training, relu):
     assert torch.autograd.gradgradcheck(normalised, (x, weight, bias))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_in_a_graph_of_their_own_are_the_same(training):
+    mine, _ = modules((8, 5), relu=True)
+    mine.train(training)
+    x = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+    inputs = [x, mine.weight, mine.bias]
+    losses = [(mine(x) + 1.0).square().sum() for _ in range(2)]  # whose gradient is not 0 where the ReLU is
+    mine.running_mean.add_(1.0)  # as a batch in between would do
+    grads = [torch.autograd.grad(loss, inputs, create_graph=k == 1) for k, loss in enumerate(losses)]
+    for own, in_graph in zip(*grads, strict=True):
+        assert in_graph.requires_grad
+        torch.testing.assert_close(own, in_graph.detach(), rtol=1e-9, atol=1e-11)
+
+
 def test_a_graph_that_is_kept_can_be_used_again():
     mine, theirs = modules((8, 5), relu=True)
     x = torch.randn(8, 5, dtype=torch.float64)

@@ -1232,6 +1232,120 @@ def test_a_subclass_with_a_step_of_its_own():
     assert_same(model, expected)
 
 
+def lstm() -> Any:
+    class Last(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = torch.nn.LSTM(6, 5, 2, batch_first=True), torch.nn.Linear(5, 3)
+
+        def forward(self, x: Any) -> Any:
+            return self.head(self.lstm(x[:, None].expand(-1, 3, -1))[0][:, -1])
+
+    return Last()
+
+
+def parametrized() -> Any:
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(6, 4))
+    return torch.nn.Sequential(
+        layer, torch.nn.Tanh(), torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 3))
+    )
+
+
+def pruned() -> Any:
+    model = network()
+    torch.nn.utils.prune.random_unstructured(model[0], "weight", amount=0.5)
+    return model
+
+
+def attention() -> Any:
+    class Attended(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(6, 2, batch_first=True)
+            self.scale = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.ones(())), "b": torch.zeros(1)})
+            self.head = torch.nn.Linear(6, 3)
+
+        def forward(self, x: Any) -> Any:
+            x = x[:, None]
+            return self.head(self.scale["a"] * self.attention(x, x, x)[0][:, 0]) + self.scale["b"]
+
+    return Attended()
+
+
+def checkpointed() -> Any:
+    class Checkpointed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Any) -> Any:
+            return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
+
+    return Checkpointed()
+
+
+@pytest.mark.parametrize("make", [lstm, parametrized, pruned, attention, checkpointed])
+def test_models_of_all_kinds(make):
+    importlib.import_module("torch.utils.checkpoint")
+    importlib.import_module("torch.nn.utils.prune")
+    models = []
+    for kind in (ft.AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        model = make()
+        opt = kind(model.parameters(), lr=0.01)
+        torch.manual_seed(1)
+        models.append(train(model, opt, 10))
+    assert_same(*models)
+
+
+def test_another_default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        models = network(torch.float64), network(torch.float64)
+        for model, kind in zip(models, (ft.AdamW, torch.optim.AdamW), strict=True):
+            train(model, kind(model.parameters(), lr=0.01), 5)
+        assert_same(*models, rtol=1e-10, atol=1e-12)
+    finally:
+        torch.set_default_dtype(before)
+
+
+DISTRIBUTED = """
+import warnings
+warnings.simplefilter("ignore")
+import torch, fastopt.torch as ft
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from test_torch_optim import network, train, assert_same
+
+dist.init_process_group("gloo", init_method="file://FILE", rank=0, world_size=1)
+found = []
+for kind in (ft.AdamW, torch.optim.AdamW):
+    model = torch.nn.parallel.DistributedDataParallel(network())
+    train(model, kind(model.parameters(), lr=0.01), 5)
+    sharded = network()
+    train(sharded, ZeroRedundancyOptimizer(sharded.parameters(), optimizer_class=kind, lr=0.01), 5)
+    saved = network()
+    opt = kind(saved.parameters(), lr=0.01)
+    train(saved, opt, 3)
+    state = get_optimizer_state_dict(saved, opt)
+    resumed = kind(saved.parameters(), lr=0.5)
+    set_optimizer_state_dict(saved, resumed, state)
+    train(saved, resumed, 3, first=3)
+    found.append((model, sharded, saved))
+for mine, theirs in zip(*found):
+    assert_same(mine, theirs)
+dist.destroy_process_group()
+print("ok")
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_torchs_distributed_tools(tmp_path):
+    assert in_another_process(DISTRIBUTED.replace("FILE", str(tmp_path / "group"))).strip().endswith("ok")
+
+
 def test_several_optimizers_of_one_model():
     models = network(), network()
     for model, kinds in zip(models, (ft, torch.optim), strict=True):

@@ -53,7 +53,7 @@ class Pass:
             out=None,
             count=count,
         )
-        self.statistics = mean, var
+        self.statistics = (None, None) if training else (mean.clone(), var.clone())
         self.y = torch.from_numpy(y) if self.axis == 1 else torch.from_numpy(y).movedim(-1, 1)
         if records:
             increment_version((mean, var))
@@ -94,7 +94,7 @@ class Normalise(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return *made.backward(dy), None
         # With create_graph=True, by functions of torch, which know their own derivatives.
-        mean, var = (None, None) if made.training else made.statistics
+        mean, var = made.statistics
         y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, made.training, 0.0, made.eps)
         inputs = [tensor for tensor in (x, weight, bias) if tensor is not None and tensor.requires_grad]
         found = iter(torch.autograd.grad(y.relu() if made.relu else y, inputs, dy, create_graph=True))
