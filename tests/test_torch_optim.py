@@ -378,6 +378,21 @@ def test_parameters_of_any_strides(layout):
             assert ours.state[p]["exp_avg"].stride() == p.stride()
 
 
+def test_a_transposed_matrix_has_its_rows_and_columns():
+    torch.manual_seed(0)
+    start, grads = torch.randn(6, 2), torch.randn(3, 6, 2)
+    found = []
+    for weight in (start, start.t().contiguous().t()):
+        p = torch.nn.Parameter(weight.clone(memory_format=torch.preserve_format))
+        opt = ft.Muon([p], lr=0.1)
+        for g in grads:
+            p.grad = g
+            opt.step()
+        found.append(p.detach())
+    assert found[1].stride() == (1, 6)
+    torch.testing.assert_close(*found)
+
+
 def test_a_model_that_becomes_channels_last_goes_on():
     def made() -> Any:
         torch.manual_seed(0)

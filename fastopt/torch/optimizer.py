@@ -284,6 +284,7 @@ class Optimizer(torch.optim.Optimizer):
                     counts=self.counts,
                     shares=self._shares,
                     sparse=self.sparse,
+                    by_matrix=made[own_members[0].group].rule.matrixwise is not None,
                 )
             )
         self._shares = True

@@ -45,6 +45,7 @@ class Part:
         counts: whether torch's state has a `step`.
         shares: whether states that already lie as ours would may be used where they are.
         sparse: whether gradients may be sparse.
+        by_matrix: whether the rule looks at matrices as a whole.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Part:
         counts: bool,
         shares: bool,
         sparse: bool,
+        by_matrix: bool,
     ):
+        self.by_matrix = by_matrix
         self.sparse = self.by_rows = sparse
         self.params = [member.param for member in members]
         self.names = [member.name for member in members]
@@ -90,7 +93,7 @@ class Part:
 
     def _array(self, k: int, p: torch.Tensor) -> np.ndarray:
         """A NumPy array over the memory of a parameter, or of a copy where it has gaps."""
-        view = dense_view(p)
+        view = self._view(p)
         if view is None:
             shadow = self.shadows.get(k)
             if shadow is None:
@@ -100,6 +103,10 @@ class Part:
             self.dense[k] = p.stride()
         array: np.ndarray = view.numpy()
         return array
+
+    def _view(self, p: torch.Tensor) -> torch.Tensor | None:
+        """A contiguous view of a parameter; None where a copy has its place. A matrix keeps its rows and columns."""
+        return None if self.by_matrix and not p.is_contiguous() else dense_view(p)
 
     def _strides(self, k: int) -> tuple[int, ...]:
         """The strides of a parameter's states: its own, or contiguous ones where it has gaps."""
@@ -115,7 +122,7 @@ class Part:
     def _follow(self) -> None:
         """Update the parameters where they are now."""
         for k, p in enumerate(self.params):
-            if p.device.type != "cpu" or p.shape != self.shapes[k] or (dense_view(p) is None) != (k in self.shadows):
+            if p.device.type != "cpu" or p.shape != self.shapes[k] or (self._view(p) is None) != (k in self.shadows):
                 raise StaleError
             if k not in self.shadows and self.dense.get(k) != (None if p.is_contiguous() else p.stride()):
                 raise StaleError
