@@ -168,6 +168,23 @@ BARS = (
         Bar(f"{work}, alone", "our time over that on OpenMP's threads", False, 1.05, over(f"{work}, alone", "OpenMP"))
         for work in ("Adam 100k", "Adam 1M", "Adam 4M", "Adam 30M", "BatchNorm 32x256x14x14")
     ),
+    *(
+        Bar(f"{case}, {threads}", OVER[name], True, bar, times("torch", f"{case}, {threads}", name))
+        for threads in ("1 thread", "2 threads")
+        for case, name, bar in (
+            ("actor-critic of 8 tensors", "torch fused", 1.15),
+            ("actor-critic of 8 tensors", "torch", 1.5),
+            ("MLP of 100 tensors", "torch fused", 1.15),
+            ("MLP of 100 tensors", "torch", 1.5),
+            ("transformer of 999 tensors", "torch fused", 1.08),
+            ("transformer of 999 tensors", "torch", 1.5),
+            ("CNN with BatchNorm", "torch fused", 1.2),
+        )
+    ),
+    *(
+        Bar(f"step of {case}, 1 thread", OVER["torch"], True, 1.0, times("torch", f"step of {case}, 1 thread", "torch"))
+        for case in ("1 tensor of 10", "10,000 tensors of 10", "1 tensor of 30M")
+    ),
     Bar(
         "import fastopt", "seconds over importing numba", False, 0.15, seconds("startup", "import fastopt, over numba")
     ),

@@ -218,6 +218,7 @@ def test_every_bar_belongs_to_a_measured_case():
     import bench_batchnorm
     import bench_company
     import bench_many_tensors
+    import bench_torch
 
     titles = {
         "step": [f"Adam {size}" for size in ("1k", "100k", "1M", "4M", "30M")],
@@ -229,6 +230,7 @@ def test_every_bar_belongs_to_a_measured_case():
             *(f"{name}, alone" for name in (*bench_company.CASES, *bench_company.ALONE)),
         ],
         "startup": ["import fastopt, over numba", "first step of a process"],
+        "torch": [group.title for group in (*bench_torch.ITERATIONS.values(), *bench_torch.ALL_STEPS.values())],
     }
     us = dict.fromkeys(("fastopt", "limit", "torch", "torch fused", "deepspeed", "numpy", "one thread", "OpenMP"), 1.0)
     facts = {"parameters": 30_000_000, "dtype": "float32"}
