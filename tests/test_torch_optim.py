@@ -253,6 +253,18 @@ def _in_order(opt: Any, model: Any, expected: Any) -> list[Any]:
     return [theirs[next(k for k, p in enumerate(own) if p is key)] for key in opt.state]
 
 
+def test_states_that_are_made_by_hand_before_the_first_step():
+    """As an optimizer for several processes often makes them, with an int for the count."""
+    (model, opt), (expected, other) = both()
+    for p in model.parameters():
+        opt.state[p]["step"] = 0
+        opt.state[p]["exp_avg"] = torch.zeros_like(p.data)
+        opt.state[p]["exp_avg_sq"] = torch.zeros_like(p.data)
+    train(model, opt, 3), train(expected, other, 3)
+    assert_same(model, expected)
+    assert opt.state[model[0].weight]["step"].item() == 3
+
+
 def test_another_dict_of_states_is_seen():
     from collections import defaultdict
 

@@ -79,22 +79,20 @@ for _kind in (State, States):
         setattr(_kind, _name, _reporting(_name))
 
 
-def one_buffer(
-    tensors: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor], buffer: torch.Tensor
-) -> torch.Tensor | None:
+def one_buffer(tensors: Sequence[Any], like: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor | None:
     """The buffer of which all these tensors are views, if they lie in it as those of `like` lie in `buffer`; else None.
 
     A state that was unpickled, deep-copied or moved to shared memory is used where it is, so that it stays shared.
     """
     first = tensors[0] if tensors else None
-    if first is None:
+    if not isinstance(first, torch.Tensor):
         return None
     storage = first.untyped_storage()
     if storage.nbytes() < buffer.numel() * buffer.itemsize or storage.data_ptr() % 64:
         return None
     for tensor, own in zip(tensors, like, strict=True):
         if (
-            tensor is None
+            not isinstance(tensor, torch.Tensor)
             or tensor.dtype is not own.dtype
             or tensor.shape != own.shape
             or tensor.stride() != own.stride()
