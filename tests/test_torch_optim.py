@@ -302,6 +302,16 @@ def test_a_state_dict_that_does_not_fit_leaves_the_optimizer_as_it_was():
     assert_same(model, expected)
 
 
+def test_a_run_of_nadam_whose_momenta_were_changed_cannot_be_continued():
+    (model, opt), (expected, other) = both("NAdam")
+    train(expected, other, 3)
+    other.param_groups[0]["momentum_decay"] = 0.5
+    with pytest.raises(ValueError, match="mu_product: must be"):
+        opt.load_state_dict(copy.deepcopy(other.state_dict()))
+    train(model, opt, 3)
+    assert_same(model, expected)
+
+
 def test_a_loaded_state_is_a_copy():
     (model, opt), _ = both()
     train(model, opt, 2)

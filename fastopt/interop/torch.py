@@ -412,11 +412,12 @@ def _states_of(
             elif key != "mu_product":
                 states[k][key] = array_from(given[key], f"{where}[{key!r}]", views[k])
         if "mu_product" in given:
-            _check_product(given["mu_product"], states[k]["step"], values[k], f"{where}['mu_product']")
+            check_product(given["mu_product"], states[k]["step"], values[k], f"{where}['mu_product']")
     return states
 
 
-def _check_product(found: Any, count: int, values: Mapping[str, Any], where: str) -> None:
+def check_product(found: Any, count: int, values: Mapping[str, Any], where: str) -> None:
+    """Refuse a product of NAdam's momenta that does not follow from the count and the hyperparameters."""
     # torch accumulates the product in float32; here it follows from the count. The formula uses 1 - product, so
     # rounding does not matter, but other hyperparameters do.
     number = number_from(found, where)

@@ -11,6 +11,7 @@ import torch
 
 import fastopt
 from fastopt.hyper import EMA, WEIGHT_DECAY
+from fastopt.interop.torch import check_product
 from fastopt.rules.nadam import product
 from fastopt.step.gate import through_gate
 from fastopt.step.info import StepInfo
@@ -184,6 +185,10 @@ class Part:
             }
             for k, group in enumerate(self.of)
         ]
+        for k, entry in enumerate(old):
+            if "mu_product" in entry and not shares:
+                where = f"state of {self.names[k]}: mu_product"
+                check_product(entry["mu_product"], numbers[k], values[self.of[k]], where)
         pipeline.resume(numbers, changes, [k for k, entry in enumerate(old) if not entry])
         for k, (entry, fresh) in enumerate(zip(old, views, strict=True)):
             for name, view in fresh.items():
