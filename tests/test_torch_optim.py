@@ -352,7 +352,7 @@ def test_the_dtype_is_looked_at_in_every_step():
         opt.step()
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "LAMB", "NovoGrad"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "LAMB", "NovoGrad", "StableAdamW"])
 def test_gradients_of_any_strides(name):
     kind = getattr(ft, name)
     torch.manual_seed(2)

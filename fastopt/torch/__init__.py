@@ -34,6 +34,7 @@ from fastopt.torch.classes import (
     RMSprop,
     Rprop,
     ScheduleFreeAdamW,
+    StableAdamW,
     Yogi,
     from_rule,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "ScheduleFreeAdamW",
+    "StableAdamW",
     "Yogi",
     "convert_batchnorm",
     "from_rule",

@@ -506,6 +506,28 @@ class NovoGrad(Optimizer, ours=fastopt.NovoGrad):
     """
 
 
+class StableAdamW(Optimizer, ours=fastopt.StableAdamW):
+    """`fastopt.StableAdamW` for torch.
+
+    Args:
+        params: an iterable of tensors, of named tensors, or of param groups.
+        *args, **kwargs: those of `fastopt.StableAdamW` after params, and those of `Optimizer`.
+
+    Raises:
+        TypeError, ValueError: as `Optimizer`.
+
+    Source: Wortsman et al. 2023, https://arxiv.org/abs/2304.13013
+
+    >>> import torch, fastopt.torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> opt = fastopt.torch.StableAdamW([w], lr=0.1)
+    >>> w.sum().backward()
+    >>> opt.step()
+    >>> w.data
+    tensor([0.8990, 0.8990])
+    """
+
+
 class Yogi(Optimizer, ours=fastopt.Yogi):
     """`fastopt.Yogi` for torch.
 
