@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, overload
 import numpy as np
 
 from fastopt import scalars
-from fastopt.hyper import EMA, Flag, Interval
+from fastopt.hyper import EMA, POSITIVE_OR_ZERO, Flag, Interval
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
 from fastopt.state import LoadReport, OptimizerState, Snapshot, check_keep, fit
@@ -601,6 +601,44 @@ class Optimizer:
         views = pipeline.flat.views(pipeline.average)
         with pipeline.elsewhere("swap_ema", lambda: pipeline.put_params(views)):
             yield self.params
+
+    @contextmanager
+    def ascent(self, rho: Any = 0.05, grads: Any = None) -> Iterator[Any]:
+        r"""Hold the parameters further up the loss inside a ``with`` block, for sharpness-aware minimisation (SAM).
+
+        The parameters are at ``p + rho g / norm(g)``, with the norm over all gradients. Compute the gradients there,
+        and step with them after the block. At its end, also after an exception, the parameters are restored, to the
+        bit.
+
+        Args:
+            rho: the length of the way, >= 0, in units of the parameters.
+            grads: the gradients at the parameters, as for `step`; None for those in ``opt.grads``. Options of the step
+                such as clipping do not change them; with ``maximize=True`` the way is downwards.
+
+        Returns:
+            A context manager, which yields ``opt.params``.
+
+        Raises:
+            TypeError, ValueError: naming rho or the path of a gradient.
+            RuntimeError: gradients have been accumulated; inside another such block.
+
+        A parameter without a gradient, or a frozen one, stays where it is; so do all where the norm is 0, or so small
+        that its inverse leaves the range of the dtype.
+
+        Source: Foret et al. 2021, https://arxiv.org/abs/2010.01412, algorithm 1
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.SGD({"w": np.array([3.0, -4.0])}, lr=0.1)
+        >>> with opt.ascent(0.5, {"w": opt.params["w"].copy()}) as params:
+        ...     print(params["w"])
+        ...     grads = {"w": params["w"].copy()}
+        [ 3.3 -4.4]
+        >>> _ = opt.step(grads)
+        >>> opt.params["w"]
+        array([ 2.67, -3.56])
+        """
+        with self._running.ascended(POSITIVE_OR_ZERO.check("rho", rho), grads, "ascent") as params:
+            yield params
 
     def adopt(self, params: Any) -> None:
         """Put the views of the parameters into the caller's own containers, in place of the arrays there.

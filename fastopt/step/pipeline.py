@@ -14,7 +14,7 @@ import numpy as np
 
 from fastopt.hyper import EMA, POSITIVE_OR_ZERO
 from fastopt.kernels import get_backend
-from fastopt.kernels.contract import BLOCK, PROCEEDS, Adder, Decision, sums_per_block
+from fastopt.kernels.contract import BLOCK, PROCEEDS, Adder, Decision, Features, sums_per_block
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
 from fastopt.step.born import Born
@@ -840,6 +840,32 @@ class Pipeline:
         arguments = self.places_of_params, self.states, plan.table.array, chunks, self.size
         with self.elsewhere(context, lambda: kernel.launch(*arguments)):
             yield self.flat.params
+
+    @contextmanager
+    def ascended(self, rho: float, grads: Any, context: str) -> Iterator[Any]:
+        """Hold the parameters a step of length rho further along the gradients: see `Optimizer.ascent`."""
+        self.refuse_while_held(context)
+        if self.pending is not None:
+            raise RuntimeError(f"{context}(): gradients have been accumulated; step() or zero_grad() first")
+        if self.device is not None:
+            self.device.check_place(self.flat.device)
+        self.collect()
+        flat, plan = self.flat, self.current_plan()
+        taken = Taken(flat.places, None, None) if grads is None else self.intake.take(grads)
+        present = self._without_frozen(taken.present) if self.groups.frozen else taken.present
+        here = np.ones(len(flat.paths), np.bool_) if present is None else np.array(present)
+        rows = [row if own else -1 for row, own in zip(plan.of, here.tolist(), strict=True)]
+        chunks = plan.chunks(rows, whole=True, apart=True)
+        measuring = self.backend.norm(flat.dtype, Features())
+        norm, _ = norm_of([self.backend.host(measuring.launch(taken.places, plan.table.array, chunks, self.size))])
+        weight = self.sign * rho / norm if norm != 0.0 else 0.0
+        if abs(weight) > np.finfo(flat.dtype).max:
+            weight = 0.0
+        factor, none = np.array([weight, 0.0], flat.dtype), np.zeros(len(here), np.bool_)
+        unused = self.backend.empty((1, sums_per_block(flat.dtype)), np.dtype(np.float64))
+        arguments = taken.places, here, none, factor, chunks, unused, Adder(False, False), flat.dtype
+        with self.elsewhere(context, lambda: self.backend.add(*arguments)):
+            yield flat.params
 
     @contextmanager
     def elsewhere(self, context: str, move: Callable[[], None]) -> Iterator[None]:
