@@ -306,6 +306,22 @@ def test_sums_settled_one_after_the_other_and_numbers_of_each_and_of_all(made):
             assert float(host(ours.states[number][path])) == pytest.approx(float(cpu.states[number][path]), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_way_up_the_loss_is_that_of_the_cpu_and_is_gone_after_it(dtype):
+    params = tree(6, dtype)
+    ours, cpu = (fastopt.Adam(params, backend=backend, max_norm=0.5, nonfinite="skip") for backend in ("cuda", "cpu"))
+    for step in range(2):
+        grads = {**grads_of(params, step), "b": None}
+        given = {path: None if g is None else uploaded({path: g})[path] for path, g in grads.items()}
+        before = host(ours.flat.data).tobytes()
+        with ours.ascent(0.5, given) as there, cpu.ascent(0.5, grads) as expected:
+            for path, leaf in expected.items():
+                np.testing.assert_allclose(host(there[path]), leaf, rtol=1e-6 if dtype == np.float32 else 1e-13)
+        assert host(ours.flat.data).tobytes() == before
+        ours.step(given)
+        cpu.step(grads)
+
+
 @pytest.mark.parametrize("kind", ["Adam", "LAMB", "NovoGrad", "LARS", "StableAdamW"])
 def test_a_skipped_step_changes_nothing(kind):
     def everything() -> list[bytes]:
