@@ -396,6 +396,18 @@ LOOPS: Sequence[Fault] = (
         ),
     ),
     *faults_of(
+        "fastopt/step/pipeline.py",
+        "tests/test_ascent.py",
+        ("weight = self.sign * rho / norm if norm != 0.0 else 0.0", "weight = rho / norm if norm != 0.0 else 0.0"),
+        ("self._without_frozen(taken.present) if self.groups.frozen else taken.present", "taken.present"),
+        (
+            "if abs(weight) > np.finfo(flat.dtype).max:\n            weight = 0.0",
+            "if False:\n            weight = 0.0",
+        ),
+        ("rows = [row if own else -1 for row, own in zip(plan.of, here.tolist(), strict=True)]", "rows = plan.of"),
+        ("measuring = self.backend.norm(flat.dtype, Features())", "measuring = plan.norm_kernel(scaled=False)"),
+    ),
+    *faults_of(
         "fastopt/kernels/cpu/sums.py",
         "tests/test_sums.py -k 'of_each_tensor or over_all_parameters'",
         ("            block += 1\n", "            pass\n"),
