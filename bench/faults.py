@@ -436,7 +436,7 @@ LOOPS: Sequence[Fault] = (
         "fastopt/rules/stable_adamw.py",
         parity("StableAdamW"),
         ("return 1.0 if mean <= 1.0 else 1.0 / math.sqrt(mean)", "return 1.0 / math.sqrt(mean)"),
-        ("(b * (1.0 - b ** (t - 1)) / (1.0 - b**t) for b in betas)", "betas"),
+        ("return b * (1.0 - b ** (t - 1)) / (1.0 - b**t)", "return b"),
         (
             "h.eps_squared if new_v < h.eps_squared else new_v",
             "new_v if new_v > h.eps_squared else h.eps_squared",

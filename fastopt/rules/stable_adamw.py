@@ -30,8 +30,12 @@ class Hyper(NamedTuple):
     bound: float  # 1 / max(1, rms), filled in by the backend
 
 
+def corrected(b, t):
+    return b * (1.0 - b ** (t - 1)) / (1.0 - b**t)
+
+
 def prepare(t: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> Hyper:
-    b1, b2 = (b * (1.0 - b ** (t - 1)) / (1.0 - b**t) for b in betas)
+    b1, b2 = corrected(betas[0], t), corrected(betas[1], t)
     return Hyper(lr, b1, 1.0 - b1, b2, 1.0 - b2, eps, eps * eps, weight_decay, 1.0)
 
 
