@@ -19,8 +19,8 @@ MODES = {"forwards": (False, False), "backwards": (False, True), "contracted": (
 """Contraction, and the order of threads."""
 OVERRIDES = {"p4": {"lr": 0.03125}, "p1000": {"weight_decay": 0.25}, "p4097": {"lr": 0.0625}}
 """Param groups."""
-OF_EACH_KIND = ("AdamW", "LAMB", "NovoGrad-weight_decay=0.1", "Muon")
-"""An elementwise, a layerwise, a scaling and a matrixwise rule."""
+OF_EACH_KIND = ("AdamW", "LAMB", "NovoGrad-weight_decay=0.1", "StableAdamW-weight_decay=0.1", "Muon")
+"""An elementwise, a layerwise and a scaling rule, one of sums, and a matrixwise one."""
 
 
 class Left(NamedTuple):
@@ -104,12 +104,14 @@ def assert_like_cpu(case: Case, dtype: Any, found: dict[str, Left], cpu: Left) -
     """The CPU's bits without contraction, and close to them with it.
 
     The ratio of a layerwise rule is of sums of squares that are not exact, and a GPU adds them up in another order: it
-    is that of the CPU to the last places of float64. Contraction leaves out roundings of products; each of the five
+    is that of the CPU to the last places of float64. So is what follows from the sums that a rule names.
+
+    Contraction leaves out roundings of products; each of the five
     rounds of matrix products of Muon's direction multiplies what that changes. A centered RMSprop divides by the root
     of a difference of squares, which has lost digits, and momentum adds up what comes of it: 8 ulp were seen.
     """
     ulps = {"Muon": 24, "RMSprop": 16}.get(case.optimizer, 4)
-    if case.rule.layerwise is not None and dtype is np.float64:
+    if (case.rule.layerwise is not None or case.rule.sums) and dtype is np.float64:
         assert_close(found["forwards"], cpu, 4)
     else:
         assert_same(found["forwards"], cpu)
