@@ -132,8 +132,13 @@ def speed(stored: Mapping[str, Stored]) -> str:
     ]
     if not rows:
         return "No measurements are stored."
+    machines: dict[str, list[str]] = {}
+    for file in dict.fromkeys(file for file, _ in rows):
+        machines.setdefault(machine_of(stored[file]), []).append(SECTIONS[file][0])
+    first, *others = machines
+    where = "".join([first, *[f"; {' and '.join(machines[other])} on {other}" for other in others]])
     lines = [
-        f"Microseconds, including all Python, in float32 on {machine_of(next(iter(stored.values())))}. Each line was "
+        f"Microseconds, including all Python, in float32 on {where}. Each line was "
         "measured in one run, in which the contestants take turns; brackets show the time as a multiple of fastopt's. "
         "`limit` moves the same bytes and computes almost nothing: it is the limit of this memory. See "
         "[docs/performance.md](docs/performance.md) for all measurements with charts. Measure your own machine with "
