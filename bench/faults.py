@@ -433,6 +433,42 @@ LOOPS: Sequence[Fault] = (
         ),
     ),
     *faults_of(
+        "fastopt/kernels/cpu/lines.py",
+        "tests/test_sums.py -k over_rows",
+        (
+            "of_row = OF_ROW(h, of_rows, tile.row_line + row)\n            if BY",
+            "of_row = OF_ROW(h, of_rows, row)\n            if BY",
+        ),
+        (
+            "of_row = OF_ROW(h, of_rows, tile.row_line + row)\n            for j",
+            "of_row = OF_ROW(h, of_rows, tile.row + row)\n            for j",
+        ),
+        (
+            "by_column = windows(parts, tile.column_part, tile.width)",
+            "by_column = windows(parts, tile.column, tile.width)",
+        ),
+        ("number = line.tile + other * line.stride", "number = line.tile + other"),
+        ("own_h = OF_LINE(h, of_lines, line.first + i)", "own_h = OF_LINE(h, of_lines, i)"),
+        (
+            "h = OF_TENSOR(h, of_tensors, tile.place)\n        columns = windows(of_columns, tile.column_line, tile.width)\n        for row",
+            "h = OF_TENSOR(h, of_tensors, 0)\n        columns = windows(of_columns, tile.column_line, tile.width)\n        for row",
+        ),
+        ('if over == "all":', "if False:"),
+        ("table[0, PROCEEDS] = 0.0", "pass", 'tests/test_interrupts.py -k "raises and serial and rows"'),
+    ),
+    *faults_of(
+        "fastopt/storage/layout.py",
+        "tests/test_sums.py -k over_rows",
+        ("first_tile + k, len(down), stride", "first_tile + k, len(down), 1"),
+        ('                    parts["column"] += width\n', ""),
+        ("(shape[0], math.prod(shape[1:])) if len(shape) > 1", "(shape[0], math.prod(shape[1:])) if len(shape) == 2"),
+        (
+            "if size == 0 or group < 0:\n                continue\n            total",
+            "if size == 0:\n                continue\n            total",
+            "tests/test_sums.py -k keeps_its_rows",
+        ),
+    ),
+    *faults_of(
         "fastopt/rules/stable_adamw.py",
         parity("StableAdamW"),
         ("return 1.0 if mean <= 1.0 else 1.0 / math.sqrt(mean)", "return 1.0 / math.sqrt(mean)"),
@@ -522,6 +558,16 @@ DEVICE: Sequence[Fault] = (
             "            if False:",
             SIMULATED + "tests/test_cuda_streams.py -k several_streams_have_used",
         ),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/lines.py",
+        SIMULATED + "tests/test_cuda.py -k 'settled_one_after_the_other and rows'",
+        ("FOLD(left, right, i, down, across)", "FOLD(left, right, i, down, 1)"),
+        ("partials[PAIR * (tile.row_part + first + i)] =", "partials[PAIR * tile.row_part] ="),
+        ("totals[N_TOTALS * (line.first + i) + pair] = s", "totals[N_TOTALS * (line.first + i)] = s"),
+        ("            stop = count\n", ""),
+        ("if N_NUMBERS > 0 and (not GATED or step.proceeds != ZERO):", "if N_NUMBERS > 0:"),
+        ("row = element // tile.width", "row = element // tile.columns"),
     ),
     *faults_of(
         "fastopt/kernels/cuda/decisions.py",

@@ -37,7 +37,8 @@ def update_(rule: Rule, p: Any, g: Any, *states: Any, t: int = 1, grad_scale: fl
         **hyper: the rule's hyperparameters, as numbers (not schedules). The others have the defaults of the rule's
             optimizer.
 
-    A layerwise rule (LAMB) treats the arrays as one parameter. A matrixwise rule (Muon) refuses them.
+    A layerwise rule (LAMB) treats the arrays as one parameter, and a rule with sums over rows and columns (Adafactor)
+    as one row. A matrixwise rule (Muon) refuses them.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is written.
@@ -61,12 +62,14 @@ def update_(rule: Rule, p: Any, g: Any, *states: Any, t: int = 1, grad_scale: fl
     named = dict(zip(("p", "g", *rule.states), (p, g, *states[:count]), strict=True))
     backend, vectors = check_vectors(named, read_only="g")
     numbers = []
-    for name, given in zip(rule.numbers, states[count:], strict=True):
+    for (name, over), given in zip(rule.over.items(), states[count:], strict=True):
         place, (number,) = check_vectors({name: given}, read_only="")
         if place is not backend:
             raise TypeError(f"{name}: must be on {backend.name!r}, as p is, got an array on {place.name!r}")
-        if number.dtype != np.float64 or number.size != 1:
-            raise TypeError(f"{name}: must be 1 number of float64, got {number.size} of {number.dtype}")
+        expected = vectors[0].size if over == "column" else 1
+        if number.dtype != np.float64 or number.size != expected:
+            what = f"{expected} number{'s' if expected != 1 else ''}"
+            raise TypeError(f"{name}: must be {what} of float64, got {number.size} of {number.dtype}")
         numbers.append(number)
     check_apart(dict(zip((*named, *rule.numbers), (*vectors, *numbers), strict=True)), backend)
     t = scalars.count("t", t, 1, "the number of this update, an int from 1")
@@ -80,7 +83,7 @@ def update_(rule: Rule, p: Any, g: Any, *states: Any, t: int = 1, grad_scale: fl
     table.write(0, t, point, unscale)
     features = features_of(rule, decays=values[WEIGHT_DECAY] != 0.0, unscale=unscale != 1.0)
     kernel = backend.kernel(rule, hyper_type, dtype, features)
-    layout, chunks = _one_parameter(size, rule.whole, backend.device)
+    layout, chunks = _one_parameter(size, rule.whole, rule.lined, backend.device)
     places = layout.places(backend.address(vectors[0]), backend.address(vectors[1]))
     kernel.launch(places, (*vectors[2:], *numbers), table.array, chunks, size)
 
@@ -89,7 +92,7 @@ Rule.update_ = update_  # type: ignore[assignment, method-assign]
 
 
 @lru_cache(maxsize=64)
-def _one_parameter(size: int, whole: bool, device: int | None) -> tuple[Layout, np.ndarray]:
-    """Return the layout and the chunks of one parameter. Each device has its own, of which it keeps a copy."""
+def _one_parameter(size: int, whole: bool, lined: bool, device: int | None) -> tuple[Layout, Any]:
+    """Return the layout and the chunks, or tiles, of one parameter. Each device has its own, and keeps a copy."""
     layout = Layout.of([(size,)])
-    return layout, layout.chunks([0], whole=whole)
+    return layout, layout.tiles([0]) if lined else layout.chunks([0], whole=whole)

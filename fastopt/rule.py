@@ -19,6 +19,8 @@ from fastopt.closed_forms import Idle
 from fastopt.hyper import DOMAINS, EMA, EPS, WEIGHT_DECAY, Domain, Flag, Interval
 
 MISSING = inspect.Parameter.empty
+OVER = ("tensor", "row", "column", "all")
+"""What `Sums` may go over."""
 NOT_PLAIN = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
 
@@ -112,14 +114,17 @@ class Sums:
         settle: ``settle(sums, numbers, size, h)``, computed in float64: `sums` and `numbers` have a field for each
             name, `size` is the number of elements. It returns the tuple of the values of `results`, then the new
             `numbers`; a single value alone, not in a tuple.
-        results: the names of the fields of h which those values replace.
-        numbers: the names of per-tensor states: one float64 per parameter each, which begin at 0. Several `Sums` of a
-            rule may share one.
-        over: ``"tensor"``: sums over each parameter, settled once for each; ``"all"``: over all parameters of the step,
-            settled once, by the h of the first one. The numbers are then the same for all parameters.
+        results: the names of the fields of h which those values replace: for the elements of that parameter, row or
+            column.
+        numbers: the names of states of one float64 per parameter, row or column, which begin at 0. Several `Sums` of a
+            rule over the same may share one.
+        over: ``"tensor"``: sums over each parameter, settled once for each; ``"row"`` and ``"column"``: over each row
+            and each column of a parameter; ``"all"``: over all parameters of the step, settled once, by the h of the
+            first one. The numbers are then the same for all parameters. A parameter of more than two axes is the matrix
+            ``p.reshape(p.shape[0], -1)``; one of fewer than two is a single row.
 
-    Each `Sums` with terms reads what its terms use once more before the update. Sums are those of fixed blocks of 4096
-    elements, added in their order: the same bits for any number of threads.
+    Each `Sums` with terms reads what its terms use once more before the update. Sums are those of fixed blocks (of 4096
+    elements, or of pieces of a matrix), added in their order: the same bits for any number of threads.
 
     Raises:
         TypeError: functions of another signature, or names that are not names.
@@ -158,8 +163,8 @@ class Sums:
                 raise TypeError(f"Sums: {name}: must be different names of variables, as ('scale',), got {names!r}")
         if not self.results and not self.numbers:
             raise TypeError("Sums: results: must name what settle gives, or numbers must, got neither")
-        if self.over not in ("tensor", "all"):
-            raise TypeError(f"Sums: over: must be 'tensor' or 'all', got {self.over!r}")
+        if self.over not in OVER:
+            raise TypeError(f"Sums: over: must be {', '.join(map(repr, OVER[:-1]))} or {OVER[-1]!r}, got {self.over!r}")
         _check_call("Sums: settle", self.settle, ("sums", "numbers", "size", "h"))
 
     def __hash__(self) -> int:
@@ -344,9 +349,16 @@ class Rule:
         others = [kind for kind in ("layerwise", "scaling", "matrixwise", "idle") if getattr(self, kind) is not None]
         if self.sums and others:
             raise TypeError(f"rule {self.name!r}: {others[0]}: must be None for a rule with sums")
+        over: dict[str, str] = {}
         for sums in self.sums:
             if not isinstance(sums, Sums):
                 raise TypeError(f"rule {self.name!r}: sums: must be a Sums or several, got {sums!r}")
+            for name in sums.numbers:
+                if over.setdefault(name, sums.over) != sums.over:
+                    raise TypeError(
+                        f"rule {self.name!r}: sums: number {name!r}: must be settled over the same by all, got "
+                        f"{over[name]!r} and {sums.over!r}"
+                    )
             for name, term in sums.terms.items():
                 _check_call(f"rule {self.name!r}: sums: terms[{name!r}]", term, names)
 
@@ -376,10 +388,20 @@ class Rule:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """The names of per-tensor states: one number per parameter."""
+        """The names of states of one number per parameter, row or column."""
+        return tuple(self.over)
+
+    @property
+    def over(self) -> dict[str, str]:
+        """By the name of such a state: of what it has a number each, as `Sums.over`."""
         if self.scaling is not None and self.scaling.number is not None:
-            return (self.scaling.number,)
-        return tuple(dict.fromkeys([name for sums in self.sums for name in sums.numbers]))
+            return {self.scaling.number: "tensor"}
+        return {name: sums.over for sums in self.sums for name in sums.numbers}
+
+    @property
+    def lined(self) -> bool:
+        """Whether the rule uses sums over rows or columns."""
+        return any(sums.over in ("row", "column") for sums in self.sums)
 
     @property
     def whole(self) -> bool:

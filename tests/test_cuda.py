@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import BY_NAME, CASES, EVERYTHING, MATHEMATICS, Case, gradients
-from test_sums import centred, prodigy, ruled
+from test_sums import centred, lined, prodigy, ruled
 
 import fastopt
 from fastopt.kernels import get_backend
@@ -285,7 +285,9 @@ def test_a_step_does_not_wait_for_the_norm(monkeypatch):
         np.testing.assert_allclose(host(ours.params[path]), expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("made", [ruled, prodigy, centred], ids=["each", "all", "all, and their size"])
+@pytest.mark.parametrize(
+    "made", [ruled, prodigy, centred, lined], ids=["each", "all", "all, and their size", "rows and columns"]
+)
 def test_sums_settled_one_after_the_other_and_numbers_of_each_and_of_all(made):
     """Three terms, which are two passes; a stage without any; parameters without gradient; and a skipped step."""
     params = tree(5, np.float64, {"long": (BLOCK + 700,), "b": (3, 4), "empty": (0,), "absent": (5,)})
@@ -303,7 +305,8 @@ def test_sums_settled_one_after_the_other_and_numbers_of_each_and_of_all(made):
         np.testing.assert_allclose(host(ours.params[path]), expected, rtol=1e-11, atol=1e-14, err_msg=path)
         np.testing.assert_allclose(host(ours.ema[path]), cpu.ema[path], rtol=1e-11, atol=1e-14, err_msg=path)
         for number in made.numbers:
-            assert float(host(ours.states[number][path])) == pytest.approx(float(cpu.states[number][path]), rel=1e-12)
+            found, wanted = host(ours.states[number][path]), cpu.states[number][path]
+            np.testing.assert_allclose(found, wanted, rtol=1e-12, err_msg=f"{number} of {path}")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

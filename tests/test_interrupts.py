@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_sums import ruled
+from test_sums import lined, ruled
 
 import fastopt
 from fastopt.checkpoint import describe
@@ -251,6 +251,7 @@ METHODS: dict[str, tuple[Callable[[], Opt], Call, Call]] = {
     "LARS": (lambda: fastopt.LARS(tree(), max_norm=1.0), nothing, step_with_grads),
     "NovoGrad": (lambda: fastopt.NovoGrad(tree()), nothing, step),
     "sums": (lambda: fastopt.Optimizer(tree(), ruled), nothing, step),
+    "sums over rows": (lambda: fastopt.Optimizer(tree(), lined), nothing, step),
     "Muon": (lambda: fastopt.Muon(tree()), nothing, step),
     "accumulate": (lambda: adam(max_norm=1.0), nothing, accumulate),
     "accumulate more": (lambda: adam(max_norm=1.0), accumulate, accumulate),

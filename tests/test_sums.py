@@ -14,13 +14,26 @@ import pytest
 
 import fastopt
 from fastopt.kernels.contract import BLOCK
+from fastopt.storage.layout import TILE
 
-SIZES = {"a": 130 * BLOCK + 1, "b": 5, "empty": 0, "c": BLOCK, "d": BLOCK + 1, "one": 1}
-"""The first in chunks of several blocks."""
+SHAPES = {
+    "a": (130 * BLOCK + 1,),
+    "b": (5,),
+    "c": (BLOCK,),
+    "d": (BLOCK + 1,),
+    "empty": (0, 3),
+    "hollow": (3, 0),
+    "kernel": (6, 5, 3, 2),
+    "matrix": (40, 5000),
+    "one": (),
+    "tall": (TILE + 1, 2),
+    "wide": (2, TILE + 1),
+}
+"""The first in chunks of several blocks. The last ones are cut into tiles: rows, columns and both."""
 
 
 def tree(rng: np.random.Generator, dtype: Any) -> dict[str, np.ndarray]:
-    return {path: rng.normal(size=size).astype(dtype) for path, size in SIZES.items()}
+    return {path: np.asarray(rng.normal(size=shape)).astype(dtype) for path, shape in SHAPES.items()}
 
 
 # --- Prodigy: sums over all parameters, and numbers that persist ------------------------------------------------------
@@ -314,11 +327,181 @@ def test_terms_see_what_the_rule_sees():
             np.testing.assert_allclose(opt.ema[path], average[path], rtol=1e-11, err_msg=path)
 
 
+# --- sums over rows and columns ---------------------------------------------------------------------------------------
+
+
+class LinedHyper(NamedTuple):
+    lr: float
+    row: float
+    column: float
+    share: float
+    mean: float
+    total: float
+
+
+def prepare_lined(t: int, lr: float = 0.1) -> LinedHyper:
+    return LinedHyper(lr, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def of_a_row(sums, numbers, size, h):
+    return math.sqrt(sums.square / size), numbers.row_seen + sums.square
+
+
+def share_of_a_row(sums, numbers, size, h):
+    """Of what was settled before for the same row."""
+    return (sums.product + sums.momentum) / (size * (1.0 + h.row))
+
+
+def after_the_row(p, g, m, h):
+    return abs(g * h.row) + h.share * h.share
+
+
+def of_a_column(sums, numbers, size, h):
+    seen = numbers.column_seen + sums.after / size
+    return math.sqrt(seen), seen
+
+
+def after_the_column(p, g, m, h):
+    return h.column * abs(p)
+
+
+def of_a_tensor(sums, numbers, size, h):
+    return sums.after / size, numbers.tensor_seen + size
+
+
+def magnitude_of_all(p, g, m, h):
+    return abs(g) * h.mean
+
+
+def of_all(sums, numbers, size, h):
+    return sums.magnitude / size + numbers.all_seen, numbers.all_seen + 1.0
+
+
+@fastopt.rule(
+    prepare_lined,
+    sums=(
+        fastopt.Sums({"square": square}, of_a_row, ("row",), ("row_seen",), over="row"),
+        fastopt.Sums({"product": product, "momentum": momentum}, share_of_a_row, ("share",), over="row"),
+        fastopt.Sums({"after": after_the_row}, of_a_column, ("column",), ("column_seen",), over="column"),
+        fastopt.Sums({"after": after_the_column}, of_a_tensor, ("mean",), ("tensor_seen",)),
+        fastopt.Sums({"magnitude": magnitude_of_all}, of_all, ("total",), ("all_seen",), over="all"),
+    ),
+)
+def lined(p, g, m, h):
+    m = m + g
+    return p - h.lr * (g + h.mean * m) / (h.row + h.column + h.total), m
+
+
+class LinedInNumpy:
+    """The same on a tree in float64, whose parameters have hyperparameters of their own."""
+
+    def __init__(self, params: dict[str, np.ndarray], lr: dict[str, float] | None = None):
+        self.p = {path: leaf.astype(np.float64) for path, leaf in params.items() if leaf.size}
+        self.m = {path: np.zeros(leaf.shape) for path, leaf in self.p.items()}
+        self.seen: dict[str, list[Any]] = {path: [0.0, 0.0, 0.0] for path in self.p}
+        self.all_seen = 0.0
+        self.lr = lr or {}
+
+    def step(self, grads: dict[str, np.ndarray]) -> None:
+        found, magnitude, size = {}, 0.0, 0
+        for path, p in self.p.items():
+            shape = (p.shape[0], -1) if p.ndim > 1 else (1, -1)
+            p2, g, m = p.reshape(shape), grads[path].astype(np.float64).reshape(shape), self.m[path].reshape(shape)
+            seen = self.seen[path]
+            row = np.sqrt((g * g).mean(axis=1, keepdims=True))
+            share = (p2 * m + m).mean(axis=1, keepdims=True) / (1.0 + row)
+            seen[0] = seen[0] + (g * g).sum(axis=1)
+            seen[1] = seen[1] + (np.abs(g * row) + share**2).mean(axis=0)
+            seen[2] += g.size
+            column = np.sqrt(seen[1])
+            mean = (column * np.abs(p2)).mean()
+            magnitude += (np.abs(g) * mean).sum()
+            size += g.size
+            found[path] = g, row, column, mean
+        total = magnitude / size + self.all_seen
+        self.all_seen += 1.0
+        for path, (g, row, column, mean) in found.items():
+            p = self.p[path]
+            self.m[path] = self.m[path] + g.reshape(p.shape)
+            change = (g + mean * self.m[path].reshape(g.shape)) / (row + column + total)
+            self.p[path] = p - self.lr.get(path, 0.1) * change.reshape(p.shape)
+
+
+def check_lined(opt: fastopt.Optimizer, oracle: LinedInNumpy, rtol: float) -> None:
+    for path, expected in oracle.p.items():
+        np.testing.assert_allclose(opt.params[path], expected, rtol=rtol, atol=rtol, err_msg=path)
+        for name, seen in zip(("row_seen", "column_seen", "tensor_seen"), oracle.seen[path], strict=True):
+            np.testing.assert_allclose(opt.states[name][path], seen, rtol=rtol, err_msg=f"{name} of {path}")
+        assert float(opt.states["all_seen"][path]) == oracle.all_seen
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sums_over_rows_columns_tensors_and_all_settled_one_after_the_other(dtype):
+    rng = np.random.default_rng(8)
+    params = tree(rng, dtype)
+    opt = fastopt.Optimizer(params, lined, overrides={"matrix": {"lr": 0.5}})
+    oracle = LinedInNumpy(params, {"matrix": 0.5})
+    for _ in range(3):
+        grads = tree(rng, dtype)
+        opt.step(grads)
+        oracle.step(grads)
+    check_lined(opt, oracle, 1e-11 if dtype == np.float64 else 2e-4)
+    shapes = {path: (opt.states["row_seen"][path].shape, opt.states["column_seen"][path].shape) for path in params}
+    assert shapes["kernel"] == ((6,), (30,))
+    assert shapes["matrix"] == ((40,), (5000,))
+    assert shapes["b"] == ((1,), (5,))
+    assert shapes["one"] == ((1,), (1,))
+    assert shapes["hollow"] == ((3,), (0,))
+
+
+def test_rows_and_columns_see_what_the_rule_sees():
+    """As above: the gradient scaled and clipped; and the average, which follows."""
+    rng = np.random.default_rng(9)
+    params = {"w": rng.normal(size=(9, 7)), "b": rng.normal(size=7)}
+    opt = fastopt.Optimizer(params, lined, max_norm=0.5, maximize=True, clip_value=0.4, ema=0.9, zero_grad=True)
+    oracle, average = LinedInNumpy(params), {path: leaf.copy() for path, leaf in params.items()}
+    for _ in range(3):
+        grads = {path: rng.normal(size=leaf.shape) for path, leaf in params.items()}
+        for path, leaf in grads.items():
+            opt.grads[path][...] = leaf
+        info = opt.step(grad_scale=2.0)
+        assert not any(leaf.any() for leaf in opt.grads.values())
+        oracle.step({path: info.clip_coefficient * np.clip(-g / 2.0, -0.4, 0.4) for path, g in grads.items()})
+        for path, leaf in oracle.p.items():
+            average[path] += (1.0 - 0.9) * (leaf - average[path])
+    check_lined(opt, oracle, 1e-11)
+    for path, leaf in average.items():
+        np.testing.assert_allclose(opt.ema[path], leaf, rtol=1e-11)
+
+
+def test_a_matrix_without_gradient_keeps_its_rows_and_columns():
+    params = {"w": np.ones((2, 3)), "u": np.ones((2, 3))}
+    opt = fastopt.Optimizer(params, lined)
+    opt.step({"w": np.ones((2, 3)), "u": None})
+    assert opt.states["row_seen"]["w"].tolist() == [3.0, 3.0]
+    assert not opt.states["row_seen"]["u"].any()
+    assert not opt.states["column_seen"]["u"].any()
+    assert float(opt.states["tensor_seen"]["u"]) == 0.0
+    assert float(opt.states["all_seen"]["u"]) == float(opt.states["all_seen"]["w"]) == 1.0
+
+
+def test_bare_arrays_are_one_row():
+    p, g, m = np.ones(6), np.arange(6.0), np.zeros(6)
+    rows, columns, tensor, of_all = np.zeros(1), np.zeros(6), np.zeros(1), np.zeros(1)
+    oracle = LinedInNumpy({"p": p})
+    lined.update_(p, g, m, rows, columns, tensor, of_all)
+    oracle.step({"p": g})
+    np.testing.assert_allclose(p, oracle.p["p"], rtol=1e-14)
+    np.testing.assert_allclose(columns, oracle.seen["p"][1], rtol=1e-14)
+    with pytest.raises(TypeError, match="column_seen: must be 6 numbers of float64, got 1 of float64"):
+        lined.update_(p, g, m, rows, np.zeros(1), tensor, of_all)
+
+
 def everything(opt: fastopt.Optimizer) -> list[bytes]:
     return [buffer.tobytes() for buffer in (opt.flat.data, *opt._pipeline.buffers)]
 
 
-@pytest.mark.parametrize("made", [ruled, prodigy], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("made", [ruled, prodigy, lined], ids=lambda rule: rule.name)
 def test_the_bits_are_the_same_for_any_number_of_threads_and_in_place(made):
     found = []
     before = fastopt.get_num_threads()
@@ -336,7 +519,7 @@ def test_the_bits_are_the_same_for_any_number_of_threads_and_in_place(made):
     assert all(each == found[0] for each in found)
 
 
-@pytest.mark.parametrize("made", [ruled, prodigy], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("made", [ruled, prodigy, lined], ids=lambda rule: rule.name)
 def test_a_copy_and_a_resumed_run_go_on_to_the_same_bits(made, tmp_path):
     rng = np.random.default_rng(5)
     opt = fastopt.Optimizer(tree(rng, np.float32), made)
@@ -352,7 +535,7 @@ def test_a_copy_and_a_resumed_run_go_on_to_the_same_bits(made, tmp_path):
     assert everything(opt) == everything(other) == everything(resumed)
 
 
-@pytest.mark.parametrize("made", [ruled, prodigy], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("made", [ruled, prodigy, lined], ids=lambda rule: rule.name)
 def test_a_skipped_step_leaves_the_numbers(made):
     rng = np.random.default_rng(6)
     opt = fastopt.Optimizer(tree(rng, np.float32), made, nonfinite="skip")
@@ -407,7 +590,7 @@ WRONG_SUMS = [
     ({"results": "rms"}, r"Sums: results: must be different names of variables, as \('scale',\), got 'rms'"),
     ({"numbers": ("d", "d")}, r"Sums: numbers: must be different names.*got \('d', 'd'\)"),
     ({"results": ()}, r"Sums: results: must name what settle gives, or numbers must, got neither"),
-    ({"over": "row"}, r"Sums: over: must be 'tensor' or 'all', got 'row'"),
+    ({"over": "rows"}, r"Sums: over: must be 'tensor', 'row', 'column' or 'all', got 'rows'"),
     (
         {"settle": lambda sums, h: 1.0},
         r"Sums: settle: must have the signature \(sums, numbers, size, h\), got ",

@@ -51,6 +51,71 @@ class Chunk(NamedTuple):
     """The index of its first partial sum. Each sum covers `BLOCK` elements, counted from `start`."""
 
 
+class Tile(NamedTuple):
+    """A piece of a matrix, for sums over its rows or columns: a line of the table of tiles, in int64."""
+
+    place: int
+    """The index of the parameter: its line of the table of places."""
+    row: int
+    """The first row ..."""
+    rows: int
+    """... and how many."""
+    column: int
+    """The first column ..."""
+    width: int
+    """... and how many."""
+    columns: int
+    """How many columns the matrix has."""
+    group: int
+    """The row of the table of hyperparameters."""
+    row_line: int
+    """The index of its first row among the rows of all parameters."""
+    column_line: int
+    """The same of its first column."""
+    row_part: int
+    """The index of its first partial sum over a row: it has one for each of its rows."""
+    column_part: int
+    """The same for columns."""
+
+
+class Line(NamedTuple):
+    """Rows, columns or parameters whose sums are settled: a line of a table in int64."""
+
+    first: int
+    """The index of the first one among those of all parameters ..."""
+    length: int
+    """... and how many there are."""
+    size: int
+    """How many elements each has."""
+    tile: int
+    """The first tile with partial sums of them ..."""
+    tiles: int
+    """... how many such tiles there are ..."""
+    stride: int
+    """... and how far they are apart."""
+    group: int
+    """The row of the table of hyperparameters."""
+    place: int
+    """The index of the parameter."""
+
+
+class Tiles(NamedTuple):
+    """The work of one launch of a rule with sums over rows or columns."""
+
+    table: Array
+    """A line of `Tile` each: rows of tiles from left to right, one below the other, parameter after parameter."""
+    lines: Mapping[str, Array]
+    """By `SumsFunctions.over`: a table of `Line`."""
+    counts: Mapping[str, int]
+    """By the same: how many rows, columns or parameters there are ..."""
+    parts: Mapping[str, int]
+    """... and how many partial sums over them."""
+
+
+LEVEL = {"tensor": "tensor", "all": "tensor", "row": "row", "column": "column"}
+"""By `SumsFunctions.over`: of what there is a value of each result in the update of a rule that is lined."""
+
+
 class StepHyper(NamedTuple):
     """Hyperparameters that the loop itself applies around every rule: the first fields of every row of the table."""
 
@@ -74,6 +139,7 @@ PROCEEDS = StepHyper._fields.index("proceeds")
 """The column of `StepHyper.proceeds` in a table of hyperparameters."""
 
 N_PLACE, N_CHUNK, N_STEP = len(Place._fields), len(Chunk._fields), len(StepHyper._fields)
+N_TILE, N_LINE = len(Tile._fields), len(Line._fields)
 
 
 REFUSED = -2
@@ -126,11 +192,11 @@ class SumsFunctions(Protocol):
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """The names of the per-tensor states that it reads, and gives as well."""
+        """The names of the states that it reads, and gives as well: a number per parameter, row or column."""
 
     @property
     def over(self) -> str:
-        """``"tensor"`` or ``"all"``."""
+        """``"tensor"``, ``"row"``, ``"column"`` or ``"all"``."""
 
 
 class KernelRule(Protocol):
@@ -152,11 +218,15 @@ class KernelRule(Protocol):
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """The names of its per-tensor states."""
+        """The names of its states that have a number per parameter, row or column."""
 
     @property
     def sums(self) -> tuple[SumsFunctions, ...]:
         """One after the other: each finds in h what those before it gave."""
+
+    @property
+    def lined(self) -> bool:
+        """Whether any of these go over rows or columns: its kernel is launched with `Tiles`."""
 
 
 def clip_coefficient(norm: Any, max_norm: Any) -> Any:
@@ -259,11 +329,12 @@ class Kernel(Protocol):
 
         places : a line of `Place` per parameter. The arrays at these addresses have the kernel's dtype, are contiguous
             and aligned, and do not overlap.
-        states : 1-D buffers: the rule's states, with the feature `ema` the average, and the rule's per-tensor states
-            (`Rule.numbers`), which have one float64 per parameter.
+        states : 1-D buffers: the rule's states, with the feature `ema` the average, and the rule's numbers
+            (`Rule.numbers`), which have one float64 per parameter, row or column.
         table : a row of hyperparameters per param group, in the dtype of the buffers: the fields of `StepHyper`, then
             those of the rule's NamedTuple. A NumPy array, or what `Asynchronous.table` returned.
-        chunks : lines of `Chunk`. Make them with ``whole=True`` for a rule that needs whole parameters.
+        chunks : lines of `Chunk`. Make them with ``whole=True`` for a rule that needs whole parameters; `Tiles` for a
+            rule that is `lined`.
         elements : about how many elements the chunks hold. A second thread pays from some ten thousand elements on.
         """
 

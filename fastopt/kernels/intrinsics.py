@@ -89,15 +89,33 @@ def put_values(typing_context, arrays, i, values):
     def build(context, builder, signature, arguments):
         several = isinstance(signature.args[2], types.BaseTuple)
         for k, kind in enumerate(signature.args[0]):
-            view = context.make_array(kind)(context, builder, builder.extract_value(arguments[0], k))
             value = builder.extract_value(arguments[2], k) if several else arguments[2]
-            context.pack_value(builder, kind.dtype, value, builder.gep(view.data, [arguments[1]]))
+            _put(context, builder, kind, builder.extract_value(arguments[0], k), arguments[1], value)
         return context.get_dummy_value()
 
     found = list(values) if isinstance(values, types.BaseTuple) else [values]
     if found != [array.dtype for array in arrays]:
         raise TypingError(f"values: must be one of the dtype of each of {arrays}, got {values}")
     return types.none(arrays, types.intp, values), build
+
+
+@intrinsic
+def put_rounded(typing_context, arrays, i, values):
+    """Store the first numbers of a tuple, rounded, as the elements i of a tuple of 1-D contiguous arrays."""
+
+    def build(context, builder, signature, arguments):
+        for k, kind in enumerate(signature.args[0]):
+            value = context.cast(builder, builder.extract_value(arguments[2], k), values[k], kind.dtype)
+            _put(context, builder, kind, builder.extract_value(arguments[0], k), arguments[1], value)
+        return context.get_dummy_value()
+
+    return types.none(arrays, types.intp, values), build
+
+
+def _put(context: Any, builder: Any, kind: Any, array: Any, index: Any, value: Any) -> None:
+    """Store a value as an element of an array of this type."""
+    view = context.make_array(kind)(context, builder, array)
+    context.pack_value(builder, kind.dtype, value, builder.gep(view.data, [index]))
 
 
 @intrinsic
@@ -135,6 +153,25 @@ def record(typing_context, kind, array, first):
         return context.make_tuple(builder, signature.return_type, values)
 
     return made(kind, array, types.intp), build
+
+
+def replacing(fields: tuple[int, ...]) -> Any:
+    """Return an intrinsic ``(values, arrays, i)``: a tuple, these fields of which are the elements i of `arrays`."""
+
+    @intrinsic
+    def replaced(typing_context, values, arrays, i):
+        def build(context, builder, signature, arguments):
+            found = arguments[0]
+            for k, field in enumerate(fields):
+                kind = signature.args[1][k]
+                view = context.make_array(kind)(context, builder, builder.extract_value(arguments[1], k))
+                value = context.unpack_value(builder, kind.dtype, builder.gep(view.data, [arguments[2]]))
+                found = builder.insert_value(found, value, field)
+            return found
+
+        return values(values, arrays, types.intp), build
+
+    return replaced
 
 
 @intrinsic

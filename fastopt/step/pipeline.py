@@ -96,7 +96,7 @@ class Pipeline:
         """Make buffers of zeros."""
         flat = self.flat
         self.states = tuple(flat.new_buffer() for _ in self.rule.states)
-        self.per_tensor = tuple(flat.new_numbers() for _ in self.rule.numbers)
+        self.numbers = tuple(flat.new_numbers(over) for over in self.rule.over.values())
         self.average: Any = None if self.options.ema is None else flat.new_buffer()
 
     def _initialise(self, parameters: Sequence[int]) -> None:
@@ -135,7 +135,7 @@ class Pipeline:
     def _collect_buffers(self) -> None:
         self.born.wait(len(self.flat.paths))
         averages = () if self.average is None else (self.average,)
-        self.buffers = (*self.states, *averages, *self.per_tensor)
+        self.buffers = (*self.states, *averages, *self.numbers)
         self._locate()
         self.rows = RowSteps(self.rule, self.flat, (*self.states, *averages), self.options.ema)
         self.clocks = self.rows.clocks  # of the parameters some of whose rows are behind
@@ -950,8 +950,8 @@ class Pipeline:
         if self.average is not None:
             buffers[EMA] = self.average
         views = {name: self.flat.views(buffer) for name, buffer in buffers.items()}
-        for name, numbers in zip(self.rule.numbers, self.per_tensor, strict=True):
-            views[name] = [numbers[k : k + 1].reshape(()) for k in range(numbers.size)]
+        for (name, over), numbers in zip(self.rule.over.items(), self.numbers, strict=True):
+            views[name] = self.flat.number_views(numbers, over)
         return views
 
     def replace(self, params: Any) -> bool:
@@ -993,7 +993,7 @@ class Pipeline:
         twin.flat = copy.deepcopy(self.flat, memo)
         twin._make_states()
         averages = ((self.average, twin.average),) if self.average is not None else ()
-        mine, theirs = (*self.states, *self.per_tensor), (*twin.states, *twin.per_tensor)
+        mine, theirs = (*self.states, *self.numbers), (*twin.states, *twin.numbers)
         for own, copied in (*zip(mine, theirs, strict=True), *averages):
             copied[...] = own
         twin.groups = Groups(self.rule, self.flat.dtype, self.groups.base, self.groups.changes, self.groups.missed)

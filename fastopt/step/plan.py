@@ -51,6 +51,7 @@ class Plan:
         self.flat = flat
         self.options = options
         self.backend = backend
+        self._tiled = rule.lined
         self._per_tensor = options.clip_norm_per_tensor is not None
         self.of = list(range(len(groups.of)) if self._per_tensor else groups.of)
         """The row of the table of each parameter: that of its group, or its own, with a coefficient of its own."""
@@ -68,7 +69,7 @@ class Plan:
         )
         self.rows: dict[tuple[bool, ...], list[int]] = {}
         """For parameters that are there the row of the table, and -1 for the others."""
-        self._chunks: dict[tuple[int, bool, bool], tuple[Sequence[int], np.ndarray]] = {}
+        self._chunks: dict[tuple[int, bool, bool], tuple[Sequence[int], Any]] = {}
         self._dense: dict[tuple[int, tuple[bool, ...]], tuple[Sequence[int], np.ndarray]] = {}
         self._kernels: dict[tuple[bool, bool], Kernel] = {}
         self._many: ManyGroups | None = None
@@ -96,7 +97,7 @@ class Plan:
             self.table.spread()
 
     @lazy
-    def joined(self) -> np.ndarray:
+    def joined(self) -> Any:
         """The chunks of all parameters, for gradients in our buffer."""
         return self.chunks(self.of)
 
@@ -114,18 +115,20 @@ class Plan:
         found = self.rows[mask] = [row if here else -1 for row, here in zip(self.of, mask, strict=True)]
         return found
 
-    def chunks(self, rows: Sequence[int], *, whole: bool = False, apart: bool = False) -> np.ndarray:
-        """The chunks of parameters of these rows.
+    def chunks(self, rows: Sequence[int], *, whole: bool = False, apart: bool = False) -> Any:
+        """The chunks of parameters of these rows; the tiles, for the update of a rule that is lined.
 
         whole : each is part of one parameter, and has partial sums of its own.
         apart : the gradients are not neighbours where the parameters are.
         """
-        whole = whole or apart or self.rule.whole
+        tiled = self._tiled and not whole
+        whole = not tiled and (whole or apart or self.rule.whole)
         key = (id(rows), whole, apart)
         found = self._chunks.get(key)
         if found is None:  # the list is kept, so that its id is not given to another
-            neighbours = None if whole else self.flat.neighbours
-            found = self._chunks[key] = (rows, self.flat.layout.chunks(rows, neighbours=neighbours, whole=whole))
+            layout, neighbours = self.flat.layout, None if whole else self.flat.neighbours
+            made = layout.tiles(rows) if tiled else layout.chunks(rows, neighbours=neighbours, whole=whole)
+            found = self._chunks[key] = (rows, made)
         return found[1]
 
     def dense_chunks(self, dense: tuple[bool, ...], rows: Sequence[int]) -> np.ndarray:

@@ -208,14 +208,34 @@ class FlatParams:
         """
         return self._backend.zeros(self.layout.size, self.dtype)
 
-    def new_numbers(self) -> np.ndarray:
-        """Return a buffer of one zero per parameter, in float64: a sum of squares may leave the range of float32.
+    def new_numbers(self, over: str = "tensor") -> np.ndarray:
+        """Return a buffer of zeros in float64: a sum of squares may leave the range of float32.
+
+        Args:
+            over: of what there is a number each, as in `fastopt.Sums`: ``"tensor"``, ``"row"``, ``"column"``,
+                ``"all"``.
+
+        Returns:
+            A 1-D buffer; with ``"all"`` it has the same number for each parameter.
 
         >>> import numpy as np, fastopt
-        >>> fastopt.pack({"w": np.ones(3), "b": np.ones(1)}).new_numbers()
-        array([0., 0.])
+        >>> flat = fastopt.pack({"w": np.ones((3, 4)), "b": np.ones(2)})
+        >>> flat.new_numbers().size, flat.new_numbers("row").size, flat.new_numbers("column").size
+        (2, 4, 6)
         """
-        return self._backend.zeros(len(self.paths), np.dtype(np.float64))
+        return self._backend.zeros(self.layout.lines[over][-1], np.dtype(np.float64))
+
+    def number_views(self, buffer: np.ndarray, over: str = "tensor") -> list[np.ndarray]:
+        """Return the parameters' parts of a buffer that `new_numbers` returned: 0-D, or 1-D of rows or columns.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.ones((3, 4)), "b": np.ones(2)})
+        >>> [view.shape for view in flat.number_views(flat.new_numbers("row"), "row")]
+        [(1,), (3,)]
+        """
+        ends = self.layout.lines[over]
+        views = [buffer[start:stop] for start, stop in pairwise(ends)]
+        return views if over in ("row", "column") else [view.reshape(()) for view in views]
 
     def views(self, buffer: np.ndarray) -> list[np.ndarray]:
         """Return the parameters' parts of a buffer.

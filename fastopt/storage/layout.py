@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
-from fastopt.kernels.contract import ALIGNMENT, BLOCK, N_CHUNK, N_PLACE
+from fastopt.kernels.contract import ALIGNMENT, BLOCK, N_CHUNK, N_LINE, N_PLACE, N_TILE, Tiles
+from fastopt.lazy import lazy
 
 MIN_CHUNK = 1024
 MAX_CHUNK = 32_768
 CHUNKS = 64
 """The elements of all parameters are cut into about CHUNKS chunks of MIN_CHUNK to MAX_CHUNK elements: enough of them to
 share out evenly among threads, each long enough to hide the cost of starting a loop (10-20 ns)."""
+
+TILE = 32_768
+"""The most elements of a tile of a matrix ..."""
+TILE_ROWS = 16
+"""... which has as many rows, if there are, so that the partial sums of its columns are few beside its elements."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,63 @@ class Layout:
                 block += -(-(stop - start) // BLOCK)
         return np.array(lines, np.int64).reshape(-1, N_CHUNK)
 
+    @lazy
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """The rows and columns of each parameter: those of a matrix, the first axis and the rest of one of more axes;
+        one of fewer is a single row."""
+        return tuple(
+            (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, size)
+            for shape, size in zip(self.shapes, self.sizes, strict=True)
+        )
+
+    @lazy
+    def lines(self) -> dict[str, tuple[int, ...]]:
+        """Where the rows, the columns and the parameters of each parameter begin among those of all; and their end."""
+        rows, columns = zip(*self.matrices, strict=True) if self.matrices else ((), ())
+        whole = tuple(range(len(self.sizes) + 1))
+        return {
+            "row": tuple(accumulate(rows, initial=0)),
+            "column": tuple(accumulate(columns, initial=0)),
+            "tensor": whole,
+            "all": whole,
+        }
+
+    def tiles(self, groups: Sequence[int]) -> Tiles:
+        """The work of one launch of a rule with sums over rows or columns: `groups` as for `chunks`.
+
+        How a matrix is cut depends on its shape alone, and so do the bits of its sums.
+        """
+        tiles: list[tuple[int, ...]] = []
+        lines: dict[str, list[tuple[int, ...]]] = {"row": [], "column": [], "tensor": [], "all": []}
+        parts = {"row": 0, "column": 0}
+        total = 0
+        for place, ((rows, columns), size, group) in enumerate(zip(self.matrices, self.sizes, groups, strict=True)):
+            if size == 0 or group < 0:
+                continue
+            total += size
+            first_row, first_column, first_tile = self.lines["row"][place], self.lines["column"][place], len(tiles)
+            across = _pieces(columns, max(TILE // TILE_ROWS, TILE // min(rows, TILE)))
+            down = _pieces(rows, max(1, TILE // across[0][1]))
+            for row, height in down:
+                lines["row"].append((first_row + row, height, columns, len(tiles), len(across), 1, group, place))
+                for column, width in across:
+                    line = (first_row + row, first_column + column, parts["row"], parts["column"])
+                    tiles.append((place, row, height, column, width, columns, group, *line))
+                    parts["row"] += height
+                    parts["column"] += width
+            for k, (column, width) in enumerate(across):
+                stride = len(across)
+                lines["column"].append(
+                    (first_column + column, width, rows, first_tile + k, len(down), stride, group, place)
+                )
+            lines["tensor"].append((place, 1, size, first_tile, len(tiles) - first_tile, 1, group, place))
+        if tiles:
+            place, _, _, _, _, _, group, *_ = tiles[0]
+            lines["all"] = [(0, 1, total, 0, len(tiles), 1, group, place)]
+        tables = {over: _table(found, N_LINE) for over, found in lines.items()}
+        counts = {over: ends[-1] for over, ends in self.lines.items()}
+        return Tiles(_table(tiles, N_TILE), tables, counts, {**parts, "tensor": len(tiles), "all": len(tiles)})
+
     def _runs(self, groups: Sequence[int], neighbours: Sequence[bool] | None) -> list[tuple[int, int, int]]:
         """The parameters that are not empty and not skipped, neighbours of one group joined: place, size, group."""
         runs: list[tuple[int, int, int]] = []
@@ -98,3 +162,14 @@ class Layout:
                 runs.append((k, size, group))
             end = k + 1
         return runs
+
+
+def _pieces(length: int, longest: int) -> list[tuple[int, int]]:
+    """Cut a length into pieces of about one size: the beginning and the length of each."""
+    count = -(-length // longest)
+    even = -(-length // count)
+    return [(start, min(even, length - start)) for start in range(0, length, even)]
+
+
+def _table(lines: list[tuple[int, ...]], width: int) -> np.ndarray:
+    return np.array(lines, np.int64).reshape(-1, width)

@@ -166,7 +166,10 @@ class Part:
         self._shown = [names.get(name, name) for name in (*rule.states, *averages)]
         self._numbers = [names.get(name, name) for name in rule.numbers]
         self._products = torch.ones(len(self.params), dtype=torch.float32)
-        self._per_tensor = [torch.from_numpy(numbers) for numbers in pipeline.per_tensor]
+        self._per_tensor = [
+            [torch.from_numpy(view) for view in pipeline.flat.number_views(numbers, over)]
+            for over, numbers in zip(rule.over.values(), pipeline.numbers, strict=True)
+        ]
         old = [dict(states[p]) if p in states else {} for p in self.params]
         self._check(old)
         numbers = [self._count(k, entry) for k, entry in enumerate(old)]

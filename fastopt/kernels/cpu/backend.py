@@ -12,13 +12,18 @@ import numpy as np
 from numba import types
 
 from fastopt.kernels.bind import bind, compile_loop, inlined
-from fastopt.kernels.contract import ALIGNMENT, N_STEP, Adder, Array, Features, Kernel, KernelRule, StepHyper
+from fastopt.kernels.contract import ALIGNMENT, LEVEL, N_STEP, Adder, Array, Features, Kernel, KernelRule, StepHyper
 from fastopt.kernels.cpu.elementwise import ElementwiseKernel, elementwise, hyperparameters
 from fastopt.kernels.cpu.layerwise import LayerwiseKernel, ScaledKernel, apply, merge, propose, scale
+from fastopt.kernels.cpu.lines import LinedKernel, LinedStage
+from fastopt.kernels.cpu.lines import settle as settle_lines
+from fastopt.kernels.cpu.lines import sum_terms as sum_terms_of_lines
+from fastopt.kernels.cpu.lines import update as update_tiles
 from fastopt.kernels.cpu.norms import SquaresKernel, add, measure_block, squares
 from fastopt.kernels.cpu.sums import Stage, SummedKernel, settle, sum_terms
 from fastopt.kernels.driver import Loop
 from fastopt.kernels.elements import check_rule, conditioning, of_terms, scalar, scaled_by, settling, surrounded
+from fastopt.kernels.intrinsics import replacing
 from fastopt.kernels.threads import COMPILING, get_num_threads
 
 if TYPE_CHECKING:
@@ -168,7 +173,7 @@ class CPU:
         features: Features,
         first: tuple[Callable[..., Any], Any] | None,
         check: Callable[[], None],
-    ) -> ElementwiseKernel | LayerwiseKernel | ScaledKernel | SummedKernel:
+    ) -> ElementwiseKernel | LayerwiseKernel | ScaledKernel | SummedKernel | LinedKernel:
         number = numba.from_dtype(dtype)
         table = types.Array(number, 2, "C")
         buffers = len(rule.states) + features.ema
@@ -179,6 +184,8 @@ class CPU:
         constants |= {"DTYPE": dtype.type, "SCATTERED": features.scattered}
         constants["HYPERPARAMETERS"] = bind(hyperparameters, constants, label="hyperparameters", scalar=scalar)
 
+        if rule.lined:
+            return self._bind_lines(rule, hyper, dtype, features, constants, arguments, label, check)
         if rule.layerwise is None:
             kernel = ElementwiseKernel(Loop(elementwise, constants, arguments, label=label, check=check))
             if rule.sums:
@@ -264,6 +271,72 @@ class CPU:
             )
         return SummedKernel(tuple(stages), update, len(names))
 
+    def _bind_lines(
+        self,
+        rule: KernelRule,
+        hyper: Any,
+        dtype: np.dtype[Any],
+        features: Features,
+        constants: dict[str, Any],
+        arguments: tuple[Any, ...],
+        label: str,
+        check: Callable[[], None],
+    ) -> LinedKernel:
+        """constants, arguments, label : of the update."""
+        table = arguments[2]
+        vector = types.Array(numba.from_dtype(dtype), 1, "C")
+        fields: dict[str, tuple[int, ...]] = {"tensor": (), "row": (), "column": ()}
+        """Of h, those that are settled so far."""
+        stages = []
+        names = list(rule.numbers)
+        for sums in rule.sums:
+            level = LEVEL[sums.over]
+            of_stage = {
+                **constants,
+                **settling(rule, sums, hyper, scalar),
+                **_replaced(fields),
+                "OF_LINE": replacing(() if level == "tensor" else fields[level]),
+                "NO_SUMS": (0.0,) * len(sums.terms),
+                "NOTHING_SETTLED": (0.0,) * (len(sums.results) + len(sums.numbers)),
+                "BY_ROW": sums.over == "row",
+                "BY_COLUMN": sums.over == "column",
+            }
+            parts, found = _tuple(PER_TENSOR, len(sums.terms)), [_tuple(vector, len(each)) for each in fields.values()]
+            loop = None
+            if sums.terms:
+                of_sums, of_label = of_terms(rule, tuple(sums.terms.values()), hyper, dtype, features, scalar)
+                loop = Loop(
+                    sum_terms_of_lines,
+                    {**of_stage, **of_sums},
+                    (*arguments, *found, parts),
+                    label=f"sum_terms_of_lines_{of_label}",
+                    check=check,
+                )
+            same = _tuple(vector, 0 if level == "tensor" else len(fields[level]))
+            settle_arguments = (INTEGERS, INTEGERS, table, parts, parts, found[0], same)
+            stages.append(
+                LinedStage(
+                    sums.over,
+                    loop,
+                    Loop(
+                        settle_lines,
+                        of_stage,
+                        (*settle_arguments, _tuple(PER_TENSOR, len(sums.numbers)), _tuple(vector, len(sums.results))),
+                        label=f"settle_lines_{label}",
+                        check=check,
+                    ),
+                    len(sums.terms),
+                    len(sums.results),
+                    tuple([names.index(name) for name in sums.numbers]),
+                )
+            )
+            fields[level] += tuple(hyper._fields.index(name) for name in sums.results)
+        found = [_tuple(vector, len(each)) for each in fields.values()]
+        loop = Loop(
+            update_tiles, {**constants, **_replaced(fields)}, (*arguments, *found), label=f"tiles_{label}", check=check
+        )
+        return LinedKernel(tuple(stages), loop, dtype, len(names))
+
     def _compile_norm(self, dtype: np.dtype[Any], features: Features, of_parameters: bool) -> SquaresKernel:
         # A sum of squares of float32 is itself finite just where they are; otherwise a second sum has to find out.
         apart = features.zero_nonfinite or features.clip_value or dtype.itemsize == 8
@@ -297,3 +370,13 @@ class CPU:
             label=f"add_{dtype.name}",
             fastmath={"reassoc"},  # for the two sums alone: g + weight * more can be read in one way only
         )
+
+
+def _tuple(kind: Any, count: int) -> Any:
+    """The type of a tuple of arrays."""
+    return types.UniTuple(kind, count) if count else types.Tuple(())
+
+
+def _replaced(fields: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What puts into h what was settled for a parameter, a row and a column."""
+    return {f"OF_{level.upper()}": replacing(own) for level, own in fields.items()}

@@ -21,7 +21,10 @@ from fastopt.kernels import elements
 from fastopt.kernels.bind import bind
 from fastopt.kernels.contract import (
     BLOCK,
+    LEVEL,
+    N_LINE,
     N_STEP,
+    N_TILE,
     Adder,
     Array,
     Chunk,
@@ -29,6 +32,7 @@ from fastopt.kernels.contract import (
     Kernel,
     KernelRule,
     StepHyper,
+    Tiles,
     clip_coefficient,
     root_of_squares,
     sums_per_block,
@@ -37,7 +41,7 @@ from fastopt.kernels.cuda import simulated
 from fastopt.kernels.cuda.decisions import PendingDecision, Slots, decide
 from fastopt.kernels.cuda.elementwise import ElementwiseKernel, elementwise, hyperparameters, updated
 from fastopt.kernels.cuda.kept import Kept
-from fastopt.kernels.cuda.launcher import Chunks, PreparedKernel
+from fastopt.kernels.cuda.launcher import Chunks, PreparedKernel, SentTiles
 from fastopt.kernels.cuda.layerwise import (
     N_SPAN,
     LayerwiseKernel,
@@ -54,6 +58,11 @@ from fastopt.kernels.cuda.layerwise import (
     scale,
     span_sums,
 )
+from fastopt.kernels.cuda.lines import LinedKernel, LinedStage, fold, replacing, settled_at, terms_at, update_at
+from fastopt.kernels.cuda.lines import settle as settle_lines
+from fastopt.kernels.cuda.lines import sum_terms as sum_terms_of_lines
+from fastopt.kernels.cuda.lines import total as total_lines
+from fastopt.kernels.cuda.lines import update as update_tiles
 from fastopt.kernels.cuda.memory import UNPACKING, loop, looping, memory, packing, unpacking
 from fastopt.kernels.cuda.norms import (
     SquaresKernel,
@@ -90,6 +99,7 @@ PARTS = (
     ("LEAVE_SUMS", leave_sums),
     ("SPAN_SUMS", span_sums),
     ("NORMS", norms),
+    ("FOLD", fold),
 )
 """Functions that know which thread they run in, and that every kernel has its own of."""
 
@@ -140,6 +150,7 @@ class CUDA:
         """No device need be there before `connect`: kernels can be bound, and compiled to PTX, without one."""
         self._kernels: dict[tuple[Any, ...], Any] = {}
         self._chunks: Kept[Chunks] = Kept(64)
+        self._tiles: Kept[SentTiles] = Kept(64)
         self._places: Kept[Array] = Kept(64)
         self._tables: Kept[Array] = Kept(64)
         self._constants: Kept[Array] = Kept(256)
@@ -232,6 +243,16 @@ class CUDA:
         if found is None:
             self._check_recordable()
             found = self._chunks.add(chunks, self._chunks_of(chunks), self.xp)
+        return self.keep(found)
+
+    def tiles(self, tiles: Tiles) -> SentTiles:
+        """A table of tiles on the device, and those of its lines; those of a table seen lately are kept."""
+        found = self._tiles.find(tiles.table, self.xp)
+        if found is None:
+            self._check_recordable()
+            lines = {over: (self.upload(table.reshape(-1)), len(table)) for over, table in tiles.lines.items()}
+            made = SentTiles(self.upload(tiles.table.reshape(-1)), len(tiles.table), lines)
+            found = self._tiles.add(tiles.table, made, self.xp)
         return self.keep(found)
 
     def _chunks_of(self, chunks: np.ndarray) -> Chunks:
@@ -412,6 +433,8 @@ class CUDA:
         constants, label = elements.surrounded(rule, compiled, hyper, dtype, features, first, device)
         constants |= {**_of_dtype(dtype), **_of_rows(hyper, None if first is None else first[1])}
         constants["HYPERPARAMETERS"] = bind(hyperparameters, constants, label="hyperparameters", scalar=device)
+        if rule.lined:
+            return self._bind_lines(rule, hyper, dtype, features, constants, label)
         if rule.layerwise is not None:
             return self._bind_layerwise(rule, dtype, features, constants, label)
         constants["READS_GRADIENT"] = features.zero_grad or not features.still
@@ -488,6 +511,73 @@ class CUDA:
                 )
             )
         return SummedKernel(self, tuple(stages), update, len(rule.states), len(names))
+
+    def _bind_lines(
+        self,
+        rule: KernelRule,
+        hyper: Any,
+        dtype: np.dtype[Any],
+        features: Features,
+        constants: dict[str, Any],
+        label: str,
+    ) -> LinedKernel:
+        """constants, label : of the update."""
+        fields: dict[str, tuple[int, ...]] = {"tensor": (), "row": (), "column": ()}
+        """Of h, those that are settled so far."""
+        load, store = memory(dtype, 1, True)
+        load_numbers, store_numbers = memory(np.dtype(np.float64), 1, True)
+        constants = {
+            **constants,
+            "LOAD": load,
+            "STORE": store,
+            "LOAD_NUMBERS": load_numbers,
+            "STORE_NUMBERS": store_numbers,
+            "UNPACK_TILE": unpacking(N_TILE),
+            "UNPACK_LINE": unpacking(N_LINE),
+        }
+
+        def replaced() -> dict[str, Any]:
+            return {f"OF_{level.upper()}": replacing(own, hyper, load, dtype.itemsize) for level, own in fields.items()}
+
+        stages: list[LinedStage] = []
+        names = list(rule.numbers)
+        for sums in rule.sums:
+            level, terms = LEVEL[sums.over], tuple(sums.terms.values())
+            found = elements.settling(rule, sums, hyper, device)
+            same = () if level == "tensor" else fields[level]
+            settling = {
+                **constants,
+                **found,
+                **replaced(),
+                "OF_LINE": replacing(same, hyper, load, dtype.itemsize),
+                "N_TOTALS": PAIR * max(1, -(-len(terms) // PAIR)),
+                "UNPACK_SUMS": unpacking(found["N_TERMS"]),
+                "BY_ROW": sums.over == "row",
+                "BY_COLUMN": sums.over == "column",
+            }
+            settling["SETTLED_AT"] = bind(settled_at, settling, label="settled_at", scalar=device)
+            pairs = []
+            for first in range(0, len(terms), PAIR):
+                pair = (*terms[first : first + PAIR], nothing)[:PAIR]
+                adding, of_pair = elements.of_terms(rule, pair, hyper, dtype, features, device)
+                adding = {**settling, **adding}
+                adding["AT"] = bind(terms_at, adding, label="terms_at", scalar=device)
+                pairs.append(self.compiled(sum_terms_of_lines, adding, f"sum_terms_of_lines_{of_pair}"))
+            stages.append(
+                LinedStage(
+                    sums.over,
+                    tuple(pairs),
+                    self.compiled(total_lines, settling, f"total_lines_{label}"),
+                    self.compiled(settle_lines, settling, f"settle_lines_{label}"),
+                    len(sums.results),
+                    tuple([names.index(name) for name in sums.numbers]),
+                )
+            )
+            fields[level] += tuple(hyper._fields.index(name) for name in sums.results)
+        updating = {**constants, **replaced()}
+        updating["AT"] = bind(update_at, updating, label="update_at", scalar=device)
+        update = self.compiled(update_tiles, updating, f"tiles_{label}")
+        return LinedKernel(self, tuple(stages), update, dtype, len(rule.states), len(names))
 
     def _bind_layerwise(
         self, rule: Any, dtype: np.dtype[Any], features: Features, constants: dict[str, Any], label: str

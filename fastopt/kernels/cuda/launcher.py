@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from fastopt.kernels.contract import Array
+from fastopt.kernels.contract import Array, Tiles
 from fastopt.kernels.cuda.target import DriverFunction
 
 T = TypeVar("T")
@@ -30,6 +30,17 @@ class Chunks(NamedTuple):
     blocks: int
     parameters: int
     """One more than the number of the last one."""
+
+
+class SentTiles(NamedTuple):
+    """`fastopt.kernels.contract.Tiles` on the device."""
+
+    table: Array
+    """Its lines one after the other."""
+    length: int
+    """How many."""
+    lines: dict[str, tuple[Array, int]]
+    """By `SumsFunctions.over`: the same of the tables of `Line`."""
 
 
 class PreparedKernel:
@@ -84,6 +95,8 @@ class Launcher(Protocol):
     def places(self, places: np.ndarray) -> Array: ...  # noqa: D102
 
     def chunks(self, chunks: np.ndarray) -> Chunks: ...  # noqa: D102
+
+    def tiles(self, tiles: Tiles) -> SentTiles: ...  # noqa: D102
 
     def addresses(self, arrays: tuple[Array, ...]) -> tuple[int, ...]: ...  # noqa: D102
 
