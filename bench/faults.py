@@ -469,6 +469,13 @@ LOOPS: Sequence[Fault] = (
         ),
     ),
     *faults_of(
+        "fastopt/rules/adafactor.py",
+        parity("Adafactor"),
+        ("lr=min(lr, 1.0 / math.sqrt(t))", "lr=lr"),
+        ("/ (1.0 if excess < 1.0 else excess)", "/ excess"),
+        ("keep=1.0 - lr * weight_decay", "keep=1.0 - min(lr, 1.0 / math.sqrt(t)) * weight_decay"),
+    ),
+    *faults_of(
         "fastopt/rules/stable_adamw.py",
         parity("StableAdamW"),
         ("return 1.0 if mean <= 1.0 else 1.0 / math.sqrt(mean)", "return 1.0 / math.sqrt(mean)"),

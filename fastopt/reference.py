@@ -8,10 +8,11 @@ All optimizers have the same signature, ``optimizer(p, g, state, t, **hyperparam
 
 - ``p`` parameter, float32 or float64 of any shape, updated in place;
 - ``g`` gradient of the loss, the shape of ``p``, only read (another dtype is first rounded to that of ``p``);
-- ``state`` dictionary of arrays like ``p`` (NovoGrad's "v" is one number), updated in place, returned by `init_state`;
+- ``state`` dictionary of arrays like ``p`` (NovoGrad's "v" is one number, Adafactor's states are one per row and one
+  per column), updated in place, returned by `init_state`;
 - ``t`` number of this update, a Python int, 1 at the first.
 
-Everything is computed in the dtype of ``p``, except the norms of whole tensors (LAMB, LARS, NovoGrad, Muon), which are
+Everything is computed in the dtype of ``p``, except norms and means over whole tensors, rows and columns, which are
 computed in float64. Hyperparameters are Python numbers: a NumPy float64 scalar would promote the arithmetic of float32
 arrays to float64. Their ranges are not checked. ``t``, shapes, dtypes, the names of the states and options such as
 ``form`` are checked before anything is written; a bad one raises ValueError or TypeError with the argument's name.
@@ -36,7 +37,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -46,6 +47,7 @@ __all__ = [
     "OPTIMIZERS",
     "adabelief",
     "adadelta",
+    "adafactor",
     "adagrad",
     "adam",
     "adamax",
@@ -93,8 +95,11 @@ def _gradient(p: Array, g: Array, t: int, weight_decay: float = 0.0) -> Array:
     return g + weight_decay * p if weight_decay else g
 
 
-def _states(state: State, p: Array, *names: str, numbers: tuple[str, ...] = ()) -> list[Array]:
-    """Return the named states after a check that each is an array like p, or one number if it is in `numbers`."""
+def _states(
+    state: State, p: Array, *names: str, numbers: tuple[str, ...] = (), lines: Mapping[str, int] | None = None
+) -> list[Array]:
+    """Return the named states after a check that each is an array like p; one number if it is in `numbers`; and as many
+    as `lines` says, one for each row or column of p."""
     for name in names:
         if name not in state:
             raise ValueError(
@@ -102,12 +107,19 @@ def _states(state: State, p: Array, *names: str, numbers: tuple[str, ...] = ()) 
             )
         s = state[name]
         shape, like = ((), "one number for all of p") if name in numbers else (p.shape, "like p")
+        if lines and name in lines:
+            shape, like = (lines[name],), "a number for each row or column of p"
         if s.shape != shape or s.dtype != p.dtype:
             raise ValueError(
                 f"state {name!r}: must be {p.dtype} of shape {shape} ({like}), got {s.dtype} of shape {s.shape}; "
                 "use init_state with this p"
             )
     return [state[name] for name in names]
+
+
+def _matrix_of(p: Array) -> tuple[int, int]:
+    """Return the rows and columns of p: its first axis and the others, or a single row."""
+    return (p.shape[0], math.prod(p.shape[1:])) if p.ndim > 1 else (1, p.size)
 
 
 def _root(v: Array, eps: float, eps_inside: bool) -> Array:
@@ -1001,6 +1013,62 @@ def stable_adamw(
     p -= lr * bound * (m / (np.sqrt(v) + eps) + weight_decay * p)
 
 
+def adafactor(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
+    lr: float = 0.01,
+    beta2_decay: float = -0.8,
+    eps: float = 1e-30,
+    min_rms: float = 1e-3,
+    clip_threshold: float = 1.0,
+    weight_decay: float = 0.0,
+) -> None:
+    """Adafactor: a second moment from one number per row and per column. p is one whole parameter tensor.
+
+        b2 = 1 - t^beta2_decay
+        row_var = b2 row_var + (1 - b2) mean(g^2 over a row);   col_var likewise over a column
+        v_ij = max(row_var_i / mean(row_var) col_var_j, eps^2)
+        u = g / sqrt(v)
+        step = min(lr, 1/sqrt(t)) max(min_rms, rms(p)) / max(1, rms(u) / clip_threshold)
+        p = (1 - lr weight_decay) p - step u
+
+    rms(x) = sqrt(mean(x^2)) over all of p, before the decay. The rows of p are those of p.reshape(p.shape[0], -1); p of
+    fewer than two axes is one row. row_var = col_var = 0 before the first update. Means are taken in float64. v and
+    mean(row_var) are not smaller than eps^2, and than 1.2e-38.
+
+    lr no unit; eps [g]; min_rms [p]; weight_decay no unit. States: "row_var", "col_var" [g]^2, of the lengths of a
+    column and a row.
+
+    Source: N. Shazeer and M. Stern, Adafactor: adaptive learning rates with sublinear memory cost, ICML 2018,
+    https://arxiv.org/abs/1804.04235, Algorithms 4 and 5; in the form of torch.optim.Adafactor.
+
+    >>> p = np.ones((2, 1)); state = init_state("adafactor", p)
+    >>> adafactor(p, np.array([[3.0], [4.0]]), state, 1, lr=0.5)
+    >>> state["row_var"].tolist(), state["col_var"].tolist(), p.tolist()
+    ([9.0, 16.0], [12.5], [[0.5], [0.5]])
+    """
+    g = _gradient(p, g, t)
+    rows, columns = _matrix_of(p)
+    row_var, col_var = _states(state, p, "row_var", "col_var", lines={"row_var": rows, "col_var": columns})
+    if p.size == 0:
+        return
+    b2 = 1 - t**beta2_decay
+    squares = g.astype(np.float64).reshape(rows, columns) ** 2
+    row_var[...] = b2 * row_var + (1 - b2) * squares.mean(axis=1)
+    col_var[...] = b2 * col_var + (1 - b2) * squares.mean(axis=0)
+    least = max(eps**2, 1.2e-38)
+    mean = p.dtype.type(max(float(row_var.astype(np.float64).mean()), least))
+    v = np.maximum((row_var / mean)[:, None] * col_var, p.dtype.type(least))
+    u = g / np.sqrt(v).reshape(p.shape)
+    rms_p, rms_u = (_norm(x) / math.sqrt(p.size) for x in (p, np.asarray(u)))
+    step = min(lr, t**-0.5) * max(min_rms, rms_p) / max(1.0, rms_u / clip_threshold)
+    p *= 1 - lr * weight_decay
+    p -= p.dtype.type(step) * u
+
+
 def yogi(
     p: Array,
     g: Array,
@@ -1272,6 +1340,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "lars": lars,
     "novograd": novograd,
     "stable_adamw": stable_adamw,
+    "adafactor": adafactor,
     "yogi": yogi,
     "rprop": rprop,
     "schedule_free_adamw": schedule_free_adamw,
@@ -1284,7 +1353,8 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
 
     ``name`` is a key of OPTIMIZERS; ``hyper`` any of its hyperparameters, the others have their defaults. All states
     are zero, except "sum_sq" of Adagrad and "v" of Yogi, which are ``initial_accumulator_value`` ([g]^2), "step_size"
-    of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape ().
+    of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (), the states of
+    Adafactor have a number per row and per column.
 
     Returns a dictionary of arrays by name, which the optimizer updates in place. Raises ValueError for an unknown name,
     TypeError for an unknown hyperparameter.
@@ -1332,6 +1402,9 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
             initial = {"velocity": 0.0}
         case "novograd":
             return {"m": np.zeros_like(p), "v": np.zeros_like(p, shape=())}
+        case "adafactor":
+            rows, columns = _matrix_of(p)
+            return {"row_var": np.zeros_like(p, shape=rows), "col_var": np.zeros_like(p, shape=columns)}
         case "yogi":
             initial = {"m": values["initial_momentum"], "v": values["initial_accumulator_value"]}
         case "rprop":

@@ -119,6 +119,7 @@ CASES = (
     Case("LARS", {"nesterov": True, "eps": 1e-3}, lr=10.0),
     Case("NovoGrad", {"weight_decay": 0.1}, lr=0.01),
     Case("StableAdamW", {"weight_decay": 0.1}, reference="stable_adamw"),
+    Case("Adafactor", {"weight_decay": 0.1}),
     Case("Yogi"),
     Case("Yogi", {"bias_correction": False}),
     Case("Yogi", {"initial_momentum": 0.1}),
@@ -133,6 +134,21 @@ CASES = (
 BY_NAME = {str(case): case for case in CASES}
 PER_RULE = tuple({case.rule.name: case for case in reversed(CASES)}.values())
 """One case per rule, for properties that do not depend on its options."""
+OF_EACH_KIND = tuple(
+    BY_NAME[name]
+    for name in (
+        "SGD-lr=0.1",
+        "Adam",
+        "LAMB",
+        "NovoGrad-weight_decay=0.1",
+        "StableAdamW-weight_decay=0.1",
+        "Adafactor-weight_decay=0.1",
+        "ScheduleFreeAdamW-warmup_steps=3-weight_decay=0.1",
+        "Muon",
+    )
+)
+"""A rule without states and one with, a layerwise and a scaling one, two of sums, one whose states begin at the
+parameters, and a matrixwise one: for properties that depend on the kind of a rule alone."""
 
 
 def gradients(rng: np.random.Generator, size: int, dtype: Any) -> np.ndarray:

@@ -70,6 +70,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("lars", {"nesterov": True}),
     ("novograd", {}),
     ("stable_adamw", {}),
+    ("adafactor", {}),
     ("yogi", {}),
     ("yogi", {"bias_correction": False, "initial_accumulator_value": 0.1}),
     ("rprop", {}),
@@ -91,10 +92,11 @@ OWN_DECAY = {
     "lars",
     "novograd",
     "stable_adamw",
+    "adafactor",
     "schedule_free_adamw",
     "muon",
 }
-WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw"}
+WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "adafactor"}
 
 
 def form_id(form: tuple[str, dict[str, Any]]) -> str:
@@ -226,9 +228,8 @@ def test_parameters_and_states_equal_torchs(
 
 
 def test_the_comparison_covers_every_optimizer_of_torch() -> None:
-    assert {case[0] for case in SAME_AS_TORCH} == set(OPTIMIZERS) - NOT_IN_TORCH - {
-        "muon"
-    }  # Muon has its own test below
+    own = {"muon", "adafactor"}  # with tests of their own below
+    assert {case[0] for case in SAME_AS_TORCH} == set(OPTIMIZERS) - NOT_IN_TORCH - own
     torch = pytest.importorskip("torch", reason="looks into torch.optim, which this environment does not have")
     theirs = {name.lower() for name in vars(torch.optim)}
     assert not {name for name in NOT_IN_TORCH if name.replace("_", "") in theirs}
@@ -272,6 +273,34 @@ def test_muon_equals_torchs_except_for_its_bfloat16_loop(
         np.testing.assert_allclose(p, tensor.detach().numpy(), atol=tolerance * np.abs(p - before).max())
         np.testing.assert_allclose(state["m"], optimizer.state[tensor]["momentum_buffer"].numpy(), rtol=1e-11)
         tensor.data[...] = torch.tensor(p)  # compare one step, not the sum of all previous differences
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 1), (1, 6), (7,)])
+@pytest.mark.parametrize(
+    "hyper",
+    [{}, {"lr": 0.5, "beta2_decay": -0.5, "clip_threshold": 1.25, "min_rms": 2.0, "weight_decay": 0.1}],
+    ids=str,
+)
+def test_adafactor_equals_torchs(shape: tuple[int, ...], hyper: dict[str, Any], torch64: Any) -> None:
+    torch = torch64
+    p, gradients = data(seed=1, shape=shape)
+    hyper = {"eps": 1e-9, "min_rms": 1e-3, "clip_threshold": 1.0, **hyper}
+    state = init_state("adafactor", p, **hyper)
+    tensor = torch.tensor(p.copy(), requires_grad=True)
+    same = {name: value for name, value in hyper.items() if name in ("lr", "beta2_decay", "weight_decay")}
+    optimizer = torch.optim.Adafactor(
+        [tensor], eps=(hyper["eps"], hyper["min_rms"]), d=hyper["clip_threshold"], foreach=False, **same
+    )
+    for t, g in enumerate(gradients, start=1):
+        reference.adafactor(p, g, state, t, **hyper)
+        tensor.grad = torch.tensor(g)
+        optimizer.step()
+        np.testing.assert_allclose(p, tensor.detach().numpy(), rtol=1e-12, atol=1e-16)
+    theirs = optimizer.state[tensor]
+    columns = theirs["col_var"] if len(shape) > 1 else theirs["variance"]
+    np.testing.assert_allclose(state["col_var"], columns.numpy().reshape(-1), rtol=1e-12)
+    if len(shape) > 1:
+        np.testing.assert_allclose(state["row_var"], theirs["row_var"].numpy().reshape(-1), rtol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------- numbers computed by hand
@@ -516,6 +545,13 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
         {"lr": 0.5, "betas": (0.25, 0.75), "eps": 1.0, "weight_decay": 0.5},
         (5 / 12, 5 / 12 - 0.5 * (5 / 24 - 0.4 / (R(16 / 7) + 1))),
         {"m": -0.4, "v": 16 / 7},
+    ),
+    # b2 = 0, u = 1 ; b2 = 1/2, v = 2.5, and the rms of p is 0.5
+    (
+        "adafactor",
+        {"lr": 0.5, "beta2_decay": -1.0},
+        (0.5, 0.5 + 0.25 / R(2.5)),
+        {"row_var": 2.5, "col_var": 2.5},
     ),
     # v decreases: 8 - 0.5 * 4, v_hat = 12 ; 6 - 0.5 * 1, v_hat = 5.5 / 0.75
     (
@@ -1532,6 +1568,14 @@ DEFAULTS = {
     },
     "novograd": {"lr": 1e-3, "betas": (0.95, 0.98), "eps": 1e-8, "weight_decay": 0.0},
     "stable_adamw": {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01},
+    "adafactor": {
+        "lr": 0.01,
+        "beta2_decay": -0.8,
+        "eps": 1e-30,
+        "min_rms": 1e-3,
+        "clip_threshold": 1.0,
+        "weight_decay": 0.0,
+    },
     "yogi": {
         "lr": 1e-2,
         "betas": (0.9, 0.999),
