@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from cases import PER_RULE
+from cases import OF_EACH_KIND
 
 import fastopt
 
@@ -56,8 +56,8 @@ def test_sam_is_what_the_paper_says():
     np.testing.assert_allclose(opt.params["w"], w, rtol=1e-13)
 
 
-@pytest.mark.parametrize("case", PER_RULE, ids=str)
-def test_every_rule_goes_on_after_it_as_if_nothing_had_been(case):
+@pytest.mark.parametrize("case", OF_EACH_KIND, ids=str)
+def test_a_rule_of_each_kind_goes_on_after_it_as_if_nothing_had_been(case):
     there_and_back, plain = case.make(tree(3)), case.make(tree(3))
     for seed in (4, 5):
         with there_and_back.ascent(0.1, tree(seed)):
