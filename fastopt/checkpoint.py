@@ -128,7 +128,7 @@ def load(
     paths, keep = here.flat.paths, check_keep(keep, here)
     with _opened(path) as (where, file):
         document = _document_of(where, file)
-        own = _arrays_of(here)
+        own = _arrays_of(here.expecting(document, keep))
         _check_kind(where, document, here, optimizer, strict=strict)
         if strict:
             for _, wrong in other_options(document["options"], here, keep):

@@ -22,6 +22,7 @@ from fastopt.signals import deferred_signals
 from fastopt.state import LoadReport, OptimizerState, Snapshot, check_keep, fit
 from fastopt.step.groups import GroupsView, check_change, mark_matrices, match_overrides
 from fastopt.step.info import StepInfo
+from fastopt.step.matrices import chosen_by, flags
 from fastopt.step.options import StepOptions
 from fastopt.step.pipeline import Pipeline
 from fastopt.storage.flat import FlatParams, pack
@@ -291,9 +292,9 @@ class Optimizer:
 
     @property
     def states(self) -> Mapping[str, Any]:
-        """The rule's state buffers by name, each as a tree of views. Assigning to an item writes into the view."""
+        """The rule's states by name, each as a tree of views. Assigning to an item writes into the view."""
         arrays = self.state.arrays
-        names = (*self.rule.states, *self.rule.numbers)
+        names = (*self.rule.states, *self.rule.numbers, *self.rule.matrices)
         trees = {name: handed_out(self.flat.treespec, arrays[name], f"opt.states[{name!r}]") for name in names}
         return MappingProxyType(trees)
 
@@ -793,9 +794,12 @@ class Optimizer:
         pipeline = self._running
         with pipeline.gate.take("restore"), deferred_signals:
             pipeline.flush_rows()  # the parameters are not part of the state, and keep what their rows have missed
-            pipeline.restore(snapshot.arrays, snapshot.step, snapshot.nonfinite)
+            chosen = chosen_by(self.rule, flags(self.rule, snapshot.values, snapshot.changes))
+            matrices = pipeline.matrices.fitted(chosen)  # takes memory, and may fail
             pipeline.groups.base = dict(snapshot.values)
             pipeline.groups.regroup(snapshot.changes, snapshot.missed)
+            pipeline.matrices = matrices
+            pipeline.restore(snapshot.arrays, snapshot.step, snapshot.nonfinite)
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
         """Write the parameters and everything else that a resumed run needs to one file, a safetensors one.

@@ -10,7 +10,7 @@ import inspect
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -178,12 +178,26 @@ class Matrixwise:
     Args:
         direction: a rule with the same states and hyperparameters. It runs first, and writes `state`.
         state: the name of that state.
-        transform: ``transform(array, **hyperparameters)`` transforms a 2-D array of that state in place, for the update
-            to read.
+        transform: ``transform(array, **keywords)`` transforms a 2-D array of that state in place, for the update to
+            read. The keywords are the hyperparameters, `matrices`, and those of the following that the signature of
+            `transform` has, or all where it ends in ``**keywords``: the other states by name, as 2-D arrays; ``t``, the
+            number of this update of the parameter, an int from 1; ``path``, of the parameter; and ``seed``, an int in
+            [0, 2^32) that is made of these two: the same on every machine. States and matrices may be written.
         chosen: the name of the hyperparameter, a flag, that selects the parameters: by default it is True for 2-D
             parameters and False for the others; overrides can change it.
         matrix_only, other_only: the names of hyperparameters that act only where the flag is True, and only where it is
             False. An override that cannot act is refused.
+        matrices: further states of the parameters that are selected: ``{"name": (rows, columns)}``, each side
+            ``"rows"`` or ``"columns"`` of the parameter, or a whole number. They begin at 0, in the parameter's dtype,
+            and are saved and copied as states are, at their own size; they are (0, 0) where the flag is False, which
+            also forgets them.
+        reshape: ``"first_axis"`` treats a parameter of more than two dimensions, such as the kernel of a convolution,
+            as a matrix of ``shape[0]`` rows, which is then selected by default as well; None leaves it out.
+        largest: parameters with more rows or columns than this are not selected by default; None for no limit.
+
+    Raises:
+        TypeError: names that are not names, or that two things have; sides of another kind. A rule refuses a
+            `transform` that cannot take what it is given.
 
     >>> import numpy as np, fastopt
     >>> from typing import NamedTuple
@@ -212,6 +226,29 @@ class Matrixwise:
     chosen: str
     matrix_only: tuple[str, ...] = ()
     other_only: tuple[str, ...] = ()
+    matrices: Mapping[str, tuple[str | int, str | int]] = field(default_factory=dict)
+    reshape: str | None = None
+    largest: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.reshape not in (None, "first_axis"):
+            raise TypeError(f"Matrixwise: reshape: must be None or 'first_axis', got {self.reshape!r}")
+        if self.largest is not None and not _is_count(self.largest):
+            raise TypeError(f"Matrixwise: largest: must be an int from 0, or None, got {self.largest!r}")
+        if not isinstance(self.matrices, Mapping):
+            raise TypeError(f"Matrixwise: matrices: must be a dict of name -> (rows, columns), got {self.matrices!r}")
+        for name, shape in self.matrices.items():
+            if not isinstance(name, str) or not name.isidentifier():
+                raise TypeError(f"Matrixwise: matrices: must have names of variables as keys, got {name!r}")
+            sides = shape if isinstance(shape, tuple) else ()
+            if len(sides) != 2 or not all(side in ("rows", "columns") or _is_count(side) for side in sides):
+                raise TypeError(
+                    f"Matrixwise: matrices[{name!r}]: must be a pair of 'rows', 'columns' or ints from 0, got {shape!r}"
+                )
+
+    def __hash__(self) -> int:
+        matrices = tuple(self.matrices.items())
+        return hash((self.direction, self.state, self.transform, self.chosen, matrices, self.reshape, self.largest))
 
 
 class Rule:
@@ -320,10 +357,11 @@ class Rule:
             _check_call(f"{where}: apply", layerwise.apply, ("p", *self.states, "ratio", "h"))
             if layerwise.direction is not None:
                 _check_call(f"{where}: direction", layerwise.direction, ("p", *self.states, "h"))
+        self.handed: frozenset[str] = frozenset()
+        """What the transform of a matrixwise rule is given besides the hyperparameters, by name."""
         if matrixwise is not None:
-            where = f"rule {self.name!r}: matrixwise"
-            _check_call(f"{where}: transform", matrixwise.transform, ("array",), self.hyperparameters)
-        kept = (*self.states, *self.numbers)
+            self._check_matrixwise(matrixwise)
+        kept = (*self.states, *self.numbers, *self.matrices)
         if EMA in kept or len(set(kept)) != len(kept):
             raise TypeError(
                 f"rule {self.name!r}: names of states must differ from {EMA!r} and each other, got {', '.join(kept)}"
@@ -343,6 +381,32 @@ class Rule:
         self._twin: Rule | None = None
         self._plain: Rule | None = None
         """The rule whose twin this is."""
+
+    def _check_matrixwise(self, matrixwise: Matrixwise) -> None:
+        """Refuse a transform that cannot be called as it would be, and note what it is given."""
+        where, transform = f"rule {self.name!r}: matrixwise", matrixwise.transform
+        if matrixwise.state not in self.states:
+            raise TypeError(
+                f"{where}: state: must be one of the rule's states ({', '.join(self.states)}), got {matrixwise.state!r}"
+            )
+        if not callable(transform):
+            raise TypeError(f"{where}: transform: must be a function (array, **keywords), got {transform!r}")
+        first, taken = _keywords(transform)
+        beside = ["t", "path", "seed", *[name for name in self.states if name != matrixwise.state]]
+        handed = [*self.matrices, *[name for name in beside if taken is None or name in taken]]
+        for name in handed:
+            if name == first or name in self.hyperparameters or (*beside, *self.matrices).count(name) > 1:
+                raise TypeError(
+                    f"{where}: names of states, matrices and hyperparameters must differ from each other, from 't', "
+                    f"'path' and 'seed', and from the first parameter of transform, got {name!r} twice; rename one"
+                )
+        _check_call(f"{where}: transform", transform, ("array",), (*self.hyperparameters, *handed))
+        self.handed = frozenset(handed)
+        if not isinstance(matrixwise.direction, Rule) or len(matrixwise.direction.states) != len(self.states):
+            raise TypeError(
+                f"{where}: direction: must be a rule with the states {', '.join(self.states)}, got "
+                f"{matrixwise.direction!r}"
+            )
 
     def _check_sums(self, names: list[str]) -> None:
         """Refuse sums that do not fit the rule, whose function has parameters of these names."""
@@ -402,6 +466,11 @@ class Rule:
     def lined(self) -> bool:
         """Whether the rule uses sums over rows or columns."""
         return any(sums.over in ("row", "column") for sums in self.sums)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The names of state matrices, whose shapes are made of the rows and columns of a parameter."""
+        return () if self.matrixwise is None else tuple(self.matrixwise.matrices)
 
     @property
     def whole(self) -> bool:
@@ -679,6 +748,21 @@ def _check_call(what: str, function: Any, names: Sequence[str], keywords: Sequen
         signature.bind(*names, **dict.fromkeys(keywords))
     except TypeError:
         raise TypeError(f"{what}: must have the signature {expected}, got {signature}") from None
+
+
+def _keywords(function: Callable[..., Any]) -> tuple[str, frozenset[str] | None]:
+    """Return the name of the first parameter, and those of the others; None in their place where any are taken."""
+    try:
+        first, *others = inspect.signature(function).parameters.values()
+    except ValueError:  # of some functions written in C
+        return "", frozenset()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in others):
+        return first.name, None
+    return first.name, frozenset(parameter.name for parameter in others)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _parameters(function: Callable[..., Any], what: str) -> dict[str, Any]:

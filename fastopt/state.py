@@ -15,6 +15,7 @@ from fastopt.hyper import EMA
 from fastopt.kernels import get_backend
 from fastopt.rule import Rule
 from fastopt.step.groups import FROZEN, LR_SCALE, ParamGroup, check_change
+from fastopt.step.matrices import shape_of
 from fastopt.step.options import StepOptions
 from fastopt.step.table import Table, hyper_of
 from fastopt.storage.flat import FlatParams
@@ -59,6 +60,25 @@ class OptimizerState(NamedTuple):
     def decays(self) -> bool:
         """Whether any weights decay, now or by a schedule."""
         return any(group.decays for group in self.groups)
+
+    def expecting(self, state: Mapping[str, Any], keep: Collection[str] = ()) -> OptimizerState:
+        """Return this with the shapes of matrices that a saved state must have: of the parameters chosen there.
+
+        state : of the form of `Optimizer.state_dict`. keep : names of hyperparameters that stay as they are here.
+        """
+        rule, whole = self.rule, self.rule.matrixwise
+        if whole is None or not rule.matrices or whole.chosen in keep or state["rule"] != rule.name:
+            return self
+        base, arrays = state["hyper"].get(whole.chosen, self.hyper[whole.chosen]), dict(self.arrays)
+        for k, path in enumerate(self.flat.paths):
+            change = state["overrides"].get(path)
+            flag = change.get(whole.chosen, base) if isinstance(change, Mapping) else base
+            for name in rule.matrices:
+                shape = shape_of(rule, name, self.flat.shapes[k], chosen=bool(flag))
+                if shape != arrays[name][k].shape:
+                    zeros = np.broadcast_to(np.zeros((), self.flat.dtype), shape)
+                    arrays[name] = [*arrays[name][:k], zeros, *arrays[name][k + 1 :]]
+        return self._replace(arrays=arrays)
 
     def described(self) -> dict[str, Any]:
         """Return everything except the arrays, as plain data."""
@@ -108,8 +128,9 @@ class Snapshot(NamedTuple):
 
         Raises TypeError or ValueError that names the difference.
         """
-        rule, paths, views, values, changes = here.rule, here.flat.paths, here.arrays, here.hyper, here.overrides
+        rule, paths, values, changes = here.rule, here.flat.paths, here.hyper, here.overrides
         _check_form(state)
+        views = here.expecting(state).arrays
         if state["format"] != STATE_FORMAT:
             raise ValueError(
                 f"state: format: must be {STATE_FORMAT} in this version of fastopt, got {state['format']!r}"
@@ -286,6 +307,10 @@ def fit(
             if (params is None or path in params)
             and not any(f"{name}/{path}" in report.missing for name in here.arrays if name != EMA)
         }
+    for name in here.rule.matrices:  # those of this optimizer, where the saved flag is another one
+        for path, own in zip(paths, here.expecting(fitted).arrays[name], strict=True):
+            if held[name][path].shape != own.shape:
+                held[name][path] = own
     return fitted, replace(report, kept=kept)
 
 
@@ -304,7 +329,7 @@ def _fit_arrays(
             raise TypeError(f"state: {name}: must be a dict, as from state_dict(), got {type(arrays).__name__}")
     names = [name for name in here.arrays if name != EMA]
     foreign = other if set(names) != set(state["state"]) else ""
-    host = get_backend(here.flat.backend).host
+    host, expected = get_backend(here.flat.backend).host, here.expecting(state).arrays
     missed: dict[str, int] = {}
     held: dict[str, dict[str, np.ndarray]] = {name: {} for name in here.arrays}
     loaded: dict[str, None] = {}
@@ -313,7 +338,7 @@ def _fit_arrays(
         lost = "its parameter was not loaded" if params is not None and path not in params else ""
         wrong = {
             name: misfit(saved.get(name, {}).get(path), views[k]) or lost or (foreign if name != EMA else "")
-            for name, views in here.arrays.items()
+            for name, views in expected.items()
         }
         partial = "the other states of its parameter do not fit" if any(map(wrong.get, names)) else ""
         for name, views in here.arrays.items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastopt.hyper import POSITIVE_OR_ZERO, WEIGHT_DECAY, Flag
 from fastopt.signals import deferred_signals
 from fastopt.step.globs import Paths
+from fastopt.step.matrices import fits, selects
 from fastopt.step.table import Point
 
 if TYPE_CHECKING:
@@ -295,7 +296,7 @@ def mark_matrices(rule: Rule, changes: Sequence[dict[str, Any]], shapes: Sequenc
     """Have a rule that looks at whole matrices skip the parameters that are not matrices, unless a change says so."""
     if rule.matrixwise is not None:
         for change, shape in zip(changes, shapes, strict=True):
-            if len(shape) != 2:
+            if not selects(rule.matrixwise, shape):
                 change.setdefault(rule.matrixwise.chosen, False)
 
 
@@ -303,9 +304,10 @@ def check_matrices(rule: Rule, chosen: Sequence[Any], paths: Sequence[str], shap
     """Refuse a parameter that is to be treated as a matrix and is not one. chosen : whether each of them is to be."""
     if rule.matrixwise is not None:
         for is_chosen, path, shape in zip(chosen, paths, shapes, strict=True):
-            if is_chosen and len(shape) != 2:
+            if is_chosen and not fits(rule.matrixwise, shape):
+                least = "2-D" if rule.matrixwise.reshape is None else "at least 2-D"
                 raise ValueError(
-                    f"parameter {path!r}: must be 2-D, got shape {shape}; set {rule.matrixwise.chosen}=False there"
+                    f"parameter {path!r}: must be {least}, got shape {shape}; set {rule.matrixwise.chosen}=False there"
                 )
 
 

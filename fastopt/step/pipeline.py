@@ -22,6 +22,7 @@ from fastopt.step.device import MOST_IN_FLIGHT, Candidates, DeviceSteps, Recorde
 from fastopt.step.gate import Gate, through_gate
 from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_matrices, mark_matrices
 from fastopt.step.info import StepInfo
+from fastopt.step.matrices import Matrices, chosen_by
 from fastopt.step.norms import Pending, counted, norm_of, norms_of
 from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.plan import Plan
@@ -98,6 +99,19 @@ class Pipeline:
         self.states = tuple(flat.new_buffer() for _ in self.rule.states)
         self.numbers = tuple(flat.new_numbers(over) for over in self.rule.over.values())
         self.average: Any = None if self.options.ema is None else flat.new_buffer()
+        self.matrices = Matrices(self.rule, flat, self._chosen())
+
+    def _chosen(self) -> tuple[bool, ...]:
+        """For each parameter whether it is treated as a matrix, where the rule keeps matrices."""
+        whole = self.rule.matrixwise
+        return () if whole is None else chosen_by(self.rule, self.groups.given(whole.chosen))
+
+    def fit_matrices(self) -> Matrices:
+        """Have matrices of the parameters that are treated as such, as the groups are now, and of no others."""
+        chosen = self._chosen()
+        if chosen != self.matrices.chosen:
+            self.matrices = self.matrices.fitted(chosen)
+        return self.matrices
 
     def _initialise(self, parameters: Sequence[int]) -> None:
         """Give states that do not begin at 0 their first values."""
@@ -151,6 +165,7 @@ class Pipeline:
         with deferred_signals:
             self.steps = max(counts, default=0)
             self.groups.regroup(changes, [self.steps - count for count in counts])
+            self.fit_matrices()
             self.born.shown.clear()
             self.born.wait(len(counts))
             self._initialise(beginning)
@@ -516,12 +531,18 @@ class Pipeline:
         by_group = [group.at_step(self.steps) for group in self.groups.list]
         values = [by_group[number] for number in self.groups.of]
         chosen = tuple([row >= 0 and bool(own[whole.chosen]) for row, own in zip(rows, values, strict=True)])
+        matrices = self.fit_matrices()
         kernel = plan.direction_kernel(scaled=scaled)
         kernel.launch(places, self.states, table, plan.dense_chunks(chosen, rows), self.size)
-        views = self.flat.views(self.states[self.rule.states.index(whole.state)])
+        views = {
+            name: self.flat.views(buffer)
+            for name, buffer in zip(self.rule.states, self.states, strict=True)
+            if name == whole.state or name in self.rule.handed
+        }
         for k, here in enumerate(chosen):
             if here:
-                whole.transform(views[k], **values[k])
+                t = self.steps + 1 - self.groups.list[self.groups.of[k]].missed
+                matrices.transform(k, views, t, values[k])
 
     def _proceeds(self, finite: bool, present: Sequence[bool] | None, grads: Any, unscale: float, *, own: bool) -> bool:
         """Whether to make the step.
@@ -743,6 +764,8 @@ class Pipeline:
                 check_acting(whole, paths, [{**changes[k], name: checked} for k in members], self.groups.base)
             self._override(members, name, checked)
         self._begin_again(name)
+        if whole is not None and name == whole.chosen:
+            self.fit_matrices()
 
     @through_gate
     def _override(self, members: tuple[int, ...], name: str, value: Any) -> None:
@@ -772,6 +795,7 @@ class Pipeline:
         self.flush_rows()
         self.groups.release(members, name)
         self._begin_again(name)
+        self.fit_matrices()
 
     @through_gate
     def add(self, params: Any, hyper: Mapping[str, Any]) -> None:
@@ -934,6 +958,7 @@ class Pipeline:
             self.flush_rows()
             for buffer in self.buffers:
                 buffer.fill(0)
+            self.matrices.clear()
             self.steps, self.nonfinite, self.pending, self.entered_at = 0, (0, 0), None, -1
             self.groups.regroup(self.groups.changes, [0] * len(self.flat.paths))
             self.born.shown.clear()
@@ -945,14 +970,14 @@ class Pipeline:
     # --- state --------------------------------------------------------------------------------------------------------
 
     def views(self) -> dict[str, list[Any]]:
-        """What is kept for each parameter, by name: the rule's states, and the average."""
+        """What is kept for each parameter, by name: the rule's states and matrices, and the average."""
         buffers = dict(zip(self.rule.states, self.states, strict=True))
         if self.average is not None:
             buffers[EMA] = self.average
         views = {name: self.flat.views(buffer) for name, buffer in buffers.items()}
         for (name, over), numbers in zip(self.rule.over.items(), self.numbers, strict=True):
             views[name] = self.flat.number_views(numbers, over)
-        return views
+        return views | self.fit_matrices().arrays
 
     def replace(self, params: Any) -> bool:
         """Update other arrays from now on: see `FlatParams.replace`."""
@@ -996,6 +1021,9 @@ class Pipeline:
         mine, theirs = (*self.states, *self.numbers), (*twin.states, *twin.numbers)
         for own, copied in (*zip(mine, theirs, strict=True), *averages):
             copied[...] = own
+        for name, matrices in self.fit_matrices().arrays.items():
+            for own, copied in zip(matrices, twin.matrices.arrays[name], strict=True):
+                copied[...] = own
         twin.groups = Groups(self.rule, self.flat.dtype, self.groups.base, self.groups.changes, self.groups.missed)
         twin.pending = copy.deepcopy(self.pending, memo)
         twin.born = copy.deepcopy(self.born)

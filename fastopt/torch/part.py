@@ -146,8 +146,16 @@ class Part:
                 own[name] = buffer.as_strided(shape, strides, offset)
             for name, numbers in zip(self._numbers, self._per_tensor, strict=True):
                 own[name] = numbers[k]
+            own.update({name: torch.from_numpy(array) for name, array in self._matrices(k).items()})
             found.append(own)
         return found
+
+    def _matrices(self, k: int) -> dict[str, np.ndarray]:
+        """The matrices that the rule keeps for a parameter, by torch's names; none where it is not treated as one."""
+        matrices = self.pipeline.matrices
+        if not matrices.arrays or not matrices.chosen[k]:
+            return {}
+        return {self._torchs.get(name, name): own[k] for name, own in matrices.arrays.items()}
 
     def _begin(
         self,
@@ -162,6 +170,7 @@ class Part:
         pipeline, rule = self.pipeline, self.opt.rule
         averages = () if pipeline.average is None else (EMA,)
         self._counts = counts
+        self._torchs = names
         self._extra = ("mu_product",) if rule.name == "nadam" else ()
         self._shown = [names.get(name, name) for name in (*rule.states, *averages)]
         self._numbers = [names.get(name, name) for name in rule.numbers]
@@ -215,22 +224,24 @@ class Part:
 
     def _check(self, old: Sequence[Mapping[str, Any]]) -> None:
         """Refuse states that are not of these parameters."""
-        known = ["step", *self._extra, *self._shown]
         for k, entry in enumerate(old):
-            for name in (*self._shown, *self._extra):
+            shapes = dict.fromkeys(self._shown, self.shapes[k]) | dict.fromkeys(self._extra, torch.Size())
+            matrices = {name: torch.Size(array.shape) for name, array in self._matrices(k).items()}
+            known = ["step", *shapes, *matrices]
+            for name, shape in (shapes | matrices).items():
                 value = entry.get(name)
                 if value is None:
                     continue
-                shape = torch.Size() if name in self._extra else self.shapes[k]
                 if not isinstance(value, torch.Tensor) or value.shape != shape:
                     found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
                     raise ValueError(
                         f"state of {self.names[k]}: {name}: must be a tensor of shape {tuple(shape)}, got {found}"
                     )
-            lacking = [name for name in self._shown if name not in entry and name != EMA]
+            required = (*self._shown, *matrices)
+            lacking = [name for name in required if name not in entry and name != EMA]
             if lacking and any(name in entry for name in known if name != EMA):
                 raise ValueError(
-                    f"state of {self.names[k]}: must have {', '.join(self._shown)}, as the optimizer has, got "
+                    f"state of {self.names[k]}: must have {', '.join(required)}, as the optimizer has, got "
                     f"{', '.join(map(str, entry))}"
                 )
 
