@@ -44,8 +44,10 @@ def optimizers() -> str:
     rows = ["| optimizer | formula | states | source |", "|---|---|---|---|"]
     for name, optimizer in sorted(fastopt.Optimizer.classes.items(), key=lambda item: item[0].lower()):
         doc = optimizer.__doc__ or ""
-        always = set.intersection(*(set(rule.states + rule.numbers) for rule in optimizer.rules))
-        states = dict.fromkeys(state for rule in optimizer.rules for state in rule.states + rule.numbers)
+        always = set.intersection(*(set(rule.states + rule.numbers + rule.matrices) for rule in optimizer.rules))
+        states = dict.fromkeys(
+            state for rule in optimizer.rules for state in rule.states + rule.numbers + rule.matrices
+        )
         cells = ", ".join(f"{state}" if state in always else f"({state})" for state in states) or "none"
         formula = paragraph(doc, "Formula:").replace("``", "`").replace("|", r"\|")
         rows.append(f"| `{name}` | {formula} | {cells} | {paragraph(doc, 'Source:')} |")

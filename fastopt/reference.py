@@ -71,6 +71,7 @@ __all__ = [
     "schedule_free_adamw",
     "schedule_free_eval",
     "sgd",
+    "shampoo",
     "stable_adamw",
     "yogi",
 ]
@@ -1320,6 +1321,75 @@ def muon(
     p -= lr * adjust * v
 
 
+def _as_matrix(p: Array, precondition: bool | None) -> tuple[int, int] | None:
+    """Return p's rows and columns if it is preconditioned, else None. precondition : None if p has two axes or more."""
+    if precondition and p.ndim < 2:
+        raise ValueError(f"p: must have at least two axes with precondition=True, got shape {p.shape}")
+    preconditioned = p.ndim >= 2 if precondition is None else precondition
+    return (p.shape[0], math.prod(p.shape[1:])) if preconditioned else None
+
+
+def shampoo(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    eps: float = 1e-4,
+    exponent: float = 0.25,
+    precondition_frequency: int = 1,
+    precondition: bool | None = None,
+    weight_decay: float = 0.0,
+) -> None:
+    """Shampoo for a matrix, AdaGrad for other shapes. p is one whole parameter tensor.
+
+        m = momentum m + (1 - momentum) g
+
+        precondition (None: if p has at least two axes; p and g as matrices with the first axis of p as rows):
+            L = L + g g^T ;  R = R + g^T g
+            if t - 1 is a multiple of precondition_frequency:
+                L_root = (L + eps I)^(-exponent) ;  R_root = (R + eps I)^(-exponent)
+            p = p - lr L_root m R_root
+
+        otherwise:
+            v = v + g^2
+            p = p - lr m / sqrt(v + eps)
+
+    g contains weight_decay. Algorithm 1 has exponent = 1/4 for two axes (Algorithm 2: 1/(2k) for k of them, so 1/2 for
+    one), no momentum, and L and R that begin at eps I, without eps in the roots.
+
+    lr [p] for exponent = 1/4; momentum and exponent no unit; eps [g]^2; weight_decay [g]/[p]. States: "m" [g]; "v"
+    [g]^2, m^2 for a matrix; for a matrix also "L" and "R" [g]^2, "L_root" and "R_root" [g]^(-2 exponent).
+
+    Source: V. Gupta, T. Koren, Y. Singer, Shampoo: preconditioned stochastic tensor optimization, ICML 2018,
+    https://arxiv.org/abs/1802.09568.
+
+    >>> p = np.zeros((2, 2)); state = init_state("shampoo", p)
+    >>> shampoo(p, np.array([[0.0, 4.0], [9.0, 0.0]]), state, 1, lr=0.5, eps=1e-12)
+    >>> state["L"].tolist(), p.round(9).tolist()  # L = diag(16, 81), R = diag(81, 16): 4 / (2 2) and 9 / (3 3)
+    ([[16.0, 0.0], [0.0, 81.0]], [[0.0, -0.5], [-0.5, 0.0]])
+    """
+    shape = _as_matrix(p, precondition)
+    g = _gradient(p, g, t, weight_decay)
+    m, v = _states(state, p, "m", "v")
+    m[...] = momentum * m + (1 - momentum) * g
+    if shape is None:
+        v[...] = v + g**2
+        p -= lr * m / np.sqrt(v + eps)
+        return
+    v[...] = m**2
+    g = g.reshape(shape)
+    state["L"][...] = state["L"] + g @ g.T
+    state["R"][...] = state["R"] + g.T @ g
+    if (t - 1) % precondition_frequency == 0:
+        for name in ("L", "R"):
+            u, values, vt = np.linalg.svd(state[name] + eps * np.eye(len(state[name]), dtype=p.dtype))
+            state[f"{name}_root"][...] = u @ np.diag(values**-exponent) @ vt
+    p -= lr * (state["L_root"] @ m.reshape(shape) @ state["R_root"]).reshape(p.shape)
+
+
 OPTIMIZERS: dict[str, Callable[..., None]] = {
     "sgd": sgd,
     "momentum": momentum,
@@ -1345,6 +1415,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "rprop": rprop,
     "schedule_free_adamw": schedule_free_adamw,
     "muon": muon,
+    "shampoo": shampoo,
 }
 
 
@@ -1355,6 +1426,8 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
     are zero, except "sum_sq" of Adagrad and "v" of Yogi, which are ``initial_accumulator_value`` ([g]^2), "step_size"
     of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (), the states of
     Adafactor have a number per row and per column.
+    of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (). Shampoo has
+    matrices of the rows and columns of p as well.
 
     Returns a dictionary of arrays by name, which the optimizer updates in place. Raises ValueError for an unknown name,
     TypeError for an unknown hyperparameter.
@@ -1373,6 +1446,7 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
     values.update(hyper)
 
     initial: dict[str, float | Array]
+    matrices: dict[str, str] = {}
     match name:
         case "sgd":
             initial = {"velocity": 0.0} if values["momentum"] != 0 else {}
@@ -1411,11 +1485,19 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
             initial = {"prev_grad": 0.0, "step_size": values["lr"]}
         case "schedule_free_adamw":
             initial = {"z": p, "v": 0.0}
+        case "shampoo":
+            initial = {"m": 0.0, "v": 0.0}
+            matrices = {"L": "rows", "R": "columns", "L_root": "rows", "R_root": "columns"}
         case _:  # the Adam family
             initial = {"m": 0.0, "v": 0.0}
             if values.get("amsgrad", False):
                 initial["v_max"] = 0.0
-    return {key: np.full_like(p, value) for key, value in initial.items()}
+    state = {key: np.full_like(p, value) for key, value in initial.items()}
+    shape = _as_matrix(p, values["precondition"]) if matrices else None
+    if shape is not None:
+        shapes = {"rows": (shape[0], shape[0]), "columns": (shape[1], shape[1]), "both": shape}
+        state |= {key: np.zeros_like(p, shape=shapes[sides]) for key, sides in matrices.items()}
+    return state
 
 
 def batchnorm_forward(

@@ -763,7 +763,7 @@ def test_a_layer_that_was_added_goes_on_as_after_add(tmp_path, name):
     grown.add({"head": head}, lr_scale=0.5)
     loaded = case.make({**tree(9), "head": head}, lr=0.01, overrides={"head": {"lr_scale": 0.5}})
     report = loaded.load(tmp_path / "x", strict=False)
-    states = (*case.rule.states, *case.rule.numbers)
+    states = (*case.rule.states, *case.rule.numbers, *case.rule.matrices)
     assert set(report.missing) == {"head", *(f"{state}/head" for state in states)}
     assert report.missing["head"] == "none was saved"
     assert report.unexpected == {}

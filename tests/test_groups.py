@@ -33,6 +33,9 @@ def bits(opt: fastopt.Optimizer) -> list[bytes]:
 # --- the values of all ------------------------------------------------------------------------------------------------
 
 
+WHOLE = ("ns_steps", "precondition_frequency", "warmup_steps")
+
+
 @pytest.mark.parametrize("case", PER_RULE, ids=str)
 def test_every_number_can_be_read_and_set_between_steps(case):
     """As if the optimizer had been built with it: the states go on."""
@@ -40,7 +43,7 @@ def test_every_number_can_be_read_and_set_between_steps(case):
     base = opt.state.hyper
     for name, value in base.items():
         if isinstance(value, float) and not isinstance(value, bool):
-            new = value / 2.0 if name not in ("ns_steps", "warmup_steps") else value + 1.0
+            new = value / 2.0 if name not in WHOLE else value + 1.0
             assert getattr(opt, name) == value
             setattr(opt, name, new)
             assert getattr(opt, name) == new

@@ -1,4 +1,7 @@
-"""Matrixwise rules that keep matrices of their own: saved, copied, made and forgotten with the choice of parameters."""
+"""Matrixwise rules that keep matrices of their own: saved, copied, made and forgotten with the choice of parameters.
+
+And the one that comes with fastopt, Shampoo, on matrices.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 import fastopt
+from fastopt import reference
 
 
 class Hyper(NamedTuple):
@@ -217,3 +221,57 @@ def test_a_parameter_that_is_no_matrix_is_refused_and_others_are_named():
     state["state"]["L"]["W"] = np.zeros((0, 0))
     with pytest.raises(ValueError, match=r"L\['W'\]: must be float64 \(3, 3\), got float64 \(0, 0\)"):
         made().load_state_dict(state)
+
+
+# --- Shampoo ----------------------------------------------------------------------------------------------------------
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "shampoo": ("Shampoo", {}),
+    "shampoo with momentum": (
+        "Shampoo",
+        {"momentum": 0.5, "weight_decay": 0.1, "exponent": 0.5, "eps": 1e-2, "precondition_frequency": 3},
+    ),
+}
+TREE = {"W": (4, 4), "conv": (3, 2, 1, 2), "tall": (6, 3), "table": (5, 2), "b": (5,)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_matrices_are_updated_as_the_reference_does(form):
+    """To 1e-12 over 20 steps."""
+    name, hyper = FORMS[form]
+    rng = np.random.default_rng(5)
+    p = {path: rng.normal(size=shape) for path, shape in TREE.items()}
+    opt = getattr(fastopt, name)(p, overrides={"table": {"precondition": False}}, **hyper)
+    own = {path: {**hyper, "precondition": path not in ("table", "b")} for path in p}
+    states = {path: reference.init_state(name.lower(), p[path], **own[path]) for path in p}
+    for t in range(1, 21):
+        grads = {path: rng.normal(size=shape) for path, shape in TREE.items()}
+        opt.step(grads)
+        for path in p:
+            reference.OPTIMIZERS[name.lower()](p[path], grads[path], states[path], t, **own[path])
+    for path in p:
+        np.testing.assert_allclose(opt.params[path], p[path], rtol=1e-12, atol=1e-12, err_msg=path)
+        for key, array in states[path].items():
+            np.testing.assert_allclose(opt.states[key][path], array, rtol=1e-10, atol=1e-11, err_msg=f"{key}/{path}")
+
+
+@pytest.mark.parametrize("name", ["Shampoo"])
+def test_nan_and_empty_matrices_and_a_late_choice(name):
+    opt = getattr(fastopt, name)({"W": np.ones((3, 2)), "V": np.ones((2, 2)), "empty": np.ones((0, 3))}, lr=0.1)
+    grads = {"W": np.ones((3, 2)), "V": np.eye(2), "empty": np.ones((0, 3))}
+    grads["W"][2, 1] = np.nan
+    opt.step(grads)
+    opt.step({**grads, "W": np.ones((3, 2))})
+    assert np.isnan(opt.params["W"]).all()
+    assert np.isfinite(opt.params["V"]).all()
+    # From one update to the next, steps stay of one size: those of vectors, of the matrix, and of its elements again.
+    opt = getattr(fastopt, name)({"W": np.zeros((3, 3))}, lr=0.1, precondition_frequency=7)
+    rng = np.random.default_rng(6)
+    for choice in (False, True, False):
+        opt.groups["W"].precondition = choice
+        for _ in range(4):
+            before = opt.params["W"].copy()
+            opt.step({"W": rng.normal(size=(3, 3))})
+            step = np.abs(opt.params["W"] - before).max()
+            assert step < 0.6
+        assert step > 0.01

@@ -79,6 +79,8 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("muon", {}),  # orthogonal if p has two axes
     ("muon", {"nesterov": False, "adjust_lr": "match_rms_adamw"}),
     ("muon", {"orthogonal": False}),
+    ("shampoo", {"precondition": False}),  # matrices have their own tests below
+    ("shampoo", {"precondition": False, "momentum": 0.9}),
 ]
 
 # Optimizers that do not add weight_decay to the gradient, and optimizers that use norms over all of p.
@@ -177,7 +179,7 @@ SAME_AS_TORCH: list[tuple[str, dict[str, Any], str, dict[str, Any], dict[str, st
 ]
 NOT_IN_TORCH = {
     *("lamb", "lion", "adabelief", "adan", "ademamix", "lars", "novograd", "stable_adamw", "yogi"),
-    "schedule_free_adamw",
+    *("schedule_free_adamw", "shampoo"),
 }
 
 
@@ -603,6 +605,8 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
         (0.75 - 1 / 3, 0.75 * (0.75 - 1 / 3) + 0.2 / (R(2) + 1)),
         {"m": -0.375, "v": 1.5},
     ),
+    # one axis: m = 1, v = 4 ; m = 0.5 - 0.5, v = 5. Matrices have their own test below.
+    ("shampoo", {"lr": 0.5, "momentum": 0.5, "eps": 5.0}, (5 / 6, 5 / 6), {"m": 0.0, "v": 5.0}),
 ]
 
 
@@ -1300,6 +1304,38 @@ def test_muon_refuses_bad_arguments(shape: tuple[int, ...], hyper: dict[str, Any
     assert not state["m"].any()
 
 
+# ------------------------------------------------------------------------------------------------------------- Shampoo
+
+
+def test_shampoo_equals_pytorch_optimizers_on_a_matrix() -> None:
+    # pytorch_optimizer 4.1.0 with torch 2.13.0: Shampoo(lr=0.1, weight_decay=0.1), whose matrix_eps is 1e-6.
+    rng = np.random.default_rng(0)
+    p, gradients = rng.normal(size=(3, 4)), [rng.normal(size=(3, 4)) for _ in range(20)]
+    after, state = run("shampoo", p, gradients, lr=0.1, weight_decay=0.1, eps=1e-6)
+    golden = [
+        [0.12382843266075484, -0.11280634051816608, 0.6301017885468853, 0.23433359734735257],
+        [-0.46037330449348274, 0.1693823750391096, 1.34839835766014, 0.6390500622127092],
+        [-0.6871615854228343, -1.2150231906231683, -0.45008706895488826, -0.05618271111795923],
+    ]
+    np.testing.assert_allclose(after, golden, rtol=1e-12, atol=1e-14)
+    assert {key: array.shape for key, array in state.items() if key not in "mv"} == {
+        **dict.fromkeys(("L", "L_root"), (3, 3)),
+        **dict.fromkeys(("R", "R_root"), (4, 4)),
+    }
+
+
+def test_shampoo_averages_gradients_and_keeps_roots_by_hand() -> None:
+    # (L + 1)^-0.5 m (R + 1)^-0.5 is m / (d + 1) for L = R = diag(d), with the roots of every other step.
+    hyper = {"lr": 1.0, "momentum": 0.5, "eps": 1.0, "exponent": 0.5, "precondition_frequency": 2}
+    gradients = [np.diag([1.0, 2.0]), np.diag([3.0, 0.0]), np.diag([1.0, 1.0])]
+    after, state = run("shampoo", np.zeros((2, 2)), gradients, **hyper)
+    steps = np.array([[0.5 / 2, 1.0 / 5], [1.75 / 2, 0.5 / 5], [1.375 / 12, 0.75 / 6]])
+    np.testing.assert_allclose(after, -np.diag(steps.sum(axis=0)), rtol=1e-14)
+    np.testing.assert_allclose(state["L"], np.diag([11.0, 5.0]), rtol=1e-14)
+    with pytest.raises(ValueError, match=r"p: must have at least two axes with precondition=True, got shape \(2,\)"):
+        run("shampoo", np.ones(2), [np.ones(2)], precondition=True)
+
+
 # --------------------------------------------------------------------------------------------------------- convergence
 
 # The bowl sum_i a_i (p_i - c_i)^2 / 2; lr falls linearly to 0, because the steps of sign-like methods do not shrink.
@@ -1313,6 +1349,7 @@ BOWL_LR = {
     "lamb": 0.1,
     "lars": 10.0,
     "novograd": 0.02,
+    "shampoo": 1.0,
 }
 
 
@@ -1608,6 +1645,15 @@ DEFAULTS = {
         "orthogonal": None,
         "weight_decay": 0.1,
     },
+    "shampoo": {
+        "lr": 0.1,
+        "momentum": 0.0,
+        "eps": 1e-4,
+        "exponent": 0.25,
+        "precondition_frequency": 1,
+        "precondition": None,
+        "weight_decay": 0.0,
+    },
 }
 
 
@@ -1647,6 +1693,7 @@ def test_defaults_match_the_specification(name: str) -> None:
         ("rprop", {"lr": 0.0}, ["prev_grad", "step_size"]),
         ("muon", {}, ["m", "v"]),
         ("muon", {"orthogonal": False}, ["m", "v"]),
+        ("shampoo", {"precondition": False}, ["m", "v"]),
     ],
 )
 def test_init_state_returns_the_states_that_the_hyperparameters_require(

@@ -38,7 +38,7 @@ def after_reading(opt: fastopt.Optimizer, tmp_path: Any) -> fastopt.Optimizer:
     with opt.swap_ema():
         pass
     assert (opt.state_dict()["step"], sorted(opt.ema)) == (0, sorted(SHAPES))
-    assert sorted(opt.states) == sorted((*opt.rule.states, *opt.rule.numbers))
+    assert sorted(opt.states) == sorted((*opt.rule.states, *opt.rule.numbers, *opt.rule.matrices))
     return opt
 
 

@@ -506,6 +506,29 @@ class NovoGrad(Optimizer, ours=fastopt.NovoGrad):
     """
 
 
+class Shampoo(Optimizer, ours=fastopt.Shampoo):
+    """`fastopt.Shampoo` for torch.
+
+    Args:
+        params: an iterable of tensors, of named tensors, or of param groups.
+        *args, **kwargs: those of `fastopt.Shampoo` after params, and those of `Optimizer`.
+
+    Raises:
+        TypeError, ValueError: as `Optimizer`.
+
+    Source: Gupta et al. 2018, https://arxiv.org/abs/1802.09568
+
+    >>> import torch, fastopt.torch
+    >>> w = torch.ones(2, 2, requires_grad=True)
+    >>> opt = fastopt.torch.Shampoo([w], lr=0.1)
+    >>> w.trace().backward()
+    >>> opt.step()
+    >>> w.data
+    tensor([[0.9000, 1.0000],
+            [1.0000, 0.9000]])
+    """
+
+
 class StableAdamW(Optimizer, ours=fastopt.StableAdamW):
     """`fastopt.StableAdamW` for torch.
 

@@ -114,6 +114,9 @@ def memory(dtype: np.dtype[Any], width: int, at_once: bool) -> tuple[Callable[..
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
+DECOMPOSITIONS = (np.linalg.eigh, np.linalg.qr)
+"""The functions of matrices that rules use, and that CuPy has."""
+
 
 class ndarray(np.ndarray):  # noqa: N801 CuPy's name
     """An array "on the device"."""
@@ -146,8 +149,10 @@ class ndarray(np.ndarray):  # noqa: N801 CuPy's name
         return found
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """NumPy's functions are not for arrays on a device."""
-        raise TypeError(f"numpy.{func.__name__} was given an array of the (simulated) device")
+        """NumPy's functions are not for arrays on a device, except for those in whose place CuPy's are called."""
+        if func not in DECOMPOSITIONS or kwargs:
+            raise TypeError(f"numpy.{func.__name__} was given an array of the (simulated) device")
+        return tuple([_there(part) for part in func(*map(_bare, args))])
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
         """Arithmetic, among themselves and with numbers."""
