@@ -72,6 +72,7 @@ __all__ = [
     "schedule_free_eval",
     "sgd",
     "shampoo",
+    "soap",
     "stable_adamw",
     "yogi",
 ]
@@ -1390,6 +1391,85 @@ def shampoo(
     p -= lr * (state["L_root"] @ m.reshape(shape) @ state["R_root"]).reshape(p.shape)
 
 
+def soap(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
+    lr: float = 3e-3,
+    betas: tuple[float, float] = (0.95, 0.95),
+    eps: float = 1e-8,
+    shampoo_beta: float = 0.95,
+    precondition_frequency: int = 10,
+    precondition: bool | None = None,
+    weight_decay: float = 0.01,
+) -> None:
+    """SOAP for a matrix, Adam with decoupled decay for other shapes. p is one whole parameter tensor.
+
+        precondition (None: if p has at least two axes; p and g as matrices with the first axis of p as rows):
+            at t = 1:
+                L = (1 - shampoo_beta) g g^T ;  R = (1 - shampoo_beta) g^T g
+                QL, QR = eigenvectors of L and R, the largest eigenvalue first; p, m and S stay as they are
+            then, with k = t - 1:
+                G = QL^T g QR
+                m = b1 m + (1 - b1) G
+                S = b2 S + (1 - b2) G^2
+                p = p - lr sqrt(1 - b2^k) / (1 - b1^k) QL (m / (sqrt(S) + eps)) QR^T
+                p = p - lr weight_decay p
+                L = shampoo_beta L + (1 - shampoo_beta) g g^T ;  R = shampoo_beta R + (1 - shampoo_beta) g^T g
+                if k is a multiple of precondition_frequency:
+                    M = QL m QR^T
+                    sort the columns of QL by falling diagonals of QL^T L QL, and the rows of S with them; QR likewise
+                    QL = Q of the QR decomposition of L QL ;  QR likewise
+                    m = QL^T M QR
+
+        otherwise:
+            adam with eps_hat, then p = p - lr weight_decay p
+
+    lr [p]; betas and shampoo_beta no unit; eps [g]; weight_decay 1/[p]. States: "m" [g], in the bases for a matrix; "v"
+    [g]^2, m^2 for a matrix; for a matrix also "S", "L" and "R" [g]^2, and "QL" and "QR", no unit.
+
+    Source: N. Vyas et al., SOAP: improving and stabilizing Shampoo using Adam, 2024, https://arxiv.org/abs/2409.11321,
+    Algorithm 3, with the first update, the order and the decay of https://github.com/nikhilvyas/SOAP.
+
+    >>> p = np.zeros((2, 2)); state = init_state("soap", p)
+    >>> for t in (1, 2):
+    ...     soap(p, np.array([[0.0, 4.0], [9.0, 0.0]]), state, t, lr=0.5, weight_decay=0.0)
+    >>> p.round(6).tolist()  # the second update is Adam's first: lr sign(G)
+    [[0.0, -0.5], [-0.5, 0.0]]
+    """
+    shape = _as_matrix(p, precondition)
+    if shape is None:
+        adam(p, g, state, t, lr=lr, betas=betas, eps=eps, eps_hat=True)
+        p -= lr * weight_decay * p
+        return
+    g = _gradient(p, g, t).reshape(shape)
+    m, v = (array.reshape(shape) for array in _states(state, p, "m", "v"))
+    b1, b2 = betas
+    sides = (("L", "QL", 0, g @ g.T), ("R", "QR", 1, g.T @ g))
+    if t == 1:
+        for name, basis, _, product in sides:
+            state[name][...] = shampoo_beta * state[name] + (1 - shampoo_beta) * product
+            state[basis][...] = np.linalg.eigh(state[name])[1][:, ::-1]
+        return
+    QL, QR, S, k = state["QL"], state["QR"], state["S"], t - 1
+    turned = QL.T @ g @ QR
+    m[...] = b1 * m + (1 - b1) * turned
+    S[...] = b2 * S + (1 - b2) * turned**2
+    p -= lr * math.sqrt(1 - b2**k) / (1 - b1**k) * (QL @ (m / (np.sqrt(S) + eps)) @ QR.T).reshape(p.shape)
+    p -= lr * weight_decay * p
+    average = QL @ m @ QR.T
+    for name, basis, axis, product in sides:
+        state[name][...] = shampoo_beta * state[name] + (1 - shampoo_beta) * product
+        if k % precondition_frequency == 0:
+            order = np.argsort(-np.diag(state[basis].T @ state[name] @ state[basis]))
+            S[...] = np.take(S, order, axis=axis)
+            state[basis][...] = np.linalg.qr(state[name] @ state[basis][:, order])[0]
+    m[...] = QL.T @ average @ QR
+    v[...] = m**2
+
+
 OPTIMIZERS: dict[str, Callable[..., None]] = {
     "sgd": sgd,
     "momentum": momentum,
@@ -1416,6 +1496,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "schedule_free_adamw": schedule_free_adamw,
     "muon": muon,
     "shampoo": shampoo,
+    "soap": soap,
 }
 
 
@@ -1428,6 +1509,8 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
     Adafactor have a number per row and per column.
     of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (). Shampoo has
     matrices of the rows and columns of p as well.
+    of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (). Shampoo and
+    SOAP have matrices of the rows and columns of p as well.
 
     Returns a dictionary of arrays by name, which the optimizer updates in place. Raises ValueError for an unknown name,
     TypeError for an unknown hyperparameter.
@@ -1488,6 +1571,9 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
         case "shampoo":
             initial = {"m": 0.0, "v": 0.0}
             matrices = {"L": "rows", "R": "columns", "L_root": "rows", "R_root": "columns"}
+        case "soap":
+            initial = {"m": 0.0, "v": 0.0}
+            matrices = {"S": "both", "L": "rows", "R": "columns", "QL": "rows", "QR": "columns"}
         case _:  # the Adam family
             initial = {"m": 0.0, "v": 0.0}
             if values.get("amsgrad", False):

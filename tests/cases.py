@@ -130,6 +130,7 @@ CASES = (
     Case("ScheduleFreeAdamW", {"form": "keras", "warmup_steps": 3}, reference="schedule_free_adamw"),
     Case("Muon"),
     Case("Shampoo", {"momentum": 0.9, "weight_decay": 0.1}, lr=2.0),
+    Case("SOAP", {"weight_decay": 0.1}),
 )
 
 BY_NAME = {str(case): case for case in CASES}

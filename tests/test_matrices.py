@@ -1,6 +1,6 @@
 """Matrixwise rules that keep matrices of their own: saved, copied, made and forgotten with the choice of parameters.
 
-And the one that comes with fastopt, Shampoo, on matrices.
+And those that come with fastopt, Shampoo and SOAP, on matrices.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def test_a_parameter_that_is_no_matrix_is_refused_and_others_are_named():
         made().load_state_dict(state)
 
 
-# --- Shampoo ----------------------------------------------------------------------------------------------------------
+# --- Shampoo and SOAP -------------------------------------------------------------------------------------------------
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "shampoo": ("Shampoo", {}),
@@ -231,13 +231,15 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "Shampoo",
         {"momentum": 0.5, "weight_decay": 0.1, "exponent": 0.5, "eps": 1e-2, "precondition_frequency": 3},
     ),
+    "soap": ("SOAP", {"lr": 0.1, "precondition_frequency": 3}),
+    "soap at every step": ("SOAP", {"lr": 0.1, "precondition_frequency": 1, "betas": (0.8, 0.9), "shampoo_beta": 0.7}),
 }
 TREE = {"W": (4, 4), "conv": (3, 2, 1, 2), "tall": (6, 3), "table": (5, 2), "b": (5,)}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_matrices_are_updated_as_the_reference_does(form):
-    """To 1e-12 over 20 steps."""
+    """To 1e-12 over 20 steps; SOAP from the bases of its first step, which only those of square matrices determine."""
     name, hyper = FORMS[form]
     rng = np.random.default_rng(5)
     p = {path: rng.normal(size=shape) for path, shape in TREE.items()}
@@ -249,13 +251,18 @@ def test_matrices_are_updated_as_the_reference_does(form):
         opt.step(grads)
         for path in p:
             reference.OPTIMIZERS[name.lower()](p[path], grads[path], states[path], t, **own[path])
+            if t == 1 and name == "SOAP":
+                for key in ("QL", "QR"):
+                    if key in states[path]:
+                        np.testing.assert_allclose(opt.states["L"][path], states[path]["L"], rtol=1e-13)
+                        states[path][key][...] = opt.states[key][path]
     for path in p:
         np.testing.assert_allclose(opt.params[path], p[path], rtol=1e-12, atol=1e-12, err_msg=path)
         for key, array in states[path].items():
             np.testing.assert_allclose(opt.states[key][path], array, rtol=1e-10, atol=1e-11, err_msg=f"{key}/{path}")
 
 
-@pytest.mark.parametrize("name", ["Shampoo"])
+@pytest.mark.parametrize("name", ["Shampoo", "SOAP"])
 def test_nan_and_empty_matrices_and_a_late_choice(name):
     opt = getattr(fastopt, name)({"W": np.ones((3, 2)), "V": np.ones((2, 2)), "empty": np.ones((0, 3))}, lr=0.1)
     grads = {"W": np.ones((3, 2)), "V": np.eye(2), "empty": np.ones((0, 3))}

@@ -208,8 +208,10 @@ OPTIONS = [
     ("RMSprop", {"centered": True}),
     ("Lion", {"weight_decay": 0.3}),
 ]
+OF_CLASS = {"SOAP": {"eps": 0.1}}
+"""SOAP divides the rounding of gradients that leave eigenvectors undetermined by its own size, but for eps."""
 WORKS = [
-    *(Work(name, SHAPES) for name in fastopt.Optimizer.classes),
+    *(Work(name, SHAPES, options=OF_CLASS.get(name, {})) for name in fastopt.Optimizer.classes),
     *(Work(name, SHAPES, options=options) for name, options in OPTIONS),
     Work("Adam", SHAPES, "float64"),
     Work("Adam", SHAPES, groups=3),

@@ -81,6 +81,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("muon", {"orthogonal": False}),
     ("shampoo", {"precondition": False}),  # matrices have their own tests below
     ("shampoo", {"precondition": False, "momentum": 0.9}),
+    ("soap", {"precondition": False}),
 ]
 
 # Optimizers that do not add weight_decay to the gradient, and optimizers that use norms over all of p.
@@ -97,6 +98,7 @@ OWN_DECAY = {
     "adafactor",
     "schedule_free_adamw",
     "muon",
+    "soap",
 }
 WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "adafactor"}
 
@@ -179,7 +181,7 @@ SAME_AS_TORCH: list[tuple[str, dict[str, Any], str, dict[str, Any], dict[str, st
 ]
 NOT_IN_TORCH = {
     *("lamb", "lion", "adabelief", "adan", "ademamix", "lars", "novograd", "stable_adamw", "yogi"),
-    *("schedule_free_adamw", "shampoo"),
+    *("schedule_free_adamw", "shampoo", "soap"),
 }
 
 
@@ -607,6 +609,16 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
     ),
     # one axis: m = 1, v = 4 ; m = 0.5 - 0.5, v = 5. Matrices have their own test below.
     ("shampoo", {"lr": 0.5, "momentum": 0.5, "eps": 5.0}, (5 / 6, 5 / 6), {"m": 0.0, "v": 5.0}),
+    # one axis: Adam with eps_hat, whose m / (sqrt(v) + eps) is 1.5 / (R(2) + 1) ; -0.375 / (R(1.5) + 1), then the decay
+    (
+        "soap",
+        {"lr": 0.5, "betas": (0.25, 0.5), "eps": 1.0, "weight_decay": 0.5},
+        (
+            0.75 * (1 - R(2) / (R(2) + 1) / 2),
+            0.75 * (0.75 * (1 - R(2) / (R(2) + 1) / 2) + 0.1 * R(3) / (R(1.5) + 1)),
+        ),
+        {"m": -0.375, "v": 1.5},
+    ),
 ]
 
 
@@ -1304,7 +1316,7 @@ def test_muon_refuses_bad_arguments(shape: tuple[int, ...], hyper: dict[str, Any
     assert not state["m"].any()
 
 
-# ------------------------------------------------------------------------------------------------------------- Shampoo
+# ---------------------------------------------------------------------------------------------------- Shampoo and SOAP
 
 
 def test_shampoo_equals_pytorch_optimizers_on_a_matrix() -> None:
@@ -1334,6 +1346,42 @@ def test_shampoo_averages_gradients_and_keeps_roots_by_hand() -> None:
     np.testing.assert_allclose(state["L"], np.diag([11.0, 5.0]), rtol=1e-14)
     with pytest.raises(ValueError, match=r"p: must have at least two axes with precondition=True, got shape \(2,\)"):
         run("shampoo", np.ones(2), [np.ones(2)], precondition=True)
+
+
+GOLDEN_SOAP = {
+    3: [
+        [-0.3040644435516711, -0.3361313422875505, 0.8261346457386703, 0.09084211880835899],
+        [-0.3415563622393017, -0.06988145797221589, 1.5818585756989774, -0.21380582065368423],
+        [-0.94738144055314, -1.913288966021059, -0.6474466179118501, -0.009557460898526547],
+        [-1.85596328770598, 0.249764622333855, -1.6090495144014643, -1.362815603340919],
+    ],
+    30: [
+        [-0.14808853959490936, -0.4552492515053446, 0.8092279688840824, 0.14923753800906522],
+        [-0.37956016381125823, -0.16514512782205204, 1.5408937376606389, -0.24249427064971957],
+        [-0.9498696974650789, -1.8500836232100921, -0.6101351663447611, -0.01120314971153326],
+        [-1.8961991073323596, 0.17006621497393798, -1.5783350427362313, -1.3743708840834201],
+    ],
+}
+"""After the gradients of a generator of seed 0, by precondition_frequency."""
+
+
+@pytest.mark.parametrize("frequency", GOLDEN_SOAP)
+def test_soap_equals_pytorch_optimizers_on_a_square_matrix(frequency: int) -> None:
+    # pytorch_optimizer 4.1.0 with torch 2.13.0: SOAP(lr=0.1). Its QR decompositions round to float32, which moves the
+    # first result by 1e-7: they were kept in float64. Of a matrix that is not square, the first gradient leaves
+    # eigenvectors of 0 undetermined, and with them the result.
+    rng = np.random.default_rng(0)
+    p, gradients = rng.normal(size=(4, 4)), [rng.normal(size=(4, 4)) for _ in range(21)]
+    after, state = run("soap", p, gradients, lr=0.1, precondition_frequency=frequency)
+    np.testing.assert_allclose(after, GOLDEN_SOAP[frequency], rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(state["QL"].T @ state["QL"], np.eye(4), atol=1e-14)
+
+
+def test_soap_equals_pytorch_optimizers_on_a_vector_but_for_the_update_that_it_leaves_out() -> None:
+    rng = np.random.default_rng(0)
+    p, gradients = rng.normal(size=3), [rng.normal(size=3) for _ in range(21)]
+    after, _ = run("soap", p, gradients[1:], lr=0.1)
+    np.testing.assert_allclose(after, [0.19603023779348341, -0.2243955539051173, 0.9866099306811489], rtol=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------------- convergence
@@ -1654,6 +1702,15 @@ DEFAULTS = {
         "precondition": None,
         "weight_decay": 0.0,
     },
+    "soap": {
+        "lr": 3e-3,
+        "betas": (0.95, 0.95),
+        "eps": 1e-8,
+        "shampoo_beta": 0.95,
+        "precondition_frequency": 10,
+        "precondition": None,
+        "weight_decay": 0.01,
+    },
 }
 
 
@@ -1694,6 +1751,7 @@ def test_defaults_match_the_specification(name: str) -> None:
         ("muon", {}, ["m", "v"]),
         ("muon", {"orthogonal": False}, ["m", "v"]),
         ("shampoo", {"precondition": False}, ["m", "v"]),
+        ("soap", {"precondition": False}, ["m", "v"]),
     ],
 )
 def test_init_state_returns_the_states_that_the_hyperparameters_require(

@@ -366,6 +366,54 @@ def test_gradients_of_any_strides(name):
     assert torch.equal(w, other)
 
 
+def test_matrices_of_a_rule_are_states_and_resume():
+    def made() -> tuple[list[Any], Any]:
+        torch.manual_seed(3)
+        kernel = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+        params = [torch.nn.Parameter(each) for each in (kernel, torch.randn(3, 5), torch.randn(3))]
+        groups = [{"params": params[:1], "lr": 0.2}, {"params": params[1:]}]
+        return params, ft.SOAP(groups, lr=0.1, precondition_frequency=2)
+
+    def train(params: list[Any], opt: Any, steps: range) -> None:
+        for step in steps:
+            for k, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(9 * step + k))
+            opt.step()
+
+    params, opt = made()
+    arrays = [p.detach().clone().contiguous().numpy() for p in params]
+    ours = fastopt.SOAP(arrays, lr=0.1, precondition_frequency=2, overrides={"0": {"lr": 0.2}})
+    train(params, opt, range(3))
+    own = opt.state[params[0]]
+    assert (own["QL"].shape, own["QR"].shape, own["S"].shape) == ((4, 4), (12, 12), (4, 12))
+    assert sorted(opt.state[params[2]]) == ["exp_avg", "exp_avg_sq", "step"]
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    loaded, again = made()
+    for p, q in zip(loaded, params, strict=True):
+        p.data.copy_(q.data)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    copied = copy.deepcopy((params, opt))
+    for each in ((params, opt), (loaded, again), copied):
+        train(*each, range(3, 6))
+    for step in range(6):
+        ours.step(
+            [
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(9 * step + k)).numpy()
+                for k, p in enumerate(params)
+            ]
+        )
+    for p, q, r, array in zip(params, loaded, copied[0], ours.params, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+        assert p.detach().contiguous().numpy().tobytes() == array.tobytes()
+    state = opt.state_dict()
+    del state["state"][1]["QL"]
+    with pytest.raises(ValueError, match=r"must have exp_avg, exp_avg_sq, S, L, R, QL, QR, as the optimizer has"):
+        made()[1].load_state_dict(state)
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "gaps", "mixed"])
 def test_parameters_of_any_strides(layout):
     def made() -> list[Any]:

@@ -529,6 +529,30 @@ class Shampoo(Optimizer, ours=fastopt.Shampoo):
     """
 
 
+class SOAP(Optimizer, ours=fastopt.SOAP):
+    """`fastopt.SOAP` for torch.
+
+    Args:
+        params: an iterable of tensors, of named tensors, or of param groups.
+        *args, **kwargs: those of `fastopt.SOAP` after params, and those of `Optimizer`.
+
+    Raises:
+        TypeError, ValueError: as `Optimizer`.
+
+    Source: Vyas et al. 2024, https://arxiv.org/abs/2409.11321
+
+    >>> import torch, fastopt.torch
+    >>> w = torch.ones(2, 2, requires_grad=True)
+    >>> opt = fastopt.torch.SOAP([w], lr=0.1, weight_decay=0.0)
+    >>> for _ in range(2):
+    ...     w.grad = torch.eye(2)
+    ...     opt.step()
+    >>> w.data
+    tensor([[0.9000, 1.0000],
+            [1.0000, 0.9000]])
+    """
+
+
 class StableAdamW(Optimizer, ours=fastopt.StableAdamW):
     """`fastopt.StableAdamW` for torch.
 
