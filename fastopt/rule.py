@@ -182,7 +182,8 @@ class Matrixwise:
             read. The keywords are the hyperparameters, `matrices`, and those of the following that the signature of
             `transform` has, or all where it ends in ``**keywords``: the other states by name, as 2-D arrays; ``t``, the
             number of this update of the parameter, an int from 1; ``path``, of the parameter; and ``seed``, an int in
-            [0, 2^32) that is made of these two: the same on every machine. States and matrices may be written.
+            [0, 2^32) that is made of these two: the same on every machine. States and matrices may be written. It must
+            not raise: the step is then not counted, but what it has written stays.
         chosen: the name of the hyperparameter, a flag, that selects the parameters: by default it is True for 2-D
             parameters and False for the others; overrides can change it.
         matrix_only, other_only: the names of hyperparameters that act only where the flag is True, and only where it is

@@ -50,7 +50,7 @@ def decorrelated(p, g, m, u, h):
     return p - h.lr * u, m, u
 
 
-PARAMS = {"W": np.ones((3, 4)), "b": np.ones(5), "conv": np.ones((2, 3, 1, 2)), "table": np.ones((10, 2))}
+PARAMS = {"W": np.ones((3, 4)), "b": np.ones(5), "conv": np.ones((2, 3, 1, 2)), "table": np.ones((2, 10))}
 
 
 def made(**options: Any) -> fastopt.Optimizer:
@@ -135,7 +135,7 @@ def test_matrices_follow_the_choice_of_parameters(tmp_path):
     assert opt.states["L"]["W"].shape == (0, 0)
     opt.step(grads(1))
     opt.groups["table"].whiten = True
-    assert opt.states["L"]["table"].shape == (10, 10)
+    assert opt.states["L"]["table"].shape == (2, 2)
     assert np.shares_memory(opt.states["L"]["conv"], kept)
     # A file brings its own choice; where a parameter is not loaded, it stays as it is here.
     opt.save(tmp_path / "run.safetensors")
@@ -157,10 +157,15 @@ def test_matrices_follow_the_choice_of_parameters(tmp_path):
     opt.step(grads(3))
     opt.whiten = lambda step: step > 5
     before = opt.states["L"]["W"].copy()
-    opt.step(grads(4))
-    assert opt.states["L"]["W"].tobytes() == before.tobytes()
+    assert before.any()
+    for seed, changes in ((4, False), (5, False), (6, False), (7, True)):  # at the steps 3 to 6
+        opt.step(grads(seed))
+        assert (opt.states["L"]["W"].tobytes() != before.tobytes()) is changes
     opt.whiten = False
-    assert [leaf.shape for leaf in opt.states["L"].values()] == [(0, 0)] * 3 + [(10, 10)]
+    assert [leaf.shape for leaf in opt.states["L"].values()] == [(0, 0)] * 3 + [(2, 2)]
+    opt.save(tmp_path / "run.safetensors")
+    third.load(tmp_path / "run.safetensors", strict=False)  # the flag is loaded, W is not
+    assert third.states["L"]["W"].shape == (0, 0)
 
 
 def test_matrices_of_added_parameters_and_of_skipped_steps():
@@ -276,9 +281,8 @@ def test_nan_and_empty_matrices_and_a_late_choice(name):
     rng = np.random.default_rng(6)
     for choice in (False, True, False):
         opt.groups["W"].precondition = choice
-        for _ in range(4):
+        for k in range(4):
             before = opt.params["W"].copy()
             opt.step({"W": rng.normal(size=(3, 3))})
             step = np.abs(opt.params["W"] - before).max()
-            assert step < 0.6
-        assert step > 0.01
+            assert (0.0 if k == 0 else 0.01) <= step < 0.6  # the first of SOAP is 0
