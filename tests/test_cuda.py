@@ -157,6 +157,36 @@ def test_double_precision_and_groups(case: Case):
         np.testing.assert_allclose(host(ours.params[path]), expected, rtol=1e-13, atol=1e-15)
 
 
+def test_matrices_of_a_rule_stay_on_the_device_and_resume(tmp_path):
+    params = tree(4, np.float64, {"W": (4, 4), "conv": (3, 2, 2), "b": (5,)})
+    opt, cpu = (
+        fastopt.SOAP(params, lr=0.1, precondition_frequency=2, nonfinite="skip", backend=name)
+        for name in ("cuda", "cpu")
+    )
+    for step in range(5):
+        grads = grads_of(params, step)
+        if step == 3:
+            grads["b"][1] = np.nan
+        told = [each.step(given) for each, given in ((opt, uploaded(grads)), (cpu, grads))]
+        assert told[0].skipped == told[1].skipped == (step == 3)
+    assert isinstance(opt.states["QL"]["conv"], get_backend("cuda").array_type)
+    for name, leaves in cpu.states.items():
+        for path, expected in leaves.items():
+            np.testing.assert_allclose(host(opt.states[name][path]), expected, rtol=1e-10, atol=1e-12)
+    opt.save(tmp_path / "x")
+    loaded = fastopt.SOAP(params, lr=0.5, nonfinite="skip", backend="cuda")
+    loaded.load(tmp_path / "x")
+    for each in (opt, copied := copy.deepcopy(opt), loaded):
+        each.groups["conv"].precondition = False
+        each.step(uploaded(grads_of(params, 5)))
+        assert host(each.states["QL"]["conv"]).shape == (0, 0)
+    for path in params:
+        assert host(opt.params[path]).tobytes() == host(copied.params[path]).tobytes()
+        assert host(opt.params[path]).tobytes() == host(loaded.params[path]).tobytes()
+    opt.restart()
+    assert not host(opt.states["L"]["W"]).any()
+
+
 @pytest.mark.parametrize("name", ["LAMB", "NovoGrad", "StableAdamW"])
 def test_norms_over_several_blocks(name):
     params = tree(2, sizes={"long": (BLOCK + 700,), "short": (5,)})
