@@ -513,7 +513,7 @@ LOOPS: Sequence[Fault] = (
     *faults_of(
         "fastopt/step/matrices.py",
         "tests/test_matrices.py",
-        ("bool(callable(value) or value)", "bool(not callable(value) and value)"),
+        ("bool(callable(flag) or flag)", "bool(not callable(flag) and flag)"),
         ("if kept is not None and kept[name][k].shape == (rows, columns):", "if False:"),
         ("max(as_matrix(shape)) <= whole.largest", "as_matrix(shape)[0] < whole.largest"),
         ("math.prod(shape[1:])", "shape[1]"),

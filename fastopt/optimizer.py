@@ -22,7 +22,6 @@ from fastopt.signals import deferred_signals
 from fastopt.state import LoadReport, OptimizerState, Snapshot, check_keep, fit
 from fastopt.step.groups import GroupsView, check_change, mark_matrices, match_overrides
 from fastopt.step.info import StepInfo
-from fastopt.step.matrices import chosen_by, flags
 from fastopt.step.options import StepOptions
 from fastopt.step.pipeline import Pipeline
 from fastopt.storage.flat import FlatParams, pack
@@ -794,8 +793,7 @@ class Optimizer:
         pipeline = self._running
         with pipeline.gate.take("restore"), deferred_signals:
             pipeline.flush_rows()  # the parameters are not part of the state, and keep what their rows have missed
-            chosen = chosen_by(self.rule, flags(self.rule, snapshot.values, snapshot.changes))
-            matrices = pipeline.matrices.fitted(chosen)  # takes memory, and may fail
+            matrices = pipeline.matrices.fitted_to(snapshot.values, snapshot.changes)  # takes memory, and may fail
             pipeline.groups.base = dict(snapshot.values)
             pipeline.groups.regroup(snapshot.changes, snapshot.missed)
             pipeline.matrices = matrices

@@ -32,17 +32,9 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def chosen_by(rule: Rule, given: Sequence[Any]) -> tuple[bool, ...]:
-    """For each parameter whether it is treated as a matrix, now or by a schedule. given : what its flag is."""
-    return () if not rule.matrices else tuple([bool(callable(value) or value) for value in given])
-
-
-def flags(rule: Rule, values: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """For each parameter the flag by which it is treated as a matrix. values : of those without a change."""
-    if rule.matrixwise is None:
-        return []
-    name = rule.matrixwise.chosen
-    return [change.get(name, values[name]) for change in changes]
+def chosen_by(flags: Sequence[Any]) -> tuple[bool, ...]:
+    """For each parameter whether it is treated as a matrix, now or by a schedule."""
+    return tuple([bool(callable(flag) or flag) for flag in flags])
 
 
 def shape_of(rule: Rule, name: str, shape: Sequence[int], *, chosen: bool) -> tuple[int, int]:
@@ -87,6 +79,13 @@ class Matrices:
     def fitted(self, chosen: tuple[bool, ...]) -> Matrices:
         """These, for another choice of parameters: matrices of one that is new begin at 0."""
         return self if chosen == self.chosen else Matrices(self.rule, self.flat, chosen, self.arrays)
+
+    def fitted_to(self, values: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> Matrices:
+        """These, for other hyperparameters. changes : of each parameter, where they differ from `values`."""
+        whole = self.rule.matrixwise
+        if whole is None or not whole.matrices:
+            return self
+        return self.fitted(chosen_by([change.get(whole.chosen, values[whole.chosen]) for change in changes]))
 
     def clear(self) -> None:
         """Let all begin at 0 again."""

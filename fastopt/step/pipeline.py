@@ -104,7 +104,7 @@ class Pipeline:
     def _chosen(self) -> tuple[bool, ...]:
         """For each parameter whether it is treated as a matrix, where the rule keeps matrices."""
         whole = self.rule.matrixwise
-        return () if whole is None else chosen_by(self.rule, self.groups.given(whole.chosen))
+        return () if whole is None or not whole.matrices else chosen_by(self.groups.given(whole.chosen))
 
     def fit_matrices(self) -> Matrices:
         """Have matrices of the parameters that are treated as such, as the groups are now, and of no others."""
