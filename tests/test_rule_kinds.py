@@ -262,6 +262,17 @@ def test_a_nan_is_not_swallowed_by_a_product_of_matrices():
     assert np.isfinite(opt.params["V"]).all()
 
 
+def test_a_matrix_that_is_orthogonalized_no_longer_goes_on_with_adamw():
+    """The state v has held its direction, some elements of which are negative."""
+    opt = fastopt.Muon({"W": np.ones((3, 3))}, adamw_lr=0.1)
+    rng = np.random.default_rng(0)
+    for step in range(4):
+        opt.groups["W"].orthogonal = step < 2
+        before = opt.params["W"].copy()
+        opt.step({"W": rng.normal(size=(3, 3))})
+        assert 0.0 < np.abs(opt.params["W"] - before).max() < 0.5
+
+
 def test_bare_arrays_are_refused_where_a_rule_looks_at_matrices():
     p, g, m, v = np.ones((4, 9))
     with pytest.raises(TypeError, match="rule 'muon': must be given matrices, got 1-D arrays; use its optimizer"):

@@ -132,4 +132,5 @@ def muon(p, g, m, v, h):
     p = h.keep * p
     if h.orthogonal > h.zero:
         return p - h.step_size * v, m, v
-    return adam(p, g, m, v, h)
+    # |v| is v, but for a matrix that was orthogonalized before: then steps are small until v is that of gradients.
+    return adam(p, g, m, math.fabs(v), h)
