@@ -530,6 +530,10 @@ LOOPS: Sequence[Fault] = (
             "expected = get_backend(here.flat.backend).host, here.arrays",
         ),
         ("                held[name][path] = own\n", "                pass\n"),
+        "fastopt/rules/adopt.py",
+        parity("ADOPT"),
+        ("u = g / (h.eps if root < h.eps else root)", "u = g / (root + h.eps)"),
+        ("float(t - 1) ** clip_exp", "float(t) ** clip_exp"),
     ),
     *faults_of(
         "fastopt/kernels/pool.py",

@@ -54,6 +54,7 @@ __all__ = [
     "adamw",
     "adan",
     "ademamix",
+    "adopt",
     "batchnorm_backward",
     "batchnorm_forward",
     "init_state",
@@ -1016,6 +1017,7 @@ def stable_adamw(
 
 
 def adafactor(
+def adopt(
     p: Array,
     g: Array,
     state: State,
@@ -1069,6 +1071,41 @@ def adafactor(
     step = min(lr, t**-0.5) * max(min_rms, rms_p) / max(1.0, rms_u / clip_threshold)
     p *= 1 - lr * weight_decay
     p -= p.dtype.type(step) * u
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.9999),
+    eps: float = 1e-6,
+    clip_exp: float = 0.25,
+    weight_decay: float = 0.0,
+) -> None:
+    """ADOPT: Adam that divides by the root of the second moment before g, and averages the quotients.
+
+        t = 1:      v = g^2, and nothing else
+        otherwise:  c = (t - 1)^clip_exp
+                    m = b1 m + (1 - b1) min(max(g / max(sqrt(v), eps), -c), c)
+                    p = p - lr m
+                    v = b2 v + (1 - b2) g^2
+
+    lr [p]; betas and clip_exp no unit; eps [g]; weight_decay [g]/[p]. States: "m" no unit; "v" [g]^2.
+
+    Source: S. Taniguchi et al., ADOPT: modified Adam can converge with any beta2 with the optimal rate, NeurIPS 2024,
+    https://arxiv.org/abs/2411.02853, Algorithm 2, whose t is one less.
+
+    >>> p = np.array([1.0]); state = init_state("adopt", p)
+    >>> for t, g in enumerate((4.0, 2.0), 1):
+    ...     adopt(p, np.array([g]), state, t, lr=0.5, betas=(0.5, 0.75))  # 1 - 0.5 (0.5 2 / 4)
+    >>> p.tolist(), state["m"].tolist(), state["v"].tolist()
+    ([0.875], [0.25], [13.0])
+    """
+    g = _gradient(p, g, t, weight_decay)
+    m, v = _states(state, p, "m", "v")
+    b1, b2 = betas
+    if t == 1:
+        v[...] = g**2
+        return
+    c = (t - 1) ** clip_exp
+    m[...] = b1 * m + (1 - b1) * np.clip(g / np.maximum(np.sqrt(v), eps), -c, c)
+    p -= lr * m
+    v[...] = b2 * v + (1 - b2) * g**2
 
 
 def yogi(
@@ -1497,6 +1534,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "muon": muon,
     "shampoo": shampoo,
     "soap": soap,
+    "adopt": adopt,
 }
 
 

@@ -76,6 +76,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("rprop", {}),
     ("schedule_free_adamw", {}),
     ("schedule_free_adamw", {"warmup_steps": 10}),
+    ("adopt", {}),
     ("muon", {}),  # orthogonal if p has two axes
     ("muon", {"nesterov": False, "adjust_lr": "match_rms_adamw"}),
     ("muon", {"orthogonal": False}),
@@ -182,6 +183,7 @@ SAME_AS_TORCH: list[tuple[str, dict[str, Any], str, dict[str, Any], dict[str, st
 NOT_IN_TORCH = {
     *("lamb", "lion", "adabelief", "adan", "ademamix", "lars", "novograd", "stable_adamw", "yogi"),
     *("schedule_free_adamw", "shampoo", "soap"),
+    *("schedule_free_adamw", "adopt"),
 }
 
 
@@ -600,6 +602,15 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
         (0.8125, 0.8125 + 45 / 4096 * R(7)),
         {"z": 0.8125 + 3 / 256 * R(7), "v": 1.0},
     ),
+    # v = 4, and no step ; u = -1/2 is within 1, v = 3 + 0.25
+    ("adopt", {"lr": 0.5, "betas": (0.5, 0.75)}, (1.0, 1.125), {"m": -0.25, "v": 3.25}),
+    # L2: v = 2.5^2 ; u = -1/2 / 8, v = 3/4 6.25 + 1/4 0.25
+    (
+        "adopt",
+        {"lr": 0.5, "betas": (0.5, 0.75), "eps": 8.0, "clip_exp": 3.0, "weight_decay": 0.5},
+        (1.0, 1.015625),
+        {"m": -0.03125, "v": 4.75},
+    ),
     # one axis: the numbers of AdamW above. Matrices have their own test below.
     (
         "muon",
@@ -677,6 +688,16 @@ def test_stable_adamw_bounds_its_rate_by_hand() -> None:
     first = p - 0.1 * (1.0 + 0.01 * p)
     second = first - 0.1 * math.sqrt(199 / 271) * (np.array([7 / math.sqrt(199 / 7), 1.0]) + 0.01 * first)
     np.testing.assert_allclose(after, second, rtol=1e-14)
+
+
+def test_adopt_divides_by_the_gradients_before_and_clips_less_and_less() -> None:
+    # b2 = 0: each gradient is divided by the one before. 4 / 1 is clipped to 1^0.5, -100 / 4 to -2^0.5, 90 / 100 is not
+    p, state = run(
+        "adopt", np.zeros(1), [np.array([g]) for g in (1.0, 4.0, -100.0, 90.0)], betas=(0.5, 0.0), clip_exp=0.5
+    )
+    m = [0.5, 0.25 - math.sqrt(0.5), 0.125 - math.sqrt(0.125) + 0.45]
+    assert state["m"].tolist() == pytest.approx(m[-1:], rel=1e-14)
+    assert p.tolist() == pytest.approx([-1e-3 * sum(m)], rel=1e-14)
 
 
 def test_radam_starts_to_use_the_second_moment_at_its_eighth_update_with_b2_of_three_quarters() -> None:
@@ -1437,7 +1458,7 @@ def test_updates_the_callers_arrays_and_only_reads_the_gradient(
         before = p.copy()
         assert OPTIMIZERS[name](p, g, state, t, **hyper, weight_decay=0.1) is None
         assert np.all(view == p)
-        assert np.all(p != before)
+        assert np.all(p != before) or (name, t) == ("adopt", 1)
     assert np.all(gradients[0] == -0.5)
     assert np.all(gradients[1] == -0.75)
     assert state.keys() == arrays.keys()
@@ -1661,6 +1682,7 @@ DEFAULTS = {
         "clip_threshold": 1.0,
         "weight_decay": 0.0,
     },
+    "adopt": {"lr": 1e-3, "betas": (0.9, 0.9999), "eps": 1e-6, "clip_exp": 0.25, "weight_decay": 0.0},
     "yogi": {
         "lr": 1e-2,
         "betas": (0.9, 0.999),

@@ -37,6 +37,7 @@ LEARNING_RATES = {
     "adamax": 0.005,
     "adan": 0.003,
     "ademamix": 0.001,
+    "adopt": 0.003,
     "lars": 0.5,
     "muon": 0.003,
     "novograd": 0.003,

@@ -13,6 +13,7 @@ except ImportError as error:
 
 from fastopt.torch.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
 from fastopt.torch.classes import (
+    ADOPT,
     LAMB,
     LARS,
     SGD,
@@ -43,6 +44,7 @@ from fastopt.torch.classes import (
 from fastopt.torch.optimizer import Optimizer
 
 __all__ = [
+    "ADOPT",
     "LAMB",
     "LARS",
     "SGD",

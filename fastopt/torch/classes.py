@@ -575,6 +575,28 @@ class StableAdamW(Optimizer, ours=fastopt.StableAdamW):
     """
 
 
+class ADOPT(Optimizer, ours=fastopt.ADOPT):
+    """`fastopt.ADOPT` for torch.
+
+    Args:
+        params: an iterable of tensors, of named tensors, or of param groups.
+        *args, **kwargs: those of `fastopt.ADOPT` after params, and those of `Optimizer`.
+
+    Raises:
+        TypeError, ValueError: as `Optimizer`.
+
+    Source: Taniguchi et al. 2024, https://arxiv.org/abs/2411.02853
+
+    >>> import torch, fastopt.torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> opt = fastopt.torch.ADOPT([w], lr=0.1)
+    >>> w.sum().backward()
+    >>> opt.step()
+    >>> w.data
+    tensor([1., 1.])
+    """
+
+
 class Yogi(Optimizer, ours=fastopt.Yogi):
     """`fastopt.Yogi` for torch.
 
