@@ -536,6 +536,12 @@ LOOPS: Sequence[Fault] = (
         ("float(t - 1) ** clip_exp", "float(t) ** clip_exp"),
     ),
     *faults_of(
+        "fastopt/rules/adabound.py",
+        parity("AdaBound"),
+        ("(1.0 + 1.0 / (gamma * t))", "(1.0 + 1.0 / (gamma * t + 1.0))"),
+        ("h.lower, h.upper) * m", "h.eps, h.upper) * m"),
+    ),
+    *faults_of(
         "fastopt/kernels/pool.py",
         "tests/test_pool.py",
         ("if replace(claim, word, word - 1):", "if True:", "tests/test_pool.py -k 'every_rule or stress'"),

@@ -46,6 +46,7 @@ import numpy.typing as npt
 __all__ = [
     "OPTIMIZERS",
     "adabelief",
+    "adabound",
     "adadelta",
     "adafactor",
     "adagrad",
@@ -782,6 +783,47 @@ def adabelief(
     s[...] = b2 * s + (1 - b2) * (g - m) ** 2 + eps
     m_hat, s_hat = m / (1 - b1**t), s / (1 - b2**t)
     p -= lr * m_hat / (np.sqrt(s_hat) + eps)
+
+
+def adabound(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    final_lr: float = 0.1,
+    gamma: float = 1e-3,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """AdaBound: Adam whose step size per element is kept between bounds that close in on a learning rate of SGD.
+
+        m = b1 m + (1 - b1) g
+        v = b2 v + (1 - b2) g^2
+        lower = final_lr (1 - 1 / (gamma t + 1));  upper = final_lr (1 + 1 / (gamma t))
+        eta = min(max(lr sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps), lower), upper)
+        p = p - eta m
+
+    lr [p]; betas and gamma no unit; final_lr [p]/[g]; eps [g]; weight_decay [g]/[p]. States: "m" [g]; "v" [g]^2.
+
+    Source: L. Luo, Y. Xiong, Y. Liu, X. Sun, Adaptive gradient methods with dynamic bound of learning rate, ICLR 2019,
+    https://openreview.net/forum?id=Bkg3g2R9FX, Algorithm 2, with the bounds of section 5 and the bias correction of the
+    authors' code, where the paper divides eta by sqrt(t).
+
+    >>> p = np.array([1.0]); state = init_state("adabound", p)
+    >>> adabound(p, np.array([4.0]), state, 1, lr=0.5, betas=(0.5, 0.75), final_lr=0.5, gamma=0.5)  # eta is 1/4
+    >>> p.round(8).tolist(), state["m"].tolist(), state["v"].tolist()
+    ([0.5], [2.0], [4.0])
+    """
+    g = _gradient(p, g, t, weight_decay)
+    m, v = _states(state, p, "m", "v")
+    b1, b2 = betas
+    m[...] = b1 * m + (1 - b1) * g
+    v[...] = b2 * v + (1 - b2) * g**2
+    lower, upper = final_lr * (1 - 1 / (gamma * t + 1)), final_lr * (1 + 1 / (gamma * t))
+    p -= np.clip(lr * math.sqrt(1 - b2**t) / (1 - b1**t) / (np.sqrt(v) + eps), lower, upper) * m
 
 
 def adan(
@@ -1535,6 +1577,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "shampoo": shampoo,
     "soap": soap,
     "adopt": adopt,
+    "adabound": adabound,
 }
 
 

@@ -129,6 +129,7 @@ CASES = (
     Case("ScheduleFreeAdamW", {"form": "optax", "weight_decay": 0.1}, reference="schedule_free_adamw"),
     Case("ScheduleFreeAdamW", {"form": "keras", "warmup_steps": 3}, reference="schedule_free_adamw"),
     Case("ADOPT", {"betas": (0.9, 0.99), "weight_decay": 0.1}),
+    Case("AdaBound", {"gamma": 0.25, "weight_decay": 0.1}),
     Case("Muon"),
     Case("Shampoo", {"momentum": 0.9, "weight_decay": 0.1}, lr=2.0),
     Case("SOAP", {"weight_decay": 0.1}),

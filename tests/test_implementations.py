@@ -114,6 +114,14 @@ IMPLEMENTATIONS = [
         {"lr": 0.1, "betas": (0.75, 0.875), "eps": 0.5, "clip_exp": 0.5, "weight_decay": 0.25},
         {"lr": 0.1, "betas": (0.75, 0.875), "eps": 0.5, "clip_exp": 0.5, "weight_decay": 0.25, "foreach": False},
     ),
+    Implementation(
+        "AdaBound",
+        "pytorch_optimizer",
+        "optimizer.adabound",
+        "AdaBound",
+        {"lr": 0.1, "betas": (0.75, 0.875), "gamma": 0.25, "weight_decay": 0.25},
+        {"lr": 0.1, "betas": (0.75, 0.875), "gamma": 0.25, "weight_decay": 0.25, "weight_decouple": False},
+    ),
 ]
 STORED = json.loads((Path(__file__).parent / "golden.json").read_text())["implementations"]
 

@@ -77,6 +77,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("schedule_free_adamw", {}),
     ("schedule_free_adamw", {"warmup_steps": 10}),
     ("adopt", {}),
+    ("adabound", {}),
     ("muon", {}),  # orthogonal if p has two axes
     ("muon", {"nesterov": False, "adjust_lr": "match_rms_adamw"}),
     ("muon", {"orthogonal": False}),
@@ -184,6 +185,7 @@ NOT_IN_TORCH = {
     *("lamb", "lion", "adabelief", "adan", "ademamix", "lars", "novograd", "stable_adamw", "yogi"),
     *("schedule_free_adamw", "shampoo", "soap"),
     *("schedule_free_adamw", "adopt"),
+    *("schedule_free_adamw", "adopt", "adabound"),
 }
 
 
@@ -610,6 +612,21 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
         {"lr": 0.5, "betas": (0.5, 0.75), "eps": 8.0, "clip_exp": 3.0, "weight_decay": 0.5},
         (1.0, 1.015625),
         {"m": -0.03125, "v": 4.75},
+    ),
+    # m = 1, v = 1, eta = 1 / 2 sqrt(1/4) / (1/2) / 2 = 1/4 is below the lower bound of 1/3 (upper 3) ; m = 0
+    (
+        "adabound",
+        {"lr": 0.5, "betas": (0.5, 0.75), "final_lr": 1.0, "gamma": 0.5, "eps": 1.0},
+        (2 / 3, 2 / 3),
+        {"m": 0.0, "v": 1.0},
+    ),
+    # L2: m = 15/8, v = 25/8, eta = 10 sqrt(1/2) / (3/4) / (sqrt(25/8) + 1) > 3/2 ; p = -29/16: m = 15/32 - 3/4 61/32,
+    # v = 25/16 + (61/32)^2 / 2, the upper bound is 1
+    (
+        "adabound",
+        {"lr": 10.0, "betas": (0.25, 0.5), "final_lr": 0.5, "gamma": 0.5, "eps": 1.0, "weight_decay": 0.5},
+        (-29 / 16, -29 / 16 + 123 / 128),
+        {"m": -123 / 128, "v": 25 / 16 + 3721 / 2048},
     ),
     # one axis: the numbers of AdamW above. Matrices have their own test below.
     (
@@ -1515,8 +1532,9 @@ def test_elements_are_independent(name: str, hyper: dict[str, Any]) -> None:
         assert all(state_alone[key][0] == state[key][i] for key in state)
 
 
-# Steps along the plain gradient (RAdam starts with them), and Adadelta, which does not move without eps.
-SCALE_MATTERS = {"sgd", "momentum", "nesterov", "adadelta", "radam"}
+# Steps along the plain gradient (RAdam starts with them, AdaBound ends there), and Adadelta, which does not move
+# without eps.
+SCALE_MATTERS = {"sgd", "momentum", "nesterov", "adadelta", "radam", "adabound"}
 
 
 @given(seed=st.integers(0, 2**32 - 1), power=st.integers(-20, 20))
@@ -1683,6 +1701,14 @@ DEFAULTS = {
         "weight_decay": 0.0,
     },
     "adopt": {"lr": 1e-3, "betas": (0.9, 0.9999), "eps": 1e-6, "clip_exp": 0.25, "weight_decay": 0.0},
+    "adabound": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "final_lr": 0.1,
+        "gamma": 1e-3,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+    },
     "yogi": {
         "lr": 1e-2,
         "betas": (0.9, 0.999),

@@ -28,6 +28,7 @@ LEARNING_RATES = {
     "momentum:ema": 0.1,
     "nesterov": 0.01,
     "adagrad": 0.02,
+    "adabound": 0.002,
     "adadelta": 1.0,
     "rmsprop": 0.001,
     "adam": 0.002,

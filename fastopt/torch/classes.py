@@ -597,6 +597,28 @@ class ADOPT(Optimizer, ours=fastopt.ADOPT):
     """
 
 
+class AdaBound(Optimizer, ours=fastopt.AdaBound):
+    """`fastopt.AdaBound` for torch.
+
+    Args:
+        params: an iterable of tensors, of named tensors, or of param groups.
+        *args, **kwargs: those of `fastopt.AdaBound` after params, and those of `Optimizer`.
+
+    Raises:
+        TypeError, ValueError: as `Optimizer`.
+
+    Source: Luo et al. 2019, https://openreview.net/forum?id=Bkg3g2R9FX
+
+    >>> import torch, fastopt.torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> opt = fastopt.torch.AdaBound([w], lr=0.1)
+    >>> w.sum().backward()
+    >>> opt.step()
+    >>> w.data
+    tensor([0.9000, 0.9000])
+    """
+
+
 class Yogi(Optimizer, ours=fastopt.Yogi):
     """`fastopt.Yogi` for torch.
 
