@@ -542,6 +542,13 @@ LOOPS: Sequence[Fault] = (
         ("h.lower, h.upper) * m", "h.eps, h.upper) * m"),
     ),
     *faults_of(
+        "fastopt/rules/ftrl.py",
+        parity("FTRL"),
+        ("math.sqrt(initial_accumulator_value) if t == 1 else 0.0", "math.sqrt(initial_accumulator_value)"),
+        ("Hyper(lr, start, beta + lr * l2, lr * l1)", "Hyper(lr, start, beta + l2, lr * l1)"),
+        ("z + h.lr * g - (h.start", "z + h.lr * g + (h.start"),
+    ),
+    *faults_of(
         "fastopt/kernels/pool.py",
         "tests/test_pool.py",
         ("if replace(claim, word, word - 1):", "if True:", "tests/test_pool.py -k 'every_rule or stress'"),

@@ -58,6 +58,7 @@ __all__ = [
     "adopt",
     "batchnorm_backward",
     "batchnorm_forward",
+    "ftrl",
     "init_state",
     "lamb",
     "lars",
@@ -1193,6 +1194,51 @@ def yogi(
     p -= lr * m_hat / (np.sqrt(v_hat) + eps)
 
 
+def ftrl(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
+    lr: float = 0.1,
+    beta: float = 1.0,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    initial_accumulator_value: float = 0.0,
+    weight_decay: float = 0.0,
+) -> None:
+    """FTRL-Proximal: Adagrad for sparse models, whose parameters are 0 where |z| is small.
+
+        z = -(beta + sqrt(n)) p                                     before the first update
+        sigma = sqrt(n + g^2) - sqrt(n)
+        z = z + lr g - sigma p
+        n = n + g^2
+        p = 0                                                       |z| <= lr l1
+        p = -(z - sign(z) lr l1) / (beta + sqrt(n) + lr l2)         otherwise
+
+    The z of the paper is z / lr, the same for a constant lr, and begins at 0, the same for p = 0.
+
+    lr [p]; beta and l1 [g]; l2 [g]/[p]; weight_decay [g]/[p]. States: "z" [p][g]; "n" [g]^2, which starts at
+    initial_accumulator_value: the function uses that argument at t = 1 alone.
+
+    Source: H. B. McMahan et al., Ad click prediction: a view from the trenches, KDD 2013,
+    https://doi.org/10.1145/2487575.2488200, Algorithm 1.
+
+    >>> p = np.array([0.0]); state = init_state("ftrl", p)
+    >>> ftrl(p, np.array([3.0]), state, 1, lr=1.0, l1=1.0)  # 0 - (3 - 1) / (1 + 3)
+    >>> p.tolist(), state["z"].tolist(), state["n"].tolist()
+    ([-0.5], [3.0], [9.0])
+    """
+    g = _gradient(p, g, t, weight_decay)
+    z, n = _states(state, p, "z", "n")
+    if t == 1:
+        z[...] = -(beta + math.sqrt(initial_accumulator_value)) * p
+    sigma = np.sqrt(n + g**2) - np.sqrt(n)
+    z[...] = z + lr * g - sigma * p
+    n[...] = n + g**2
+    p[...] = np.where(np.abs(z) <= lr * l1, 0, -(z - np.sign(z) * lr * l1) / (beta + np.sqrt(n) + lr * l2))
+
+
 def rprop(
     p: Array,
     g: Array,
@@ -1578,6 +1624,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "soap": soap,
     "adopt": adopt,
     "adabound": adabound,
+    "ftrl": ftrl,
 }
 
 
@@ -1592,6 +1639,8 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
     matrices of the rows and columns of p as well.
     of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (). Shampoo and
     SOAP have matrices of the rows and columns of p as well.
+    are zero, except "sum_sq" of Adagrad, "v" of Yogi and "n" of FTRL, which are ``initial_accumulator_value`` ([g]^2),
+    "step_size" of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape ().
 
     Returns a dictionary of arrays by name, which the optimizer updates in place. Raises ValueError for an unknown name,
     TypeError for an unknown hyperparameter.
@@ -1618,6 +1667,8 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
             initial = {"velocity": 0.0}
         case "adagrad":
             initial = {"sum_sq": values["initial_accumulator_value"]}
+        case "ftrl":
+            initial = {"z": 0.0, "n": values["initial_accumulator_value"]}
         case "adadelta":
             initial = {"square_avg": 0.0, "acc_delta": 0.0}
         case "rmsprop":

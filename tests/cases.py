@@ -130,6 +130,7 @@ CASES = (
     Case("ScheduleFreeAdamW", {"form": "keras", "warmup_steps": 3}, reference="schedule_free_adamw"),
     Case("ADOPT", {"betas": (0.9, 0.99), "weight_decay": 0.1}),
     Case("AdaBound", {"gamma": 0.25, "weight_decay": 0.1}),
+    Case("FTRL", {"l1": 0.01, "l2": 0.1, "weight_decay": 0.1}, lr=2.0),
     Case("Muon"),
     Case("Shampoo", {"momentum": 0.9, "weight_decay": 0.1}, lr=2.0),
     Case("SOAP", {"weight_decay": 0.1}),

@@ -122,6 +122,15 @@ IMPLEMENTATIONS = [
         {"lr": 0.1, "betas": (0.75, 0.875), "gamma": 0.25, "weight_decay": 0.25},
         {"lr": 0.1, "betas": (0.75, 0.875), "gamma": 0.25, "weight_decay": 0.25, "weight_decouple": False},
     ),
+    Implementation(
+        "FTRL",
+        "pytorch_optimizer",
+        "optimizer.ftrl",
+        "FTRL",
+        {"lr": 0.25, "beta": 0.5, "l1": 0.375, "l2": 0.125},
+        {"lr": 0.25, "beta": 0.5, "lambda_1": 0.375, "lambda_2": 0.125},
+        start=0.0,
+    ),
 ]
 STORED = json.loads((Path(__file__).parent / "golden.json").read_text())["implementations"]
 

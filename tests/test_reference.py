@@ -78,6 +78,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("schedule_free_adamw", {"warmup_steps": 10}),
     ("adopt", {}),
     ("adabound", {}),
+    ("ftrl", {}),
     ("muon", {}),  # orthogonal if p has two axes
     ("muon", {"nesterov": False, "adjust_lr": "match_rms_adamw"}),
     ("muon", {"orthogonal": False}),
@@ -186,6 +187,7 @@ NOT_IN_TORCH = {
     *("schedule_free_adamw", "shampoo", "soap"),
     *("schedule_free_adamw", "adopt"),
     *("schedule_free_adamw", "adopt", "adabound"),
+    *("schedule_free_adamw", "adopt", "adabound", "ftrl"),
 }
 
 
@@ -628,6 +630,20 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
         (-29 / 16, -29 / 16 + 123 / 128),
         {"m": -123 / 128, "v": 25 / 16 + 3721 / 2048},
     ),
+    # z = -1 at first. z = -1 + 1 - 2 1, n = 4, 2 / (1 + 2) ; z = -2 - 1/2 - (sqrt(5) - 2) 2/3, n = 5
+    (
+        "ftrl",
+        {"lr": 0.5},
+        (2 / 3, (2.5 + 2 / 3 * (R(5) - 2)) / (1 + R(5))),
+        {"z": -2.5 - 2 / 3 * (R(5) - 2), "n": 5.0},
+    ),
+    # L2: g = 3, n = 16 + 9, z = -6 + 3/2 - 1, p = (5.5 - 1) / (2 + 5 + 2) ; g = -1/2, z = -5.5 - 1/4 - s / 2
+    (
+        "ftrl",
+        {"lr": 0.5, "beta": 2.0, "l1": 2.0, "l2": 4.0, "initial_accumulator_value": 16.0, "weight_decay": 1.0},
+        (0.5, (4.75 + (R(25.25) - 5) / 2) / (4 + R(25.25))),
+        {"z": -5.75 - (R(25.25) - 5) / 2, "n": 25.25},
+    ),
     # one axis: the numbers of AdamW above. Matrices have their own test below.
     (
         "muon",
@@ -715,6 +731,19 @@ def test_adopt_divides_by_the_gradients_before_and_clips_less_and_less() -> None
     m = [0.5, 0.25 - math.sqrt(0.5), 0.125 - math.sqrt(0.125) + 0.45]
     assert state["m"].tolist() == pytest.approx(m[-1:], rel=1e-14)
     assert p.tolist() == pytest.approx([-1e-3 * sum(m)], rel=1e-14)
+
+
+def test_ftrl_is_adagrad_without_l1_for_any_schedule_and_sets_small_parameters_to_zero() -> None:
+    p, gradients = data(seed=29)
+    other = p.copy()
+    states = init_state("ftrl", p), init_state("adagrad", p)
+    for t, g in enumerate(gradients, start=1):
+        reference.ftrl(p, g, states[0], t, lr=0.1 / t, beta=1e-2)
+        reference.adagrad(other, g, states[1], t, lr=0.1 / t, eps=1e-2)
+    np.testing.assert_allclose(p, other, rtol=1e-11)
+    sparse, state = run("ftrl", np.zeros_like(p), gradients, l1=2.0)
+    np.testing.assert_array_equal(sparse == 0, np.abs(state["z"]) <= 0.2)
+    assert 0 < np.count_nonzero(sparse) < sparse.size
 
 
 def test_radam_starts_to_use_the_second_moment_at_its_eighth_update_with_b2_of_three_quarters() -> None:
@@ -1436,6 +1465,7 @@ BOWL_LR = {
     "lars": 10.0,
     "novograd": 0.02,
     "shampoo": 1.0,
+    "ftrl": 2.0,
 }
 
 
@@ -1534,7 +1564,7 @@ def test_elements_are_independent(name: str, hyper: dict[str, Any]) -> None:
 
 # Steps along the plain gradient (RAdam starts with them, AdaBound ends there), and Adadelta, which does not move
 # without eps.
-SCALE_MATTERS = {"sgd", "momentum", "nesterov", "adadelta", "radam", "adabound"}
+SCALE_MATTERS = {"sgd", "momentum", "nesterov", "adadelta", "radam", "adabound", "ftrl"}
 
 
 @given(seed=st.integers(0, 2**32 - 1), power=st.integers(-20, 20))
@@ -1556,7 +1586,8 @@ def test_without_eps_the_scale_of_the_gradient_does_not_matter(seed: int, power:
             )
 
 
-EPS_IN_STATE = {("adabelief", "s"), ("adamax", "u")}
+WITHOUT_GRADIENT = {("adabelief", "s"), ("adamax", "u"), ("ftrl", "z")}
+"""States that eps moves, and one that begins where p is."""
 
 
 @every_form
@@ -1568,7 +1599,7 @@ def test_a_gradient_of_zero_moves_nothing_from_the_state_at_the_start(name: str,
     else:
         np.testing.assert_array_equal(after, p)
     for key, array in init_state(name, p, **hyper).items():
-        if (name, key) not in EPS_IN_STATE:
+        if (name, key) not in WITHOUT_GRADIENT:
             np.testing.assert_array_equal(state[key], array, err_msg=key)
 
 
@@ -1707,6 +1738,14 @@ DEFAULTS = {
         "final_lr": 0.1,
         "gamma": 1e-3,
         "eps": 1e-8,
+        "weight_decay": 0.0,
+    },
+    "ftrl": {
+        "lr": 0.1,
+        "beta": 1.0,
+        "l1": 0.0,
+        "l2": 0.0,
+        "initial_accumulator_value": 0.0,
         "weight_decay": 0.0,
     },
     "yogi": {

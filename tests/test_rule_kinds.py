@@ -71,7 +71,8 @@ def test_clipping_changes_the_norm_that_scales():
 @pytest.mark.parametrize("dtype", [np.float32])
 def test_a_zero_gradient_leaves_what_has_not_moved_yet(case, dtype):
     """Also where the norm of the gradient is divided by. Schedule-free steps and bare momentum included."""
-    opt = case.make({"w": np.arange(1.0, 6.0, dtype=dtype)}, weight_decay=0.0)
+    without_decay = {name: 0.0 for name in ("weight_decay", "l1", "l2", "lambd") if name in case.rule.names()}
+    opt = case.make({"w": np.arange(1.0, 6.0, dtype=dtype)}, **without_decay)
     for _ in range(3):
         opt.step({"w": np.zeros(5, dtype)})
     np.testing.assert_array_equal(opt.params["w"], np.arange(1.0, 6.0))

@@ -14,6 +14,7 @@ except ImportError as error:
 from fastopt.torch.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
 from fastopt.torch.classes import (
     ADOPT,
+    FTRL,
     LAMB,
     LARS,
     SGD,
@@ -46,6 +47,7 @@ from fastopt.torch.optimizer import Optimizer
 
 __all__ = [
     "ADOPT",
+    "FTRL",
     "LAMB",
     "LARS",
     "SGD",

@@ -619,6 +619,28 @@ class AdaBound(Optimizer, ours=fastopt.AdaBound):
     """
 
 
+class FTRL(Optimizer, ours=fastopt.FTRL):
+    """`fastopt.FTRL` for torch.
+
+    Args:
+        params: an iterable of tensors, of named tensors, or of param groups.
+        *args, **kwargs: those of `fastopt.FTRL` after params, and those of `Optimizer`.
+
+    Raises:
+        TypeError, ValueError: as `Optimizer`.
+
+    Source: McMahan et al. 2013, https://doi.org/10.1145/2487575.2488200
+
+    >>> import torch, fastopt.torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> opt = fastopt.torch.FTRL([w], lr=0.5)
+    >>> w.sum().backward()
+    >>> opt.step()
+    >>> w.data
+    tensor([0.7500, 0.7500])
+    """
+
+
 class Yogi(Optimizer, ours=fastopt.Yogi):
     """`fastopt.Yogi` for torch.
 
