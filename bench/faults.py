@@ -549,6 +549,12 @@ LOOPS: Sequence[Fault] = (
         ("z + h.lr * g - (h.start", "z + h.lr * g + (h.start"),
     ),
     *faults_of(
+        "fastopt/rules/asgd.py",
+        parity("ASGD"),
+        ("lambd * lr * (t - 1)", "lambd * lr * t"),
+        ("return p, h.old * ax + h.new * p", "return p, ax + h.new * p"),
+    ),
+    *faults_of(
         "fastopt/kernels/pool.py",
         "tests/test_pool.py",
         ("if replace(claim, word, word - 1):", "if True:", "tests/test_pool.py -k 'every_rule or stress'"),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fastopt.optimizers.adan import Adan as Adan
     from fastopt.optimizers.ademamix import AdEMAMix as AdEMAMix
     from fastopt.optimizers.adopt import ADOPT as ADOPT
+    from fastopt.optimizers.asgd import ASGD as ASGD
     from fastopt.optimizers.ftrl import FTRL as FTRL
     from fastopt.optimizers.lamb import LAMB as LAMB
     from fastopt.optimizers.lars import LARS as LARS

@@ -56,6 +56,7 @@ __all__ = [
     "adan",
     "ademamix",
     "adopt",
+    "asgd",
     "batchnorm_backward",
     "batchnorm_forward",
     "ftrl",
@@ -226,6 +227,45 @@ def sgd(
     else:
         v[...] = g if t == 1 else momentum * v + (1 - dampening) * g
         p -= lr * (g + momentum * v) if nesterov else lr * v
+
+
+def asgd(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
+    lr: float = 0.01,
+    lambd: float = 1e-4,
+    alpha: float = 0.75,
+    t0: float = 1e6,
+    weight_decay: float = 0.0,
+) -> None:
+    """Averaged stochastic gradient descent.
+
+        eta = lr / (1 + lambd lr (t - 1))^alpha
+        p = (1 - lambd eta) p - eta g
+        ax = ax + (p - ax) / max(1, t - 1 - t0)
+
+    lr [p]/[g]; lambd [g]/[p]; alpha no unit; t0 in updates; weight_decay [g]/[p]. State: "ax" [p], which starts as a
+    copy of p, in torch at 0: the first update replaces it.
+
+    Source: B. T. Polyak, A. B. Juditsky, Acceleration of stochastic approximation by averaging, SIAM J. Control Optim.
+    30 (1992), https://doi.org/10.1137/0330046, in the form of torch.optim.ASGD.
+
+    >>> p = np.array([0.0]); state = init_state("asgd", p)
+    >>> for t, g in enumerate((8.0, -4.0, 2.0), 1):
+    ...     asgd(p, np.array([g]), state, t, lr=0.5, lambd=0.0, t0=0.0)  # -4, -2, -3
+    >>> p.tolist(), state["ax"].tolist()
+    ([-3.0], [-2.5])
+    """
+    g = _gradient(p, g, t, weight_decay)
+    (ax,) = _states(state, p, "ax")
+    eta = lr / (1 + lambd * lr * (t - 1)) ** alpha
+    mu = 1 / max(1, t - 1 - t0)
+    p *= 1 - lambd * eta
+    p -= eta * g
+    ax[...] = p if mu == 1 else ax + mu * (p - ax)
 
 
 def momentum(
@@ -1625,6 +1665,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "adopt": adopt,
     "adabound": adabound,
     "ftrl": ftrl,
+    "asgd": asgd,
 }
 
 
@@ -1640,7 +1681,8 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
     of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (). Shampoo and
     SOAP have matrices of the rows and columns of p as well.
     are zero, except "sum_sq" of Adagrad, "v" of Yogi and "n" of FTRL, which are ``initial_accumulator_value`` ([g]^2),
-    "step_size" of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape ().
+    "step_size" of Rprop, which is ``lr``, and "z" of schedule-free AdamW and "ax" of ASGD, copies of p. "v" of NovoGrad
+    has shape ().
 
     Returns a dictionary of arrays by name, which the optimizer updates in place. Raises ValueError for an unknown name,
     TypeError for an unknown hyperparameter.
@@ -1698,6 +1740,8 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
             initial = {"m": values["initial_momentum"], "v": values["initial_accumulator_value"]}
         case "rprop":
             initial = {"prev_grad": 0.0, "step_size": values["lr"]}
+        case "asgd":
+            initial = {"ax": p}
         case "schedule_free_adamw":
             initial = {"z": p, "v": 0.0}
         case "shampoo":

@@ -131,6 +131,7 @@ CASES = (
     Case("ADOPT", {"betas": (0.9, 0.99), "weight_decay": 0.1}),
     Case("AdaBound", {"gamma": 0.25, "weight_decay": 0.1}),
     Case("FTRL", {"l1": 0.01, "l2": 0.1, "weight_decay": 0.1}, lr=2.0),
+    Case("ASGD", {"lambd": 0.01, "t0": 2.0, "weight_decay": 0.1}, torch="ASGD"),
     Case("Muon"),
     Case("Shampoo", {"momentum": 0.9, "weight_decay": 0.1}, lr=2.0),
     Case("SOAP", {"weight_decay": 0.1}),

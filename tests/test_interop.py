@@ -159,6 +159,16 @@ def torch_rprop(p, gs, lr=1e-2, etas=(0.5, 1.2), step_sizes=(1e-6, 50)):
     return p
 
 
+def torch_asgd(p, gs, lr=0.01, lambd=1e-4, alpha=0.75, t0=1e6):
+    eta, mu, ax = lr, 1.0, np.zeros_like(p)
+    for step, g in enumerate(gs, start=1):
+        p = p * (1 - lambd * eta) - eta * g
+        ax = ax + mu * (p - ax)
+        eta = lr / (1 + lambd * lr * step) ** alpha
+        mu = 1 / max(1, step - t0)
+    return p
+
+
 def keras_sgd(p, gs, learning_rate=0.01, momentum=0.0, nesterov=False, weight_decay=0.0):
     m = np.zeros_like(p)
     for g in gs:
@@ -497,6 +507,7 @@ GOLDEN = (
     Golden("RAdam", "torch", torch_radam, steps=7),  # the last two are adaptive
     Golden("Adamax", "torch", torch_adamax),
     Golden("Rprop", "torch", torch_rprop),
+    Golden("ASGD", "torch", torch_asgd),
     Golden("SGD", "keras", keras_sgd),
     Golden("SGD", "keras", keras_sgd, {"momentum": 0.9}, {"momentum": 0.9}),
     Golden("SGD", "keras", keras_sgd, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "nesterov": True}),

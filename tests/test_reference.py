@@ -79,6 +79,8 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("adopt", {}),
     ("adabound", {}),
     ("ftrl", {}),
+    ("asgd", {"lambd": 0.0}),
+    ("asgd", {"t0": 0.0, "lambd": 0.0}),
     ("muon", {}),  # orthogonal if p has two axes
     ("muon", {"nesterov": False, "adjust_lr": "match_rms_adamw"}),
     ("muon", {"orthogonal": False}),
@@ -181,6 +183,8 @@ SAME_AS_TORCH: list[tuple[str, dict[str, Any], str, dict[str, Any], dict[str, st
     ("adamax", {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-2}, "Adamax", {}, ADAMAX_STATES),
     ("rprop", {}, "Rprop", {}, RPROP_STATES),
     ("rprop", {"lr": 0.1, "etas": (0.3, 1.7), "step_sizes": (0.05, 0.3)}, "Rprop", {}, RPROP_STATES),
+    ("asgd", {}, "ASGD", {}, {"ax": "ax"}),
+    ("asgd", {"lr": 0.1, "lambd": 0.5, "alpha": 0.5, "t0": 3.0}, "ASGD", {}, {"ax": "ax"}),
 ]
 NOT_IN_TORCH = {
     *("lamb", "lion", "adabelief", "adan", "ademamix", "lars", "novograd", "stable_adamw", "yogi"),
@@ -643,6 +647,13 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
         {"lr": 0.5, "beta": 2.0, "l1": 2.0, "l2": 4.0, "initial_accumulator_value": 16.0, "weight_decay": 1.0},
         (0.5, (4.75 + (R(25.25) - 5) / 2) / (4 + R(25.25))),
         {"z": -5.75 - (R(25.25) - 5) / 2, "n": 25.25},
+    ),
+    # 1 - 1/4 - 1 ; eta = (1/2) / 4, p = -15/64 + 1/8, and not its average
+    (
+        "asgd",
+        {"lr": 0.5, "lambd": 0.5, "alpha": math.log(4.0) / math.log(1.25)},
+        (-0.25, -7 / 64),
+        {"ax": -7 / 64},
     ),
     # one axis: the numbers of AdamW above. Matrices have their own test below.
     (
@@ -1564,7 +1575,7 @@ def test_elements_are_independent(name: str, hyper: dict[str, Any]) -> None:
 
 # Steps along the plain gradient (RAdam starts with them, AdaBound ends there), and Adadelta, which does not move
 # without eps.
-SCALE_MATTERS = {"sgd", "momentum", "nesterov", "adadelta", "radam", "adabound", "ftrl"}
+SCALE_MATTERS = {"sgd", "momentum", "nesterov", "adadelta", "radam", "adabound", "ftrl", "asgd"}
 
 
 @given(seed=st.integers(0, 2**32 - 1), power=st.integers(-20, 20))
@@ -1748,6 +1759,7 @@ DEFAULTS = {
         "initial_accumulator_value": 0.0,
         "weight_decay": 0.0,
     },
+    "asgd": {"lr": 0.01, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6, "weight_decay": 0.0},
     "yogi": {
         "lr": 1e-2,
         "betas": (0.9, 0.999),

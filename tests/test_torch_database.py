@@ -82,8 +82,8 @@ def test_twenty_steps_are_torchs(name, dtype, options):
 
     expected, theirs = trained(getattr(torch.optim, name))
     rtol, atol = (
-        (1e-10, 1e-10) if dtype is torch.float64 and name != "NAdam" else (2e-5, 2e-6)
-    )  # its product is float32
+        (1e-10, 1e-10) if dtype is torch.float64 and name not in ("NAdam", "ASGD") else (2e-5, 2e-6)
+    )  # numbers among their states are float32
     atol = max(atol, BFLOAT16.get(name, 0.0) * theirs.defaults["lr"] * 20)
     for flag in flags:
         found, ours = trained(getattr(ft, name), **flag)

@@ -33,6 +33,7 @@ LEARNING_RATES = {
     "rmsprop": 0.001,
     "adam": 0.002,
     "adamw": 0.002,
+    "asgd": 0.1,
     "ftrl": 0.2,
     "lamb": 0.003,
     "adabelief": 0.002,

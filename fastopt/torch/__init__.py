@@ -14,6 +14,7 @@ except ImportError as error:
 from fastopt.torch.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
 from fastopt.torch.classes import (
     ADOPT,
+    ASGD,
     FTRL,
     LAMB,
     LARS,
@@ -47,6 +48,7 @@ from fastopt.torch.optimizer import Optimizer
 
 __all__ = [
     "ADOPT",
+    "ASGD",
     "FTRL",
     "LAMB",
     "LARS",

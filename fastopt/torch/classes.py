@@ -256,6 +256,30 @@ class Rprop(
     """
 
 
+class ASGD(Optimizer, ours=fastopt.ASGD, theirs=torch.optim.ASGD, names={}):
+    """`torch.optim.ASGD`, by the rule of `fastopt.ASGD`.
+
+    A new lr counts in the next step, in torch in the one after it. The states ``eta`` and ``mu`` follow from the step.
+
+    Args:
+        params: an iterable of tensors, of named tensors, or of param groups.
+        *args, **kwargs: those of `torch.optim.ASGD`, and those of `Optimizer`.
+
+    Raises:
+        TypeError, ValueError: as `Optimizer`.
+
+    Source: Polyak & Juditsky 1992, https://doi.org/10.1137/0330046
+
+    >>> import torch, fastopt.torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> opt = fastopt.torch.ASGD([w], lr=0.1)
+    >>> w.sum().backward()
+    >>> opt.step()
+    >>> opt.state[w]["ax"]
+    tensor([0.9000, 0.9000])
+    """
+
+
 class Muon(
     Optimizer,
     ours=fastopt.Muon,

@@ -12,12 +12,30 @@ import torch
 import fastopt
 from fastopt.hyper import EMA, WEIGHT_DECAY
 from fastopt.interop.torch import check_product
+from fastopt.rules.asgd import asgd
 from fastopt.rules.nadam import product
 from fastopt.step.gate import through_gate
 from fastopt.step.info import StepInfo
 from fastopt.storage.intake import ALONE, Taken
 from fastopt.torch.parameters import Arrays, dense_view, rows_of, same_strides
 from fastopt.torch.states import States, one_buffer
+
+
+def product_of(n: int, values: Mapping[str, Any]) -> float:
+    """NAdam's product of momenta, after n updates."""
+    return product(n, values["betas"][0], values["momentum_decay"])
+
+
+def next_of(n: int, values: Mapping[str, Any]) -> Any:
+    """What ASGD's next update is prepared with, after n."""
+    return asgd.prepare(n + 1, *[values[name] for name in asgd.hyperparameters])
+
+
+FOLLOWING: Mapping[str, Mapping[str, Callable[[int, Mapping[str, Any]], float]]] = {
+    "nadam": {"mu_product": product_of},
+    "asgd": {"eta": lambda n, values: next_of(n, values).eta, "mu": lambda n, values: next_of(n, values).new},
+}
+"""By rule: numbers that torch keeps as states, and that follow from the number of updates and the hyperparameters."""
 
 
 class StaleError(Exception):
@@ -139,8 +157,8 @@ class Part:
         found = []
         for k, (shape, offset) in enumerate(zip(self.shapes, offsets, strict=True)):
             own = {"step": counts[k]} if self._counts else {}
-            if "mu_product" in self._extra:
-                own["mu_product"] = self._products[k]
+            for name, numbers in self._extra.items():
+                own[name] = numbers[k]
             strides = self._strides(k)
             for name, buffer in zip(self._shown, buffers, strict=True):
                 own[name] = buffer.as_strided(shape, strides, offset)
@@ -171,10 +189,10 @@ class Part:
         averages = () if pipeline.average is None else (EMA,)
         self._counts = counts
         self._torchs = names
-        self._extra = ("mu_product",) if rule.name == "nadam" else ()
+        self._following = FOLLOWING.get(rule.name, {})
+        self._extra = {name: torch.ones(len(self.params), dtype=torch.float32) for name in self._following}
         self._shown = [names.get(name, name) for name in (*rule.states, *averages)]
         self._numbers = [names.get(name, name) for name in rule.numbers]
-        self._products = torch.ones(len(self.params), dtype=torch.float32)
         self._per_tensor = [
             [torch.from_numpy(view) for view in pipeline.flat.number_views(numbers, over)]
             for over, numbers in zip(rule.over.values(), pipeline.numbers, strict=True)
@@ -289,7 +307,7 @@ class Part:
         self._numbers_now = self.counts.numpy()
         self._bytes = self._numbers_now.tobytes()
         if self._extra:
-            self._put_products()
+            self._put_following()
 
     def recount(self) -> None:
         """Take the counts of updates that somebody has written into torch's state."""
@@ -304,16 +322,14 @@ class Part:
         numbers += 1.0 if present is None else np.array(present, np.float32)
         self._bytes = numbers.tobytes()
         if self._extra:
-            self._put_products()
+            self._put_following()
 
-    def _put_products(self) -> None:
-        """NAdam's product of momenta, which torch shows as a state."""
+    def _put_following(self) -> None:
+        """Write the numbers that torch shows as states."""
         groups, steps = self.pipeline.groups, self.pipeline.steps
-        found = [
-            product(steps - group.missed, group.values["betas"][0], group.values["momentum_decay"])
-            for group in groups.list
-        ]
-        self._products.numpy()[:] = [found[number] for number in groups.of]
+        for name, following in self._following.items():
+            found = [following(steps - group.missed, group.values) for group in groups.list]
+            self._extra[name].numpy()[:] = [found[number] for number in groups.of]
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
