@@ -555,6 +555,18 @@ LOOPS: Sequence[Fault] = (
         ("return p, h.old * ax + h.new * p", "return p, ax + h.new * p"),
     ),
     *faults_of(
+        "fastopt/rules/prodigy.py",
+        parity("Prodigy"),
+        ("h.b3 * numbers.numerator + h.relative", "numbers.numerator + h.relative"),
+        ("math.sqrt(v) + h.next_d * h.eps", "math.sqrt(v) + h.d * h.eps", "tests/test_implementations.py -k Prodigy"),
+        ("1.0 if safeguard_warmup else rate", "rate", "tests/test_implementations.py -k Prodigy"),
+        (
+            'numbers=("d", "numerator"),\n            over="all"',
+            'numbers=("d", "numerator")',
+            "tests/test_implementations.py -k Prodigy",
+        ),
+    ),
+    *faults_of(
         "fastopt/kernels/pool.py",
         "tests/test_pool.py",
         ("if replace(claim, word, word - 1):", "if True:", "tests/test_pool.py -k 'every_rule or stress'"),

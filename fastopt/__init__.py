@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fastopt.optimizers.nadam import NAdam as NAdam
     from fastopt.optimizers.nesterov import Nesterov as Nesterov
     from fastopt.optimizers.novograd import NovoGrad as NovoGrad
+    from fastopt.optimizers.prodigy import Prodigy as Prodigy
     from fastopt.optimizers.radam import RAdam as RAdam
     from fastopt.optimizers.rmsprop import RMSprop as RMSprop
     from fastopt.optimizers.rprop import Rprop as Rprop

@@ -16,6 +16,15 @@ Everything is computed in the dtype of ``p``, except norms and means over whole 
 computed in float64. Hyperparameters are Python numbers: a NumPy float64 scalar would promote the arithmetic of float32
 arrays to float64. Their ranges are not checked. ``t``, shapes, dtypes, the names of the states and options such as
 ``form`` are checked before anything is written; a bad one raises ValueError or TypeError with the argument's name.
+- ``state`` dictionary of arrays like ``p`` (some are one number, as NovoGrad's "v"), updated in place, returned by
+  `init_state`;
+- ``t`` number of this update, a Python int, 1 at the first.
+
+Everything is computed in the dtype of ``p``, except the norms and sums of whole tensors (LAMB, LARS, NovoGrad, Muon,
+Prodigy), which are computed in float64. Hyperparameters are Python numbers: a NumPy float64 scalar would promote the
+arithmetic of float32 arrays to float64. Their ranges are not checked. ``t``, shapes, dtypes, the names of the states
+and options such as ``form`` are checked before anything is written; a bad one raises ValueError or TypeError with the
+argument's name.
 
 `batchnorm_forward` and `batchnorm_backward`, at the end of the file, take and return arrays.
 
@@ -69,6 +78,7 @@ __all__ = [
     "nadam",
     "nesterov",
     "novograd",
+    "prodigy",
     "radam",
     "rmsprop",
     "rprop",
@@ -139,6 +149,11 @@ def _norm(x: Array) -> float:
     wide = np.asarray(x.astype(np.float64))
     scale = 2.0 ** (math.frexp(np.abs(wide).max(initial=0.0))[1] - 1)  # an exact factor: squares may leave the range
     return float(np.linalg.norm(wide / scale)) * scale
+
+
+def _sum(x: Array) -> float:
+    """Return the sum over all of x, computed in float64."""
+    return float(np.asarray(x.astype(np.float64)).sum())
 
 
 def _adam_moments(
@@ -1100,6 +1115,62 @@ def stable_adamw(
 
 
 def adafactor(
+def prodigy(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
+    lr: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    d0: float = 1e-6,
+    d_coef: float = 1.0,
+    bias_correction: bool = False,
+    safeguard_warmup: bool = False,
+    weight_decay: float = 0.0,
+) -> None:
+    """Prodigy: AdamW whose learning rate is an estimate of the distance to the solution. p is all parameters.
+
+        b3 = sqrt(b2)
+        eta = d lr                                  or, with bias_correction, d lr sqrt(1 - b2^t) / (1 - b1^t)
+        r = b3 r + d / d0 eta sum(g (p0 - p))
+        m = b1 m + (1 - b1) d g
+        v = b2 v + (1 - b2) d^2 g^2
+        s = b3 s + d / d0 eta g                     or, with safeguard_warmup, b3 s + d / d0 d g
+        d' = max(d, d_coef r / sum(|s|))            d where the sum is 0
+        p = p - eta weight_decay p - eta m / (sqrt(v) + d' eps)
+        d = d'
+
+    lr no unit; betas and d_coef no unit; d0 [p]; eps [g]; weight_decay 1/[p]. States: "m" [p][g]; "v" ([p][g])^2; "s"
+    [p][g]; "p0" [p], which starts as a copy of p; the numbers "d" [p], which starts at d0, and "numerator", r [p]^2[g].
+
+    Source: K. Mishchenko, A. Defazio, Prodigy: an expeditiously adaptive parameter-free learner, ICML 2024,
+    https://arxiv.org/abs/2306.06101, Algorithm 4, with r and s divided by d0, as in the authors' prodigyopt.
+
+    >>> p = np.array([1.0, 2.0]); state = init_state("prodigy", p, d0=0.25)
+    >>> for t in (1, 2):
+    ...     prodigy(p, np.array([4.0, -1.0]), state, t, betas=(0.0, 0.0), eps=0.0, d0=0.25, d_coef=3.0)
+    >>> p.tolist(), state["d"].tolist()  # 0.25 in each of two steps; 3 times the 0.25 of the first
+    ([0.5, 2.5], 0.75)
+    """
+    g = _gradient(p, g, t)
+    m, v, s, p0, d, r = _states(state, p, "m", "v", "s", "p0", "d", "numerator", numbers=("d", "numerator"))
+    b1, b2 = betas
+    b3 = math.sqrt(b2)
+    now = float(d)
+    eta = now * lr
+    if bias_correction:
+        eta = eta * math.sqrt(1 - b2**t) / (1 - b1**t)
+    r[...] = b3 * float(r) + now / d0 * eta * _sum(g * (p0 - p))
+    m[...] = b1 * m + (1 - b1) * now * g
+    v[...] = b2 * v + (1 - b2) * (now * g) ** 2
+    s[...] = b3 * s + now / d0 * (now if safeguard_warmup else eta) * g
+    total = _sum(np.abs(s))
+    d[...] = now if total == 0 else np.maximum(now, d_coef * float(r) / total)
+    p -= eta * weight_decay * p + eta * m / (np.sqrt(v) + float(d) * eps)
+
+
 def adopt(
     p: Array,
     g: Array,
@@ -1666,6 +1737,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "adabound": adabound,
     "ftrl": ftrl,
     "asgd": asgd,
+    "prodigy": prodigy,
 }
 
 
@@ -1681,8 +1753,8 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
     of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (). Shampoo and
     SOAP have matrices of the rows and columns of p as well.
     are zero, except "sum_sq" of Adagrad, "v" of Yogi and "n" of FTRL, which are ``initial_accumulator_value`` ([g]^2),
-    "step_size" of Rprop, which is ``lr``, and "z" of schedule-free AdamW and "ax" of ASGD, copies of p. "v" of NovoGrad
-    has shape ().
+    "step_size" of Rprop, which is ``lr``, "d" of Prodigy, which is ``d0``, and "z" of schedule-free AdamW, "ax" of ASGD
+    and "p0" of Prodigy, copies of p. "v" of NovoGrad, and "d" and "numerator" of Prodigy have shape ().
 
     Returns a dictionary of arrays by name, which the optimizer updates in place. Raises ValueError for an unknown name,
     TypeError for an unknown hyperparameter.
@@ -1742,6 +1814,9 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
             initial = {"prev_grad": 0.0, "step_size": values["lr"]}
         case "asgd":
             initial = {"ax": p}
+        case "prodigy":
+            arrays = {"m": np.zeros_like(p), "v": np.zeros_like(p), "s": np.zeros_like(p), "p0": p.copy()}
+            return {**arrays, "d": np.full_like(p, values["d0"], shape=()), "numerator": np.zeros_like(p, shape=())}
         case "schedule_free_adamw":
             initial = {"z": p, "v": 0.0}
         case "shampoo":

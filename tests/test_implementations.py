@@ -131,6 +131,31 @@ IMPLEMENTATIONS = [
         {"lr": 0.25, "beta": 0.5, "lambda_1": 0.375, "lambda_2": 0.125},
         start=0.0,
     ),
+    Implementation("Prodigy", "prodigyopt", "prodigy", "Prodigy", {"d0": 0.01, "eps": 1e-3}, {"d0": 0.01, "eps": 1e-3}),
+    Implementation(
+        "Prodigy",
+        "prodigyopt",
+        "prodigy",
+        "Prodigy",
+        {
+            "lr": 0.5,
+            "betas": (0.75, 0.875),
+            "d0": 0.01,
+            "d_coef": 2.0,
+            "weight_decay": 0.25,
+            "bias_correction": True,
+            "safeguard_warmup": True,
+        },
+        {
+            "lr": 0.5,
+            "betas": (0.75, 0.875),
+            "d0": 0.01,
+            "d_coef": 2.0,
+            "weight_decay": 0.25,
+            "use_bias_correction": True,
+            "safeguard_warmup": True,
+        },
+    ),
 ]
 STORED = json.loads((Path(__file__).parent / "golden.json").read_text())["implementations"]
 

@@ -81,6 +81,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("ftrl", {}),
     ("asgd", {"lambd": 0.0}),
     ("asgd", {"t0": 0.0, "lambd": 0.0}),
+    ("prodigy", {"d0": 0.01}),
     ("muon", {}),  # orthogonal if p has two axes
     ("muon", {"nesterov": False, "adjust_lr": "match_rms_adamw"}),
     ("muon", {"orthogonal": False}),
@@ -106,6 +107,11 @@ OWN_DECAY = {
     "soap",
 }
 WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "adafactor"}
+    "prodigy",
+}
+WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "prodigy"}
+NUMBERS = {("novograd", "v"), ("prodigy", "d"), ("prodigy", "numerator")}
+"""States that are one number."""
 
 
 def form_id(form: tuple[str, dict[str, Any]]) -> str:
@@ -192,6 +198,7 @@ NOT_IN_TORCH = {
     *("schedule_free_adamw", "adopt"),
     *("schedule_free_adamw", "adopt", "adabound"),
     *("schedule_free_adamw", "adopt", "adabound", "ftrl"),
+    *("schedule_free_adamw", "adopt", "adabound", "ftrl", "prodigy"),
 }
 
 
@@ -655,6 +662,13 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
         (-0.25, -7 / 64),
         {"ax": -7 / 64},
     ),
+    # m = 1/2, v = 15/16, s = 1, the step 1/2 (m / (sqrt(v) + 1/2) + 1/2) ; m = 0, r < 0: d stays, and p decays
+    (
+        "prodigy",
+        {"betas": (0.5, 1 / 16), "eps": 1.0, "d0": 0.5, "weight_decay": 0.5},
+        (0.75 - 0.25 / (R(15 / 16) + 0.5), 0.75 * (0.75 - 0.25 / (R(15 / 16) + 0.5))),
+        {"m": 0.0, "v": 75 / 256, "s": -0.25, "p0": 1.0, "d": 0.5, "numerator": -0.125 - 0.125 / (R(15 / 16) + 0.5)},
+    ),
     # one axis: the numbers of AdamW above. Matrices have their own test below.
     (
         "muon",
@@ -755,6 +769,15 @@ def test_ftrl_is_adagrad_without_l1_for_any_schedule_and_sets_small_parameters_t
     sparse, state = run("ftrl", np.zeros_like(p), gradients, l1=2.0)
     np.testing.assert_array_equal(sparse == 0, np.abs(state["z"]) <= 0.2)
     assert 0 < np.count_nonzero(sparse) < sparse.size
+
+
+def test_prodigy_estimates_the_distance_from_how_far_it_has_gone() -> None:
+    # Without averages every step is of d sign(g), and d becomes d_coef times the way so far: the ways are 1, 2 and 5
+    # times d0, d is 1, 3 and 6 times d0, and is used one step later
+    p, g = np.array([1.0, -2.0, 3.0]), np.array([4.0, -0.5, 1.0])
+    after, state = run("prodigy", p, [g] * 3, betas=(0.0, 0.0), eps=0.0, d0=0.25, d_coef=3.0)
+    np.testing.assert_allclose(after, p - 5 * 0.25 * np.sign(g), rtol=1e-14)
+    assert state["d"] == pytest.approx(6 * 0.25, rel=1e-14)
 
 
 def test_radam_starts_to_use_the_second_moment_at_its_eighth_update_with_b2_of_three_quarters() -> None:
@@ -1477,6 +1500,7 @@ BOWL_LR = {
     "novograd": 0.02,
     "shampoo": 1.0,
     "ftrl": 2.0,
+    "prodigy": 1.0,
 }
 
 
@@ -1523,7 +1547,7 @@ def test_updates_the_callers_arrays_and_only_reads_the_gradient(
     for key, array in arrays.items():
         assert state[key] is array
         assert array.dtype == dtype
-        assert array.shape == shapes[key] == (() if (name, key) == ("novograd", "v") else shape)
+        assert array.shape == shapes[key] == (() if (name, key) in NUMBERS else shape)
         assert np.all(array != 0) or p.size == 0, f"{key} is not used"
         assert not any(np.may_share_memory(array, other) for other in (p, *gradients))
 
@@ -1760,6 +1784,16 @@ DEFAULTS = {
         "weight_decay": 0.0,
     },
     "asgd": {"lr": 0.01, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6, "weight_decay": 0.0},
+    "prodigy": {
+        "lr": 1.0,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "d0": 1e-6,
+        "d_coef": 1.0,
+        "bias_correction": False,
+        "safeguard_warmup": False,
+        "weight_decay": 0.0,
+    },
     "yogi": {
         "lr": 1e-2,
         "betas": (0.9, 0.999),

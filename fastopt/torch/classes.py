@@ -665,6 +665,28 @@ class FTRL(Optimizer, ours=fastopt.FTRL):
     """
 
 
+class Prodigy(Optimizer, ours=fastopt.Prodigy):
+    """`fastopt.Prodigy` for torch.
+
+    Args:
+        params: an iterable of tensors, of named tensors, or of param groups.
+        *args, **kwargs: those of `fastopt.Prodigy` after params, and those of `Optimizer`.
+
+    Raises:
+        TypeError, ValueError: as `Optimizer`.
+
+    Source: Mishchenko & Defazio 2024, https://arxiv.org/abs/2306.06101
+
+    >>> import torch, fastopt.torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> opt = fastopt.torch.Prodigy([w], d0=0.1)
+    >>> w.sum().backward()
+    >>> opt.step()
+    >>> w.data
+    tensor([0.6838, 0.6838])
+    """
+
+
 class Yogi(Optimizer, ours=fastopt.Yogi):
     """`fastopt.Yogi` for torch.
 
