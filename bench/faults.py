@@ -567,6 +567,13 @@ LOOPS: Sequence[Fault] = (
         ),
     ),
     *faults_of(
+        "fastopt/rules/mars.py",
+        parity("MARS"),
+        ("1.0 if sums.square <= 1.0 else 1.0 / math.sqrt(sums.square)", "1.0 / math.sqrt(sums.square)"),
+        ("0.0 if t == 1 else gamma", "gamma"),
+        ("(math.sqrt(v) + h.eps), m, v, g", "(math.sqrt(v) + h.eps), m, v, c"),
+    ),
+    *faults_of(
         "fastopt/kernels/pool.py",
         "tests/test_pool.py",
         ("if replace(claim, word, word - 1):", "if True:", "tests/test_pool.py -k 'every_rule or stress'"),

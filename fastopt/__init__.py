@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fastopt.optimizers.lamb import LAMB as LAMB
     from fastopt.optimizers.lars import LARS as LARS
     from fastopt.optimizers.lion import Lion as Lion
+    from fastopt.optimizers.mars import MARS as MARS
     from fastopt.optimizers.momentum import Momentum as Momentum
     from fastopt.optimizers.muon import Muon as Muon
     from fastopt.optimizers.nadam import NAdam as NAdam

@@ -73,6 +73,7 @@ __all__ = [
     "lamb",
     "lars",
     "lion",
+    "mars",
     "momentum",
     "muon",
     "nadam",
@@ -1171,6 +1172,54 @@ def prodigy(
     p -= eta * weight_decay * p + eta * m / (np.sqrt(v) + float(d) * eps)
 
 
+def mars(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
+    lr: float = 3e-3,
+    betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-8,
+    gamma: float = 0.025,
+    weight_decay: float = 0.0,
+) -> None:
+    """MARS-AdamW: AdamW of gradients corrected by their change. p is one whole tensor.
+
+        c = g + gamma b1 / (1 - b1) (g - prev_grad)          c = g at t = 1
+        c = c / max(1, |c|)                                  |c| is the root of the sum of all squares
+        p = (1 - lr weight_decay) p
+        m = b1 m + (1 - b1) c                                m_hat = m / (1 - b1^t)
+        v = b2 v + (1 - b2) c^2                              v_hat = v / (1 - b2^t)
+        p = p - lr m_hat / (sqrt(v_hat) + eps)
+        prev_grad = g
+
+    |c| is computed in float64 and the factor rounded to the dtype of p.
+
+    lr [p]; betas, gamma and eps no unit; weight_decay 1/[p]. States: "m" and "v" no unit; "prev_grad" [g].
+
+    Source: H. Yuan, Y. Liu, S. Wu, X. Zhou, Q. Gu, MARS: unleashing the power of variance reduction for training large
+    models, ICML 2025, https://arxiv.org/abs/2411.10438, Algorithm 2 with the gradient of the step before, and the first
+    step as in timm.
+
+    >>> p = np.array([1.0]); state = init_state("mars", p)
+    >>> for t, g in enumerate((4.0, 0.5), 1):  # c is 4, and so 1; 1/2 + 1/8 (1/2 - 4)
+    ...     mars(p, np.array([g]), state, t, lr=0.5, betas=(0.5, 0.75), eps=0.0, gamma=0.125)
+    >>> state["m"].tolist(), state["v"].tolist(), state["prev_grad"].tolist()
+    ([0.28125], [0.1884765625], [0.5])
+    """
+    g = _gradient(p, g, t)
+    m, v, prev_grad = _states(state, p, "m", "v", "prev_grad")
+    b1, b2 = betas
+    c = g if t == 1 else g + gamma * b1 / (1 - b1) * (g - prev_grad)
+    c = c * p.dtype.type(1 / np.maximum(1.0, _norm(c)))
+    p *= 1 - lr * weight_decay
+    m[...] = b1 * m + (1 - b1) * c
+    v[...] = b2 * v + (1 - b2) * c**2
+    p -= lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+    prev_grad[...] = g
+
+
 def adopt(
     p: Array,
     g: Array,
@@ -1738,6 +1787,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "ftrl": ftrl,
     "asgd": asgd,
     "prodigy": prodigy,
+    "mars": mars,
 }
 
 
@@ -1814,6 +1864,8 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
             initial = {"prev_grad": 0.0, "step_size": values["lr"]}
         case "asgd":
             initial = {"ax": p}
+        case "mars":
+            initial = {"m": 0.0, "v": 0.0, "prev_grad": 0.0}
         case "prodigy":
             arrays = {"m": np.zeros_like(p), "v": np.zeros_like(p), "s": np.zeros_like(p), "p0": p.copy()}
             return {**arrays, "d": np.full_like(p, values["d0"], shape=()), "numerator": np.zeros_like(p, shape=())}

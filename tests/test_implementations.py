@@ -156,6 +156,14 @@ IMPLEMENTATIONS = [
             "safeguard_warmup": True,
         },
     ),
+    Implementation(
+        "MARS",
+        "timm",
+        "optim.mars",
+        "Mars",
+        {"lr": 0.1, "betas": (0.75, 0.875), "eps": 1e-3, "gamma": 0.25, "weight_decay": 0.25},
+        {"lr": 0.1, "betas": (0.75, 0.875), "eps": 1e-3, "gamma": 0.25, "weight_decay": 0.25, "optimize_1d": True},
+    ),
 ]
 STORED = json.loads((Path(__file__).parent / "golden.json").read_text())["implementations"]
 

@@ -82,6 +82,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("asgd", {"lambd": 0.0}),
     ("asgd", {"t0": 0.0, "lambd": 0.0}),
     ("prodigy", {"d0": 0.01}),
+    ("mars", {}),
     ("muon", {}),  # orthogonal if p has two axes
     ("muon", {"nesterov": False, "adjust_lr": "match_rms_adamw"}),
     ("muon", {"orthogonal": False}),
@@ -108,8 +109,9 @@ OWN_DECAY = {
 }
 WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "adafactor"}
     "prodigy",
+    "mars",
 }
-WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "prodigy"}
+WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "prodigy", "mars"}
 NUMBERS = {("novograd", "v"), ("prodigy", "d"), ("prodigy", "numerator")}
 """States that are one number."""
 
@@ -199,6 +201,7 @@ NOT_IN_TORCH = {
     *("schedule_free_adamw", "adopt", "adabound"),
     *("schedule_free_adamw", "adopt", "adabound", "ftrl"),
     *("schedule_free_adamw", "adopt", "adabound", "ftrl", "prodigy"),
+    *("schedule_free_adamw", "adopt", "adabound", "ftrl", "prodigy", "mars"),
 }
 
 
@@ -669,6 +672,13 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
         (0.75 - 0.25 / (R(15 / 16) + 0.5), 0.75 * (0.75 - 0.25 / (R(15 / 16) + 0.5))),
         {"m": 0.0, "v": 75 / 256, "s": -0.25, "p0": 1.0, "d": 0.5, "numerator": -0.125 - 0.125 / (R(15 / 16) + 0.5)},
     ),
+    # c = 2 / 2: m = 3/4, v = 1/2 ; c = -1 + 1/2 (-1 - 2), and so -1: m = 3/16 - 3/4, v = 3/4
+    (
+        "mars",
+        {"lr": 0.5, "betas": (0.25, 0.5), "eps": 1.0, "gamma": 1.5, "weight_decay": 0.5},
+        (0.5, 0.375 + 0.15),
+        {"m": -9 / 16, "v": 0.75, "prev_grad": -1.0},
+    ),
     # one axis: the numbers of AdamW above. Matrices have their own test below.
     (
         "muon",
@@ -1070,6 +1080,7 @@ def test_adamw_decays_apart_from_the_moments(amsgrad: bool) -> None:
         ("adamw", {"eps_hat": True}, "lr"),
         ("lion", {}, "lr"),
         ("adabelief", {}, "lr"),
+        ("mars", {}, "lr"),
         ("ademamix", {"warmup_steps": 5}, "lr"),
         ("muon", {}, "lr"),
         ("muon", {"orthogonal": False}, "adamw_lr"),
@@ -1599,7 +1610,7 @@ def test_elements_are_independent(name: str, hyper: dict[str, Any]) -> None:
 
 # Steps along the plain gradient (RAdam starts with them, AdaBound ends there), and Adadelta, which does not move
 # without eps.
-SCALE_MATTERS = {"sgd", "momentum", "nesterov", "adadelta", "radam", "adabound", "ftrl", "asgd"}
+SCALE_MATTERS = {"sgd", "momentum", "nesterov", "adadelta", "radam", "adabound", "ftrl", "asgd", "mars"}
 
 
 @given(seed=st.integers(0, 2**32 - 1), power=st.integers(-20, 20))
@@ -1794,6 +1805,7 @@ DEFAULTS = {
         "safeguard_warmup": False,
         "weight_decay": 0.0,
     },
+    "mars": {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "gamma": 0.025, "weight_decay": 0.0},
     "yogi": {
         "lr": 1e-2,
         "betas": (0.9, 0.999),

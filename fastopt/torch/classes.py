@@ -687,6 +687,28 @@ class Prodigy(Optimizer, ours=fastopt.Prodigy):
     """
 
 
+class MARS(Optimizer, ours=fastopt.MARS):
+    """`fastopt.MARS` for torch.
+
+    Args:
+        params: an iterable of tensors, of named tensors, or of param groups.
+        *args, **kwargs: those of `fastopt.MARS` after params, and those of `Optimizer`.
+
+    Raises:
+        TypeError, ValueError: as `Optimizer`.
+
+    Source: Yuan et al. 2024, https://arxiv.org/abs/2411.10438
+
+    >>> import torch, fastopt.torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> opt = fastopt.torch.MARS([w], lr=0.1)
+    >>> w.sum().backward()
+    >>> opt.step()
+    >>> w.data
+    tensor([0.9000, 0.9000])
+    """
+
+
 class Yogi(Optimizer, ours=fastopt.Yogi):
     """`fastopt.Yogi` for torch.
 
