@@ -574,6 +574,16 @@ LOOPS: Sequence[Fault] = (
         ("(math.sqrt(v) + h.eps), m, v, g", "(math.sqrt(v) + h.eps), m, v, c"),
     ),
     *faults_of(
+        "fastopt/rules/adam_mini.py",
+        parity("AdamMini"),
+        ("h.one_minus_b2 * sums.square / size", "h.one_minus_b2 * sums.square"),
+        (
+            "math.sqrt(v) / h.root + h.eps",
+            "(math.sqrt(v) + h.eps) / h.root",
+            "tests/test_implementations.py -k AdamMini",
+        ),
+    ),
+    *faults_of(
         "fastopt/kernels/pool.py",
         "tests/test_pool.py",
         ("if replace(claim, word, word - 1):", "if True:", "tests/test_pool.py -k 'every_rule or stress'"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastopt.optimizers.adafactor import Adafactor as Adafactor
     from fastopt.optimizers.adagrad import Adagrad as Adagrad
     from fastopt.optimizers.adam import Adam as Adam
+    from fastopt.optimizers.adam_mini import AdamMini as AdamMini
     from fastopt.optimizers.adamax import Adamax as Adamax
     from fastopt.optimizers.adamw import AdamW as AdamW
     from fastopt.optimizers.adan import Adan as Adan

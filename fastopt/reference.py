@@ -60,6 +60,7 @@ __all__ = [
     "adafactor",
     "adagrad",
     "adam",
+    "adam_mini",
     "adamax",
     "adamw",
     "adan",
@@ -1220,6 +1221,46 @@ def mars(
     prev_grad[...] = g
 
 
+def adam_mini(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """Adam-mini: AdamW with one second moment per block. p is one block, here a whole tensor.
+
+        p = (1 - lr weight_decay) p
+        m = b1 m + (1 - b1) g                            m_hat = m / (1 - b1^t)
+        v = b2 v + (1 - b2) mean of g^2 over p           v_hat = v / (1 - b2^t)
+        p = p - lr m_hat / (sqrt(v_hat) + eps)           0 / 0 is 0
+
+    The mean and the root are computed in float64.
+
+    lr [p]; betas no unit; eps [g]; weight_decay 1/[p]. States: "m" [g]; "v" [g]^2, a number.
+
+    Source: Y. Zhang et al., Adam-mini: use fewer learning rates to gain more, ICLR 2025,
+    https://arxiv.org/abs/2406.16793, Algorithm 1; the block as in its partition "PyTorch default".
+
+    >>> p = np.array([0.0, 0.0]); state = init_state("adam_mini", p)
+    >>> adam_mini(p, np.array([7.0, -1.0]), state, 1, lr=0.5, betas=(0.5, 0.75), eps=0.0)  # sqrt(mean) is 5
+    >>> p.round(12).tolist(), state["v"].tolist()
+    ([-0.7, 0.1], 6.25)
+    """
+    g = _gradient(p, g, t)
+    m, v = _states(state, p, "m", "v", numbers=("v",))
+    b1, b2 = betas
+    p *= 1 - lr * weight_decay
+    m[...] = b1 * m + (1 - b1) * g
+    v[...] = b2 * float(v) + (1 - b2) * (_sum(g**2) / p.size if p.size else 0.0)
+    divisor = math.sqrt(float(v) / (1 - b2**t)) + eps
+    p -= lr * (m / (1 - b1**t)) / (divisor if divisor != 0 else 1.0)
+
+
 def adopt(
     p: Array,
     g: Array,
@@ -1788,6 +1829,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "asgd": asgd,
     "prodigy": prodigy,
     "mars": mars,
+    "adam_mini": adam_mini,
 }
 
 
@@ -1804,7 +1846,7 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
     SOAP have matrices of the rows and columns of p as well.
     are zero, except "sum_sq" of Adagrad, "v" of Yogi and "n" of FTRL, which are ``initial_accumulator_value`` ([g]^2),
     "step_size" of Rprop, which is ``lr``, "d" of Prodigy, which is ``d0``, and "z" of schedule-free AdamW, "ax" of ASGD
-    and "p0" of Prodigy, copies of p. "v" of NovoGrad, and "d" and "numerator" of Prodigy have shape ().
+    and "p0" of Prodigy, copies of p. "v" of NovoGrad and Adam-mini, "d" and "numerator" of Prodigy have shape ().
 
     Returns a dictionary of arrays by name, which the optimizer updates in place. Raises ValueError for an unknown name,
     TypeError for an unknown hyperparameter.
@@ -1853,7 +1895,7 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
             initial = {"m1": 0.0, "m2": 0.0, "v": 0.0}
         case "lars":
             initial = {"velocity": 0.0}
-        case "novograd":
+        case "novograd" | "adam_mini":
             return {"m": np.zeros_like(p), "v": np.zeros_like(p, shape=())}
         case "adafactor":
             rows, columns = _matrix_of(p)

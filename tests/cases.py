@@ -134,6 +134,7 @@ CASES = (
     Case("ASGD", {"lambd": 0.01, "t0": 2.0, "weight_decay": 0.1}, torch="ASGD"),
     Case("Prodigy", {"d0": 0.01, "weight_decay": 0.1}, lr=1.0),
     Case("MARS", {"gamma": 0.25, "weight_decay": 0.1}),
+    Case("AdamMini", {"weight_decay": 0.1}, reference="adam_mini", lr=0.5),
     Case("Muon"),
     Case("Shampoo", {"momentum": 0.9, "weight_decay": 0.1}, lr=2.0),
     Case("SOAP", {"weight_decay": 0.1}),

@@ -164,6 +164,14 @@ IMPLEMENTATIONS = [
         {"lr": 0.1, "betas": (0.75, 0.875), "eps": 1e-3, "gamma": 0.25, "weight_decay": 0.25},
         {"lr": 0.1, "betas": (0.75, 0.875), "eps": 1e-3, "gamma": 0.25, "weight_decay": 0.25, "optimize_1d": True},
     ),
+    Implementation(
+        "AdamMini",
+        "adam_mini",
+        "adam_mini",
+        "Adam_mini",
+        {"lr": 0.1, "betas": (0.75, 0.875), "eps": 1e-3, "weight_decay": 0.25},
+        {"lr": 0.1, "betas": (0.75, 0.875), "eps": 1e-3, "weight_decay": 0.25, "verbose": False},
+    ),
 ]
 STORED = json.loads((Path(__file__).parent / "golden.json").read_text())["implementations"]
 

@@ -83,6 +83,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("asgd", {"t0": 0.0, "lambd": 0.0}),
     ("prodigy", {"d0": 0.01}),
     ("mars", {}),
+    ("adam_mini", {}),
     ("muon", {}),  # orthogonal if p has two axes
     ("muon", {"nesterov": False, "adjust_lr": "match_rms_adamw"}),
     ("muon", {"orthogonal": False}),
@@ -110,9 +111,10 @@ OWN_DECAY = {
 WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "adafactor"}
     "prodigy",
     "mars",
+    "adam_mini",
 }
-WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "prodigy", "mars"}
-NUMBERS = {("novograd", "v"), ("prodigy", "d"), ("prodigy", "numerator")}
+WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "prodigy", "mars", "adam_mini"}
+NUMBERS = {("novograd", "v"), ("adam_mini", "v"), ("prodigy", "d"), ("prodigy", "numerator")}
 """States that are one number."""
 
 
@@ -202,6 +204,7 @@ NOT_IN_TORCH = {
     *("schedule_free_adamw", "adopt", "adabound", "ftrl"),
     *("schedule_free_adamw", "adopt", "adabound", "ftrl", "prodigy"),
     *("schedule_free_adamw", "adopt", "adabound", "ftrl", "prodigy", "mars"),
+    *("schedule_free_adamw", "adopt", "adabound", "ftrl", "prodigy", "mars", "adam_mini"),
 }
 
 
@@ -679,6 +682,13 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
         (0.5, 0.375 + 0.15),
         {"m": -9 / 16, "v": 0.75, "prev_grad": -1.0},
     ),
+    # a single number is its own mean: the numbers of AdamW
+    (
+        "adam_mini",
+        {"lr": 0.5, "betas": (0.25, 0.5), "eps": 1.0, "weight_decay": 0.5},
+        (0.75 - 1 / 3, 0.75 * (0.75 - 1 / 3) + 0.2 / (R(2) + 1)),
+        {"m": -0.375, "v": 1.5},
+    ),
     # one axis: the numbers of AdamW above. Matrices have their own test below.
     (
         "muon",
@@ -788,6 +798,14 @@ def test_prodigy_estimates_the_distance_from_how_far_it_has_gone() -> None:
     after, state = run("prodigy", p, [g] * 3, betas=(0.0, 0.0), eps=0.0, d0=0.25, d_coef=3.0)
     np.testing.assert_allclose(after, p - 5 * 0.25 * np.sign(g), rtol=1e-14)
     assert state["d"] == pytest.approx(6 * 0.25, rel=1e-14)
+
+
+def test_adam_mini_on_a_vector_by_hand() -> None:
+    # the means are 25 and 4: v = 25/4, v_hat = 25 ; v = 75/16 + 1, v_hat = 91/7. m_hat = g ; m_hat = (m + 2 g) / 3
+    p, first, second = np.zeros(2), np.array([7.0, -1.0]), np.array([-2.0, 2.0])
+    after, state = run("adam_mini", p, [first, second], lr=0.5, betas=(0.5, 0.75), eps=1.0)
+    np.testing.assert_allclose(after, -0.5 * first / 6 - 0.5 * (first + 2 * second) / 3 / (R(13) + 1), rtol=1e-14)
+    assert state["v"] == pytest.approx(91 / 16, rel=1e-14)
 
 
 def test_radam_starts_to_use_the_second_moment_at_its_eighth_update_with_b2_of_three_quarters() -> None:
@@ -1080,6 +1098,7 @@ def test_adamw_decays_apart_from_the_moments(amsgrad: bool) -> None:
         ("adamw", {"eps_hat": True}, "lr"),
         ("lion", {}, "lr"),
         ("adabelief", {}, "lr"),
+        ("adam_mini", {}, "lr"),
         ("mars", {}, "lr"),
         ("ademamix", {"warmup_steps": 5}, "lr"),
         ("muon", {}, "lr"),
@@ -1806,6 +1825,7 @@ DEFAULTS = {
         "weight_decay": 0.0,
     },
     "mars": {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "gamma": 0.025, "weight_decay": 0.0},
+    "adam_mini": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
     "yogi": {
         "lr": 1e-2,
         "betas": (0.9, 0.999),

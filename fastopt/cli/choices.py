@@ -32,6 +32,7 @@ LEARNING_RATES = {
     "adadelta": 1.0,
     "rmsprop": 0.001,
     "adam": 0.002,
+    "adammini": 0.002,
     "adamw": 0.002,
     "asgd": 0.1,
     "ftrl": 0.2,

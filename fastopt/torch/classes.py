@@ -709,6 +709,28 @@ class MARS(Optimizer, ours=fastopt.MARS):
     """
 
 
+class AdamMini(Optimizer, ours=fastopt.AdamMini):
+    """`fastopt.AdamMini` for torch.
+
+    Args:
+        params: an iterable of tensors, of named tensors, or of param groups.
+        *args, **kwargs: those of `fastopt.AdamMini` after params, and those of `Optimizer`.
+
+    Raises:
+        TypeError, ValueError: as `Optimizer`.
+
+    Source: Zhang et al. 2024, https://arxiv.org/abs/2406.16793
+
+    >>> import torch, fastopt.torch
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> opt = fastopt.torch.AdamMini([w], lr=0.1)
+    >>> w.sum().backward()
+    >>> opt.step()
+    >>> w.data
+    tensor([0.9000, 0.9000])
+    """
+
+
 class Yogi(Optimizer, ours=fastopt.Yogi):
     """`fastopt.Yogi` for torch.
 
