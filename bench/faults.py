@@ -545,7 +545,7 @@ LOOPS: Sequence[Fault] = (
         "fastopt/rules/ftrl.py",
         parity("FTRL"),
         ("math.sqrt(initial_accumulator_value) if t == 1 else 0.0", "math.sqrt(initial_accumulator_value)"),
-        ("Hyper(lr, start, beta + lr * l2, lr * l1)", "Hyper(lr, start, beta + l2, lr * l1)"),
+        ("beta + lr * l2, lr * l1,", "beta + l2, lr * l1,"),
         ("z + h.lr * g - (h.start", "z + h.lr * g + (h.start"),
     ),
     *faults_of(

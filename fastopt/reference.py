@@ -1408,7 +1408,7 @@ def ftrl(
     initial_accumulator_value: float = 0.0,
     weight_decay: float = 0.0,
 ) -> None:
-    """FTRL-Proximal: Adagrad for sparse models, whose parameters are 0 where |z| is small.
+    """FTRL-Proximal: Adagrad with an l1 term, which keeps parameters at exactly 0.
 
         z = -(beta + sqrt(n)) p                                     before the first update
         sigma = sqrt(n + g^2) - sqrt(n)

@@ -9,7 +9,7 @@ from fastopt.rules.ftrl import ftrl
 
 
 class FTRL(Optimizer, rules=(ftrl,)):
-    """FTRL-Proximal: Adagrad that sets parameters to exactly 0 where their gradients are too small for l1.
+    """FTRL-Proximal: Adagrad with an l1 term, which keeps parameters at exactly 0.
 
     Formula: ``z += lr g - (sqrt(n + g^2) - sqrt(n)) p``; ``n += g^2``; ``p = 0`` where ``|z| <= lr l1``, else
     ``p = (sign(z) lr l1 - z) / (beta + sqrt(n) + lr l2)``
@@ -21,7 +21,7 @@ class FTRL(Optimizer, rules=(ftrl,)):
         params: tree of float32 or float64 arrays, or FlatParams; None leaves them to `update`.
         lr: learning rate, >= 0.
         beta: >= 0, in units of the gradient; it bounds the first steps. Keras has 0.
-        l1: >= 0, the weight of ``|p|`` in the loss, per update; in units of the gradient.
+        l1: >= 0, the weight of ``|p|`` in the sum of all losses; in units of the gradient.
         l2: >= 0, the weight of ``p^2 / 2`` in the sum of all losses; in units of the gradient per parameter. Keras
             counts half of it.
         initial_accumulator_value: the initial n, >= 0, in units of the gradient squared. Keras has 0.1.
