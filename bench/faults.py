@@ -530,6 +530,8 @@ LOOPS: Sequence[Fault] = (
             "expected = get_backend(here.flat.backend).host, here.arrays",
         ),
         ("                held[name][path] = own\n", "                pass\n"),
+    ),
+    *faults_of(
         "fastopt/rules/adopt.py",
         parity("ADOPT"),
         ("u = g / (h.eps if root < h.eps else root)", "u = g / (root + h.eps)"),

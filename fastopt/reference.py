@@ -1116,7 +1116,6 @@ def stable_adamw(
     p -= lr * bound * (m / (np.sqrt(v) + eps) + weight_decay * p)
 
 
-def adafactor(
 def prodigy(
     p: Array,
     g: Array,
@@ -1267,6 +1266,49 @@ def adopt(
     state: State,
     t: int,
     *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.9999),
+    eps: float = 1e-6,
+    clip_exp: float = 0.25,
+    weight_decay: float = 0.0,
+) -> None:
+    """ADOPT: Adam that divides by the root of the second moment before g, and averages the quotients.
+
+        t = 1:      v = g^2, and nothing else
+        otherwise:  c = (t - 1)^clip_exp
+                    m = b1 m + (1 - b1) min(max(g / max(sqrt(v), eps), -c), c)
+                    p = p - lr m
+                    v = b2 v + (1 - b2) g^2
+
+    lr [p]; betas and clip_exp no unit; eps [g]; weight_decay [g]/[p]. States: "m" no unit; "v" [g]^2.
+
+    Source: S. Taniguchi et al., ADOPT: modified Adam can converge with any beta2 with the optimal rate, NeurIPS 2024,
+    https://arxiv.org/abs/2411.02853, Algorithm 2, whose t is one less.
+
+    >>> p = np.array([1.0]); state = init_state("adopt", p)
+    >>> for t, g in enumerate((4.0, 2.0), 1):
+    ...     adopt(p, np.array([g]), state, t, lr=0.5, betas=(0.5, 0.75))  # 1 - 0.5 (0.5 2 / 4)
+    >>> p.tolist(), state["m"].tolist(), state["v"].tolist()
+    ([0.875], [0.25], [13.0])
+    """
+    g = _gradient(p, g, t, weight_decay)
+    m, v = _states(state, p, "m", "v")
+    b1, b2 = betas
+    if t == 1:
+        v[...] = g**2
+        return
+    c = (t - 1) ** clip_exp
+    m[...] = b1 * m + (1 - b1) * np.clip(g / np.maximum(np.sqrt(v), eps), -c, c)
+    p -= lr * m
+    v[...] = b2 * v + (1 - b2) * g**2
+
+
+def adafactor(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
     lr: float = 0.01,
     beta2_decay: float = -0.8,
     eps: float = 1e-30,
@@ -1315,41 +1357,6 @@ def adopt(
     step = min(lr, t**-0.5) * max(min_rms, rms_p) / max(1.0, rms_u / clip_threshold)
     p *= 1 - lr * weight_decay
     p -= p.dtype.type(step) * u
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.9999),
-    eps: float = 1e-6,
-    clip_exp: float = 0.25,
-    weight_decay: float = 0.0,
-) -> None:
-    """ADOPT: Adam that divides by the root of the second moment before g, and averages the quotients.
-
-        t = 1:      v = g^2, and nothing else
-        otherwise:  c = (t - 1)^clip_exp
-                    m = b1 m + (1 - b1) min(max(g / max(sqrt(v), eps), -c), c)
-                    p = p - lr m
-                    v = b2 v + (1 - b2) g^2
-
-    lr [p]; betas and clip_exp no unit; eps [g]; weight_decay [g]/[p]. States: "m" no unit; "v" [g]^2.
-
-    Source: S. Taniguchi et al., ADOPT: modified Adam can converge with any beta2 with the optimal rate, NeurIPS 2024,
-    https://arxiv.org/abs/2411.02853, Algorithm 2, whose t is one less.
-
-    >>> p = np.array([1.0]); state = init_state("adopt", p)
-    >>> for t, g in enumerate((4.0, 2.0), 1):
-    ...     adopt(p, np.array([g]), state, t, lr=0.5, betas=(0.5, 0.75))  # 1 - 0.5 (0.5 2 / 4)
-    >>> p.tolist(), state["m"].tolist(), state["v"].tolist()
-    ([0.875], [0.25], [13.0])
-    """
-    g = _gradient(p, g, t, weight_decay)
-    m, v = _states(state, p, "m", "v")
-    b1, b2 = betas
-    if t == 1:
-        v[...] = g**2
-        return
-    c = (t - 1) ** clip_exp
-    m[...] = b1 * m + (1 - b1) * np.clip(g / np.maximum(np.sqrt(v), eps), -c, c)
-    p -= lr * m
-    v[...] = b2 * v + (1 - b2) * g**2
 
 
 def yogi(
@@ -1837,16 +1844,10 @@ def init_state(name: str, p: Array, **hyper: Any) -> State:
     """Return the state of an optimizer before its first update: the arrays like p that these hyperparameters require.
 
     ``name`` is a key of OPTIMIZERS; ``hyper`` any of its hyperparameters, the others have their defaults. All states
-    are zero, except "sum_sq" of Adagrad and "v" of Yogi, which are ``initial_accumulator_value`` ([g]^2), "step_size"
-    of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (), the states of
-    Adafactor have a number per row and per column.
-    of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (). Shampoo has
-    matrices of the rows and columns of p as well.
-    of Rprop, which is ``lr``, and "z" of schedule-free AdamW, a copy of p. "v" of NovoGrad has shape (). Shampoo and
-    SOAP have matrices of the rows and columns of p as well.
     are zero, except "sum_sq" of Adagrad, "v" of Yogi and "n" of FTRL, which are ``initial_accumulator_value`` ([g]^2),
     "step_size" of Rprop, which is ``lr``, "d" of Prodigy, which is ``d0``, and "z" of schedule-free AdamW, "ax" of ASGD
-    and "p0" of Prodigy, copies of p. "v" of NovoGrad and Adam-mini, "d" and "numerator" of Prodigy have shape ().
+    and "p0" of Prodigy, copies of p. "v" of NovoGrad and Adam-mini, "d" and "numerator" of Prodigy have shape (); the
+    states of Adafactor have a number per row and column; Shampoo and SOAP have matrices of rows and columns as well.
 
     Returns a dictionary of arrays by name, which the optimizer updates in place. Raises ValueError for an unknown name,
     TypeError for an unknown hyperparameter.

@@ -107,13 +107,11 @@ OWN_DECAY = {
     "schedule_free_adamw",
     "muon",
     "soap",
-}
-WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "adafactor"}
     "prodigy",
     "mars",
     "adam_mini",
 }
-WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "prodigy", "mars", "adam_mini"}
+WHOLE_TENSOR = {"lamb", "lars", "novograd", "stable_adamw", "adafactor", "prodigy", "mars", "adam_mini"}
 NUMBERS = {("novograd", "v"), ("adam_mini", "v"), ("prodigy", "d"), ("prodigy", "numerator")}
 """States that are one number."""
 
@@ -198,13 +196,7 @@ SAME_AS_TORCH: list[tuple[str, dict[str, Any], str, dict[str, Any], dict[str, st
 ]
 NOT_IN_TORCH = {
     *("lamb", "lion", "adabelief", "adan", "ademamix", "lars", "novograd", "stable_adamw", "yogi"),
-    *("schedule_free_adamw", "shampoo", "soap"),
-    *("schedule_free_adamw", "adopt"),
-    *("schedule_free_adamw", "adopt", "adabound"),
-    *("schedule_free_adamw", "adopt", "adabound", "ftrl"),
-    *("schedule_free_adamw", "adopt", "adabound", "ftrl", "prodigy"),
-    *("schedule_free_adamw", "adopt", "adabound", "ftrl", "prodigy", "mars"),
-    *("schedule_free_adamw", "adopt", "adabound", "ftrl", "prodigy", "mars", "adam_mini"),
+    *("schedule_free_adamw", "adopt", "adabound", "ftrl", "prodigy", "mars", "adam_mini", "shampoo", "soap"),
 }
 
 

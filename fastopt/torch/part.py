@@ -162,8 +162,8 @@ class Part:
             strides = self._strides(k)
             for name, buffer in zip(self._shown, buffers, strict=True):
                 own[name] = buffer.as_strided(shape, strides, offset)
-            for name, numbers in zip(self._numbers, self._per_tensor, strict=True):
-                own[name] = numbers[k]
+            for name, views in zip(self._numbers, self._per_tensor, strict=True):
+                own[name] = views[k]
             own.update({name: torch.from_numpy(array) for name, array in self._matrices(k).items()})
             found.append(own)
         return found
