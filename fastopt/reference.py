@@ -1346,11 +1346,11 @@ def adafactor(
     if p.size == 0:
         return
     b2 = 1 - t**beta2_decay
-    squares = g.astype(np.float64).reshape(rows, columns) ** 2
-    row_var[...] = b2 * row_var + (1 - b2) * squares.mean(axis=1)
-    col_var[...] = b2 * col_var + (1 - b2) * squares.mean(axis=0)
+    squares = np.asarray(g.astype(np.float64)).reshape(rows, columns) ** 2
+    for state_of, axis in ((row_var, 1), (col_var, 0)):
+        state_of[...] = b2 * state_of + (1 - b2) * squares.mean(axis=axis).astype(p.dtype)
     least = max(eps**2, 1.2e-38)
-    mean = p.dtype.type(max(float(row_var.astype(np.float64).mean()), least))
+    mean = p.dtype.type(max(float(np.asarray(row_var.astype(np.float64)).mean()), least))
     v = np.maximum((row_var / mean)[:, None] * col_var, p.dtype.type(least))
     u = g / np.sqrt(v).reshape(p.shape)
     rms_p, rms_u = (_norm(x) / math.sqrt(p.size) for x in (p, np.asarray(u)))

@@ -116,6 +116,13 @@ NUMBERS = {("novograd", "v"), ("adam_mini", "v"), ("prodigy", "d"), ("prodigy", 
 """States that are one number."""
 
 
+def shape_of_state(name: str, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if name == "adafactor":
+        rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+        return (rows,) if key == "row_var" else (columns,)
+    return () if (name, key) in NUMBERS else shape
+
+
 def form_id(form: tuple[str, dict[str, Any]]) -> str:
     name, hyper = form
     return "-".join([name, *(f"{key}={value}" for key, value in hyper.items())])
@@ -1569,7 +1576,7 @@ def test_updates_the_callers_arrays_and_only_reads_the_gradient(
     for key, array in arrays.items():
         assert state[key] is array
         assert array.dtype == dtype
-        assert array.shape == shapes[key] == (() if (name, key) in NUMBERS else shape)
+        assert array.shape == shapes[key] == shape_of_state(name, key, shape)
         assert np.all(array != 0) or p.size == 0, f"{key} is not used"
         assert not any(np.may_share_memory(array, other) for other in (p, *gradients))
 
@@ -2001,12 +2008,12 @@ def test_a_missing_or_foreign_state_is_named_before_anything_is_written(
     for key, right in init_state(name, p, **hyper).items():
         missing, short, narrow = (init_state(name, p, **hyper) for _ in range(3))
         del missing[key]
-        short[key] = np.zeros(1)
+        short[key] = np.zeros(2 if right.shape == (1,) else 1)
         narrow[key] = np.zeros(right.shape, np.float32)
         expected = rf"state '{key}': must be float64 of shape {re.escape(str(right.shape))} .*, got"
         for state, message in (
             (missing, rf"state: must have '{key}', got \["),
-            (short, rf"{expected} float64 of shape \(1,\)"),
+            (short, rf"{expected} float64 of shape {re.escape(str(short[key].shape))}"),
             (narrow, rf"{expected} float32 of shape {re.escape(str(right.shape))}"),
         ):
             before = {each: array.copy() for each, array in state.items()}
