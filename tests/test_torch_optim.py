@@ -769,12 +769,20 @@ def test_momentum_that_is_switched_on_and_off():
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "StepLR": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 3, 0.5),
+    "MultiStepLR": lambda opt: torch.optim.lr_scheduler.MultiStepLR(opt, [4, 9], 0.5),
     "LambdaLR": lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0 / (1 + step)),
+    "LambdaLR from 0": lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(step / 5, 1.0)),
+    "MultiplicativeLR": lambda opt: torch.optim.lr_scheduler.MultiplicativeLR(opt, lambda step: 0.9),
+    "PolynomialLR": lambda opt: torch.optim.lr_scheduler.PolynomialLR(opt, 15, 2.0),
     "CosineAnnealingLR": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 10),
     "CosineAnnealingWarmRestarts": lambda opt: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(opt, 4),
     "ExponentialLR": lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, 0.9),
     "OneCycleLR": lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=21),
     "CyclicLR": lambda opt: torch.optim.lr_scheduler.CyclicLR(opt, 0.001, 0.1, 3, cycle_momentum=False),
+    "CyclicLR of betas": lambda opt: torch.optim.lr_scheduler.CyclicLR(opt, 0.001, 0.1, 3),
+    "ChainedScheduler": lambda opt: torch.optim.lr_scheduler.ChainedScheduler(
+        [torch.optim.lr_scheduler.ExponentialLR(opt, 0.9), torch.optim.lr_scheduler.LinearLR(opt)]
+    ),
     "SequentialLR": lambda opt: torch.optim.lr_scheduler.SequentialLR(
         opt, [torch.optim.lr_scheduler.LinearLR(opt), torch.optim.lr_scheduler.ConstantLR(opt)], [5]
     ),

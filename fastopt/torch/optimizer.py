@@ -253,6 +253,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(mode=False)  # states that are made in a step inside it can be changed outside
     def _rebuilt(self) -> list[Part]:
         """Make the parts: our optimizers of the parameters as they are, with the states as they are."""
         if not isinstance(self.state, States):
