@@ -19,16 +19,8 @@ from fastopt.step.info import StepInfo
 from fastopt.step.options import StepOptions
 from fastopt.torch.parameters import check_param
 from fastopt.torch.part import Member, Part, StaleError, increment_version
+from fastopt.torch.signatures import ALSO, IMPLEMENTATION, OPTIONS, documented, full_signature
 from fastopt.torch.states import Mark, States
-
-IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
-"""Arguments of torch that select an implementation. Ours has one."""
-
-OPTIONS = ("max_norm", "clip_norm_per_tensor", "clip_value", "nonfinite", "ema", "grad_norm")
-"""Arguments of ours that torch has not: what surrounds the rule in a step. They are the same for all param groups."""
-
-ALSO = ("maximize", "decoupled_weight_decay")
-"""Arguments of `fastopt.Optimizer` that every optimizer here has."""
 
 NAMES = {"m": "exp_avg", "v": "exp_avg_sq", "velocity": "momentum_buffer"}
 """What torch calls such states, for optimizers that torch has not."""
@@ -94,6 +86,18 @@ class Optimizer(torch.optim.Optimizer):
         cls.ours, cls.theirs, cls.counts = staticmethod(ours), theirs, counts
         cls.names, cls.renamed = NAMES if names is None else names, renamed or {}
         cls._signature = inspect.signature(ours)
+        shown = full_signature(ours, theirs)
+        if cls.__doc__ is not None:  # as it is with python -OO
+            cls.__doc__ = documented(cls.__doc__, shown, ours, cls.renamed)
+
+        def constructor(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+            super(cls, self).__init__(params, *args, **kwargs)
+
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = shown.replace(parameters=[first, *shown.parameters.values()])
+        constructor.__signature__ = signature  # type: ignore[attr-defined]
+        constructor.__name__, constructor.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
+        cls.__init__ = constructor  # type: ignore[method-assign]
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any):
         if not hasattr(self, "ours"):
