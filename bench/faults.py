@@ -2084,6 +2084,7 @@ MATHEMATICS: Sequence[Fault] = (
 )
 
 IN_TORCH = "tests/test_torch_optim.py "
+IN_BATCHNORM = "tests/test_torch_batchnorm.py "
 
 TORCH: Sequence[Fault] = (
     *faults_of(
@@ -2126,6 +2127,18 @@ TORCH: Sequence[Fault] = (
             IN_TORCH + "-k continues_in_the_other",
         ),
         ("            self.__dict__.update(before)\n", "", IN_TORCH + "-k leaves_the_optimizer_as_it_was"),
+        (
+            "    @torch.inference_mode(mode=False)",
+            "    @torch.inference_mode(mode=True)",
+            "tests/test_torch_situations.py -k inside_a_mode",
+        ),
+    ),
+    *faults_of(
+        "fastopt/torch/signatures.py",
+        "tests/test_torch_signatures.py",
+        ("own[0].replace(default=empty)", "own[0]"),
+        ("if theirs is None else ()), *OPTIONS)", "if False else ()), *OPTIONS)"),
+        ('text = aside.sub("", " ".join', 'text = (" ".join'),
     ),
     *faults_of(
         "fastopt/torch/states.py",
@@ -2145,11 +2158,20 @@ TORCH: Sequence[Fault] = (
     ),
     *faults_of(
         "fastopt/torch/batchnorm.py",
-        "tests/test_torch_batchnorm.py",
-        ("self.saved.twin()", "self.saved", "tests/test_torch_batchnorm.py -k kept_can_be"),
-        ("            increment_version((mean, var))\n", "", "tests/test_torch_batchnorm.py -k seen_by_autograd"),
-        ("            if count[0] and tracked", "            if tracked", "tests/test_torch_batchnorm.py -k nan"),
-        ("y.relu() if made.relu else y, inputs", "y, inputs", "tests/test_torch_batchnorm.py -k graph_of_their_own"),
+        IN_BATCHNORM,
+        ("        increment_version((mean, var))\n", "", IN_BATCHNORM + "-k seen_by_autograd"),
+        ("        if count[0] and tracked", "        if tracked", IN_BATCHNORM + "-k nan"),
+        ("y if made.kind.activation is None else y.relu()", "y", IN_BATCHNORM + "-k graph_of_their_own"),
+        ("y, made.y = made.y, None", "y = made.y", IN_BATCHNORM + "-k output_is_freed"),
+        ("        or transforming()\n", "", IN_BATCHNORM + "-k transforms_or_observes"),
+        ("        or forward_ad._current_level >= 0\n", "", IN_BATCHNORM + "-k transforms_or_observes"),
+        ("        or torch._C._len_torch_dispatch_stack() > 0\n", "", IN_BATCHNORM + "-k transforms_or_observes"),
+        ("            dy = dy.resolve_neg()\n", "            pass\n", IN_BATCHNORM + "-k transforms_or_observes"),
+        (
+            "x, dy = x.movedim(1, -1).contiguous(), dy.movedim(1, -1).contiguous()",
+            "x, dy = x.movedim(1, -1).contiguous(), dy.contiguous()",
+            IN_BATCHNORM + "-k statistics_and_gradients",
+        ),
     ),
 )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -156,6 +158,114 @@ def test_a_batch_with_a_nan_does_not_spoil_the_module():
     assert y[:, 0].isnan().all()
     assert not y[:, 1:].isnan().any()
     assert all(torch.equal(tensor, before[name]) for name, tensor in mine.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_output_is_freed_without_the_garbage_collector(training):
+    mine, _ = modules((8, 5))
+    mine.train(training)
+    x = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+    gc.disable()
+    try:
+        y = mine(x)
+        output = weakref.ref(y)
+        y.sum().backward()
+        del y
+        assert output() is None
+    finally:
+        gc.enable()
+
+
+def test_the_input_is_kept_by_autograd_alone():
+    """So that what it packs elsewhere, or computes again, takes no memory here."""
+    mine, theirs = modules((8, 5), relu=True)
+    packed: list[Any] = []
+
+    def pack(tensor: Any) -> Any:
+        packed.append(tensor.shape)
+        return tensor.clone().t().contiguous().t() if tensor.ndim == 2 else tensor.clone()
+
+    grads = []
+    for module in (mine, theirs):
+        torch.manual_seed(3)
+        leaf = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+        inside = leaf * 1.0
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = module(inside)
+            y = y.relu() if module is theirs else y
+        input_of = weakref.ref(inside.untyped_storage())
+        del inside
+        if module is mine:
+            assert input_of() is None
+        y.square().sum().backward()
+        grads.append(leaf.grad)
+    assert (8, 5) in packed
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
+
+
+def batched(module: Any, x: Any) -> Any:
+    """The gradients of two losses at a time."""
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(module(leaf), leaf, torch.stack([x, x.square()]), is_grads_batched=True)[0]
+
+
+def transformed(module: Any, x: Any) -> Any:
+    def loss(params: Any, buffers: Any) -> Any:
+        return torch.func.functional_call(module, (params, buffers), (x,)).pow(3).sum()
+
+    params, buffers = dict(module.named_parameters()), {name: b.clone() for name, b in module.named_buffers()}
+    grads = torch.func.grad(loss)(params, buffers)
+    module.eval()  # torch refuses to count a batch there
+    of_a_factor = torch.func.grad(lambda factor: (factor * module(x).pow(3)).sum())(torch.ones((), dtype=x.dtype))
+    return torch.cat([of_a_factor[None], *[g.flatten() for g in grads.values()]])
+
+
+def forward_mode(module: Any, x: Any) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        y = module(torch.autograd.forward_ad.make_dual(x, x.square()))
+        return torch.autograd.forward_ad.unpack_dual(y).tangent.clone()
+
+
+def counted(module: Any, x: Any) -> Any:
+    seen = []
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        y = module(x)
+    assert any("batch_norm" in name for name in seen)
+    return y
+
+
+def negative(module: Any, x: Any) -> Any:
+    """A tensor may have a sign that is not in its memory."""
+    leaf = x.clone().requires_grad_()
+    y = module(torch._neg_view(leaf))
+    y.backward(torch._neg_view(x.square()))
+    return leaf.grad
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, of forward mode
+@pytest.mark.parametrize("way", [batched, transformed, forward_mode, counted, negative])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_torch_transforms_or_observes_is_right(way, training):
+    mine, theirs = modules((8, 5))
+    x = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    found = [way(module.train(training), x) for module in (mine, theirs)]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+def test_large_tensors_are_as_small_ones():
+    mine, theirs = modules((2, 2, 257, 513))  # 4 MiB, from which on NumPy allocates
+    x = torch.randn(2, 2, 257, 513, dtype=torch.float64)
+    for layout in ("contiguous", "channels_last"):
+        leaves = [arranged(x, layout).detach().requires_grad_() for _ in range(2)]
+        for module, leaf in zip((mine, theirs), leaves, strict=True):
+            module(leaf).pow(3).sum().backward()
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-7, atol=1e-9)
 
 
 def test_what_our_kernels_cannot_take_goes_to_torchs():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+from ctypes import addressof, c_char
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -189,12 +191,46 @@ class Quick:
         self._lists.append(addresses)
         return made
 
+    def forward_at(
+        self, places: tuple[int, ...], eps: float, weight: float, count: np.ndarray | None
+    ) -> np.ndarray | None:
+        """As `forward`, of arrays that the caller has checked, by their addresses; return the workspace, or None.
+
+        places : of x, residual, y, gamma, beta, running_mean, running_var; 0 for None.
+        """
+        workspace = self._prepared.workspace()
+        addresses = self._taken_list()
+        _put(places, workspace, addresses[0])
+        over = self._prepared.forward(addresses[1], workspace, eps, weight, count)
+        self._lists.append(addresses)
+        return None if over == REFUSED else workspace
+
+    def backward_at(self, places: tuple[int, ...], workspace: np.ndarray) -> bool:
+        """As `backward`, of arrays that the caller has checked, by their addresses.
+
+        places : of x, dy, y, dx, dresidual, dgamma, dbeta; 0 for None.
+        """
+        addresses = self._taken_list()
+        _put(places, workspace, addresses[0])
+        made = self._prepared.backward(addresses[1])
+        self._lists.append(addresses)
+        return made
+
     def _taken_list(self) -> tuple[np.ndarray, int]:
         try:
             return self._lists.pop()
         except IndexError:  # none yet, or other threads have all of them
             array = np.empty(len(self._door.shapes), np.int64)
             return array, address_of(array)
+
+
+ADDRESSES = struct.Struct("8q")
+"""Those of a pass."""
+
+
+def _put(places: tuple[int, ...], workspace: Any, addresses: Any) -> None:
+    """Write the addresses of a pass into their array."""
+    ADDRESSES.pack_into(addresses, 0, *places, addressof(c_char.from_buffer(workspace)))
 
 
 LEAST_QUICK_EPS = 1e-30
@@ -204,6 +240,26 @@ KINDS: dict[tuple[Any, ...], Kind] = {}
 """Those of the last forward passes, by what they were called with."""
 
 MOST_KINDS = 256
+
+
+def _keep(key: tuple[Any, ...], kind: Kind) -> None:
+    if len(KINDS) >= MOST_KINDS:
+        KINDS.clear()
+    KINDS[key] = kind
+
+
+def kind_of(
+    shape: tuple[int, ...], dtype: np.dtype[Any], *, axis: int, relu: bool, gamma: bool, beta: bool, training: bool
+) -> Kind:
+    """What passes over arrays of the CPU share, without a residual; the same as `batchnorm_forward` uses."""
+    activation = "relu" if relu else None
+    key = (shape, dtype, axis, activation, True, not gamma, not beta, training)
+    kind = KINDS.get(key)
+    if kind is None:
+        options = {"axis": axis, "activation": activation, "gamma": gamma, "beta": beta, "training": training}
+        kind = Kind(get_backend("cpu"), tuple(shape), dtype, residual=False, **options)  # type: ignore[arg-type]
+        _keep((tuple(shape), *key[1:]), kind)
+    return kind
 
 
 def batchnorm_forward(
@@ -412,9 +468,7 @@ def forward_pass(
         count=None if running_mean is None else count,
     )
     if key:
-        if len(KINDS) >= MOST_KINDS:
-            KINDS.clear()
-        KINDS[key] = kind
+        _keep(key, kind)
     return out, Saved(
         kind,
         state,

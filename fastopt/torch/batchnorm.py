@@ -6,10 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
+from torch.nn.functional import batch_norm
 
-from fastopt.batchnorm.functional import batchnorm_backward, forward_pass
+from fastopt.batchnorm.functional import LEAST_QUICK_EPS, Kind, check_statistics, kind_of
 from fastopt.torch.parameters import DTYPES
 from fastopt.torch.part import increment_version
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Types of tensors whose memory is where they say. Others go to torch's functions."""
 
 
 def _arranged(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -20,53 +25,66 @@ def _arranged(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return (last, -1) if last.is_contiguous() else (x.contiguous(), 1)
 
 
-def _array(tensor: torch.Tensor | None) -> Any:
-    return None if tensor is None else tensor.detach().numpy()
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor. NumPy asks for huge pages from 4 MiB on, which torch does not."""
+    if x.numel() * x.itemsize < HUGE:
+        return torch.empty_like(x, requires_grad=False)
+    return torch.from_numpy(np.empty(x.shape, DTYPES[x.dtype]))
+
+
+HUGE = 1 << 22
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class Pass:
-    """A forward pass: what it computes with, and what its backward pass needs."""
+    """A forward pass: what its backward pass needs, other than the tensors that autograd keeps."""
 
-    def __init__(self, module: Any, x: torch.Tensor, training: bool):
-        self.training, self.relu, self.eps = training, module.relu, float(module.eps)
-        records = module.training and module.running_mean is not None
-        mean: Any
-        var: Any
-        mean, var = (module.running_mean, module.running_var) if records or not training else (None, None)
-        tracked, momentum = module.num_batches_tracked, module.momentum
-        if momentum is None:  # the average over all batches
-            momentum = 0.0 if tracked is None else 1.0 / (tracked.item() + 1.0)
-        count = np.zeros(1)
-        arranged, self.axis = _arranged(x)
-        y, self.saved = forward_pass(
-            _array(arranged),
-            _array(module.weight),
-            _array(module.bias),
-            _array(mean),
-            _array(var),
-            training=training,
-            momentum=float(momentum),
-            eps=self.eps,
-            axis=self.axis,
-            activation="relu" if self.relu else None,
-            residual=None,
-            out=None,
-            count=count,
+    __slots__ = ("axis", "eps", "kind", "statistics", "workspace", "y")
+
+    def __init__(self, y: torch.Tensor, kind: Kind, axis: int, eps: float, workspace: np.ndarray):
+        self.y: torch.Tensor | None = y
+        self.kind, self.axis, self.eps, self.workspace = kind, axis, eps, workspace
+        self.statistics: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        """The running mean and variance that it normalised with; None in training."""
+
+    def backward(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, dy: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...] | None:
+        """The gradients of x, weight and bias; None where our kernels cannot take the tensors."""
+        if dy.is_neg():
+            dy = dy.resolve_neg()
+        axis, kind = self.axis, self.kind
+        if axis == 1:
+            x, dy = x.contiguous(), dy.contiguous()
+        else:
+            x, dy = x.movedim(1, -1).contiguous(), dy.movedim(1, -1).contiguous()
+        try:
+            at, dy_at = x.data_ptr(), dy.data_ptr()
+        except RuntimeError:  # of several gradients in one tensor (is_grads_batched)
+            return None
+        dx = _empty_like(x)
+        dgamma, dbeta = x.new_empty(kind.view[1]), x.new_empty(kind.view[1])
+        # A graph that is kept may come here again at the same time, in another thread, and passes write to a workspace.
+        workspace = self.workspace.copy() if graph_is_kept() else self.workspace
+        places = at, dy_at, 0, dx.data_ptr(), 0, dgamma.data_ptr(), dbeta.data_ptr()
+        if not kind.quick(backward=True).backward_at(places, workspace):
+            return None
+        return (
+            dx if axis == 1 else dx.movedim(-1, 1),
+            None if weight is None else dgamma,
+            None if bias is None else dbeta,
         )
-        self.statistics = (None, None) if training else (mean.clone(), var.clone())
-        self.y = torch.from_numpy(y) if self.axis == 1 else torch.from_numpy(y).movedim(-1, 1)
-        if records:
-            increment_version((mean, var))
-            if count[0] and tracked is not None:
-                tracked.add_(1)
 
-    def backward(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The gradients of x, weight and bias."""
-        arranged = (dy if self.axis == 1 else dy.movedim(1, -1)).contiguous()
-        grads = batchnorm_backward(_array(arranged), self.saved.twin())  # a graph that is kept comes here again
-        dx = torch.from_numpy(grads.dx)
-        dgamma, dbeta = (None if grad is None else torch.from_numpy(grad) for grad in (grads.dgamma, grads.dbeta))
-        return (dx if self.axis == 1 else dx.movedim(-1, 1)), dgamma, dbeta
+
+def graph_is_kept() -> bool:
+    """Whether the graph of the backward pass that is made may be used again."""
+    return True
+
+
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", graph_is_kept)
 
 
 class Normalise(torch.autograd.Function):
@@ -81,9 +99,11 @@ class Normalise(torch.autograd.Function):
         made: Pass,
     ) -> torch.Tensor:
         """Return y. made : the pass, which was made before."""
+        y, made.y = made.y, None  # which holds `ctx`
         ctx.made = made
         ctx.save_for_backward(x, weight, bias)  # and have autograd see that somebody has overwritten them
-        return made.y
+        assert y is not None
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -91,14 +111,114 @@ class Normalise(torch.autograd.Function):
         (dy,) = grads
         made: Pass = ctx.made
         x, weight, bias = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return *made.backward(dy), None
+        if not torch.is_grad_enabled() and not transforming():
+            ours = made.backward(x, weight, bias, dy)
+            if ours is not None:
+                return *ours, None
         # With create_graph=True, by functions of torch, which know their own derivatives.
-        mean, var = made.statistics
-        y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, made.training, 0.0, made.eps)
+        in_graph = torch.is_grad_enabled()
         inputs = [tensor for tensor in (x, weight, bias) if tensor is not None and tensor.requires_grad]
-        found = iter(torch.autograd.grad(y.relu() if made.relu else y, inputs, dy, create_graph=True))
+        with torch.enable_grad():
+            mean, var = made.statistics
+            y = batch_norm(x, mean, var, weight, bias, made.kind.training, 0.0, made.eps)
+            y = y if made.kind.activation is None else y.relu()
+            found = iter(torch.autograd.grad(y, inputs, dy, create_graph=in_graph))
         return *[next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias)], None
+
+
+apply = super(torch.autograd.Function, Normalise).apply
+"""What `Normalise.apply` calls in the end; the rest of it is for the transforms of `torch.func`, in 6 us."""
+
+transforming = torch._C._are_functorch_transforms_active
+
+
+def _observed() -> bool:
+    """Whether torch compiles, traces, transforms or records what is called: then its own functions have to be."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or transforming()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
+
+
+def _held(module: Any, held: dict[str, Any], name: str) -> Any:
+    """A parameter or buffer, which is an attribute of another kind where it is parametrized or was replaced."""
+    try:
+        return held[name]
+    except KeyError:
+        return getattr(module, name)
+
+
+def _normalised(module: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The output of a module; None where our kernels cannot take the tensors."""
+    own = module.__dict__
+    parameters, buffers = own["_parameters"], own["_buffers"]
+    weight = _held(module, parameters, "weight")
+    bias = _held(module, parameters, "bias")
+    mean = _held(module, buffers, "running_mean")
+    var = _held(module, buffers, "running_var")
+    tracked = _held(module, buffers, "num_batches_tracked")
+    eps, momentum = float(module.eps), module.momentum
+    dtype = x.dtype
+    if dtype not in DTYPES or type(x) not in PLAIN or not x.is_cpu or x.is_neg() or x.ndim < 2:
+        return None
+    module._check_input_dim(x)
+    shape = x.shape
+    size, channels = x.numel(), shape[1]
+    training = module.training or mean is None
+    for vector in (weight, bias, mean, var):
+        if vector is not None and not (
+            vector.dtype is dtype
+            and type(vector) in PLAIN
+            and vector.is_cpu
+            and vector.ndim == 1
+            and vector.numel() == channels
+            and vector.is_contiguous()
+        ):
+            return None
+    if momentum is None:  # the average over all batches
+        momentum = 0.0 if tracked is None else 1.0 / (tracked.item() + 1.0)
+    if (
+        size < (2 * channels if training else 1)
+        or (weight is None) != (bias is None)
+        or (mean is None) != (var is None)
+        or not (LEAST_QUICK_EPS < eps < float("inf") and 0.0 <= momentum <= 1.0)
+    ):
+        return None
+    arranged, axis = (x, 1) if x.is_contiguous() else _arranged(x)
+    y = _empty_like(arranged)
+    records = module.training and mean is not None
+    count = np.zeros(1) if records else None
+    statistics = (mean, var) if records or not training else (None, None)
+    try:
+        places = (arranged.data_ptr(), 0, y.data_ptr(), *map(_address, (weight, bias, *statistics)))
+    except RuntimeError:  # of a tensor without memory
+        return None
+    if any(place % dtype.itemsize for place in places):
+        return None
+    relu, affine = module.relu, weight is not None
+    kind = kind_of(arranged.shape, DTYPES[dtype], axis=axis, relu=relu, gamma=affine, beta=affine, training=training)
+    workspace = kind.quick(backward=False).forward_at(places, eps, float(momentum), count)
+    if workspace is None:
+        if not training:
+            check_statistics("running_mean", mean.detach().numpy(), "running_var", var.detach().numpy())
+        return None
+    y = y if axis == 1 else y.movedim(-1, 1)
+    if count is not None:
+        increment_version((mean, var))
+        if count[0] and tracked is not None:
+            tracked.add_(1)
+    if not torch.is_grad_enabled() or not (
+        x.requires_grad or (affine and (weight.requires_grad or bias.requires_grad))
+    ):
+        return y
+    made = Pass(y, kind, axis, eps, workspace)
+    if not training:
+        made.statistics = mean.detach().clone(), var.detach().clone()
+    found: torch.Tensor = apply(x, weight, bias, made)
+    return found
 
 
 class Fast:
@@ -121,40 +241,15 @@ class Fast:
         Returns:
             A tensor of the same shape.
         """
-        module: Any = self
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not _fits(module, input):
-            y: torch.Tensor = super().forward(input)  # type: ignore[misc]
-            return y.relu() if self.relu else y
-        module._check_input_dim(input)
-        training = module.training or module.running_mean is None
-        with torch.no_grad():
-            made = Pass(module, input, training)
-        weight, bias = module.weight, module.bias
-        if not torch.is_grad_enabled() or not (
-            input.requires_grad or (weight is not None and (weight.requires_grad or bias.requires_grad))
-        ):
-            return made.y
-        found: torch.Tensor = Normalise.apply(input, weight, bias, made)
-        return found
+        y = None if _observed() else _normalised(self, input)
+        if y is not None:
+            return y
+        y = super().forward(input)  # type: ignore[misc]
+        return y.relu() if self.relu else y
 
     def extra_repr(self) -> str:
         """The arguments, for repr."""
         return f"{super().extra_repr()}{', relu=True' if self.relu else ''}"  # type: ignore[misc]
-
-
-def _fits(module: Any, x: torch.Tensor) -> bool:
-    """Whether our kernels can make a pass over these tensors: of the CPU, dense, of one dtype, float32 or float64."""
-    tensors = (x, module.weight, module.bias, module.running_mean, module.running_var)
-    dtype = x.dtype
-    return (
-        dtype in DTYPES
-        and 1e-30 < module.eps < float("inf")
-        and (module.weight is None) == (module.bias is None)
-        and all(t is None or (t.dtype is dtype and t.is_cpu and t.layout is torch.strided) for t in tensors)
-        and all(t is None or t.is_contiguous() for t in tensors[1:])
-        and not x.is_neg()
-        and not torch.utils._python_dispatch.is_traceable_wrapper_subclass(x)
-    )
 
 
 class BatchNorm1d(Fast, torch.nn.BatchNorm1d):

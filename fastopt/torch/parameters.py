@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+DTYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 
 def check_param(name: str, p: torch.Tensor) -> None:
