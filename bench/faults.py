@@ -194,6 +194,7 @@ STEP: Sequence[Fault] = (
         ("g = g if abs(g) <= LARGEST else ZERO", "g = g if abs(g) < LARGEST else ZERO"),
         ("g = -step.clip_value if g < -step.clip_value else g", "g = -step.clip_value if g < step.clip_value else g"),
         ("g = g + step.weight_decay * p", "g = g + p", parity("SGD")),
+        ("MAX_STATES = 13", "MAX_STATES = 14", "tests/test_many_states.py -k vectorised"),
         ("return average + step.ema_weight * (p - average)", "return p + step.ema_weight * (p - average)"),
         (
             "return p if N_STATES == 0 else (p, *rest[:-1])",
@@ -316,6 +317,11 @@ STEP: Sequence[Fault] = (
         "tests/test_rows.py -k 'rowwise_steps_equal and SGD'",
         ("np.isfinite(lines).all(1)", "np.ones(ages.size, np.bool_)", "tests/test_rows.py -k product_no_number"),
         ("matrix[inner, inner] = 1.0 - self._ema_weight", "matrix[inner, inner] = self._ema_weight"),
+        (
+            'f"h.{row}_{column} * {column}"',
+            'f"h.{column}_{row} * {column}"',
+            "tests/test_many_states.py -k rowwise",
+        ),
     ),
     *faults_of(
         "fastopt/closed_forms/adam.py",

@@ -654,8 +654,8 @@ def rule(
             step without the first warns, and so does an optimizer without such a method.
 
     Returns:
-        A decorator for a function ``(p, g, *states, h)`` that returns the tuple ``(p, *states)`` of new values, or p
-        alone if there is no state. Use ``math`` functions, comparisons and arithmetic, but no literals in arithmetic:
+        A decorator for a function ``(p, g, *states, h)`` of up to 13 states that returns the tuple ``(p, *states)`` of
+        new values, or p alone if there is no state. Use ``math`` functions, comparisons and arithmetic, but no literals in arithmetic:
         they would promote float32 to float64 (refused when the kernel is compiled).
 
     Raises:

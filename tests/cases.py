@@ -9,6 +9,8 @@ import numpy as np
 
 import fastopt
 from fastopt import reference
+from fastopt.kernels.elements import MAX_STATES
+from fastopt.source import written
 
 SIZES = (0, 1, 7, 15, 16, 17, 1000, 100_003)  # around the widths of SIMD registers, and larger than a chunk
 DTYPES = (np.float32, np.float64)
@@ -139,6 +141,44 @@ CASES = (
     Case("Shampoo", {"momentum": 0.9, "weight_decay": 0.1}, lr=2.0),
     Case("SOAP", {"weight_decay": 0.1}),
 )
+
+
+# --- rules of one's own -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CaseOfRule(Case):
+    """A rule that no class of the library has; `optimizer` is its name."""
+
+    of: fastopt.Rule | None = None
+
+    def make(self, params: Any, **more: Any) -> fastopt.Optimizer:
+        return fastopt.Optimizer(params, self.rule, **{**self.options, **more})
+
+    @property
+    def rule(self) -> fastopt.Rule:
+        assert self.of is not None
+        return self.of
+
+
+def aggregated(count: int) -> fastopt.Rule:
+    """Aggregated momentum (Lucas et al. 2018, https://arxiv.org/abs/1804.00325) of so many velocities.
+
+    v_k = b_k v_k + g,    p = p - lr / count sum(v_k),    b_k = 1 - 0.8^k
+    """
+    states = [f"v{k}" for k in range(count)]
+    kind: Any = NamedTuple("AggregatedHyper", [("rate", float), *((f"b{k}", float) for k in range(count))])
+
+    def prepare(t, lr=0.1):
+        return kind(lr / count, *(1.0 - 0.8**k for k in range(count)))
+
+    lines = [f"{v} = h.b{k} * {v} + g" for k, v in enumerate(states)]
+    lines.append(f"return p - h.rate * ({' + '.join(states)}), {', '.join(states)}")
+    function = written(f"aggregated_{count}", ["p", "g", *states, "h"], lines, {}, __name__)
+    return fastopt.rule(prepare, idle=fastopt.Linear(with_l2=True))(function)
+
+
+MANY_STATES = CaseOfRule("aggregated", of=aggregated(MAX_STATES))
 
 BY_NAME = {str(case): case for case in CASES}
 PER_RULE = tuple({case.rule.name: case for case in reversed(CASES)}.values())

@@ -42,7 +42,7 @@ FLOORS = [
         "fastopt.lazy",
         "fastopt.files",
     ),
-    ("fastopt.scalars", "fastopt.signals"),
+    ("fastopt.scalars", "fastopt.signals", "fastopt.source"),
 ]
 """From the top down: a module imports from its own floor and from those below, never from above."""
 

@@ -107,7 +107,8 @@ ARROWS = {
     "scalars.py": set(),
     "hyper.py": {"scalars"},
     "kernels/contract.py": set(),
-    "closed_forms/*.py": {"closed_forms"},
+    "source.py": set(),
+    "closed_forms/*.py": {"closed_forms", "source"},
     "rule.py": {"scalars", "hyper", "closed_forms"},
     "rules/*.py": {"rule", "rules", "hyper", "closed_forms"},
 }

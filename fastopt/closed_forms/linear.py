@@ -3,58 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastopt.closed_forms import MOST, FormPoint, FormRule
+from fastopt.source import written
+
+NAMES = "pabcdefijklmnoqrstuvwxyz"
+"""A letter for p and for each state; g and h have a meaning in a rule."""
 
 
-def linear1(p, g, h):  # type: ignore[no-untyped-def]
-    """Map p linearly."""
-    return h.pp * p
-
-
-def linear2(p, g, a, h):  # type: ignore[no-untyped-def]
-    """Map p and one state linearly."""
-    return h.pp * p + h.pa * a, h.ap * p + h.aa * a
-
-
-def linear3(p, g, a, b, h):  # type: ignore[no-untyped-def]
-    """Map p and two states linearly."""
-    return (
-        h.pp * p + h.pa * a + h.pb * b,
-        h.ap * p + h.aa * a + h.ab * b,
-        h.bp * p + h.ba * a + h.bb * b,
-    )
-
-
-def linear4(p, g, a, b, c, h):  # type: ignore[no-untyped-def]
-    """Map p and three states linearly."""
-    return (
-        h.pp * p + h.pa * a + h.pb * b + h.pc * c,
-        h.ap * p + h.aa * a + h.ab * b + h.ac * c,
-        h.bp * p + h.ba * a + h.bb * b + h.bc * c,
-        h.cp * p + h.ca * a + h.cb * b + h.cc * c,
-    )
-
-
-def linear5(p, g, a, b, c, d, h):  # type: ignore[no-untyped-def]
-    """Map p and four states linearly."""
-    return (
-        h.pp * p + h.pa * a + h.pb * b + h.pc * c + h.pd * d,
-        h.ap * p + h.aa * a + h.ab * b + h.ac * c + h.ad * d,
-        h.bp * p + h.ba * a + h.bb * b + h.bc * c + h.bd * d,
-        h.cp * p + h.ca * a + h.cb * b + h.cc * c + h.cd * d,
-        h.dp * p + h.da * a + h.db * b + h.dc * c + h.dd * d,
-    )
-
-
-SCALARS = (linear1, linear2, linear3, linear4, linear5)
-HYPERS: tuple[Any, ...] = tuple(
-    NamedTuple(f"Linear{n}", [(row + column, float) for row in "pabcd"[:n] for column in "pabcd"[:n]])
-    for n in range(1, 6)
-)
+@cache
+def written_out(size: int) -> tuple[FunctionType, Any]:
+    """Return the linear map of p and size - 1 states, a scalar function, and the NamedTuple of its coefficients."""
+    names = NAMES[:size]
+    rows = (" + ".join(f"h.{row}_{column} * {column}" for column in names) for row in names)
+    fields = [(f"{row}_{column}", float) for row in names for column in names]
+    function = written(f"linear{size}", ["p", "g", *names[1:], "h"], [f"return {', '.join(rows)}"], {}, __name__)
+    return function, NamedTuple(f"Linear{size}", fields)
 
 
 class Linear:
@@ -102,8 +71,7 @@ class LinearHistory:
         self._rule = rule
         self._ema_weight = ema_weight
         size = 1 + len(rule.states) + (ema_weight is not None)
-        self.scalar = SCALARS[size - 1]
-        self.hyper = HYPERS[size - 1]
+        self.scalar, self.hyper = written_out(size)
         self._products = np.zeros((MOST + 1, size, size))
         self._products[0] = np.eye(size)
         self._steps = 0

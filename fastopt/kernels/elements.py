@@ -18,10 +18,9 @@ from numba import njit, types
 from fastopt.kernels.bind import bind
 from fastopt.kernels.contract import N_STEP, Features, KernelRule, ScalingFunctions, SumsFunctions
 
-MAX_STATES = 4
-"""The most states of a rule. The moving average of the parameters adds one."""
-LAYERWISE_STATES = (1, 2)
-"""The numbers of states for which loops of layerwise rules exist."""
+MAX_STATES = 13
+"""The most states of a rule. LLVM vectorises a loop over at most 16 buffers, because it compares their addresses in
+pairs; p, g and the moving average are three of them."""
 
 RULE: Any
 N_STATES: Any
@@ -146,10 +145,9 @@ def check_rule(rule: KernelRule, compiled: Any, hyper: Any, dtype: np.dtype[Any]
     """Check a rule, compiled by `scalar`, against its signature; raise TypeError where it does not fit."""
     if len(rule.states) > MAX_STATES:
         raise TypeError(f"rule {rule.name!r}: must have at most {MAX_STATES} states, got {len(rule.states)}")
-    if rule.layerwise is not None and len(rule.states) not in LAYERWISE_STATES:
+    if rule.layerwise is not None and not rule.states:
         raise TypeError(
-            f"rule {rule.name!r}: a layerwise rule must have {' or '.join(map(str, LAYERWISE_STATES))} states, got "
-            f"{len(rule.states)}"
+            f"rule {rule.name!r}: a layerwise rule must have states, from which `apply` computes its update, got none"
         )
     names = ("p", *rule.states)
     check_returns(rule, names, returned_dtypes(compiled, len(names) + 1, hyper, dtype), dtype)

@@ -14,9 +14,10 @@ import numba
 import numpy as np
 from numba import types
 
-from fastopt import Layerwise, Optimizer, Scaling, rule
+from fastopt import Layerwise, Optimizer, Rule, Scaling, rule
 from fastopt.kernels.driver import Loop
 from fastopt.kernels.intrinsics import window
+from fastopt.source import written
 
 CHUNK = 32_768
 
@@ -31,29 +32,12 @@ def _prepare(t: int) -> _Hyper:
     return _Hyper(0.5)
 
 
-@rule(_prepare)
-def limit_0(p, g, h):
-    return h.keep * p + g
-
-
-@rule(_prepare)
-def limit_1(p, g, a, h):
-    return h.keep * p + g, h.keep * a + g
-
-
-@rule(_prepare)
-def limit_2(p, g, a, b, h):
-    return h.keep * p + g, h.keep * a + g, h.keep * b + g
-
-
-@rule(_prepare)
-def limit_3(p, g, a, b, c, h):
-    return h.keep * p + g, h.keep * a + g, h.keep * b + g, h.keep * c + g
-
-
-@rule(_prepare)
-def limit_4(p, g, a, b, c, d, h):
-    return h.keep * p + g, h.keep * a + g, h.keep * b + g, h.keep * c + g, h.keep * d + g
+@cache
+def limit_elementwise(states: int) -> Rule:
+    """Return a rule of so many states whose every value is one multiply-add."""
+    names = [f"s{k}" for k in range(states)]
+    new = ", ".join(f"h.keep * {name} + g" for name in ("p", *names))
+    return rule(_prepare)(written(f"limit_{states}", ["p", "g", *names, "h"], [f"return {new}"], {}, __name__))
 
 
 def _one(norm_p, norm_u):
@@ -89,9 +73,6 @@ def limit_scaling(p, g, a, h):
     return h.scale * p + g, h.scale * a + g
 
 
-LIMITS = (limit_0, limit_1, limit_2, limit_3, limit_4)
-
-
 def limit_of(optimizer: Optimizer) -> Optimizer:
     """Return a twin of an optimizer, with the same layout and the same gradients, that only moves the bytes.
 
@@ -99,7 +80,7 @@ def limit_of(optimizer: Optimizer) -> Optimizer:
     twin of a rule with norms also computes the norms. The twin has no step options (clipping, averaging, zeroing).
 
     Args:
-        optimizer: any optimizer whose rule has at most 4 states. For one that multiplies matrices (Muon) or takes
+        optimizer: any optimizer. For one that multiplies matrices (Muon) or takes
             sums (StableAdamW) the twin only moves the bytes of the update.
 
     Returns:
@@ -120,7 +101,7 @@ def limit_of(optimizer: Optimizer) -> Optimizer:
     elif optimizer.rule.scaling is not None:
         twins = limit_scaling
     else:
-        twins = LIMITS[len(optimizer.rule.states)]
+        twins = limit_elementwise(len(optimizer.rule.states))
     flat = optimizer.flat
     twin = Optimizer([np.zeros_like(leaf) for leaf in flat.views(flat.data)], twins)
     twin.flat.grad[:] = flat.grad

@@ -755,8 +755,11 @@ def at_once(buffers: int, dtype: np.dtype[Any]) -> int:
 
     As many as all rules and features allow without spilling: 4 buffers fit into 64 registers a thread, 5 into 80, and 7
     (Adan with a moving average) need 94. At 256 threads, 48 to 64 KiB are then under way at once. By its data sheet, an
-    H100 moves 17 KiB a multiprocessor in the 0.7 us that a read takes.
+    H100 moves 17 KiB a multiprocessor in the 0.7 us that a read takes. More than 8 buffers, which no rule of
+    ours has, may take all the registers that a thread can have.
     """
+    if buffers > 8:
+        return 1
     return max(2, min(4, 8 - buffers)) if dtype.itemsize == 4 else 2
 
 
