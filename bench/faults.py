@@ -313,6 +313,12 @@ STEP: Sequence[Fault] = (
         ("row_grads = row_grads.copy()", "row_grads = row_grads", "tests/test_rows.py -k may_be_their_gradients"),
     ),
     *faults_of(
+        "fastopt/kernels/bind.py",
+        "tests/test_bind.py -k behind_modules",
+        ("            path = (*path, each.argval)", "            path = (each.argval,)"),
+        ("return _Module(module, found) if found else module", "return module"),
+    ),
+    *faults_of(
         "fastopt/closed_forms/linear.py",
         "tests/test_rows.py -k 'rowwise_steps_equal and SGD'",
         ("np.isfinite(lines).all(1)", "np.ones(ages.size, np.bool_)", "tests/test_rows.py -k product_no_number"),

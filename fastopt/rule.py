@@ -655,8 +655,8 @@ def rule(
 
     Returns:
         A decorator for a function ``(p, g, *states, h)`` of up to 13 states that returns the tuple ``(p, *states)`` of
-        new values, or p alone if there is no state. Use ``math`` functions, comparisons and arithmetic, but no literals in arithmetic:
-        they would promote float32 to float64 (refused when the kernel is compiled).
+        new values, or p alone if there is no state. Use ``math`` functions, comparisons and arithmetic, but no literals
+        in arithmetic: they would promote float32 to float64 (refused when the kernel is compiled).
 
     Raises:
         TypeError: the signature must be ``(p, g, *states, h)``; or the options contradict each other.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -204,6 +205,30 @@ def test_a_rule_stands_for_its_scalar_function():
 
     bind(with_rule, {}, label="r", scalar=scalar)
     assert [function.__code__ for function in compiled] == [fastopt.rules.sgd.scalar.__code__]
+
+
+def test_a_rule_and_a_function_are_found_under_any_name_and_behind_modules():
+    """fastopt.rules.adam is not a global of the function, nor is it called adam everywhere."""
+    renamed, in_a_closure, whole = fastopt.rules.momentum, fastopt.rules, ModuleType("whole")
+    whole.part, whole.count = ModuleType("part"), 2.0
+    whole.part.doubled = lambda x: x + x
+    whole.part.momentum = fastopt.rules.momentum
+
+    def momentum(p, g, v, h):
+        p, v = fastopt.rules.momentum(p, g, v, h)
+        p, v = renamed(p, g, v, h)
+        p, v = in_a_closure.momentum(p, g, v, h)
+        rule = whole.part.momentum
+        p, v = rule(p, g, v, h)
+        return whole.part.doubled(p) * whole.count + fastopt.math.exp(p) + math.sqrt(v) + np.float64(v), v
+
+    h = fastopt.rules.momentum.prepare(1, 0.1, 0.9, "heavy_ball")
+    compiled = scalar(bind(momentum, {}, label="m", scalar=scalar))
+    called = numba.njit(lambda p, g, v, h: compiled(p, g, v, h))
+    assert called(3.0, 4.0, 5.0, h) == momentum(3.0, 4.0, 5.0, h)
+    name = bind(momentum, {}, label="m", scalar=scalar).__name__
+    whole.part.doubled = lambda x: x * x
+    assert bind(momentum, {}, label="m", scalar=scalar).__name__ != name
 
 
 def test_an_attribute_named_like_a_global_is_not_that_global():

@@ -11,7 +11,7 @@ import dis
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
@@ -41,7 +41,7 @@ def bind(
 
     `scalar` compiles a scalar function for the target (njit on the CPU, an inlined device function on CUDA). It also
     compiles the scalar functions of `constants`, those they call, and those that a rule finds in its own module or
-    closure. So a rule may call another rule or a plain function of its file.
+    closure. So a rule may call another rule or a plain function: by its name, or as ``fastopt.rules.adam``.
 
     The result is named ``label_digest``. The digest covers the bytecode and constants of everything that went in.
 
@@ -69,14 +69,15 @@ class _Binder:
         self.open: set[FunctionType] = set()
 
     def bind(self, function: FunctionType, constants: Mapping[str, Any], label: str) -> FunctionType:
-        names = _names(function.__code__)
+        names, attributes = _names(function.__code__), _attributes(function.__code__)
         own = {name: value for name, value in function.__globals__.items() if name in names}
         namespace = {**own, **constants}
         digest = hashlib.sha256(f"{sys.version}|{numba.__version__}|{_describe_function(function, namespace)}".encode())
         cells = None
         if function.__closure__ is not None:
-            cells = tuple(CellType(self.resolve(cell.cell_contents)) for cell in function.__closure__)
-        resolved = {name: self.resolve(value) for name, value in namespace.items()}
+            free = zip(function.__code__.co_freevars, function.__closure__, strict=True)
+            cells = tuple(CellType(self.resolve(cell.cell_contents, attributes.get(name, ()))) for name, cell in free)
+        resolved = {name: self.resolve(value, attributes.get(name, ())) for name, value in namespace.items()}
         bound = FunctionType(
             function.__code__,
             {**function.__globals__, **resolved},
@@ -89,7 +90,10 @@ class _Binder:
         bound.__module__ = function.__module__
         return bound
 
-    def resolve(self, value: Any) -> Any:
+    def resolve(self, value: Any, attributes: Collection[Path] = ()) -> Any:
+        """Return what compiled code finds in the place of a value, of which it reads these attributes."""
+        if isinstance(value, ModuleType):
+            return self.resolve_module(value, attributes)
         function = scalar_of(value)
         if function is None:
             return value
@@ -100,6 +104,52 @@ class _Binder:
             self.compiled[function] = self.scalar(self.bind(function, {}, function.__name__))
             self.open.discard(function)
         return self.compiled[function]
+
+    def resolve_module(self, module: ModuleType, attributes: Collection[Path]) -> ModuleType:
+        """Return a module, or one like it whose rules and functions, as far as they are read, are compiled."""
+        found = {}
+        for name in dict.fromkeys([path[0] for path in attributes if path]):
+            value = getattr(module, name, None)
+            if isinstance(value, FunctionType) and value.__module__.partition(".")[0] == "numpy":
+                continue  # numba has its own
+            resolved = self.resolve(value, [path[1:] for path in attributes if path[:1] == (name,)])
+            if resolved is not value:
+                found[name] = resolved
+        return _Module(module, found) if found else module
+
+
+class _Module(ModuleType):
+    """A module, some of whose attributes are replaced."""
+
+    def __init__(self, module: ModuleType, replaced: Mapping[str, Any]):
+        super().__init__(module.__name__)
+        self.__dict__.update(replaced)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+Path = tuple[str, ...]
+"""Names of attributes, each of what the one before it means: ``("rules", "adam")`` in ``fastopt.rules.adam``."""
+
+
+@lru_cache(maxsize=1024)
+def _attributes(code: CodeType) -> dict[str, set[Path]]:
+    """Return the attributes that `code` reads of its globals and of the variables of its closure, by their names."""
+    found: dict[str, set[Path]] = {}
+    base, path = "", Path()
+    for each in dis.get_instructions(code):
+        if base and each.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            path = (*path, each.argval)
+            found.setdefault(base, set()).add(path)
+        elif each.opname != "EXTENDED_ARG":
+            base, path = each.argval if each.opname in ("LOAD_GLOBAL", "LOAD_DEREF") else "", ()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            for base, paths in _attributes(constant).items():
+                found.setdefault(base, set()).update(paths)
+    return found
 
 
 # --- the digest: everything that shapes the machine code --------------------------------------------------------------
