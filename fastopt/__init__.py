@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastopt import bare as bare  # which attaches Rule.update_
-from fastopt import curvature, init, math, optimizers, reference, rules, schedules
+from fastopt import curvature, init, math, optimizers, reference, rules, schedules, wrappers
 from fastopt.batches import minibatches
 from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
 from fastopt.closed_forms.linear import Linear
@@ -18,6 +18,7 @@ from fastopt.rule import Layerwise, Matrixwise, Rule, Scaling, Sums, rule
 from fastopt.step.info import StepInfo
 from fastopt.storage.flat import FlatParams, pack
 from fastopt.version import __version__ as __version__
+from fastopt.wrap import wrap
 
 if TYPE_CHECKING:
     from fastopt import interop as interop
@@ -88,6 +89,8 @@ __all__ = [
     "schedules",
     "set_num_threads",
     "uniform",
+    "wrap",
+    "wrappers",
 ]
 __all__.extend(optimizers.ALL)
 

@@ -382,6 +382,8 @@ class Rule:
         self._twin: Rule | None = None
         self._plain: Rule | None = None
         """The rule whose twin this is."""
+        self._made_by: tuple[Any, ...] | None = None
+        """Of a rule that is made of others: what pickles it where it is no global."""
 
     def _check_matrixwise(self, matrixwise: Matrixwise) -> None:
         """Refuse a transform that cannot be called as it would be, and note what it is given."""
@@ -442,6 +444,8 @@ class Rule:
         if self._plain is not None:
             return Rule.decaying, (self._plain, self.decoupled)
         if getattr(sys.modules.get(self.__module__), self.__name__, None) is not self:
+            if self._made_by is not None:
+                return self._made_by
             raise pickle.PicklingError(
                 f"rule {self.name!r}: must be a global of its module ({self.__module__}) under its own name to be "
                 f"pickled, got another or none there; define it at the top of a module that can be imported"

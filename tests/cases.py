@@ -11,6 +11,7 @@ import fastopt
 from fastopt import reference
 from fastopt.kernels.elements import MAX_STATES
 from fastopt.source import written
+from fastopt.wrappers import cautious, lookahead
 
 SIZES = (0, 1, 7, 15, 16, 17, 1000, 100_003)  # around the widths of SIMD registers, and larger than a chunk
 DTYPES = (np.float32, np.float64)
@@ -179,6 +180,11 @@ def aggregated(count: int) -> fastopt.Rule:
 
 
 MANY_STATES = CaseOfRule("aggregated", of=aggregated(MAX_STATES))
+WRAPPED = (
+    CaseOfRule("lookahead_adamw", {"lookahead_k": 2, "weight_decay": 0.1}, of=lookahead(fastopt.rules.ALL["adamw"])),
+    CaseOfRule("cautious_momentum", {"weight_decay": 0.1}, of=cautious(fastopt.rules.ALL["momentum"])),
+)
+"""An elementwise one, and one of sums."""
 
 BY_NAME = {str(case): case for case in CASES}
 PER_RULE = tuple({case.rule.name: case for case in reversed(CASES)}.values())

@@ -30,7 +30,7 @@ FLOORS = [
     ("fastopt.step",),
     ("fastopt.storage",),
     ("fastopt.rules",),
-    ("fastopt.rule",),
+    ("fastopt.rule", "fastopt.wrap", "fastopt.wrappers"),
     ("fastopt.closed_forms", "fastopt.hyper", "fastopt.math", "fastopt.random"),
     ("fastopt.kernels",),
     ("fastopt.kernels.contract", "fastopt.kernels.threads"),

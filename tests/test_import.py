@@ -110,6 +110,8 @@ ARROWS = {
     "source.py": set(),
     "closed_forms/*.py": {"closed_forms", "source"},
     "rule.py": {"scalars", "hyper", "closed_forms"},
+    "wrap.py": {"hyper", "rule", "source"},
+    "wrappers.py": {"hyper", "rule", "wrap"},
     "rules/*.py": {"rule", "rules", "hyper", "closed_forms"},
 }
 """The mathematics, and what it may import of the package: no backend, and nothing that launches."""

@@ -1,0 +1,340 @@
+"""`wrap` makes a Rule of another one and of what is done before and after it, as Lookahead and Cautious do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from fastopt.hyper import WEIGHT_DECAY, Domain
+from fastopt.rule import Layerwise, Matrixwise, Rule, Sums
+from fastopt.source import written
+
+BEFORE, AFTER = ("p", "g"), ("p", "new_p", "g")
+"""The first arguments of `before`, and of `after`."""
+RESERVED = (*AFTER, "h", "ratio")
+"""The names of arguments, which a state of one's own must not have."""
+MISSING = inspect.Parameter.empty
+
+
+def wrap(
+    rule: Rule,
+    *,
+    before: Callable[..., Any] | None = None,
+    after: Callable[..., Any] | None = None,
+    states: Sequence[str] = (),
+    prepare: Callable[..., Any] | None = None,
+    initial: Mapping[str, float | str] | None = None,
+    domains: Mapping[str, Domain] | None = None,
+    sums: Sums | Sequence[Sums] = (),
+    name: str | None = None,
+) -> Rule:
+    """Return a rule that does something before another rule's update of an element, and something after it.
+
+    Both are compiled into the one loop of the rule. Their arguments are named by what they are, as those of a rule:
+    between the first ones and h stand the states that the function reads, of its own and of the rule, in any order.
+
+    Args:
+        rule: a `Rule`, one of `fastopt.rules` or your own; it may be wrapped itself.
+        before: ``before(p, g, ..., h)``, which returns the g that the rule is given.
+        after: ``after(p, new_p, g, ..., h)``: `p` before the rule and `new_p` after it, `g` as it was before `before`,
+            states of the rule after it. It returns the new p, and the new states of its own with it:
+            ``(p, *states)``. Without an `after`, `before` returns them: ``(g, *states)``.
+        states: the names of states of its own, for example ``("slow",)``. They follow those of the rule.
+        prepare: ``prepare(t, ...) -> NamedTuple``, as for `rule`, of the fields that `before` and `after` need in h,
+            beside those of the rule, which are there as well. Its arguments are further hyperparameters; one without a
+            default that has the name of one of the rule, as lr, is that one. None for none.
+        initial: initial values of states of its own, as for `rule`.
+        domains: ranges of hyperparameters of its own, as for `rule`.
+        sums: `Sums` whose terms have the arguments of `after`: ``term(p, new_p, g, ..., h)``. They are settled after
+            those of the rule; their passes run the rule once more.
+        name: the name of the new rule; None for that of `after` (or `before`) and the rule, as ``lookahead_adam``.
+
+    What the loop does around a rule, it does around the wrapped one: the p of `before` has decayed already where weight
+    decay is decoupled, and g contains it where it is not. The wrapped rule keeps hyperparameters, defaults, states and
+    kind of the rule, but no closed form: `Optimizer.step_rows` refuses it. A layerwise rule (LAMB) has no `after`, for
+    p is updated in a second pass over p and the states; a scaling rule (LARS) no `before`, for the norm of its gradient
+    is taken earlier; `sums` are for rules that are neither of these nor matrixwise (Muon).
+
+    Returns:
+        A `Rule`. Assign it to a global of its name, or leave the pickling to its parts, which then are globals.
+
+    Raises:
+        TypeError: naming the argument: a signature, a name, or what the kind of the rule does not allow.
+
+    >>> import numpy as np, fastopt
+    >>> from typing import NamedTuple
+    >>> class Lookahead(NamedTuple):
+    ...     pulls: float
+    ...     pull: float
+    >>> def every(t, k=5, alpha=0.5):
+    ...     return Lookahead(float(t % k == 0), alpha)
+    >>> def lookahead(p, new_p, g, slow, h):
+    ...     if h.pulls > 0:
+    ...         slow = slow + h.pull * (new_p - slow)
+    ...         return slow, slow
+    ...     return new_p, slow
+    >>> lookahead_sgd = fastopt.wrap(
+    ...     fastopt.rules.sgd, after=lookahead, states=("slow",), prepare=every, initial={"slow": "p"}
+    ... )
+    >>> opt = fastopt.Optimizer({"w": np.ones(1)}, lookahead_sgd, lr=0.25, k=2)
+    >>> for _ in range(2):
+    ...     _ = opt.step({"w": np.ones(1)})
+    >>> lookahead_sgd, opt.params["w"]
+    (<rule lookahead_sgd(p, g, slow, h)>, array([0.75]))
+    """
+    parts = Parts.checked(rule, before, after, tuple(states), sums)
+    scalar = parts.after or parts.before
+    assert scalar is not None
+    own = {} if prepare is None else _parameters_of_prepare(prepare)
+    if WEIGHT_DECAY in own and not rule.owns_weight_decay:
+        raise TypeError(
+            f"wrap: prepare: must not take {WEIGHT_DECAY}, which the loop applies for rule {rule.name!r}, got "
+            f"({', '.join(('t', *own))})"
+        )
+    both = [key for key, default in own.items() if key in rule.names() and default is not MISSING]
+    if both:
+        raise TypeError(
+            f"wrap: prepare: {both[0]}: must have no default, to be that of rule {rule.name!r}, or another name, got "
+            f"{both[0]}={own[both[0]]!r}"
+        )
+    unknown = [state for state in initial or () if state not in parts.own]
+    if unknown:
+        raise TypeError(f"wrap: initial: must name states of its own ({', '.join(parts.own)}), got {unknown[0]!r}")
+    if name is None:
+        name = f"{scalar.__name__ if scalar.__name__.isidentifier() else 'wrapped'}_{rule.name}"
+    if not isinstance(name, str) or not name.isidentifier():
+        raise TypeError(f"wrap: name: must be the name of a variable, or None, got {name!r}")
+    composed = Composed(rule, parts, name, scalar.__module__)
+    together = composed.prepare(prepare, own)
+    made = Rule(
+        composed.update(),
+        together,
+        decoupled=rule.decoupled,
+        layerwise=composed.layerwise(),
+        scaling=rule.scaling,
+        matrixwise=composed.matrixwise(together, own),
+        sums=composed.sums(),
+        domains={**rule._domains, **(domains or {})},
+        initial={**rule.initial, **(initial or {})},
+        gradients_in=rule.gradients_in,
+        evaluated_in=rule.evaluated_in,
+    )
+    made.__doc__ = f"The rule {rule.name}, wrapped."
+    made.defaults = {**{key: value for key, value in own.items() if value is not MISSING}, **rule.defaults}
+    options = {"before": before, "after": after, "states": parts.own, "prepare": prepare, "initial": initial}
+    made._made_by = (_again, (rule, {**options, "domains": domains, "sums": sums, "name": name}))
+    return made
+
+
+def _again(rule: Rule, options: dict[str, Any]) -> Rule:
+    """Return the wrapped rule that was pickled."""
+    return wrap(rule, **options)
+
+
+def _parameters_of_prepare(prepare: Callable[..., Any]) -> dict[str, Any]:
+    """Return the hyperparameters of a `prepare`, each with its default, or MISSING."""
+    if not callable(prepare):
+        raise TypeError(f"wrap: prepare: must be a function (t, ...) or None, got {prepare!r}")
+    parameters = inspect.signature(prepare).parameters
+    plain = all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
+    if not plain or next(iter(parameters), None) != "t":
+        raise TypeError(
+            f"wrap: prepare: must take the step number t first, then hyperparameters, got {inspect.signature(prepare)}"
+        )
+    return {key: parameter.default for key, parameter in parameters.items() if key != "t"}
+
+
+def _reads(what: str, function: Any, first: tuple[str, ...], known: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the states that a function ``(*first, *states, h)`` reads; refuse other signatures."""
+    signature = inspect.signature(function)
+    names = tuple(signature.parameters)
+    plain = all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in signature.parameters.values())
+    read = names[len(first) : -1]
+    if not plain or (*first, *read, "h") != names or not set(read) <= set(known):
+        raise TypeError(
+            f"wrap: {what}: must have the signature ({', '.join((*first, '...', 'h'))}), with states for the dots "
+            f"({', '.join(known) or 'there are none'}), got {signature}"
+        )
+    return read
+
+
+class Parts(NamedTuple):
+    """What a rule is wrapped in, checked."""
+
+    before: FunctionType | None
+    after: FunctionType | None
+    own: tuple[str, ...]
+    """The names of its states."""
+    sums: tuple[Sums, ...]
+
+    @classmethod
+    def checked(cls, rule: Any, before: Any, after: Any, own: tuple[str, ...], sums: Any) -> Parts:
+        """Refuse what does not fit the rule."""
+        if not isinstance(rule, Rule):
+            raise TypeError(f"wrap: rule: must be a Rule, as fastopt.rules.adam, got {rule!r}")
+        if before is None and after is None:
+            raise TypeError("wrap: before: must be a function where after is None, got None")
+        for what, function, first in (("before", before, BEFORE), ("after", after, AFTER)):
+            if not isinstance(function, FunctionType | None):
+                expected = _call("", *first, "...", "h")
+                raise TypeError(f"wrap: {what}: must be a plain function {expected} or None, got {function!r}")
+        sums = (sums,) if isinstance(sums, Sums) else tuple(sums)
+        for each in sums:
+            if not isinstance(each, Sums):
+                raise TypeError(f"wrap: sums: must be a Sums or several, got {each!r}")
+        kinds = [kind for kind in ("layerwise", "scaling", "matrixwise") if getattr(rule, kind) is not None]
+        for kind in kinds:
+            where = f"for the {kind} rule {rule.name!r}"
+            if kind == "layerwise" and after is not None:
+                raise TypeError(f"wrap: after: must be None {where}, whose p is updated in a second pass; use before")
+            if kind == "scaling" and before is not None:
+                raise TypeError(f"wrap: before: must be None {where}, which has seen the norm of g by then; use after")
+            if sums:
+                raise TypeError(f"wrap: sums: must be none {where}, got {len(sums)}")
+        for state in own:
+            if not isinstance(state, str) or not state.isidentifier() or state in (*RESERVED, *rule.states):
+                raise TypeError(
+                    f"wrap: states: must be names other than {', '.join((*RESERVED, *rule.states))}, got {state!r}"
+                )
+        return cls(before, after, own, sums)
+
+
+class Composed:
+    """The functions of a wrapped rule, written out: numba inlines those that they call."""
+
+    def __init__(self, rule: Rule, parts: Parts, name: str, module: str):
+        self.rule = rule
+        self.parts = parts
+        self.name = name
+        self.module = module
+        self.known = (*rule.states, *parts.own)
+        self.of_before = () if parts.before is None else _reads("before", parts.before, BEFORE, self.known)
+        self.of_after = () if parts.after is None else _reads("after", parts.after, AFTER, self.known)
+
+    def write(self, name: str, lines: Sequence[str], **constants: Any) -> FunctionType:
+        """Return a function of the arguments of the wrapped rule."""
+        functions = {"RULE": self.rule, "BEFORE": self.parts.before, "AFTER": self.parts.after}
+        return written(name, ("p", "g", *self.known, "h"), lines, {**functions, **constants}, self.module)
+
+    def given(self) -> list[str]:
+        """The lines that leave in `given_` the g of the rule."""
+        if self.parts.before is None:
+            return ["given_ = g"]
+        call = _call("BEFORE", *BEFORE, *self.of_before, "h")
+        if self.parts.own and self.parts.after is None:
+            return [f"kept_ = {call}", "given_ = kept_[0]"]
+        return [f"given_ = {call}"]
+
+    def proposed(self) -> list[str]:
+        """The lines that leave in `proposed_` the new p of the rule, and in its states the new ones."""
+        states = self.rule.states
+        return [*self.given(), f"{', '.join(('proposed_', *states))} = {_call('RULE', 'p', 'given_', *states, 'h')}"]
+
+    def update(self) -> FunctionType:
+        """The scalar function."""
+        lines, states = self.proposed(), self.rule.states
+        first = "proposed_"
+        if self.parts.after is not None:
+            lines.append(f"kept_ = {_call('AFTER', 'p', 'proposed_', 'g', *self.of_after, 'h')}")
+            first = "kept_[0]" if self.parts.own else "kept_"
+        if self.parts.own:  # whatever their number, so that it is checked as that of any rule
+            lines.append(f"return ({', '.join((first, *states))},) + kept_[1:]")
+        else:
+            lines.append(f"return {', '.join((first, *states))}")
+        return self.write(self.name, lines)
+
+    def prepare(self, own: Callable[..., Any] | None, hyperparameters: Mapping[str, Any]) -> Callable[..., Any]:
+        """The `prepare` of the rule, or that together with its own."""
+        if own is None:
+            return self.rule.prepare
+        of_rule = self.rule.hyperparameters
+        parameters = ["t", *dict.fromkeys((*of_rule, *hyperparameters))]
+        line = f"return JOIN({_call('OWN', 't', *hyperparameters)}, {_call('OF_RULE', 't', *of_rule)})"
+        constants = {"JOIN": Join(self.name, self.rule.name), "OWN": own, "OF_RULE": self.rule.prepare}
+        return written(f"prepare_{self.name}", parameters, [line], constants, self.module)
+
+    def layerwise(self) -> Layerwise | None:
+        """Of a layerwise rule the same, for the states of the wrapped one."""
+        kind = self.rule.layerwise
+        if kind is None:
+            return None
+        direction = None if kind.direction is None else self._of_states(kind.direction, "h")
+        return replace(kind, apply=self._of_states(kind.apply, "ratio", "h"), direction=direction)
+
+    def _of_states(self, function: Callable[..., Any], *last: str) -> FunctionType:
+        """Return a function of p and all states that calls one of p and the states of the rule."""
+        line = f"return {_call('FUNCTION', 'p', *self.rule.states, *last)}"
+        return written("of_states", ("p", *self.known, *last), [line], {"FUNCTION": function}, self.module)
+
+    def matrixwise(self, prepare: Callable[..., Any], own: Mapping[str, Any]) -> Matrixwise | None:
+        """Of a matrixwise rule the same, whose direction leaves the states of the wrapper as they are."""
+        kind = self.rule.matrixwise
+        if kind is None:
+            return None
+        states, transform = self.rule.states, kind.transform
+        lines = [
+            *self.given(),
+            f"{', '.join(('p', *states))} = {_call('DIRECTION', 'p', 'given_', *states, 'h')}",
+            f"return {', '.join(('p', *self.known))}",
+        ]
+        direction = Rule(self.write(f"direction_of_{self.name}", lines, DIRECTION=kind.direction), prepare)
+        foreign = [name for name in own if name not in self.rule.names()]
+
+        def of_rule(*arrays: Any, **hyperparameters: Any) -> None:
+            """Call the transform without the hyperparameters that the rule does not have."""
+            transform(*arrays, **{name: value for name, value in hyperparameters.items() if name not in foreign})
+
+        return replace(kind, direction=direction, transform=of_rule)
+
+    def sums(self) -> list[Sums]:
+        """The sums of the rule, whose terms see the g that it sees, and those of the wrapper."""
+        made = []
+        for sums in self.rule.sums:
+            lines = [*self.given(), f"return {_call('TERM', 'p', 'given_', *self.rule.states, 'h')}"]
+            terms = {name: self.write(name, lines, TERM=term) for name, term in sums.terms.items()}
+            made.append(replace(sums, terms=terms))
+        for sums in self.parts.sums:
+            terms = {}
+            for name, term in sums.terms.items():
+                read = _reads(f"sums: terms[{name!r}]", term, AFTER, self.known)
+                lines = [*self.proposed(), f"return {_call('TERM', 'p', 'proposed_', 'g', *read, 'h')}"]
+                terms[name] = self.write(name, lines, TERM=term)
+            made.append(replace(sums, terms=terms))
+        return made
+
+
+def _call(function: str, *arguments: str) -> str:
+    return f"{function}({', '.join(arguments)})"
+
+
+class Join:
+    """Makes one NamedTuple of two. The fields of the rule come last, for backends fill in some of these."""
+
+    def __init__(self, name: str, rule: str):
+        self._name = name
+        self._rule = rule
+        self._kinds: dict[tuple[type, type], Any] = {}
+
+    def __call__(self, own: Any, of_rule: Any) -> Any:
+        """Return the fields of both."""
+        kind = self._kinds.get((type(own), type(of_rule)))
+        if kind is None:
+            kind = self._kinds.setdefault((type(own), type(of_rule)), self._join(own, of_rule))
+        return kind(*own, *of_rule)
+
+    def _join(self, own: Any, of_rule: Any) -> Any:
+        for prepared in (own, of_rule):
+            if not isinstance(prepared, tuple) or not hasattr(prepared, "_fields"):
+                raise TypeError(
+                    f"prepare of rule {self._name!r}: must return a NamedTuple, got {type(prepared).__name__}"
+                )
+        both = [field for field in own._fields if field in of_rule._fields]
+        if both:
+            raise TypeError(
+                f"prepare of rule {self._name!r}: must return fields other than those of rule {self._rule!r} "
+                f"({', '.join(of_rule._fields)}), got {both[0]!r}; rename it"
+            )
+        return NamedTuple("Hyper", [(field, float) for field in (*own._fields, *of_rule._fields)])
