@@ -319,6 +319,24 @@ STEP: Sequence[Fault] = (
         ("return _Module(module, found) if found else module", "return module"),
     ),
     *faults_of(
+        "fastopt/step/inputs.py",
+        "tests/test_inputs.py",
+        ("name in given for name in rule.inputs", "True for name in rule.inputs"),
+        ("if name not in given and name not in rule.inputs:", "if False:"),
+        ("if leaf is None and (present is None or present[k]):", "if leaf is None and present is None:"),
+    ),
+    *faults_of(
+        "fastopt/step/pipeline.py",
+        "tests/test_inputs.py",
+        ("                    self.backend.copy(view, leaf)\n", "                    pass\n"),
+        ("if self.takes_more or extra", "if extra"),
+    ),
+    *faults_of(
+        "fastopt/step/many.py",
+        "tests/test_inputs.py -k every_step_has",
+        ("if form is not None and not table.rule.inputs:", "if form is not None:"),
+    ),
+    *faults_of(
         "fastopt/wrap.py",
         "tests/test_wrap.py -k 'numpy_and_go_on and lookahead'",
         ('first = "kept_[0]" if self.parts.own', 'first = "proposed_" if self.parts.own'),
@@ -1782,12 +1800,12 @@ TRUST: Sequence[Fault] = (
             'tests/test_interrupts.py -k "raises and serial and accumulate and more"',
         ),
         (
-            "with deferred_signals:\n                self._transform(plan, places, rows, table, scaled=unscale",
-            "if True:\n                self._transform(plan, places, rows, table, scaled=unscale",
+            "with deferred_signals:\n                self._put(further)\n                self._transform(plan",
+            "if True:\n                self._put(further)\n                self._transform(plan",
             'tests/test_interrupts.py -k "raises and serial and Muon"',
         ),
         (
-            "if present is not None or self.rule.matrixwise is not None:",
+            "if present is not None or self.rule.matrixwise is not None or further:",
             "if self.rule.matrixwise is not None:",
             'tests/test_optimizer.py -k "without_gradient_is_as_if"',
         ),

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from fastopt import scalars
-from fastopt.hyper import WEIGHT_DECAY
+from fastopt.hyper import LOSS, WEIGHT_DECAY
 from fastopt.rule import Rule
 from fastopt.step.features import features_of
+from fastopt.step.inputs import check_inputs
 from fastopt.step.table import Point, Table, hyper_of
 from fastopt.storage.flat import check_apart, check_vectors
 from fastopt.storage.layout import Layout
@@ -35,7 +36,8 @@ def update_(rule: Rule, p: Any, g: Any, *states: Any, t: int = 1, grad_scale: fl
         grad_scale: the factor by which the loss was multiplied, a positive finite number; the gradient is divided by
             it.
         **hyper: the rule's hyperparameters, as numbers (not schedules). The others have the defaults of the rule's
-            optimizer.
+            optimizer. For a rule of further inputs also ``loss=``, and False in the place of one that this update does
+            not have.
 
     A layerwise rule (LAMB) treats the arrays as one parameter, and a rule with sums over rows and columns (Adafactor)
     as one row. A matrixwise rule (Muon) refuses them.
@@ -73,12 +75,15 @@ def update_(rule: Rule, p: Any, g: Any, *states: Any, t: int = 1, grad_scale: fl
         numbers.append(number)
     check_apart(dict(zip((*named, *rule.numbers), (*vectors, *numbers), strict=True)), backend)
     t = scalars.count("t", t, 1, "the number of this update, an int from 1")
+    given = {name: None for name in rule.extra if hyper.pop(name, True)}
+    inputs = check_inputs(rule, given, hyper.pop(LOSS, None))
     values = rule.complete(hyper)
     values = {name: rule.check(name, value, dtype=vectors[0].dtype) for name, value in values.items()}
     point = Point.of(rule, values)
     hyper_type = hyper_of(rule, point)
     size, dtype = vectors[0].size, vectors[0].dtype
     table = Table(rule, hyper_type, dtype)
+    table.inputs = inputs
     unscale = table.unscale(grad_scale)
     table.write(0, t, point, unscale)
     features = features_of(rule, decays=values[WEIGHT_DECAY] != 0.0, unscale=unscale != 1.0)

@@ -13,6 +13,8 @@ WEIGHT_DECAY = "weight_decay"
 EPS = ("eps", "adamw_eps", "eps_root")
 """What bounds a quotient, so that it must not become 0 in the dtype that is computed in."""
 
+LOSS = "loss"
+"""The argument of `prepare` that is the loss which a step is given."""
 EMA = "ema"
 """The name of the moving average of the parameters among the arrays of an optimizer."""
 

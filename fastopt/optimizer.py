@@ -344,7 +344,15 @@ class Optimizer:
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
-    def step(self, grads: Any = None, grad_scale: float = 1.0, reduction: str = "mean") -> StepInfo:
+    def step(
+        self,
+        grads: Any = None,
+        grad_scale: float = 1.0,
+        reduction: str = "mean",
+        *,
+        extra: Mapping[str, Any] | None = None,
+        loss: float | None = None,
+    ) -> StepInfo:
         """Update every parameter and state in place, in one launch, or two where the gradients' norm is asked for.
 
         Args:
@@ -358,6 +366,10 @@ class Optimizer:
                 inverse.
             reduction: ``"mean"`` or ``"sum"`` of what `accumulate` was given; the mean is the sum divided by the sum of
                 the weights. Without `accumulate` it has no effect.
+            extra: further trees, by the names that the rule was declared with (``rule(..., extra=("hessian",))``), like
+                `grads`: arrays where the gradient is one. They are used as they are: not unscaled, clipped or decayed.
+                A rule whose `prepare` has an argument of the name goes without it where it is left out.
+            loss: a finite number, for a rule whose `prepare` has the argument ``loss``; None for others.
 
         Returns:
             `StepInfo`.
@@ -381,11 +393,19 @@ class Optimizer:
         try:
             if gate.taken:
                 gate.wait()
-            return pipeline.step(grads, grad_scale, reduction)
+            return pipeline.step(grads, grad_scale, reduction, extra, loss)
         finally:
             gate.stepping = 0
 
-    def update(self, params: Any, grads: Any, grad_scale: float = 1.0) -> StepInfo:
+    def update(
+        self,
+        params: Any,
+        grads: Any,
+        grad_scale: float = 1.0,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        loss: float | None = None,
+    ) -> StepInfo:
         """Update parameters that the caller owns, in place, by these gradients. Nothing is copied.
 
         The first call fixes the structure, shapes and dtype, and makes the states; later calls may bring other arrays
@@ -394,7 +414,7 @@ class Optimizer:
         Args:
             params: a tree of C-contiguous, aligned, writeable arrays that do not overlap.
             grads: as for `step`.
-            grad_scale: as for `step`.
+            grad_scale, extra, loss: as for `step`.
 
         Returns:
             `StepInfo`.
@@ -414,7 +434,7 @@ class Optimizer:
         if pipeline is None:
             pipeline = self._begin(params, copies=False)
             try:
-                return pipeline.step(grads, grad_scale, "mean")
+                return pipeline.step(grads, grad_scale, "mean", extra, loss)
             except BaseException:
                 if pipeline.steps == 0:
                     self._pipeline = None  # the next first call may bring another structure
@@ -424,7 +444,7 @@ class Optimizer:
                 "update(): this optimizer has packed parameters of its own; call step(grads), or construct it without "
                 "parameters, or with copy=False"
             )
-        return pipeline.update(params, grads, grad_scale)
+        return pipeline.update(params, grads, grad_scale, extra, loss)
 
     def prepare_replay(self, grad_scale: float = 1.0) -> StepInfo:
         """Count a step and send its hyperparameters to the device, before each replay of a captured ``step()``.

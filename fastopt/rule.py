@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastopt import scalars
 from fastopt.closed_forms import Idle
-from fastopt.hyper import DOMAINS, EMA, EPS, WEIGHT_DECAY, Domain, Flag, Interval
+from fastopt.hyper import DOMAINS, EMA, EPS, LOSS, WEIGHT_DECAY, Domain, Flag, Interval
 
 MISSING = inspect.Parameter.empty
 OVER = ("tensor", "row", "column", "all")
@@ -266,6 +266,9 @@ class Rule:
         sums: the tuple of its `Sums`. With none of these four, the rule updates each element on its own.
         initial: the initial values of states that do not begin at 0: a number, the name of a hyperparameter, or
             ``"p"``.
+        extra: the names of the states that a step is given.
+        inputs: the names of the arguments of `prepare` that are none of the hyperparameters: whether one of `extra` is
+            given, and the loss.
         idle: the closed form of many zero-gradient steps, a `fastopt.closed_forms.Idle`; None for none, which rules out
             `Optimizer.step_rows`.
         gradients_in, evaluated_in: the names of the context managers of the optimizer inside which gradients are
@@ -285,6 +288,7 @@ class Rule:
         sums: Sums | Sequence[Sums] = (),
         domains: Mapping[str, Domain] | None = None,
         initial: Mapping[str, float | str] | None = None,
+        extra: Sequence[str] = (),
         idle: Idle | None = None,
         gradients_in: str | None = None,
         evaluated_in: str | None = None,
@@ -323,8 +327,18 @@ class Rule:
         self.idle = idle
         self.gradients_in = gradients_in
         self.evaluated_in = evaluated_in
-        self.hyperparameters = tuple(prepared)[1:]
-        self.defaults: dict[str, Any] = {name: default for name, default in prepared.items() if default is not MISSING}
+        self.extra = tuple(extra)
+        for name in self.extra:
+            if name not in self.states:
+                raise TypeError(f"rule {self.name!r}: extra: must name states ({', '.join(self.states)}), got {name!r}")
+        arguments = tuple(prepared)[1:]
+        self.inputs = tuple([name for name in arguments if name in self.extra or name == LOSS])
+        if idle is not None and (self.extra or self.inputs):
+            raise TypeError(f"rule {self.name!r}: idle: must be None for a rule of further inputs, got {idle!r}")
+        self.hyperparameters = tuple([name for name in arguments if name not in self.inputs])
+        self.defaults: dict[str, Any] = {
+            name: prepared[name] for name in self.hyperparameters if prepared[name] is not MISSING
+        }
         self.owns_weight_decay = WEIGHT_DECAY in self.hyperparameters
         if decoupled and ("lr" not in self.hyperparameters or self.owns_weight_decay):
             raise TypeError(
@@ -478,6 +492,30 @@ class Rule:
         return () if self.matrixwise is None else tuple(self.matrixwise.matrices)
 
     @property
+    def sample_inputs(self) -> dict[str, Any]:
+        """What `prepare` may be told of the further inputs of a step, by name, where there is no step."""
+        return {name: 1.0 if name == LOSS else False for name in self.inputs}
+
+    def prepared(self, t: int, arguments: Sequence[Any], inputs: Mapping[str, Any]) -> Any:
+        """Return what `prepare` returns.
+
+        Args:
+            t: the number of the update, from 1.
+            arguments: the hyperparameters, in the order of `hyperparameters`.
+            inputs: what it is told of the further inputs of the step, by name; empty for most rules.
+
+        Returns:
+            A NamedTuple of numbers.
+
+        >>> import fastopt
+        >>> fastopt.rules.sgd.prepared(1, (0.5,), {})
+        Hyper(lr=0.5)
+        """
+        if not self.inputs:
+            return self.prepare(t, *arguments)
+        return self.prepare(t, **dict(zip(self.hyperparameters, arguments, strict=True)), **inputs)
+
+    @property
     def whole(self) -> bool:
         """Whether the rule uses norms of whole parameters, or other sums over them."""
         return self.layerwise is not None or self.scaling is not None or bool(self.sums)
@@ -610,6 +648,7 @@ class Rule:
                 sums=self.sums,
                 domains=self._domains,
                 initial=self.initial,
+                extra=self.extra,
                 idle=self.idle,
                 gradients_in=self.gradients_in,
                 evaluated_in=self.evaluated_in,
@@ -634,6 +673,7 @@ def rule(
     sums: Sums | Sequence[Sums] = (),
     domains: Mapping[str, Domain] | None = None,
     initial: Mapping[str, float | str] | None = None,
+    extra: Sequence[str] = (),
     idle: Idle | None = None,
     gradients_in: str | None = None,
     evaluated_in: str | None = None,
@@ -651,6 +691,10 @@ def rule(
         domains: ranges of hyperparameters whose names are not among the usual ones, as ``{"mu": Interval(0, 1)}``.
         initial: initial values of states that do not begin at 0, by name: a number, the name of a hyperparameter (its
             value at the first step), or ``"p"`` for the parameter itself, as it is at its first update.
+        extra: the names of states that the step is given, as ``("hessian",)``: ``step(grads, extra={"hessian": tree})``
+            writes them before the update. The rule returns them as the others. Where `prepare` has an argument of that
+            name, it is told whether this step has it (a bool), and a step may leave it out: the state then holds the
+            last one. An argument ``loss`` of `prepare` is the number in ``step(grads, loss=number)``.
         idle: the closed form of many zero-gradient steps, for `Optimizer.step_rows`: ``fastopt.Linear()`` for a rule
             that maps p and the states linearly where the gradient is 0.
         gradients_in, evaluated_in: for a rule whose gradients are taken, or whose parameters are evaluated, elsewhere
@@ -700,6 +744,7 @@ def rule(
             sums=sums,
             domains=domains,
             initial=initial,
+            extra=extra,
             idle=idle,
             gradients_in=gradients_in,
             evaluated_in=evaluated_in,

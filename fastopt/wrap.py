@@ -119,6 +119,7 @@ def wrap(
         sums=composed.sums(),
         domains={**rule._domains, **(domains or {})},
         initial={**rule.initial, **(initial or {})},
+        extra=rule.extra,
         gradients_in=rule.gradients_in,
         evaluated_in=rule.evaluated_in,
     )
@@ -250,9 +251,10 @@ class Composed:
         """The `prepare` of the rule, or that together with its own."""
         if own is None:
             return self.rule.prepare
-        of_rule = self.rule.hyperparameters
+        of_rule = (*self.rule.hyperparameters, *self.rule.inputs)
         parameters = ["t", *dict.fromkeys((*of_rule, *hyperparameters))]
-        line = f"return JOIN({_call('OWN', 't', *hyperparameters)}, {_call('OF_RULE', 't', *of_rule)})"
+        named = [f"{name}={name}" for name in of_rule]
+        line = f"return JOIN({_call('OWN', 't', *hyperparameters)}, {_call('OF_RULE', 't', *named)})"
         constants = {"JOIN": Join(self.name, self.rule.name), "OWN": own, "OF_RULE": self.rule.prepare}
         return written(f"prepare_{self.name}", parameters, [line], constants, self.module)
 

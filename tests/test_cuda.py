@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import BY_NAME, CASES, EVERYTHING, MANY_STATES, MATHEMATICS, WRAPPED, Case, gradients
+from test_inputs import sophia
 from test_sums import centred, lined, prodigy, ruled
 
 import fastopt
@@ -724,6 +725,24 @@ def test_what_cannot_be_captured_or_replayed_is_refused(own_stream):
     on_host.step()
     with pytest.raises(RuntimeError, match="no step\\(\\) was captured"):
         on_host.prepare_replay()
+
+
+def test_a_step_takes_further_trees_of_the_device():
+    """In some steps, one of which is skipped, whole; what cannot be recorded is refused."""
+    params = tree(0)
+    options: dict[str, Any] = {"lr": 0.05, "nonfinite": "skip"}
+    ours, cpu = (fastopt.Optimizer(params, sophia, backend=place, **options) for place in ("cuda", "cpu"))
+    for step in range(4):
+        before = {path: leaf.copy() for path, leaf in cpu.params.items()}
+        grads = grads_of(params, step)
+        grads["a"][3] = np.nan if step == 2 else 1.0
+        extra = None if step == 1 else grads_of(params, 10 + step)
+        given = [None if extra is None else {"hessian": found(extra)} for found in (uploaded, dict)]
+        told = ours.step(uploaded(grads), extra=given[0])
+        assert told.skipped == cpu.step(grads, extra=given[1]).skipped == (step == 2)
+        assert_close(ours, cpu, before, BOUND)
+    with pytest.raises(TypeError, match=r"^extra\['hessian'\]: 'a': must be \w+\.ndarray or None, got a NumPy"):
+        ours.step(uploaded(grads), extra={"hessian": grads})
 
 
 @pytest.mark.parametrize("name", ["Adam", "Momentum", "RMSprop", "SGD"])

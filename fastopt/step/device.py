@@ -49,9 +49,10 @@ class DeviceSteps:
     def __init__(self, backend: Asynchronous, rule: Rule, options: StepOptions):
         self.backend = backend
         # The device decides what the norm of all gradients decides, unless the host has to raise, or a product of
-        # matrices is skipped. By the norms of single ones the host decides, and waits for them.
+        # matrices or a copy of further inputs is skipped. By the norms of single ones the host decides, and waits.
         self.decides = options.measures and options.nonfinite != "raise" and options.clip_norm_per_tensor is None
-        self.decides = self.decides and not (options.skips and rule.matrixwise is not None)
+        by_host = rule.matrixwise is not None or rule.extra or rule.inputs
+        self.decides = self.decides and not (options.skips and by_host)
         self.gated = self.decides and options.skips
         self.options = options
         self.in_flight: deque[tuple[StepInfo, Decision, int]] = deque()
@@ -110,6 +111,8 @@ class DeviceSteps:
                 f"clip_norm_per_tensor: must be None for a step that is captured in a CUDA graph, because the host "
                 f"computes the coefficients; got {self.options.clip_norm_per_tensor!r}"
             )
+        if rule.extra or rule.inputs:
+            raise TypeError(f"rule {rule.name!r}: its further inputs cannot be captured in a CUDA graph")
         if rule.matrixwise is not None:
             raise TypeError(f"rule {rule.name!r}: its products of matrices cannot be captured in a CUDA graph")
         if partial:

@@ -39,7 +39,7 @@ class ManyGroups:
         self._batches = []
         for form, rows in by_form.items():
             compiled = None
-            if form is not None:
+            if form is not None and not table.rule.inputs:
                 arguments = self._points[rows[0]].arguments
                 compiled = CompiledPrepare.of(table.rule, hyper, table.by_group.dtype, arguments)
             self._batches.append(Batch(compiled, rows, self._points))

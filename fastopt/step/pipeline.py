@@ -23,6 +23,7 @@ from fastopt.step.gate import Gate, through_gate
 from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_matrices, mark_matrices
 from fastopt.step.info import StepInfo
 from fastopt.step.matrices import Matrices, chosen_by
+from fastopt.step.inputs import Inputs
 from fastopt.step.norms import Pending, counted, norm_of, norms_of
 from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.plan import Plan
@@ -31,6 +32,9 @@ from fastopt.step.table import is_normal
 from fastopt.storage.flat import FlatParams
 from fastopt.storage.intake import ALONE, Intake, Taken
 from fastopt.storage.trees import replaced, watched
+
+NOTHING: Mapping[str, list[Any]] = {}
+"""The further inputs of most steps."""
 
 
 class Pipeline:
@@ -77,6 +81,8 @@ class Pipeline:
         self.held = ""
         """The name of the context that holds the parameters elsewhere."""
         self.gate = Gate()
+        self.takes_more = bool(rule.extra or rule.inputs)
+        """Whether a step is given more than gradients."""
         self.gradients_in = rule.gradients_in
         """The context in which gradients are computed; None also after a warning."""
         self.entered_at = -1
@@ -221,7 +227,7 @@ class Pipeline:
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def step(self, grads: Any, grad_scale: float, reduction: str) -> StepInfo:
+    def step(self, grads: Any, grad_scale: float, reduction: str, extra: Any = None, loss: Any = None) -> StepInfo:
         """Make a step: see `Optimizer.step`."""
         if self.held:
             self.refuse_while_held("step")
@@ -277,10 +283,13 @@ class Pipeline:
         if present is not None:
             rows = self._rows_of(present)
             plan = self.plan
+        further = NOTHING
+        if self.takes_more or extra is not None or loss is not None:
+            plan.table.inputs, further = Inputs.checked(self.rule, self.flat, extra, loss, present)
         if self.born.waiting:
             self.begin(present)
         if device is not None:
-            return self._step_on_device(device, plan, places, present, rows, unscale, kept)
+            return self._step_on_device(device, plan, places, present, rows, unscale, kept, further)
         plan.write_table(self.groups, self.steps + 1, unscale)
         norm, coefficient, nonfinite = None, 1.0, self.nonfinite
         if self.measures:
@@ -293,8 +302,9 @@ class Pipeline:
         kernel = plan.usual if own and unscale == self.sign else plan.kernel(scaled=unscale != 1.0, own=own)
         chunks = plan.joined if own and present is None else plan.chunks(rows, apart=not own)
         table = plan.table.array
-        if present is not None or self.rule.matrixwise is not None:
+        if present is not None or self.rule.matrixwise is not None or further:
             with deferred_signals:
+                self._put(further)
                 self._transform(plan, places, rows, table, scaled=unscale != 1.0)
                 kernel.launch(places, self.buffers, table, chunks, self.size)
                 return self.commit(present, norm, coefficient, nonfinite)
@@ -309,12 +319,12 @@ class Pipeline:
         return StepInfo(self.steps, self.groups.base.get("lr"), norm, coefficient, False, nonfinite)
 
     @through_gate
-    def update(self, params: Any, grads: Any, grad_scale: float) -> StepInfo:
+    def update(self, params: Any, grads: Any, grad_scale: float, extra: Any, loss: Any) -> StepInfo:
         """Make a step of other arrays: see `Optimizer.update`."""
         steps, before = self.steps, self.flat.arrays
         try:
             self.replace(params)
-            return self.step(grads, grad_scale, "mean")
+            return self.step(grads, grad_scale, "mean", extra, loss)
         except BaseException:
             if self.flat.arrays is not before and self.steps == steps:
                 self.replace(self.flat.tree(before))
@@ -413,6 +423,7 @@ class Pipeline:
         rows: Sequence[int],
         unscale: float,
         grads: Any,
+        further: Mapping[str, list[Any]],
     ) -> StepInfo:
         """From the table of hyperparameters on, where the device decides."""
         decides = device.decides and (present is None or not self.options.skips)
@@ -439,6 +450,7 @@ class Pipeline:
                 if not proceeds:
                     return self._info(norm, skipped=True)
                 table = plan.table.array
+            self._put(further)
             self._transform(plan, places, rows, table, scaled=scaled)
             plan.kernel(scaled=scaled).launch(places, self.buffers, table, plan.chunks(rows), self.size)
             if capturing:
@@ -522,6 +534,14 @@ class Pipeline:
         chunks = plan.chunks(rows, whole=True, apart=apart)
         table = plan.table.array if table is None else table
         return kernel.launch(places, table, chunks, self.size), chunks, 1.0
+
+    def _put(self, further: Mapping[str, list[Any]]) -> None:
+        """Copy the further inputs of a step into the states that take them, for the parameters that have them."""
+        for name, leaves in further.items():
+            views = self.flat.views(self.states[self.rule.states.index(name)])
+            for view, leaf in zip(views, leaves, strict=True):
+                if leaf is not None:
+                    self.backend.copy(view, leaf)
 
     def _transform(self, plan: Plan, places: np.ndarray, rows: Sequence[int], table: Any, *, scaled: bool) -> None:
         """Turn the gradients of matrices into the directions of their update, where the rule treats any as such."""

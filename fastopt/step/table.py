@@ -43,7 +43,7 @@ class Point(NamedTuple):
 
 def hyper_of(rule: Rule, point: Point) -> Any:
     """Return the type of NamedTuple that the rule's `prepare` returns; raise TypeError for any other type."""
-    prepared = rule.prepare(1, *point.arguments)
+    prepared = rule.prepared(1, point.arguments, rule.sample_inputs)
     if not isinstance(prepared, tuple) or not hasattr(prepared, "_fields"):
         raise TypeError(f"prepare of rule {rule.name!r}: must return a NamedTuple, got {type(prepared).__name__}")
     return type(prepared)
@@ -69,6 +69,9 @@ class Table:
         of : the group of each parameter, which then has a row of its own; None: a row per group.
         """
         self.rule = rule
+        self.inputs = rule.sample_inputs
+        """What `prepare` is told of the further inputs of a step, by name."""
+        self._prepare = rule.prepared if self.inputs else rule.prepare
         self._clip_value = 0.0 if clip_value is None else clip_value
         self._ema_weight = 0.0 if ema is None else 1.0 - ema
         for name, value, number in (
@@ -93,7 +96,7 @@ class Table:
         Raises ValueError where a number is not finite in the compute dtype; the row is then unchanged.
         """
         decay, keep, arguments = point
-        prepared = self.rule.prepare(t, *arguments)
+        prepared = self._prepare(t, *arguments) if not self.inputs else self._prepare(t, arguments, self.inputs)
         try:
             if not isfinite(keep + sum(prepared)):
                 raise OverflowError

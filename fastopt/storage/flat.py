@@ -421,7 +421,7 @@ class FlatParams:
                 leaves[k] = usable_array(leaf, view.shape, self.dtype, f"gradient {path!r}", writeable=False)
                 leaf = given[k] = leaf if isinstance(leaf, np.ndarray) else leaves[k]
             elif type(leaf) is not kind or leaf.dtype != self.dtype or leaf.shape != view.shape:
-                leaf = leaves[k] = given[k] = self._check_gradient(path, leaf, view)
+                leaf = leaves[k] = given[k] = self._check_like(f"gradient {path!r}", leaf, view)
             if device is not None:
                 check_device(f"gradient {path!r}", leaf, self._backend, device, "as its parameter")
             bounds[k] = bounds_of(leaf, self._backend.address(leaf))
@@ -496,29 +496,53 @@ class FlatParams:
     def _same_memory(self, a: Any, b: Any) -> bool:
         return self._backend.address(a) == self._backend.address(b) and bool(a.strides == b.strides)
 
-    def _check_gradient(self, path: str, leaf: Any, view: Any) -> Any:
-        """Return a gradient as an array of the backend; raise an error if it does not match the parameter."""
+    def check_extra(self, tree: Any, what: str) -> list[Any]:
+        """Check a tree of values that are to be copied: arrays like the parameters, or None.
+
+        Args:
+            tree: as for `check_grads`; its arrays may overlap any others.
+            what: the name of the tree in errors.
+
+        Returns:
+            A list of the leaves, an array of the backend or None for each parameter.
+
+        Raises:
+            TypeError, ValueError: another structure, type, dtype, shape or device, by the path.
+
+        >>> import numpy as np, fastopt
+        >>> fastopt.pack({"w": np.ones(2)}).check_extra({"w": np.array([1.0, 2.0])}, "extra['hessian']")
+        [array([1., 2.])]
+        """
+        leaves = self.leaves_like(tree, what)
+        for k, (path, view, leaf) in enumerate(zip(self.paths, self.arrays, leaves, strict=True)):
+            name = f"{what}: {path!r}"
+            if leaf is not None and self.device is None:
+                leaves[k] = usable_array(leaf, view.shape, self.dtype, name, writeable=False)
+            elif leaf is not None:
+                leaves[k] = self._check_like(name, leaf, view)
+                check_device(name, leaves[k], self._backend, self.device, "as its parameter")
+        return leaves
+
+    def _check_like(self, what: str, leaf: Any, view: Any) -> Any:
+        """Return a leaf as an array of the backend; raise an error if it does not match the parameter."""
         array: Any = leaf if isinstance(leaf, self._backend.array_type) else None
         if view.shape == () and (array is None or array.dtype != self.dtype):
-            number = number_array(leaf, self.dtype, f"gradient {path!r}")
+            number = number_array(leaf, self.dtype, what)
             if number is not None:
                 return self._backend.adopt(number)
         if array is None and not isinstance(leaf, np.ndarray):
-            array = _adopted(
-                f"gradient {path!r}", leaf, self._backend
-            )  # an array of another library on the same backend
+            array = _adopted(what, leaf, self._backend)  # an array of another library on the same backend
         if array is None:
             raise TypeError(
-                f"gradient {path!r}: must be {named(self._backend.array_type)} or None, got {named(type(leaf))}"
-                f"{_hint(leaf)}"
+                f"{what}: must be {named(self._backend.array_type)} or None, got {named(type(leaf))}{_hint(leaf)}"
             )
         if array.dtype != view.dtype:
             raise TypeError(
-                f"gradient {path!r}: must have dtype {view.dtype} as its parameter, got "
+                f"{what}: must have dtype {view.dtype} as its parameter, got "
                 f"{scalars.dtype_name(array.dtype)}; use grad.astype({view.dtype.name!r})"
             )
         if array.shape != view.shape:
-            raise ValueError(f"gradient {path!r}: must have shape {view.shape} as its parameter, got {array.shape}")
+            raise ValueError(f"{what}: must have shape {view.shape} as its parameter, got {array.shape}")
         return array
 
     def leaves_like(self, tree: Any, what: str = "grads") -> list[Any]:
