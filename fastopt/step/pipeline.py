@@ -22,8 +22,8 @@ from fastopt.step.device import MOST_IN_FLIGHT, Candidates, DeviceSteps, Recorde
 from fastopt.step.gate import Gate, through_gate
 from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_matrices, mark_matrices
 from fastopt.step.info import StepInfo
-from fastopt.step.matrices import Matrices, chosen_by
 from fastopt.step.inputs import Inputs
+from fastopt.step.matrices import Matrices, chosen_by
 from fastopt.step.norms import Pending, counted, norm_of, norms_of
 from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.plan import Plan

@@ -600,7 +600,7 @@ class StableAdamW(Optimizer, ours=fastopt.StableAdamW):
 
 
 class Adafactor(Optimizer, ours=fastopt.Adafactor):
-    """`fastopt.Adafactor` for torch: torch's ``eps=(eps, min_rms)`` and ``d`` are `eps`, `min_rms` and `clip_threshold`.
+    """`fastopt.Adafactor` for torch: for torch's ``eps=(eps, min_rms), d=d`` pass eps, min_rms and clip_threshold.
 
     Args:
         params: an iterable of tensors, of named tensors, or of param groups.
