@@ -17,6 +17,7 @@ from emulator import CC, Emulated, EmulationError, run
 
 import fastopt
 from fastopt import kernels
+from fastopt.batchnorm import functional
 from fastopt.kernels.cuda import backend as backend_module
 from fastopt.kernels.cuda import batchnorm, decisions, elementwise, layerwise, memory, norms, simulated
 from fastopt.kernels.cuda.target import cuda, type_of
@@ -264,6 +265,7 @@ def planted(patch: pytest.MonkeyPatch, module: Any, name: str, *changes: tuple[s
     parts = tuple((part, function if each.__name__ == name else each) for part, each in backend_module.PARTS)
     patch.setattr(backend_module, "PARTS", parts)
     patch.setitem(kernels._made, "cuda", Emulated())
+    patch.setattr(functional, "KINDS", {})  # these hold kernels of the backend before
 
 
 def a_step(name: str = "Adam", **options: Any) -> bool:
