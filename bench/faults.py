@@ -715,8 +715,8 @@ DEVICE: Sequence[Fault] = (
         SIMULATED + "tests/test_cuda_streams.py -k sent_on_one_stream",
         ("            stream.wait_event(entry.event)", "            pass"),
         (
-            "key = (xp.cuda.runtime.getDevice(), id(array))",
-            "key = (0, id(array))",
+            "            key = (device, id(array))",
+            "            key = (0, id(array))",
             SIMULATED + "tests/test_cuda_streams.py -k each_device_has_tables",
         ),
         (

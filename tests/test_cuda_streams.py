@@ -108,16 +108,20 @@ def test_memory_that_several_streams_have_used_is_let_go_when_the_device_has_don
     monkeypatch.setattr(xp().cuda.Device, "synchronize", lambda device: waited.append(device.id), raising=False)
     kept: Kept[str] = Kept(2)
     arrays = [np.zeros(1) for _ in range(4)]
+
+    def found(array: np.ndarray) -> str | None:
+        return kept.find(array, 0, xp().cuda.get_current_stream())
+
     kept.add(arrays[0], "0", xp())
     kept.add(arrays[1], "1", xp())
     with stream():
-        assert kept.find(arrays[1], xp()) == "1"
-    assert kept.find(arrays[0], xp()) == "0"
+        assert found(arrays[1]) == "1"
+    assert found(arrays[0]) == "0"
     kept.add(arrays[2], "2", xp())
     assert waited == [0]
     kept.add(arrays[3], "3", xp())
     assert waited == [0]
-    assert [kept.find(array, xp()) for array in arrays] == [None, None, "2", "3"]
+    assert [found(array) for array in arrays] == [None, None, "2", "3"]
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -231,13 +235,15 @@ def test_a_decision_that_nobody_waits_for_writes_to_memory_of_its_own():
 
 
 @simulator_only
-def test_a_slot_is_used_again_after_its_copy():
+def test_a_slot_is_used_again_on_its_stream_and_after_its_copy_on_another():
     from fastopt.kernels.cuda.decisions import Slots
 
-    slots = Slots(get_backend("cuda"))
-    slot = slots.take()
-    slot.event.record()
+    slots, on, other = Slots(get_backend("cuda")), stream(), stream()
+    slot = slots.take(on)
+    slot.event.record(on)
     slots.put_back(slot)
-    assert slots.take() is not slot
+    assert slots.take(other) is not slot
+    assert slots.take(on) is slot
+    slots.put_back(slot)
     slot.event.synchronize()
-    assert slots.take() is slot
+    assert slots.take(other) is slot

@@ -227,8 +227,17 @@ class Pipeline:
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def step(self, grads: Any, grad_scale: float, reduction: str, extra: Any = None, loss: Any = None) -> StepInfo:
-        """Make a step: see `Optimizer.step`."""
+    def step(
+        self,
+        grads: Any,
+        grad_scale: float,
+        reduction: str,
+        extra: Any = None,
+        loss: Any = None,
+        *,
+        deferred: bool = False,
+    ) -> StepInfo:
+        """Make a step: see `Optimizer.step`. deferred : signals are."""
         if self.held:
             self.refuse_while_held("step")
         if self.gradients_in:
@@ -241,6 +250,9 @@ class Pipeline:
         if device is not None:
             device.check_place(self.flat.device)  # before a buffer of gradients is made
             if device.in_flight or device.collected:
+                if not deferred:
+                    with deferred_signals:  # one block for the results and the step: a block takes 4 us
+                        return self.step(grads, grad_scale, reduction, extra, loss, deferred=True)
                 self.collect(MOST_IN_FLIGHT)
         plan = self.plan
         if plan.version != self.groups.version or self.addresses is not self.flat.addresses:

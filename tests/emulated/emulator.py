@@ -144,7 +144,7 @@ class Emulated(CUDA):
 
     def __init__(self) -> None:
         super().__init__()
-        self.xp, self.pinned = Arrays(), np.empty
+        self._use(Arrays(), np.empty)
         self._most_blocks = 3  # so that blocks take several chunks each
         self._lto: dict[Any, bytes] = {}
         self._ptx: dict[Any, str] = {}

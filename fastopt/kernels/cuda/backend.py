@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import FunctionType, ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -41,7 +41,7 @@ from fastopt.kernels.cuda import simulated
 from fastopt.kernels.cuda.decisions import PendingDecision, Slots, decide
 from fastopt.kernels.cuda.elementwise import ElementwiseKernel, elementwise, hyperparameters, updated
 from fastopt.kernels.cuda.kept import Kept
-from fastopt.kernels.cuda.launcher import Chunks, PreparedKernel, SentTiles
+from fastopt.kernels.cuda.launcher import Chunks, Partials, PreparedKernel, SentTiles
 from fastopt.kernels.cuda.layerwise import (
     N_SPAN,
     LayerwiseKernel,
@@ -93,6 +93,9 @@ from fastopt.signals import deferred_signals
 
 T = TypeVar("T")
 
+HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
+"""Of cudaMemcpyKind."""
+
 PARTS = (
     ("LOOP", loop),
     ("BLOCK_SUMS", block_sums),
@@ -135,6 +138,18 @@ def spans_of(lines: np.ndarray) -> np.ndarray:
     return np.stack(spans, 1)
 
 
+class SentTable(NamedTuple):
+    """A table of hyperparameters on the device, and what sends its content there again."""
+
+    place: Array
+    to: int
+    """The address of the place."""
+    source: int
+    """The address of the NumPy array ..."""
+    size: int
+    """... and its bytes."""
+
+
 class CUDA:
     """The CUDA backend."""
 
@@ -152,7 +167,7 @@ class CUDA:
         self._chunks: Kept[Chunks] = Kept(64)
         self._tiles: Kept[SentTiles] = Kept(64)
         self._places: Kept[Array] = Kept(64)
-        self._tables: Kept[Array] = Kept(64)
+        self._tables: Kept[SentTable] = Kept(64)
         self._constants: Kept[Array] = Kept(256)
         self._recorded: list[Any] = []
         self._slots: dict[int, Slots] = {}
@@ -164,8 +179,16 @@ class CUDA:
 
     def connect(self) -> CUDA:
         """Find a device, and CuPy to hold its memory. Raises RuntimeError, with the reason, where CUDA cannot work."""
-        self.xp, self.pinned = _array_module()
+        self._use(*_array_module())
         return self
+
+    def _use(self, xp: Any, pinned: Callable[[int], np.ndarray]) -> None:
+        """Hold memory by CuPy, or by what stands for it."""
+        self.xp, self.pinned = xp, pinned
+        self._array_type = xp.ndarray
+        # Looked up once: a step asks for them a dozen times.
+        self._current_device, self._current_stream = xp.cuda.runtime.getDevice, xp.cuda.get_current_stream
+        self._copy_async = xp.cuda.runtime.memcpyAsync
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -194,17 +217,27 @@ class CUDA:
 
     def table(self, table: Any) -> Array:
         """As `Asynchronous.table`; while launches are recorded, the place alone: its content is sent later."""
-        if not isinstance(table, np.ndarray) or isinstance(table, self.xp.ndarray):
+        if not isinstance(table, np.ndarray) or isinstance(table, self._array_type):
             return table
-        place = self._tables.find(table, self.xp)
-        if self.capturing():
-            if place is None:
+        stream = self._current_stream()
+        sent = self._tables.find(table, self._current_device(), stream)
+        if stream.is_capturing():
+            if sent is None:
                 raise RuntimeError("step() is captured before there was one: make one ordinary step like it first")
-            return self.keep(place)
-        if place is None:
-            place = self._tables.add(table, self.xp.empty(table.shape, table.dtype), self.xp)
-        place.set(table)
-        return place
+            return self.keep(sent.place)
+        if sent is None:
+            place = self.xp.empty(table.shape, table.dtype)
+            made = SentTable(place, self.address(place), table.__array_interface__["data"][0], table.nbytes)
+            sent = self._tables.add(table, made, self.xp)
+        self._send(sent, stream)
+        return sent.place
+
+    def _send(self, sent: SentTable, stream: Any) -> None:
+        """Copy a table to the device, as ``ndarray.set`` does, which spends ten times as long on its checks.
+
+        The content is taken before this returns: the memory of a NumPy array is not pinned.
+        """
+        self._copy_async(sent.to, sent.source, sent.size, HOST_TO_DEVICE, stream.ptr)
 
     def keep(self, kept: T) -> T:
         """Arrays that are not given back while launches are recorded: what was recorded may be run at any time."""
@@ -214,7 +247,7 @@ class CUDA:
 
     def capturing(self) -> bool:
         """As `fastopt.kernels.contract.Backend`."""
-        return bool(self.xp.cuda.get_current_stream().is_capturing())
+        return bool(self._current_stream().is_capturing())
 
     def places(self, places: np.ndarray) -> Array:
         """A table of places on the device, its lines one after the other; that of a table seen lately is kept.
@@ -230,24 +263,30 @@ class CUDA:
         return self._sent(array, self._constants)
 
     def _sent(self, array: np.ndarray, kept: Kept[Array]) -> Array:
-        found = kept.find(array, self.xp)
+        stream = self._current_stream()
+        found = kept.find(array, self._current_device(), stream)
         if found is None:
             self._check_recordable()
             array.flags.writeable = False
             found = kept.add(array, self.upload(array.reshape(-1)), self.xp)
-        return self.keep(found)
+        if stream.is_capturing():
+            self.keep(found)
+        return found
 
     def chunks(self, chunks: np.ndarray) -> Chunks:
         """A table of chunks on the device; that of a table seen lately is kept."""
-        found = self._chunks.find(chunks, self.xp)
+        stream = self._current_stream()
+        found = self._chunks.find(chunks, self._current_device(), stream)
         if found is None:
             self._check_recordable()
             found = self._chunks.add(chunks, self._chunks_of(chunks), self.xp)
-        return self.keep(found)
+        if stream.is_capturing():
+            self.keep(found)
+        return found
 
     def tiles(self, tiles: Tiles) -> SentTiles:
         """A table of tiles on the device, and those of its lines; those of a table seen lately are kept."""
-        found = self._tiles.find(tiles.table, self.xp)
+        found = self._tiles.find(tiles.table, self._current_device(), self._current_stream())
         if found is None:
             self._check_recordable()
             lines = {over: (self.upload(table.reshape(-1)), len(table)) for over, table in tiles.lines.items()}
@@ -269,7 +308,22 @@ class CUDA:
             len(spans),
             int(columns.block[-1]) + 1 if len(lines) else 0,
             int(columns.place.max(initial=-1)) + 1,
+            Partials(),
         )
+
+    def partials(self, found: Chunks, width: int) -> tuple[Array, Array]:
+        """Room for the partial sums of a norm over chunks, `width` of each block; and the same, a line for each block.
+
+        The room of the norm before on the same stream is used again: what reads it was launched before.
+        """
+        stream, capturing = self._current_stream(), self.capturing()
+        used_by, array, lines = found.partials.latest
+        if used_by is not stream or capturing or lines.shape != (found.blocks, width):
+            array = self.empty(width * found.blocks)
+            lines = array.reshape(found.blocks, width)
+            if not capturing:
+                found.partials.latest = stream, array, lines
+        return array, lines
 
     def _check_recordable(self) -> None:
         if self.capturing():
@@ -279,9 +333,17 @@ class CUDA:
 
     def addresses(self, arrays: tuple[Array, ...]) -> tuple[int, ...]:
         """Where buffers of the current device begin."""
+        if SIMULATED:
+            for array in arrays:
+                self._check_device(array)
+            return tuple([self.address(array) for array in arrays])
+        device, found = self._current_device(), []
         for array in arrays:
-            self._check_device(array)
-        return tuple([self.address(array) for array in arrays])
+            memory = array.data
+            if memory.device_id != device:
+                self._check_device(array)
+            found.append(memory.ptr)
+        return tuple(found)
 
     # --- kernels ------------------------------------------------------------------------------------------------------
 
@@ -341,18 +403,28 @@ class CUDA:
             columns = {name.upper(): StepHyper._fields.index(name) for name in ("coefficient", "proceeds")}
             constants = {"CLIP_COEFFICIENT": clip_coefficient, "WIDTH": width, **columns, **flags}
             self._kernels[key] = self.compiled(decide, constants, "decide")
-        result = self.empty(3)
+        stream = self._current_stream()
+        slots = self._slots_of(self._current_device())
+        recorded = stream.is_capturing()
+        slot = Slots(self).take(stream) if recorded else slots.take(stream)
         counted, known = (self.unused(np.int64), 0) if skipped is None else skipped
         possible = self.unused(table.dtype) if candidates is None else self.table(candidates)
         rows, columns = table.shape
         limit = 0.0 if max_norm is None else float(max_norm)
         kernel, norm = self._kernels[key], (float(factor), limit)
-        self.launch(kernel, 1, partials, blocks, *norm, known, possible, rows, columns, counted, table, result)
-        device = self.device
+        self.launch(kernel, 1, partials, blocks, *norm, known, possible, rows, columns, counted, table, slot.result)
+        if recorded:
+            return PendingDecision(self, slot, None)
+        slot.event.record(stream)
+        return PendingDecision(self, slot, slots)
+
+    def _slots_of(self, device: int) -> Slots:
         slots = self._slots.get(device)
-        if slots is None:
-            slots = self._slots.setdefault(device, Slots(self))
-        return PendingDecision(self, result, slots)
+        return self._slots.setdefault(device, Slots(self)) if slots is None else slots
+
+    def fetch(self, to: int, address: int, size: int) -> None:
+        """Have bytes at an address of the device copied to pinned memory of the host, on the current stream."""
+        self._copy_async(to, address, size, DEVICE_TO_HOST, self._current_stream().ptr)
 
     def add(
         self,
@@ -629,32 +701,31 @@ class CUDA:
             self._check_device(arguments[0])
             simulated.launch(partial(_simulated, kernel, min(blocks, self._most_blocks)), arguments)
             return
-        device, arrays = self.device, self.xp.ndarray
-        words: list[Any] = []
-        for argument in arguments:
-            if isinstance(argument, arrays):
-                memory = argument.data
-                if memory.device_id != device:
-                    self._check_device(argument)
-                words.append(memory.ptr)
-            elif isinstance(argument, tuple):
-                words += argument
-            else:
-                words.append(argument)
+        device = self._current_device()
         prepared = self._prepared.get((kernel, device))
         if prepared is None:
-            prepared = self._prepared[kernel, device] = self._prepare(kernel, arguments, words)
-        stream = self.xp.cuda.get_current_stream().ptr
-        prepared.launch(min(blocks, self._most_blocks or prepared.most_blocks), stream, words)
+            prepared = self._prepared[kernel, device] = self._prepare(kernel, arguments)
+        words = [*arguments]
+        for k in prepared.arrays:
+            memory = words[k].data
+            if memory.device_id != device:
+                self._check_device(words[k])
+            words[k] = memory.ptr
+        for k in prepared.tuples:
+            words[k : k + 1] = words[k]
+        prepared.launch(min(blocks, self._most_blocks or prepared.most_blocks), self._current_stream().ptr, words)
 
-    def _prepare(self, kernel: Any, arguments: tuple[Any, ...], words: list[Any]) -> PreparedKernel:
+    def _prepare(self, kernel: Any, arguments: tuple[Any, ...]) -> PreparedKernel:
         """A kernel on the current device, compiled for arguments of these types."""
         typed = self._typed.get(kernel)
         if typed is None:
             signature = tuple(type_of(argument) for argument in arguments)
             options = {"launch_bounds": kernel.targetoptions["launch_bounds"]}
             typed = self._typed[kernel] = cuda.jit(signature, **options)(kernel.py_func)
-        return PreparedKernel(DriverFunction(typed), words)
+        arrays = [k for k, argument in enumerate(arguments) if isinstance(argument, self._array_type)]
+        tuples = [k for k, argument in enumerate(arguments) if isinstance(argument, tuple)]
+        words = [each for argument in arguments for each in (argument if isinstance(argument, tuple) else (argument,))]
+        return PreparedKernel(DriverFunction(typed), words, arrays, tuples[::-1])
 
     def _check_device(self, array: Any) -> None:
         """Refuse to launch on the current device what works on another's arrays."""
@@ -706,7 +777,7 @@ class CUDA:
     @property
     def device(self) -> int:
         """As `fastopt.kernels.contract.Backend`."""
-        number: int = self.xp.cuda.runtime.getDevice()
+        number: int = self._current_device()
         return number
 
     def device_of(self, array: Array) -> int:
@@ -717,6 +788,12 @@ class CUDA:
     def copy(self, to: Array, source: Array) -> None:
         """As `fastopt.kernels.contract.Backend`."""
         if (
+            type(source) is np.ndarray
+            and (sent := self._tables.find(source, self._current_device(), self._current_stream())) is not None
+            and sent.place is to
+        ):
+            self._send(sent, self._current_stream())
+        elif (
             type(source) is np.ndarray
             and source.dtype == to.dtype
             and source.shape == to.shape

@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import float64
@@ -95,72 +95,92 @@ def decide(partials, blocks, factor, max_norm, known, candidates, rows, columns,
 # --- the result -------------------------------------------------------------------------------------------------------
 
 
-class Slot(NamedTuple):
-    """Where a decision arrives at the host."""
+class Slot:
+    """Where a decision is left on the device, and where it arrives at the host."""
 
-    numbers: np.ndarray
-    """Pinned memory."""
-    event: Any
-    """After the last copy to it."""
+    __slots__ = ("address", "event", "numbers", "result", "stream", "to")
+
+    def __init__(self, result: Array, address: int, event: Any):
+        self.result = result
+        """The norm, the coefficient, and whether all gradients are finite."""
+        self.address = address
+        self.event = event
+        """After the last of the launches and copies that use the slot."""
+        self.stream: Any = None
+        """On which these are. It is held, so that none that is made later is taken for it."""
+        self.numbers: np.ndarray | None = None
+        """Pinned memory for the same numbers, made when they are first sent ..."""
+        self.to = 0
+        """... and its address."""
 
 
 class Slots:
     """The slots of one device. They are used again, and their memory is never given back.
 
     CuPy gives pinned memory to others as soon as its array is let go, and knows nothing of a copy that is still to be
-    made. A slot whose decision is forgotten before the copy comes back here, and waits for its event.
+    made. A slot whose decision is forgotten before the copy comes back here. It serves the stream that it served last,
+    where all follows what is still to be done, and others after its event.
     """
 
     def __init__(self, backend: Launcher) -> None:
         self._backend = backend
         self._free: deque[Slot] = deque()
 
-    def take(self) -> Slot:
-        """Return a slot that no copy is on its way to."""
+    def take(self, stream: Any) -> Slot:
+        """Return a slot for the current stream, which nothing that is still to be done on another one will use."""
+        slot = None
         with suppress(IndexError):  # there is none, or another thread has just taken it
             slot = self._free.popleft()
-            if slot.event.done:
-                return slot
-            self._free.append(slot)
-        return Slot(self._backend.pinned(3), self._backend.xp.cuda.Event(disable_timing=True))
+            if slot.stream is not stream and not slot.event.done:
+                self._free.append(slot)
+                slot = None
+        if slot is None:
+            backend = self._backend
+            result = backend.empty(3)
+            slot = Slot(result, backend.address(result), backend.xp.cuda.Event(disable_timing=True))
+        slot.stream = stream
+        return slot
 
     def put_back(self, slot: Slot) -> None:
-        """Take a slot back, to which a copy may still be on its way."""
+        """Take a slot back; what uses it may still be to be done."""
         self._free.append(slot)
 
 
 class PendingDecision:
     """As `fastopt.kernels.contract.Decision`."""
 
-    def __init__(self, backend: Launcher, result: Array, slots: Slots):
-        """result : the norm, the coefficient, and whether all gradients are finite, as numbers on the device."""
+    def __init__(self, backend: Launcher, slot: Slot, slots: Slots | None):
+        """slots : where the slot comes back to; None: nowhere, because a graph may write to it at any time."""
         self._backend = backend
-        self._result = result
+        self._slot = slot
         self._slots = slots
-        self._slot: Slot | None = None
+        self._sent = False
 
     def __del__(self) -> None:
-        if self._slot is not None:
+        if self._slots is not None:
             self._slots.put_back(self._slot)
 
     def send(self) -> None:
         """As `fastopt.kernels.contract.Decision`: a copy to pinned memory, and an event after it."""
-        if self._slot is None:
-            self._slot = self._slots.take()
-        self._result.get(out=self._slot.numbers, blocking=False)
-        self._slot.event.record(self._backend.xp.cuda.get_current_stream())
+        slot = self._slot
+        if slot.numbers is None:
+            slot.numbers = self._backend.pinned(3)
+            slot.to = slot.numbers.__array_interface__["data"][0]
+        self._backend.fetch(slot.to, slot.address, slot.numbers.nbytes)
+        slot.event.record(slot.stream)
+        self._sent = True
 
     @property
     def arrived(self) -> bool:
         """As `fastopt.kernels.contract.Decision`."""
-        return self._slot is not None and bool(self._slot.event.done)
+        return self._sent and bool(self._slot.event.done)
 
     def read(self) -> tuple[float, float, bool]:
         """As `fastopt.kernels.contract.Decision`."""
-        if self._slot is None:
-            found = self._backend.host(self._result)
-        else:
+        if self._sent and self._slot.numbers is not None:
             self._slot.event.synchronize()
             found = self._slot.numbers
+        else:
+            found = self._backend.host(self._slot.result)
         norm, coefficient, finite = found.tolist()
         return norm, coefficient, finite == 1.0

@@ -13,11 +13,12 @@ T = TypeVar("T")
 class Entry(Generic[T]):
     """What was made of an array of the host on one device."""
 
-    __slots__ = ("array", "event", "made", "shared", "stream")
+    __slots__ = ("array", "device", "event", "made", "shared", "stream")
 
-    def __init__(self, array: np.ndarray, made: T, stream: int, event: Any):
+    def __init__(self, array: np.ndarray, made: T, device: int, stream: int, event: Any):
         self.array = array  # whose id is otherwise given to another array
         self.made = made
+        self.device = device
         self.stream = stream  # the one on which it was sent
         self.event: Any = event  # after it was sent; None once the event is known to be done
         self.shared = False  # whether another stream has used it
@@ -35,15 +36,19 @@ class Kept(Generic[T]):
     def __init__(self, most: int) -> None:
         self._most = most
         self._found: OrderedDict[tuple[int, int], Entry[T]] = OrderedDict()
+        self._latest: Entry[T] | None = None
+        """The one that was last added or found, which most launches find again."""
 
-    def find(self, array: np.ndarray, xp: Any) -> T | None:
-        """Return what was made of this array on the current device, ready for the current stream."""
-        key = (xp.cuda.runtime.getDevice(), id(array))
-        entry = self._found.get(key)
-        if entry is None:
-            return None
-        self._found.move_to_end(key)
-        stream = xp.cuda.get_current_stream()
+    def find(self, array: np.ndarray, device: int, stream: Any) -> T | None:
+        """Return what was made of this array on a device, ready for a stream of the device."""
+        entry = self._latest
+        if entry is None or entry.array is not array or entry.device != device:
+            key = (device, id(array))
+            entry = self._found.get(key)
+            if entry is None:
+                return None
+            self._found.move_to_end(key)
+            self._latest = entry
         if entry.stream != stream.ptr:
             entry.shared = True
             if entry.event is not None:
@@ -62,10 +67,10 @@ class Kept(Generic[T]):
 
     def add(self, array: np.ndarray, made: T, xp: Any) -> T:
         """Keep what was just made of an array, on the current device and stream."""
-        stream = xp.cuda.get_current_stream()
+        device, stream = xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream()
         event = xp.cuda.Event(disable_timing=True)
         event.record(stream)
-        self._found[xp.cuda.runtime.getDevice(), id(array)] = Entry(array, made, stream.ptr, event)
+        self._latest = self._found[device, id(array)] = Entry(array, made, device, stream.ptr, event)
         if len(self._found) > self._most:
             (device, _), oldest = self._found.popitem(last=False)
             if oldest.shared:

@@ -15,6 +15,17 @@ from fastopt.kernels.cuda.target import DriverFunction
 T = TypeVar("T")
 
 
+class Partials:
+    """Where the partial sums of a norm are, for one stream after the other: each is read before the next is taken."""
+
+    __slots__ = ("latest",)
+
+    def __init__(self) -> None:
+        self.latest: tuple[Any, Array, Array] = (None, None, None)
+        """The stream that used them last, which is held, so that none that is made later is taken for it; where they
+        are, and the same with a line for each block."""
+
+
 class Chunks(NamedTuple):
     """A table of chunks on the device, its lines one after the other."""
 
@@ -30,6 +41,7 @@ class Chunks(NamedTuple):
     blocks: int
     parameters: int
     """One more than the number of the last one."""
+    partials: Partials
 
 
 class SentTiles(NamedTuple):
@@ -46,9 +58,11 @@ class SentTiles(NamedTuple):
 class PreparedKernel:
     """A kernel that was compiled for the types of its arguments and loaded on a device, with room for the arguments."""
 
-    def __init__(self, function: DriverFunction, words: Sequence[Any]):
-        """words : the arguments of a launch, as those of `launch`."""
+    def __init__(self, function: DriverFunction, words: Sequence[Any], arrays: Sequence[int], tuples: Sequence[int]):
+        """words : the arguments of a launch, as those of `launch`. arrays, tuples : which of its arguments are such."""
         self.most_blocks = function.most_blocks
+        self.arrays = arrays
+        self.tuples = tuples
         self._launch = function.launch
         self._pack = struct.Struct("=" + "".join("d" if isinstance(word, float) else "q" for word in words)).pack_into
         self._size = len(words)
@@ -96,9 +110,15 @@ class Launcher(Protocol):
 
     def chunks(self, chunks: np.ndarray) -> Chunks: ...  # noqa: D102
 
+    def partials(self, found: Chunks, width: int) -> tuple[Array, Array]: ...  # noqa: D102
+
     def tiles(self, tiles: Tiles) -> SentTiles: ...  # noqa: D102
 
     def addresses(self, arrays: tuple[Array, ...]) -> tuple[int, ...]: ...  # noqa: D102
+
+    def address(self, array: Array) -> int: ...  # noqa: D102
+
+    def fetch(self, to: int, address: int, size: int) -> None: ...  # noqa: D102
 
     def host(self, array: Array) -> np.ndarray: ...  # noqa: D102
 

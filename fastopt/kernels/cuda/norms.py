@@ -214,16 +214,21 @@ class SquaresKernel:
     def launch(self, places: Array, table: Array, chunks: Array, elements: int) -> Array:
         """As `fastopt.kernels.contract.NormKernel`."""
         backend = self._backend
-        partials = self.launch_on(backend.places(places), backend.table(table), backend.chunks(chunks))
-        return partials.reshape(-1, self._width)
+        found = backend.chunks(chunks)
+        partials, lines = backend.partials(found, self._width)
+        self._launch(backend.places(places), backend.table(table), found, partials)
+        return lines
 
     def launch_on(self, places: Array, table: Array, found: Chunks) -> Array:
         """The same, with tables that are on the device, where the sums stay as well, all in a row."""
-        backend, columns = self._backend, table.shape[1]
-        partials = backend.empty(self._width * found.blocks)
-        backend.launch(self._kernel, found.length, places, table, columns, found.lines, found.length, partials)
-        self.launch_again(places, table, found, partials)
+        partials = self._backend.empty(self._width * found.blocks)
+        self._launch(places, table, found, partials)
         return partials
+
+    def _launch(self, places: Array, table: Array, found: Chunks, partials: Array) -> None:
+        length, columns = found.length, table.shape[1]
+        self._backend.launch(self._kernel, length, places, table, columns, found.lines, length, partials)
+        self.launch_again(places, table, found, partials)
 
     def launch_again(self, places: Array, table: Array, found: Chunks, partials: Array) -> None:
         """Complete partial sums whose first two columns are known."""

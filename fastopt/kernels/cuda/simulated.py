@@ -300,6 +300,21 @@ class cuda:  # noqa: N801 CuPy's name
             """The number of the current device."""
             return cuda.Device.current
 
+        @staticmethod
+        def memcpyAsync(to: int, source: int, size: int, kind: int, stream: int) -> None:  # noqa: N802 CuPy's name
+            """A copy from the host (kind 1), whose content is taken now, or to its pinned memory (kind 2)."""
+            there = to if kind == 1 else source
+            found = MEMORY.find(there)
+            if found is None or there + size > found.end or found.device != cuda.Device.current:
+                raise IndexError(f"{size} bytes at {there:#x} are not in the memory of any array of the current device")
+            assert stream == cuda._stream.ptr, "the stream is another one than the current one"
+            content = ctypes.string_at(source, size) if kind == 1 else None
+
+            def copy() -> None:
+                ctypes.memmove(to, ctypes.string_at(source, size) if content is None else content, size)
+
+            cuda._stream.submit(copy)
+
     class Device:
         """``Device(1).id`` is 1, ``Device().id`` that of the current one, which ``with Device(1):`` makes it."""
 
