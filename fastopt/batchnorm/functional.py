@@ -135,6 +135,7 @@ class Kind:
         self.training = training
         self.reads_y = residual and activation is not None
         """Whether the backward pass reads y, and writes a gradient of the residual of its own."""
+        self.of_device = backend.asynchronous
         self.kernel = backend.batchnorm(formulas, dtype, relu=activation is not None, residual=residual)
         self._quick: dict[bool, Quick] = {}
 
@@ -240,6 +241,9 @@ KINDS: dict[tuple[Any, ...], Kind] = {}
 """Those of the last forward passes, by what they were called with."""
 
 MOST_KINDS = 256
+
+QUICK_ARRAYS: set[type] = {np.ndarray}
+"""Types of x whose passes are looked up in KINDS: NumPy's, and those of the devices that were seen."""
 
 
 def _keep(key: tuple[Any, ...], kind: Kind) -> None:
@@ -367,7 +371,7 @@ def forward_pass(
     """
     key: tuple[Any, ...] = ()
     if (
-        type(x) is np.ndarray
+        type(x) in QUICK_ARRAYS
         and type(axis) is int
         and type(eps) is float
         and LEAST_QUICK_EPS < eps < math.inf
@@ -376,9 +380,15 @@ def forward_pass(
         and (running_mean is None) == (running_var is None)
         and (activation is None or type(activation) is str)
     ):
-        key = (x.shape, x.dtype, axis, activation, residual is None, gamma is None, beta is None, training)
+        key = (type(x), x.shape, x.dtype, axis, activation, residual is None, gamma is None, beta is None, training)
         kind = KINDS.get(key)
-        if kind is not None:
+        if kind is not None and kind.of_device:
+            quick = _forward_on_device(
+                kind, (x, residual, out), (gamma, beta, running_mean, running_var), eps, momentum, count
+            )
+            if quick is not None:
+                return quick
+        elif kind is not None:
             y = np.empty(x.shape, x.dtype) if out is None else out
             arrays = [x, residual, y, gamma, beta, running_mean, running_var]
             made = kind.quick(backward=False).forward(arrays, eps, momentum, None if running_mean is None else count)
@@ -444,7 +454,8 @@ def forward_pass(
 
     of_device = backend.asynchronous
     if of_device:
-        key = ("device", x.shape, x.dtype, axis, activation, residual is None, gamma is None, beta is None, training)
+        QUICK_ARRAYS.add(type(x))
+        key = (type(x), x.shape, x.dtype, axis, activation, residual is None, gamma is None, beta is None, training)
     kind = KINDS.get(key) if of_device else None  # on the CPU the compiled checks have refused it
     if kind is None:
         kind = Kind(
@@ -475,6 +486,88 @@ def forward_pass(
         None if overwritten else x,
         out if kind.reads_y else None,
     )
+
+
+def _forward_on_device(
+    kind: Kind,
+    whole: tuple[Any, Any, Any],
+    channelwise: tuple[Any, Any, Any, Any],
+    eps: float,
+    momentum: float | None,
+    count: Any,
+) -> tuple[Any, Saved] | None:
+    """Make a forward pass over arrays that are as the kernels need them; None where one is not, or two overlap.
+
+    whole : x, residual and out. channelwise : gamma, beta and the running statistics.
+    """
+    backend: Any = kind.backend
+    x, residual, out = whole
+    given = [array for array in whole if array is not None]
+    narrow = [array for array in channelwise if array is not None]
+    where = backend.located(given, kind.shape, kind.dtype)
+    at = None if where is None else backend.located(narrow, kind.view[1:2], kind.dtype)
+    if at is None or not _apart(where, x.nbytes) or not _apart(at, kind.view[1] * x.itemsize):
+        return None
+    if out is None:
+        out = backend.empty(kind.shape, kind.dtype)
+    elif not _outside(at, where[-1], kind.view[1] * x.itemsize, x.nbytes):
+        return None
+    state = kind.kernel.forward(
+        kind.view,
+        x,
+        residual,
+        out,
+        channelwise,
+        training=kind.training,
+        eps=eps,
+        weight=momentum,
+        count=None if channelwise[2] is None else count,
+    )
+    return out, Saved(kind, state, x, out if kind.reads_y else None)
+
+
+def _backward_on_device(saved: Saved, x: Any, dy: Any, out: Any, of_gamma: Any, of_beta: Any) -> BatchNormGrads | None:
+    """Make a backward pass over arrays that are as the kernels need them; None where one is not, or two overlap."""
+    kind = saved._kind
+    backend: Any = kind.backend
+    channels, size = kind.view[1:2], kind.view[1] * kind.dtype.itemsize
+    given = [array for array in (x, dy, saved._y, out) if array is not None]
+    narrow = [array for array in (of_gamma, of_beta) if array is not None]
+    where = backend.located(given, kind.shape, kind.dtype)
+    if where is None or not _apart(where, x.nbytes):
+        return None
+    if narrow:
+        at = backend.located(narrow, channels, kind.dtype)
+        if at is None or not _apart(at, size) or not all(_outside(at, each, size, x.nbytes) for each in where):
+            return None
+    dx = backend.empty(kind.shape, kind.dtype) if out is None else out
+    of_gamma = backend.empty(channels, kind.dtype) if of_gamma is None else of_gamma
+    of_beta = backend.empty(channels, kind.dtype) if of_beta is None else of_beta
+    of_residual = backend.empty(kind.shape, kind.dtype) if kind.reads_y else None
+    sums = (of_gamma, of_beta)
+    kind.kernel.backward(kind.view, x, dy, saved._y, (dx, of_residual), sums, saved._state, training=kind.training)
+    saved._mark_used()
+    return BatchNormGrads(
+        dx,
+        of_gamma if kind.gamma else None,
+        of_beta if kind.beta else None,
+        of_residual if kind.reads_y or not kind.residual else dy,
+    )
+
+
+def _apart(addresses: list[int], size: int) -> bool:
+    """Whether arrays of `size` bytes at these addresses do not overlap."""
+    end = -1
+    for address in sorted(addresses):
+        if address < end:
+            return False
+        end = address + size
+    return True
+
+
+def _outside(addresses: list[int], start: int, size: int, length: int) -> bool:
+    """Whether arrays of `size` bytes at these addresses do not overlap with one of `length` bytes."""
+    return all(address + size <= start or start + length <= address for address in addresses)
 
 
 def batchnorm_backward(
@@ -521,7 +614,11 @@ def batchnorm_backward(
     if type(saved) is Saved and not saved.used and (saved._kind.gamma or dgamma is None):
         kind, x = saved._kind, saved._x
         quick = x is not None and type(x) is np.ndarray and (not kind.residual or out is None)
-        if quick and (kind.beta or dbeta is None):
+        if kind.of_device and x is not None and (kind.beta or dbeta is None):
+            made = _backward_on_device(saved, x, dy, out, dgamma, dbeta)
+            if made is not None:
+                return made
+        elif quick and (kind.beta or dbeta is None):
             dx = np.empty(kind.shape, kind.dtype) if out is None else out
             of_gamma = np.empty(kind.view[1], kind.dtype) if dgamma is None else dgamma
             of_beta = np.empty(kind.view[1], kind.dtype) if dbeta is None else dbeta

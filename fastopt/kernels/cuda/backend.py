@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -93,7 +93,7 @@ from fastopt.signals import deferred_signals
 
 T = TypeVar("T")
 
-HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
+HOST_TO_DEVICE, DEVICE_TO_HOST, ON_DEVICE = 1, 2, 3
 """Of cudaMemcpyKind."""
 
 PARTS = (
@@ -205,7 +205,7 @@ class CUDA:
         that it must be none that is passed twice.)"""
         if SIMULATED:
             return self.empty(1, dtype)
-        key = (self.device, dtype)
+        key = (self._current_device(), dtype)
         found = self._unused.get(key)
         if found is None:
             found = self._unused[key] = self.empty(1, dtype)
@@ -244,6 +244,22 @@ class CUDA:
         if self.capturing():
             self._recorded.append(kept)
         return kept
+
+    def stream(self) -> Any:
+        """CuPy's current stream."""
+        return self._current_stream()
+
+    def located(self, arrays: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[int] | None:
+        """The addresses of arrays; None where one has another shape or dtype, or gaps, or is not on this device."""
+        device, of_type = self._current_device(), self._array_type
+        found = []
+        for array in arrays:
+            if type(array) is not of_type or array.shape != shape or array.dtype != dtype:
+                return None
+            if not array.flags.c_contiguous or (self.device_of(array) if SIMULATED else array.data.device_id) != device:
+                return None
+            found.append(self.address(array))
+        return found
 
     def capturing(self) -> bool:
         """As `fastopt.kernels.contract.Backend`."""
@@ -421,6 +437,11 @@ class CUDA:
     def _slots_of(self, device: int) -> Slots:
         slots = self._slots.get(device)
         return self._slots.setdefault(device, Slots(self)) if slots is None else slots
+
+    def move(self, to: Array, source: Array) -> None:
+        """Copy an array of the current device to another one of the same size and dtype, on the current stream."""
+        address = self.address
+        self._copy_async(address(to), address(source), source.nbytes, ON_DEVICE, self._current_stream().ptr)
 
     def fetch(self, to: int, address: int, size: int) -> None:
         """Have bytes at an address of the device copied to pinned memory of the host, on the current stream."""

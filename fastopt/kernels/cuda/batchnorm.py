@@ -32,7 +32,7 @@ from numba import float64, uint64
 
 from fastopt.kernels.bind import bind
 from fastopt.kernels.contract import Array
-from fastopt.kernels.cuda.launcher import Launcher
+from fastopt.kernels.cuda.launcher import Launcher, Room, Rooms
 from fastopt.kernels.cuda.memory import unpacking
 from fastopt.kernels.cuda.target import SIMULATED, THREADS, cuda, device
 
@@ -465,6 +465,52 @@ def _power_of_two(least: int) -> int:
 # --- from the kernels to launches -------------------------------------------------------------------------------------
 
 
+class State:
+    """What a forward pass leaves for a backward pass, in a room that goes back when this is let go."""
+
+    __slots__ = ("_rooms", "coefficients", "gamma", "room", "stats")
+
+    def __init__(self, room: Room, rooms: Rooms | None, *, gamma: bool):
+        """rooms : where the room comes from; None: it is of this object alone."""
+        self.room = room
+        self._rooms = rooms
+        self.coefficients, self.stats, own = room.arrays
+        self.gamma = own if gamma else None
+        """A copy, because an optimizer may step before the backward pass."""
+
+    def __del__(self) -> None:
+        if self._rooms is not None:
+            self._rooms.put_back(self.room)
+
+    def show(self) -> Array:
+        """Return the statistics, which the caller may keep."""
+        self._rooms = None
+        return self.stats
+
+    def copy(self) -> State:
+        """Return the same in memory of its own."""
+        return _alone(tuple([array.copy() for array in self.room.arrays]), self.gamma is not None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _alone, (self.room.arrays, self.gamma is not None)
+
+
+def _alone(arrays: tuple[Array, ...], gamma: bool) -> State:
+    return State(Room(arrays, 0, None), None, gamma=gamma)
+
+
+class Prepared(NamedTuple):
+    """What the passes over arrays of one shape have in common."""
+
+    cut: np.ndarray
+    """The `Cut`."""
+    tasks: int
+    merging: int
+    """Blocks that merge slices."""
+    states: Rooms
+    partials: Rooms
+
+
 class BatchNormCUDA:
     """The BatchNorm of one dtype and one set of flags, forward and backward, in training or not."""
 
@@ -482,6 +528,8 @@ class BatchNormCUDA:
         self._flags = flags
         self._shared = shared
         self._coefficients = len(formulas.GradientMap._fields)  # of a channel: first those of y, then those of dx
+        self._kernels: dict[Any, Any] = {}
+        """Those of the passes, by what the caller passes."""
 
     def forward(
         self,
@@ -495,24 +543,36 @@ class BatchNormCUDA:
         eps: float,
         weight: float | None,
         count: Array | None = None,
-    ) -> tuple[Array, Array, Array | None]:
+    ) -> State:
         """Write y to `out` and, in training, record the batch; return what `backward` needs.
 
         As on the CPU; in training x is not empty.
         """
-        backend, unused = self._backend, self._unused
-        channels = shape[1]
-        cut, cuts = self._cut(shape)
-        coefficients = backend.empty(channels * self._coefficients, self._dtype)
-        stats = backend.empty(3 * channels)
+        backend, unused, launch = self._backend, self._unused, self._backend.launch
         gamma, beta, mean, var = channelwise
+        numbers, tasks, merging, states, rooms = self._prepared(shape)
+        counted = None if count is None else count.dtype
+        key = ("forward", training, gamma is None, beta is None, weight is None, counted)
+        kernels = self._kernels.get(key)
+        if kernels is None:
+            kernels = self._kernels[key] = (
+                self._forward_sums() if training else None,
+                self._merge_statistics(training, gamma=gamma is not None, beta=beta is not None),
+                self._record(averaged=weight is None, count=counted),
+                self._map(backward=False),
+            )
+        sums, merge, recording, mapping = kernels
+        cuts = backend.constant(numbers)
+        state = State(states.take(), states, gamma=gamma is not None)
+        coefficients, stats = state.coefficients, state.stats
+        room = rooms.take() if training else None
         partials = unused(np.float64)
-        if training:
-            partials = backend.empty(2 * cut.slices * channels)
-            backend.launch(self._forward_sums(), cut.tiles * cut.slices, x, cuts, partials)
-        backend.launch(
-            self._merge_statistics(training, gamma=gamma is not None, beta=beta is not None),
-            -(-channels // cut.merged_channels),
+        if room is not None:
+            (partials,) = room.arrays
+            launch(sums, tasks, x, cuts, partials)
+        launch(
+            merge,
+            merging,
             cuts,
             partials,
             unused() if gamma is None else gamma,
@@ -523,28 +583,21 @@ class BatchNormCUDA:
             coefficients,
             stats,
         )
+        if room is not None:
+            rooms.put_back(room)
         if training and mean is not None and var is not None:
-            backend.launch(
-                self._record(averaged=weight is None, count=None if count is None else count.dtype),
-                1,
-                cuts,
-                stats,
-                0.0 if weight is None else weight,
-                mean,
-                var,
-                unused() if count is None else count,
-            )
+            moved = 0.0 if weight is None else weight
+            launch(recording, 1, cuts, stats, moved, mean, var, unused() if count is None else count)
         if x.size:
             arrays = (x, unused() if residual is None else residual, unused())
-            kernel = self._map(backward=False)
-            backend.launch(kernel, cut.tiles * cut.slices, *arrays, cuts, coefficients, out, unused())
-        # A copy of gamma, because an optimizer may step before the backward pass.
-        kept = None if gamma is None else backend.keep(gamma.copy())
-        return coefficients, stats[: 2 * channels].reshape(2, channels), kept
+            launch(mapping, tasks, *arrays, cuts, coefficients, out, unused())
+        if gamma is not None:
+            backend.move(state.gamma, gamma)
+        return state
 
-    def statistics(self, state: tuple[Array, Array, Array | None], channels: int) -> tuple[Array, Array]:
+    def statistics(self, state: State, channels: int) -> tuple[Array, Array]:
         """The mean and inv_std of every channel, float64, of what `forward` returned."""
-        mean, inv_std = state[1]
+        mean, inv_std = state.show()[: 2 * channels].reshape(2, channels)
         return mean, inv_std
 
     def backward(
@@ -555,7 +608,7 @@ class BatchNormCUDA:
         y: Array | None,
         outputs: tuple[Array, Array | None],
         channelwise: tuple[Array, Array],
-        state: tuple[Array, Array, Array | None],
+        state: State,
         *,
         training: bool,
     ) -> None:
@@ -564,50 +617,55 @@ class BatchNormCUDA:
         channelwise : (dgamma, dbeta).
         state : what `forward` returned; it is written to.
         """
-        backend, unused = self._backend, self._unused
-        cut, cuts = self._cut(shape)
-        coefficients, stats, gamma = state
+        backend, unused, launch = self._backend, self._unused, self._backend.launch
+        coefficients, gamma = state.coefficients, state.gamma
         dgamma, dbeta = channelwise
         dx, dresidual = outputs
+        numbers, tasks, merging, _, rooms = self._prepared(shape)
+        key = ("backward", training, gamma is None)
+        kernels = self._kernels.get(key)
+        if kernels is None:
+            merge = self._merge_gradients(training, gamma=gamma is not None)
+            kernels = self._kernels[key] = self._backward_sums(), merge, self._map(backward=True)
+        sums, merge, mapping = kernels
+        cuts = backend.constant(numbers)
+        if state.room.stream is not None:  # else a graph uses it
+            state.room.stream = backend.stream()
+        room = rooms.take()
+        (partials,) = room.arrays
         arrays = (x, dy, unused() if y is None else y)
-        # An empty array has gradients as well: those of one slice whose sums are 0.
-        partials = backend.empty(2 * cut.slices * shape[1])
-        if x.size == 0:
+        if x.size:
+            launch(sums, tasks, *arrays, cuts, coefficients, partials)
+        else:  # an empty array has gradients as well: those of one slice whose sums are 0
             partials.fill(0)
-        tasks = cut.tiles * cut.slices
+        given = unused() if gamma is None else gamma
+        launch(merge, merging, cuts, partials, given, state.stats, dgamma, dbeta, coefficients)
+        rooms.put_back(room)
         if x.size:
-            backend.launch(self._backward_sums(), tasks, *arrays, cuts, coefficients, partials)
-        backend.launch(
-            self._merge_gradients(training, gamma=gamma is not None),
-            -(-shape[1] // cut.merged_channels),
-            cuts,
-            partials,
-            unused() if gamma is None else gamma,
-            stats.reshape(-1),
-            dgamma,
-            dbeta,
-            coefficients,
-        )
-        if x.size:
-            second = unused() if dresidual is None else dresidual
-            backend.launch(self._map(backward=True), tasks, *arrays, cuts, coefficients, dx, second)
+            launch(mapping, tasks, *arrays, cuts, coefficients, dx, unused() if dresidual is None else dresidual)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
     def _unused(self, dtype: Any = None) -> Array:
         return self._backend.unused(self._dtype if dtype is None else dtype)
 
-    def _cut(self, shape: tuple[int, int, int]) -> tuple[Cut, Array]:
-        """How an array is shared out, and the same on the device."""
-        cuts: dict[tuple[int, int, int], tuple[Cut, np.ndarray]] = self._shared.setdefault("cuts", {})
-        found = cuts.get(shape)
+    def _prepared(self, shape: tuple[int, int, int]) -> Prepared:
+        """How an array is shared out, the same for the device, and what launches need for it."""
+        prepared: dict[Any, Prepared] = self._shared.setdefault(("prepared", self._dtype), {})
+        found = prepared.get(shape)
         if found is None:
-            if len(cuts) >= MOST_CUTS:
-                cuts.clear()
+            if len(prepared) >= MOST_CUTS:
+                prepared.clear()
             samples, channels, spatial = shape
-            cut = plan(max(1, samples), channels, max(1, spatial))
-            found = cuts[shape] = cut, np.array(cut, np.int64)
-        return found[0], self._backend.constant(found[1])
+            cut, backend, dtype = plan(max(1, samples), channels, max(1, spatial)), self._backend, self._dtype
+            found = prepared[shape] = Prepared(
+                np.array(cut, np.int64),
+                cut.tiles * cut.slices,
+                -(-channels // cut.merged_channels),
+                Rooms(backend, (channels * self._coefficients, dtype), (3 * channels, np.float64), (channels, dtype)),
+                Rooms(backend, (2 * cut.slices * channels, np.float64)),
+            )
+        return found
 
     # --- kernels ------------------------------------------------------------------------------------------------------
 

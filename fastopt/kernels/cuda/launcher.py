@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -13,6 +14,59 @@ from fastopt.kernels.contract import Array, Tiles
 from fastopt.kernels.cuda.target import DriverFunction
 
 T = TypeVar("T")
+
+
+class Room:
+    """Arrays that launches use, and the stream and device of the last of these launches."""
+
+    __slots__ = ("arrays", "device", "stream")
+
+    def __init__(self, arrays: tuple[Array, ...], device: int, stream: Any):
+        self.arrays = arrays
+        self.device = device
+        self.stream = stream
+        """Held, so that none that is made later is taken for it. None where a graph may use the arrays at any time."""
+
+
+class Rooms:
+    """Arrays of the same sizes for launches. Whoever launches takes a room, and puts it back.
+
+    The next launches on the same stream may use the room at once, because they follow.
+    """
+
+    def __init__(self, backend: Launcher, *sizes: tuple[int, Any]):
+        """sizes : the size and dtype of each of the arrays."""
+        self._backend = backend
+        self._sizes = sizes
+        self._free: deque[Room] = deque(maxlen=MOST_ROOMS)
+
+    def take(self) -> Room:
+        """Return a room for launches on the current stream."""
+        backend, free = self._backend, self._free
+        device, stream = backend.device, backend.stream()
+        if stream.is_capturing():
+            return Room(self._made(), device, None)
+        for _ in range(len(free)):
+            try:
+                room = free.popleft()
+            except IndexError:  # another thread has just taken it
+                break
+            if room.stream is stream and room.device == device:
+                return room
+            free.append(room)
+        return Room(self._made(), device, stream)
+
+    def _made(self) -> tuple[Array, ...]:
+        return tuple([self._backend.empty(size, dtype) for size, dtype in self._sizes])
+
+    def put_back(self, room: Room) -> None:
+        """Take a room back, whose last launch was on the stream that it names."""
+        if room.stream is not None:
+            self._free.append(room)
+
+
+MOST_ROOMS = 64
+"""Of one size, that are kept."""
 
 
 class Partials:
@@ -94,6 +148,11 @@ class Launcher(Protocol):
     xp: Any
     pinned: Callable[[int], np.ndarray]
 
+    @property
+    def device(self) -> int: ...  # noqa: D102
+
+    def stream(self) -> Any: ...  # noqa: D102
+
     def empty(self, shape: Any, dtype: Any = ...) -> Array: ...  # noqa: D102
 
     def unused(self, dtype: Any) -> Array: ...  # noqa: D102
@@ -117,6 +176,8 @@ class Launcher(Protocol):
     def addresses(self, arrays: tuple[Array, ...]) -> tuple[int, ...]: ...  # noqa: D102
 
     def address(self, array: Array) -> int: ...  # noqa: D102
+
+    def move(self, to: Array, source: Array) -> None: ...  # noqa: D102
 
     def fetch(self, to: int, address: int, size: int) -> None: ...  # noqa: D102
 

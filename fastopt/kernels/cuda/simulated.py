@@ -302,7 +302,7 @@ class cuda:  # noqa: N801 CuPy's name
 
         @staticmethod
         def memcpyAsync(to: int, source: int, size: int, kind: int, stream: int) -> None:  # noqa: N802 CuPy's name
-            """A copy from the host (kind 1), whose content is taken now, or to its pinned memory (kind 2)."""
+            """A copy from the host (kind 1), taken now, to its pinned memory (2) or on a device (3)."""
             there = to if kind == 1 else source
             found = MEMORY.find(there)
             if found is None or there + size > found.end or found.device != cuda.Device.current:
