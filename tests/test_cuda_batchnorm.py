@@ -412,6 +412,28 @@ def test_every_element_is_visited_once_under_its_channel(samples, channels, spat
     np.testing.assert_array_equal(found, expected)
 
 
+def test_statistics_that_were_read_are_not_written_by_the_next_pass():
+    place = get_backend("cuda")
+    x = place.adopt(case((8, 3), 1)["x"])
+    for _ in range(2):
+        _, saved = fastopt.batchnorm_forward(x)
+        mean, inv_std = saved.mean, saved.inv_std
+        expected = place.host(mean).tolist(), place.host(inv_std).tolist()
+        del saved
+        fastopt.batchnorm_forward(x * 3.0)
+        assert (place.host(mean).tolist(), place.host(inv_std).tolist()) == expected
+
+
+def test_a_twin_serves_another_backward_pass():
+    place = get_backend("cuda")
+    arrays = {name: place.adopt(array) for name, array in case((8, 3), 1).items()}
+    _, saved = fastopt.batchnorm_forward(arrays["x"], arrays["gamma"])
+    twin = saved.twin()
+    found = [fastopt.batchnorm_backward(arrays["dy"], each) for each in (saved, twin)]
+    for first, second in zip(found[0][:2], found[1][:2], strict=True):
+        assert place.host(first).tobytes() == place.host(second).tobytes()
+
+
 def test_layouts_have_several_slices_and_tiles_that_are_not_full():
     from fastopt.kernels.cuda.batchnorm import plan
 

@@ -124,6 +124,24 @@ def test_memory_that_several_streams_have_used_is_let_go_when_the_device_has_don
     assert [found(array) for array in arrays] == [None, None, "2", "3"]
 
 
+@simulator_only
+def test_a_room_is_used_again_by_its_stream_alone():
+    from fastopt.kernels.cuda.launcher import Rooms
+
+    rooms, on, other = Rooms(get_backend("cuda"), (3, np.float64)), stream(), stream()
+    with on:
+        room = rooms.take()
+        rooms.put_back(room)
+    with other:
+        another = rooms.take()
+        rooms.put_back(another)
+    with on, xp().cuda.Device(1):
+        assert rooms.take() not in (room, another)
+    with on:
+        assert rooms.take() is room
+        assert rooms.take() not in (room, another)
+
+
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +195,24 @@ def test_a_captured_batchnorm_keeps_what_its_graph_writes_to(options):
             for array, wanted in zip((y, dx, dgamma, dbeta), expected, strict=True):
                 np.testing.assert_array_equal(host(array), wanted, err_msg=str(replay))
         assert all((host(array) == 7.0).all() for array in others), "a replay has written to memory of others"
+
+
+def test_a_captured_backward_pass_keeps_what_an_ordinary_forward_pass_left():
+    rng = np.random.default_rng(0)
+    x, dy, gamma = (uploaded(rng.normal(size=shape)) for shape in ((40, 3), (40, 3), 3))
+    with stream() as on:
+        dx, sums = uploaded(np.zeros((40, 3))), uploaded(np.zeros(3))
+        kept = [fastopt.batchnorm_forward(x, gamma)[1] for _ in range(2)]
+        graph = captured(lambda: fastopt.batchnorm_backward(dy, kept.pop(), out=dx, dgamma=sums))
+        expected = host(dx)
+        dx.fill(0)
+        _, saved = fastopt.batchnorm_forward(x, gamma)  # memory that the graph reads is not given to it
+        _, twin = fastopt.batchnorm_forward(x * 3.0, gamma)
+        graph.launch()
+        on.synchronize()
+        np.testing.assert_array_equal(host(dx), expected)
+    assert not saved.used
+    assert not twin.used
 
 
 def test_a_shape_that_was_not_seen_before_cannot_be_captured():

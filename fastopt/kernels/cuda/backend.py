@@ -256,9 +256,14 @@ class CUDA:
         for array in arrays:
             if type(array) is not of_type or array.shape != shape or array.dtype != dtype:
                 return None
-            if not array.flags.c_contiguous or (self.device_of(array) if SIMULATED else array.data.device_id) != device:
+            if SIMULATED:
+                place, address = self.device_of(array), self.address(array)
+            else:
+                memory = array.data
+                place, address = memory.device_id, memory.ptr
+            if place != device or not array.flags.c_contiguous:
                 return None
-            found.append(self.address(array))
+            found.append(address)
         return found
 
     def capturing(self) -> bool:

@@ -629,8 +629,11 @@ class BatchNormCUDA:
             kernels = self._kernels[key] = self._backward_sums(), merge, self._map(backward=True)
         sums, merge, mapping = kernels
         cuts = backend.constant(numbers)
-        if state.room.stream is not None:  # else a graph uses it
-            state.room.stream = backend.stream()
+        stream = backend.stream()
+        if stream.is_capturing():
+            backend.keep(state).room.stream = None
+        elif state.room.stream is not None:  # else a graph uses it
+            state.room.stream = stream
         room = rooms.take()
         (partials,) = room.arrays
         arrays = (x, dy, unused() if y is None else y)
