@@ -270,15 +270,15 @@ def test_a_run_of_the_benchmarks_can_be_stored(tmp_path):
     path = tmp_path / "run.json"
     finished = run(
         *("-m", "pytest", ROOT / "bench", "--benchmark-only", "-p", "no:cacheprovider", "-q"),
-        *("-k", "(test_step and SGD-1k-float32) or (test_batchnorm and 256x1024) or Adam-100-by-threads"),
+        *("-k", "(test_step and Lion-1k-float32) or (test_batchnorm and 256x1024) or Adam-100-by-threads"),
         *("--scale", "0.01", "--most", "1000", f"--benchmark-json={path}", "-c", ROOT / "pyproject.toml"),
         timeout=120,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "SGD 1k" in finished.stdout
+    assert "Lion 1k" in finished.stdout
     assert "--most is 1000" in finished.stdout
     assert results.store(path, tmp_path) == ["scaling", "step"]
     stored = results.load(tmp_path)
-    assert list(stored["step"].results) == ["SGD 1k"]
-    assert stored["step"].results["SGD 1k"].facts["parameters"] == 1000
+    assert list(stored["step"].results) == ["Lion 1k"]
+    assert stored["step"].results["Lion 1k"].facts["parameters"] == 1000
     assert stored["step"].run["scale"] == 0.01

@@ -226,7 +226,14 @@ class FlatParams:
         return self._backend.zeros(self.layout.lines[over][-1], np.dtype(np.float64))
 
     def number_views(self, buffer: np.ndarray, over: str = "tensor") -> list[np.ndarray]:
-        """Return the parameters' parts of a buffer that `new_numbers` returned: 0-D, or 1-D of rows or columns.
+        """Return the parameters' parts of a buffer of numbers.
+
+        Args:
+            buffer: 1-D, of float64, as `new_numbers` returned it.
+            over: as it was given to that.
+
+        Returns:
+            A list of views of the buffer, in the order of `paths`: 1-D for rows or columns, otherwise 0-D.
 
         >>> import numpy as np, fastopt
         >>> flat = fastopt.pack({"w": np.ones((3, 4)), "b": np.ones(2)})
