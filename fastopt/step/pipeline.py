@@ -285,7 +285,8 @@ class Pipeline:
             places, present, kept, beside = taken
         if self.groups.frozen:
             present = self._without_frozen(present)
-        if device is not None and device.backend.capturing():
+        capturing = device is not None and device.backend.capturing()
+        if device is not None and capturing:
             device.check_capture(self.rule, present is not None or pending is not None)
             if self.born.waiting and self._without_updates():
                 raise RuntimeError(
@@ -301,7 +302,9 @@ class Pipeline:
         if self.born.waiting:
             self.begin(present)
         if device is not None:
-            return self._step_on_device(device, plan, places, present, rows, unscale, kept, further)
+            return self._step_on_device(
+                device, plan, places, present, rows, unscale, kept, further, capturing=capturing
+            )
         plan.write_table(self.groups, self.steps + 1, unscale)
         norm, coefficient, nonfinite = None, 1.0, self.nonfinite
         if self.measures:
@@ -436,10 +439,11 @@ class Pipeline:
         unscale: float,
         grads: Any,
         further: Mapping[str, list[Any]],
+        *,
+        capturing: bool,
     ) -> StepInfo:
         """From the table of hyperparameters on, where the device decides."""
         decides = device.decides and (present is None or not self.options.skips)
-        capturing = device.backend.capturing()
         if device.in_flight and not decides:
             self.collect()
         candidates = None

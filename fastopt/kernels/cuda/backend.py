@@ -417,13 +417,14 @@ class CUDA:
         skipped: tuple[Array, int] | None,
     ) -> PendingDecision:
         """As `fastopt.kernels.contract.Asynchronous`."""
-        flags = {"CLIPS": max_norm is not None, "SKIPS": skipped is not None, "CHOOSES": candidates is not None}
         blocks, width = partials.shape
-        key = ("decide", table.dtype, width, *flags.values())
-        if key not in self._kernels:
+        key = ("decide", table.dtype, width, max_norm is not None, skipped is not None, candidates is not None)
+        kernel = self._kernels.get(key)
+        if kernel is None:
             columns = {name.upper(): StepHyper._fields.index(name) for name in ("coefficient", "proceeds")}
+            flags = dict(zip(("CLIPS", "SKIPS", "CHOOSES"), key[3:], strict=True))
             constants = {"CLIP_COEFFICIENT": clip_coefficient, "WIDTH": width, **columns, **flags}
-            self._kernels[key] = self.compiled(decide, constants, "decide")
+            kernel = self._kernels[key] = self.compiled(decide, constants, "decide")
         stream = self._current_stream()
         slots = self._slots_of(self._current_device())
         recorded = stream.is_capturing()
@@ -432,7 +433,7 @@ class CUDA:
         possible = self.unused(table.dtype) if candidates is None else self.table(candidates)
         rows, columns = table.shape
         limit = 0.0 if max_norm is None else float(max_norm)
-        kernel, norm = self._kernels[key], (float(factor), limit)
+        norm = float(factor), limit
         self.launch(kernel, 1, partials, blocks, *norm, known, possible, rows, columns, counted, table, slot.result)
         if recorded:
             return PendingDecision(self, slot, None)

@@ -90,6 +90,7 @@ class DriverFunction:
         self._function = driver.CUfunction(int(compiled._codelibrary.get_cufunc().handle))
         self._streams: dict[int, Any] = {}
         self._driver = driver
+        self._launch = driver.cuLaunchKernel
         self.most_blocks = BLOCKS_PER_SM * cuda.get_current_device().MULTIPROCESSOR_COUNT
 
     def launch(self, blocks: int, stream: int, arguments: int) -> None:
@@ -97,6 +98,6 @@ class DriverFunction:
         on = self._streams.get(stream)
         if on is None:
             on = self._streams[stream] = self._driver.CUstream(stream)
-        (code,) = self._driver.cuLaunchKernel(self._function, blocks, 1, 1, THREADS, 1, 1, 0, on, arguments, 0)
+        (code,) = self._launch(self._function, blocks, 1, 1, THREADS, 1, 1, 0, on, arguments, 0)
         if code != 0:
             raise RuntimeError(f"the driver refused to launch a kernel: {code!r}")
