@@ -349,6 +349,8 @@ class NormKernel(Protocol):
         `clip_norm` were applied to them; and 0, or NaN where a gradient is not finite after `unscale`. In float64 four
         more follow, of which the first two are the sums of the squares scaled up and down, for `root_of_squares`.
 
+        Read or use them before the next launch over the same table of chunks, which may overwrite them.
+
         chunks : as for `Kernel`, made with ``whole=True``.
         """
 

@@ -212,7 +212,7 @@ class SquaresKernel:
         self._width = width
 
     def launch(self, places: Array, table: Array, chunks: Array, elements: int) -> Array:
-        """As `fastopt.kernels.contract.NormKernel`."""
+        """As `fastopt.kernels.contract.NormKernel`; the next launch over these chunks on the stream overwrites them."""
         backend = self._backend
         found = backend.chunks(chunks)
         partials, lines = backend.partials(found, self._width)
