@@ -134,6 +134,7 @@ def test_a_room_is_used_again_by_its_stream_alone():
         rooms.put_back(room)
     with other:
         another = rooms.take()
+        assert another is not room
         rooms.put_back(another)
     with on, xp().cuda.Device(1):
         assert rooms.take() not in (room, another)
