@@ -763,7 +763,7 @@ DEVICE: Sequence[Fault] = (
         (
             "            return Room(self._made(), device, None)",
             "            return Room(self._made(), device, stream)",
-            SIMULATED + "tests/test_cuda_streams.py -k captured_batchnorm",
+            SIMULATED + "tests/test_cuda_streams.py -k captured_forward",
         ),
     ),
     *faults_of(

@@ -198,6 +198,21 @@ def test_a_captured_batchnorm_keeps_what_its_graph_writes_to(options):
         assert all((host(array) == 7.0).all() for array in others), "a replay has written to memory of others"
 
 
+def test_a_captured_forward_pass_keeps_its_memory_from_later_ones():
+    rng = np.random.default_rng(0)
+    x, other, dy = (uploaded(rng.normal(size=(40, 3))) for _ in range(3))
+    with stream() as on:
+        y = uploaded(np.zeros((40, 3)))
+        graph = captured(lambda: fastopt.batchnorm_forward(x, out=y))
+        expected = host(fastopt.batchnorm_backward(dy, fastopt.batchnorm_forward(other)[1]).dx)
+        for _ in range(3):  # of which one would have the memory
+            _, saved = fastopt.batchnorm_forward(other)
+            graph.launch()
+            found = fastopt.batchnorm_backward(dy, saved).dx
+            on.synchronize()
+            np.testing.assert_array_equal(host(found), expected)
+
+
 def test_a_captured_backward_pass_keeps_what_an_ordinary_forward_pass_left():
     rng = np.random.default_rng(0)
     x, dy, gamma = (uploaded(rng.normal(size=shape)) for shape in ((40, 3), (40, 3), 3))

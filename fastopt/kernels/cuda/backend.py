@@ -256,14 +256,10 @@ class CUDA:
         for array in arrays:
             if type(array) is not of_type or array.shape != shape or array.dtype != dtype:
                 return None
-            if SIMULATED:
-                place, address = self.device_of(array), self.address(array)
-            else:
-                memory = array.data
-                place, address = memory.device_id, memory.ptr
-            if place != device or not array.flags.c_contiguous:
+            memory = array.data
+            if memory.device_id != device or not array.flags.c_contiguous:
                 return None
-            found.append(address)
+            found.append(memory.ptr)
         return found
 
     def capturing(self) -> bool:
@@ -354,10 +350,6 @@ class CUDA:
 
     def addresses(self, arrays: tuple[Array, ...]) -> tuple[int, ...]:
         """Where buffers of the current device begin."""
-        if SIMULATED:
-            for array in arrays:
-                self._check_device(array)
-            return tuple([self.address(array) for array in arrays])
         device, found = self._current_device(), []
         for array in arrays:
             memory = array.data
@@ -832,7 +824,7 @@ class CUDA:
 
     def address(self, array: Array) -> int:
         """As `fastopt.kernels.contract.Backend`."""
-        address: int = array.__cuda_array_interface__["data"][0] if SIMULATED else array.data.ptr
+        address: int = array.data.ptr
         return address
 
     @property

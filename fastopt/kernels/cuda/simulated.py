@@ -118,6 +118,13 @@ DECOMPOSITIONS = (np.linalg.eigh, np.linalg.qr)
 """The functions of matrices that rules use, and that CuPy has."""
 
 
+class Pointer(NamedTuple):
+    """As CuPy's ``MemoryPointer``."""
+
+    ptr: int
+    device_id: int
+
+
 class ndarray(np.ndarray):  # noqa: N801 CuPy's name
     """An array "on the device"."""
 
@@ -141,6 +148,11 @@ class ndarray(np.ndarray):  # noqa: N801 CuPy's name
     def device(self) -> cuda.Device:  # type: ignore[override]
         """Where it lives."""
         return cuda.Device(self._device_id)
+
+    @property
+    def data(self) -> Pointer:  # type: ignore[override]
+        """Where its memory begins."""
+        return Pointer(self.__array_interface__["data"][0], self._device_id)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
