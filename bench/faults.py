@@ -2182,7 +2182,7 @@ TORCH: Sequence[Fault] = (
             "numbers += 1.0",
             IN_TORCH + "-k stay_as_they_are",
         ),
-        ("if self._numbers_now.tobytes() != self._bytes:", "if False:", IN_TORCH + "-k step-in-place"),
+        ("if self._bytes_now != self._bytes:", "if False:", IN_TORCH + "-k step-in-place"),
         (
             "                        return self._take_each(optimizer)\n",
             "                        pass\n",

@@ -305,13 +305,14 @@ class Part:
 
     def _count_now(self) -> None:
         self._numbers_now = self.counts.numpy()
-        self._bytes = self._numbers_now.tobytes()
+        self._bytes_now = memoryview(self._numbers_now).cast("B")  # type: ignore[arg-type]
+        self._bytes = bytearray(self._bytes_now)
         if self._extra:
             self._put_following()
 
     def recount(self) -> None:
         """Take the counts of updates that somebody has written into torch's state."""
-        if self._numbers_now.tobytes() != self._bytes:
+        if self._bytes_now != self._bytes:
             found = self._numbers_now.tolist()
             counts = [self._count(k, {"step": number}) for k, number in enumerate(found)] if self._counts else found
             self.pipeline.resume(counts, self.pipeline.groups.changes, [])
@@ -320,7 +321,7 @@ class Part:
     def _counted(self, present: list[bool] | None) -> None:
         numbers = self._numbers_now
         numbers += 1.0 if present is None else np.array(present, np.float32)
-        self._bytes = numbers.tobytes()
+        self._bytes[:] = self._bytes_now  # memory of its own would be sought among all that the backward pass has freed
         if self._extra:
             self._put_following()
 
