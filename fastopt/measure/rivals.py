@@ -250,6 +250,7 @@ TORCH: dict[str, tuple[str, Callable[[Values], dict[str, Any]]]] = {
     "RAdam": ("RAdam", lambda h: h.some_of(("betas", "eps", "weight_decay"))),
     "Adamax": ("Adamax", lambda h: h.some_of(("betas", "eps", "weight_decay"))),
     "Rprop": ("Rprop", lambda h: h.some_of(("etas", "step_sizes"))),
+    "ASGD": ("ASGD", lambda h: h.some_of(("lambd", "alpha", "t0", "weight_decay"))),
 }
 """The classes of torch.optim that compute the same, and their arguments except lr."""
 
