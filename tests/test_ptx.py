@@ -146,8 +146,8 @@ class Code:
         return sum(self.operations[name] for name, size in sizes.items() if size and int(size[1]) * int(size[2]) == 128)
 
 
-READ_BY_TERMS = {"stable_adamw": 2}
-"""How many buffers the terms of a rule's sums read: the compiler leaves out the others. Here g and v."""
+READ_BY_TERMS = {"stable_adamw": 2, "mars": 2, "adam_mini": 1, "prodigy": 4}
+"""How many buffers the terms of a rule's sums read: the compiler leaves out the others."""
 
 
 @cache
