@@ -218,7 +218,7 @@ def test_muon_gets_a_matrix():
 )
 def test_bad_input_is_refused_before_the_measurement(arguments, option, message, monkeypatch):
     monkeypatch.setattr(bench, "_measure", lambda *_: pytest.fail("measured"))
-    result = invoke(*arguments, columns="300")
+    result = invoke(*arguments, columns="500")
     assert result.exit_code == 2
     assert option in result.output
     assert message in result.output
