@@ -45,6 +45,13 @@ RULES: Sequence[Fault] = (
         ("return p - h.lr * g", "return p + h.lr * g"),
     ),
     *faults_of(
+        "fastopt/rules/sophia.py",
+        "tests/test_inputs.py -k library",
+        ("betas[1] if hessian else 1.0", "betas[1]"),
+        ("h.one_minus_b2 * hessian", "h.one_minus_b2 * hessian * hessian"),
+        ("-h.one if u < -h.one else u", "u"),
+    ),
+    *faults_of(
         "fastopt/rules/momentum.py",
         parity("Momentum"),
         ("Hyper(momentum, 1.0 - momentum, lr)", "Hyper(momentum, 1.0, lr)"),

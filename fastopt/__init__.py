@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from fastopt.optimizers.sgd import SGD as SGD
     from fastopt.optimizers.shampoo import Shampoo as Shampoo
     from fastopt.optimizers.soap import SOAP as SOAP
+    from fastopt.optimizers.sophia import Sophia as Sophia
     from fastopt.optimizers.stable_adamw import StableAdamW as StableAdamW
     from fastopt.optimizers.yogi import Yogi as Yogi
     # end of what is generated

@@ -89,6 +89,7 @@ __all__ = [
     "sgd",
     "shampoo",
     "soap",
+    "sophia",
     "stable_adamw",
     "yogi",
 ]
@@ -1359,6 +1360,49 @@ def adafactor(
     p -= p.dtype.type(step) * u
 
 
+def sophia(
+    p: Array,
+    g: Array,
+    state: State,
+    t: int,
+    *,
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.96, 0.99),
+    gamma: float = 0.01,
+    eps: float = 1e-12,
+    weight_decay: float = 0.0,
+    hessian: Array | None = None,
+) -> None:
+    """Sophia: momentum divided by an average of the Hessian's diagonal, each element of a step being lr at most.
+
+        p = (1 - lr weight_decay) p
+        m = b1 m + (1 - b1) g
+        v = b2 v + (1 - b2) hessian          where one is given, an estimate of the Hessian's diagonal, like p
+        p = p - lr clip(m / max(gamma v, eps), -1, 1)
+
+    lr [p]; betas no unit; gamma 1/[p]; eps [g]; weight_decay 1/[p]; hessian [g]/[p]. States: "m" [g]; "v" [g]/[p].
+
+    Source: H. Liu et al., Sophia: a scalable stochastic second-order optimizer for language model pre-training, ICLR
+    2024, https://arxiv.org/abs/2305.14342, Algorithm 3.
+
+    >>> p = np.array([0.0, 0.0]); state = init_state("sophia", p)
+    >>> hyper = {"lr": 0.5, "betas": (0.0, 0.0), "gamma": 0.5}
+    >>> sophia(p, np.array([1.0, 1.0]), state, 1, hessian=np.array([8.0, 1.0]), **hyper)
+    >>> sophia(p, np.array([2.0, -2.0]), state, 2, **hyper)
+    >>> p.tolist()
+    [-0.375, 0.0]
+    """
+    g = _gradient(p, g, t)
+    m, v = _states(state, p, "m", "v")
+    b1, b2 = betas
+    p *= 1 - lr * weight_decay
+    m[...] = b1 * m + (1 - b1) * g
+    if hessian is not None:
+        v[...] = b2 * v + (1 - b2) * _gradient(p, hessian, t)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        p -= lr * np.clip(m / np.maximum(gamma * v, eps), -1, 1)
+
+
 def yogi(
     p: Array,
     g: Array,
@@ -1824,6 +1868,7 @@ OPTIMIZERS: dict[str, Callable[..., None]] = {
     "novograd": novograd,
     "stable_adamw": stable_adamw,
     "adafactor": adafactor,
+    "sophia": sophia,
     "yogi": yogi,
     "rprop": rprop,
     "schedule_free_adamw": schedule_free_adamw,

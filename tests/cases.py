@@ -123,6 +123,7 @@ CASES = (
     Case("NovoGrad", {"weight_decay": 0.1}, lr=0.01),
     Case("StableAdamW", {"weight_decay": 0.1}, reference="stable_adamw"),
     Case("Adafactor", {"weight_decay": 0.1}),
+    Case("Sophia", {"weight_decay": 0.1}),
     Case("Yogi"),
     Case("Yogi", {"bias_correction": False}),
     Case("Yogi", {"initial_momentum": 0.1}),

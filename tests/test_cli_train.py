@@ -233,7 +233,8 @@ def test_an_optimizer_is_a_name_with_options(text, label, kind, options, lr):
 
 def test_all_is_every_class_and_every_form_once():
     labels = [choice.label for choice in parse_optimizers(["sgd", "all,adam"])]
-    assert sorted(labels) == sorted([*(name.lower() for name in fastopt.Optimizer.classes), *FORMS])
+    names = {name.lower() for name in fastopt.Optimizer.classes} - {"sophia"}  # whose Hessian nothing here computes
+    assert sorted(labels) == sorted([*names, *FORMS])
     assert labels[0] == "sgd"
 
 

@@ -83,11 +83,14 @@ def grads_of(step: int) -> dict[str, Any]:
     return {path: None if (step, path) in ABSENT else g for path, g in GRADS[step].items()}
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["", "wrapped"])
-def test_sophia_takes_a_hessian_in_every_third_step(wrapped, tmp_path):
+@pytest.mark.parametrize("kind", ["own", "wrapped", "of the library"])
+def test_sophia_takes_a_hessian_in_every_third_step(kind, tmp_path):
     """In a wrapped rule as well; a run that was loaded between two of them, and a copy, go on with the same bits."""
-    rule = lookahead(sophia) if wrapped else sophia
-    start, hyper = tree(99), {"lr": 0.05, "weight_decay": 0.1, **({"lookahead_alpha": 1.0} if wrapped else {})}
+    rule = {"own": sophia, "wrapped": lookahead(sophia)}.get(kind, fastopt.rules.ALL["sophia"])
+    start, hyper = (
+        tree(99),
+        {"lr": 0.05, "weight_decay": 0.1, **({"lookahead_alpha": 1.0} if kind == "wrapped" else {})},
+    )
     opt = fastopt.Optimizer(start, rule, **hyper)
     others = []
     for step in range(20):

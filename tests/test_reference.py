@@ -71,6 +71,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("novograd", {}),
     ("stable_adamw", {}),
     ("adafactor", {}),
+    ("sophia", {}),
     ("yogi", {}),
     ("yogi", {"bias_correction": False, "initial_accumulator_value": 0.1}),
     ("rprop", {}),
@@ -104,6 +105,7 @@ OWN_DECAY = {
     "novograd",
     "stable_adamw",
     "adafactor",
+    "sophia",
     "schedule_free_adamw",
     "muon",
     "soap",
@@ -204,6 +206,7 @@ SAME_AS_TORCH: list[tuple[str, dict[str, Any], str, dict[str, Any], dict[str, st
 NOT_IN_TORCH = {
     *("lamb", "lion", "adabelief", "adan", "ademamix", "lars", "novograd", "stable_adamw", "yogi"),
     *("schedule_free_adamw", "adopt", "adabound", "ftrl", "prodigy", "mars", "adam_mini", "shampoo", "soap"),
+    "sophia",
 }
 
 
@@ -579,6 +582,8 @@ BY_HAND: list[tuple[str, dict[str, Any], tuple[float, float], dict[str, float]]]
         (0.5, 0.5 + 0.25 / R(2.5)),
         {"row_var": 2.5, "col_var": 2.5},
     ),
+    # without a Hessian: the sign of m, and a decay of half
+    ("sophia", {"lr": 0.5, "betas": (0.25, 0.75), "weight_decay": 0.5}, (0.25, 0.6875), {"m": -0.375, "v": 0.0}),
     # v decreases: 8 - 0.5 * 4, v_hat = 12 ; 6 - 0.5 * 1, v_hat = 5.5 / 0.75
     (
         "yogi",
@@ -805,6 +810,18 @@ def test_adam_mini_on_a_vector_by_hand() -> None:
     after, state = run("adam_mini", p, [first, second], lr=0.5, betas=(0.5, 0.75), eps=1.0)
     np.testing.assert_allclose(after, -0.5 * first / 6 - 0.5 * (first + 2 * second) / 3 / (R(13) + 1), rtol=1e-14)
     assert state["v"] == pytest.approx(91 / 16, rel=1e-14)
+
+
+def test_sophia_divides_by_the_mean_of_its_hessians_by_hand() -> None:
+    p, state = np.array([0.0, 0.0]), init_state("sophia", np.zeros(2))
+    hyper: dict[str, Any] = {"lr": 0.5, "betas": (0.5, 0.75), "gamma": 0.5, "eps": 0.25}
+    reference.sophia(p, np.array([1.0, 2.0]), state, 1, hessian=np.array([16.0, -4.0]), **hyper)
+    np.testing.assert_array_equal(state["v"], [4.0, -1.0])
+    np.testing.assert_array_equal(p, [-0.125, -0.5])  # m = (0.5, 1), over (2, 0.25)
+    reference.sophia(p, np.array([-1.5, -1.0]), state, 2, **hyper)
+    np.testing.assert_array_equal(p, [0.0, -0.5])  # m = (-0.5, 0), and v as it was
+    reference.sophia(p, np.array([0.5, -0.25]), state, 3, hessian=np.array([4.0, 3.0]), **hyper)
+    np.testing.assert_array_equal(p, [0.0, -0.25])  # m = (0, -0.125), over (2, 0.25) of v = (4, 0)
 
 
 def test_radam_starts_to_use_the_second_moment_at_its_eighth_update_with_b2_of_three_quarters() -> None:
@@ -1567,7 +1584,8 @@ def test_updates_the_callers_arrays_and_only_reads_the_gradient(
     for t, g in enumerate(gradients, start=1):
         g.flags.writeable = False
         before = p.copy()
-        assert OPTIMIZERS[name](p, g, state, t, **hyper, weight_decay=0.1) is None
+        hessian = {"hessian": g} if name == "sophia" else {}
+        assert OPTIMIZERS[name](p, g, state, t, **hyper, **hessian, weight_decay=0.1) is None
         assert np.all(view == p)
         assert np.all(p != before) or (name, t) == ("adopt", 1)
     assert np.all(gradients[0] == -0.5)
@@ -1786,6 +1804,14 @@ DEFAULTS = {
         "weight_decay": 0.0,
     },
     "novograd": {"lr": 1e-3, "betas": (0.95, 0.98), "eps": 1e-8, "weight_decay": 0.0},
+    "sophia": {
+        "lr": 1e-4,
+        "betas": (0.96, 0.99),
+        "gamma": 0.01,
+        "eps": 1e-12,
+        "weight_decay": 0.0,
+        "hessian": None,
+    },
     "stable_adamw": {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01},
     "adafactor": {
         "lr": 0.01,

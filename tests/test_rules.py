@@ -34,7 +34,7 @@ def test_every_rule_has_a_case():
 @pytest.mark.parametrize("dtype", [*DTYPES], ids=lambda dtype: dtype.__name__)
 def test_a_compiled_rule_returns_the_dtype_it_was_given(rule, dtype):
     values = rule.complete({})
-    hyper = type(rule.prepare(1, *(values[name] for name in rule.hyperparameters)))
+    hyper = type(rule.prepared(1, [values[name] for name in rule.hyperparameters], rule.sample_inputs))
     compiled = elements.scalar(bind(rule.scalar, {}, label="r", scalar=elements.scalar))
     returned = elements.returned_dtypes(compiled, 2 + len(rule.states), hyper, np.dtype(dtype))
     name = np.dtype(dtype).name
@@ -163,7 +163,7 @@ def test_the_kernel_has_the_bits_of_numpy_doing_the_same(case, dtype, size):
         g = gradients(rng, size, dtype)
         optimizer.step({"w": g})
         values = optimizer._pipeline.groups.values_of(0)
-        prepared = rule.prepare(t, *(values[name] for name in rule.hyperparameters))
+        prepared = rule.prepared(t, [values[name] for name in rule.hyperparameters], rule.sample_inputs)
         h = type(prepared)(*map(dtype, prepared))
         decay = dtype(0.0 if rule.owns_weight_decay else values["weight_decay"])
         g = g[some]

@@ -102,8 +102,11 @@ class Choice:
 
 
 def optimizers() -> dict[str, type[Optimizer]]:
-    """Return every named optimizer of the library, by its name in lower case."""
-    return dict(sorted((name.lower(), kind) for name, kind in Optimizer.classes.items()))
+    """Return the named optimizers of the library, by name in lower case, but those that take more than gradients."""
+    kinds = {
+        name.lower(): kind for name, kind in Optimizer.classes.items() if not any(rule.extra for rule in kind.rules)
+    }
+    return dict(sorted(kinds.items()))
 
 
 def parse_optimizers(texts: Iterable[str], lr: Rate | None = None, *, auto: bool = False) -> list[Choice]:
