@@ -775,8 +775,9 @@ DEVICE: Sequence[Fault] = (
     ),
     *faults_of(
         "fastopt/batchnorm/functional.py",
-        SIMULATED + "tests/test_cuda_bad_input.py -k batchnorm",
+        SIMULATED + "tests/test_cuda_bad_input.py -k such_a_pass",
         ("        if address < end:\n            return False", "        if address < end:\n            pass"),
+        ("address + size <= start or start + length <= address", "address != start"),
     ),
     *faults_of(
         "fastopt/kernels/cuda/backend.py",

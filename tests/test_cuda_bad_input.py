@@ -233,6 +233,28 @@ def test_batchnorm_names_the_array_of_another_device(name):
         calls_of_a_layer()[name]()
 
 
+def test_what_overlaps_is_refused_where_such_a_pass_was_made_before():
+    x, dy, y = (uploaded(np.arange(6.0).reshape(2, 3)) for _ in range(3))
+    c = [uploaded(np.ones(3)) for _ in range(4)]
+    forward, backward = fastopt.batchnorm_forward, fastopt.batchnorm_backward
+    for _ in range(2):
+        saved = forward(x, *c, out=y)[1]
+        backward(dy, saved, out=y, dgamma=c[0], dbeta=c[1])
+    saved = forward(x, *c)[1]
+    row = y.reshape(-1)[3:]
+    for name, call in {
+        "running_var": lambda: forward(x, c[0], c[1], c[2], c[2]),
+        "running_mean": lambda: forward(x, c[2], *c[1:]),
+        "out": lambda: forward(x, *c, out=x),
+        "out again": lambda: forward(x, row, *c[1:], out=y),
+        "dgamma": lambda: backward(dy, saved, out=y, dgamma=row),
+        "dbeta": lambda: backward(dy, saved, dgamma=c[0], dbeta=c[0]),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name.split()[0]}: must (not|share no)"):
+            call()
+    assert not saved.used
+
+
 @simulator_only
 def test_an_array_of_another_device_is_not_copied_unasked():
     """CuPy's `asarray` copies it to the current device: what is then written, or read later, is the copy."""
