@@ -133,7 +133,7 @@ CASES = (
     Case("ScheduleFreeAdamW", {"form": "optax", "weight_decay": 0.1}, reference="schedule_free_adamw"),
     Case("ScheduleFreeAdamW", {"form": "keras", "warmup_steps": 3}, reference="schedule_free_adamw"),
     Case("ADOPT", {"betas": (0.9, 0.99), "weight_decay": 0.1}),
-    Case("AdaBound", {"gamma": 0.25, "weight_decay": 0.1}),
+    Case("AdaBound", {"gamma": 0.25}),
     Case("FTRL", {"l1": 0.01, "l2": 0.1, "weight_decay": 0.1}, lr=2.0),
     Case("ASGD", {"lambd": 0.01, "t0": 2.0, "weight_decay": 0.1}, torch="ASGD"),
     Case("Prodigy", {"d0": 0.01, "weight_decay": 0.1}, lr=1.0),
