@@ -115,7 +115,7 @@ def wrap(
         decoupled=rule.decoupled,
         layerwise=composed.layerwise(),
         scaling=rule.scaling,
-        matrixwise=composed.matrixwise(together, own),
+        matrixwise=composed.matrixwise(together),
         sums=composed.sums(),
         domains={**rule._domains, **(domains or {})},
         initial={**rule.initial, **(initial or {})},
@@ -271,7 +271,7 @@ class Composed:
         line = f"return {_call('FUNCTION', 'p', *self.rule.states, *last)}"
         return written("of_states", ("p", *self.known, *last), [line], {"FUNCTION": function}, self.module)
 
-    def matrixwise(self, prepare: Callable[..., Any], own: Mapping[str, Any]) -> Matrixwise | None:
+    def matrixwise(self, prepare: Callable[..., Any]) -> Matrixwise | None:
         """Of a matrixwise rule the same, whose direction leaves the states of the wrapper as they are."""
         kind = self.rule.matrixwise
         if kind is None:
@@ -283,11 +283,11 @@ class Composed:
             f"return {', '.join(('p', *self.known))}",
         ]
         direction = Rule(self.write(f"direction_of_{self.name}", lines, DIRECTION=kind.direction), prepare)
-        foreign = [name for name in own if name not in self.rule.names()]
+        known = {*self.rule.hyperparameters, *self.rule.handed}
 
-        def of_rule(*arrays: Any, **hyperparameters: Any) -> None:
-            """Call the transform without the hyperparameters that the rule does not have."""
-            transform(*arrays, **{name: value for name, value in hyperparameters.items() if name not in foreign})
+        def of_rule(*arrays: Any, **keywords: Any) -> None:
+            """Call the transform with what the rule gives it, and nothing else."""
+            transform(*arrays, **{name: value for name, value in keywords.items() if name in known})
 
         return replace(kind, direction=direction, transform=of_rule)
 
