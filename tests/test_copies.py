@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from cases import EVERYTHING, PER_RULE, Case
+from cases import EVERYTHING, OF_EACH_KIND, Case
 
 import fastopt
 from fastopt import rules, schedules
@@ -53,7 +53,7 @@ def everything(opt: fastopt.Optimizer) -> dict[str, bytes]:
 
 
 @copied
-@pytest.mark.parametrize("case", PER_RULE[::2], ids=str)
+@pytest.mark.parametrize("case", OF_EACH_KIND, ids=str)
 def test_every_optimizer_goes_on_from_the_same_point(case: Case, again):
     lr = schedules.warmup(schedules.cosine(0.1, 0.0, steps=20), steps=3)
     opt = case.make(tree(0), lr=lr, overrides={"n.b": {"lr_scale": 0.5}}, **EVERYTHING)

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CASES, EVERYTHING, PER_RULE, Case, gradients
+from cases import EVERYTHING, OF_EACH_KIND, PER_RULE, Case, gradients
 from llvmlite import binding, ir
 from numba import types
 from scripts import compiled, run
@@ -97,7 +97,7 @@ def steps_of(case: Case, options: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        *(pytest.param(case, {}, id=f"{case}") for case in CASES[::2]),
+        *(pytest.param(case, {}, id=f"{case}") for case in OF_EACH_KIND),
         *(pytest.param(case, EVERYTHING, id=f"{case}-everything") for case in PER_RULE),
     ],
 )

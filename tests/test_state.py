@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from cases import PER_RULE, Case
+from cases import OF_EACH_KIND, PER_RULE, Case
 
 import fastopt
 
@@ -82,9 +82,13 @@ MASKS = (("a", "m"), (), ("b",), ("a", "b", "m"))
 """Which parameters have a gradient in each step."""
 
 
+BORN = [case for case in PER_RULE if "p" in case.rule.initial.values() and case not in OF_EACH_KIND]
+"""Whose states begin at the parameters."""
+
+
 @pytest.mark.parametrize("before", BEFORE, ids=lambda before: before.__name__)
-@pytest.mark.parametrize("case", PER_RULE, ids=str)
-def test_every_rule_and_the_average_begin_at_the_weights_that_were_written(case: Case, before, tmp_path):
+@pytest.mark.parametrize("case", [*OF_EACH_KIND, *BORN], ids=str)
+def test_states_and_the_average_begin_at_the_weights_that_were_written(case: Case, before, tmp_path):
     options = {"lr": 0.1, "ema": 0.75, "nonfinite": "skip"}
     expected = case.make(tree(1), **options)
     opt = before(case.make({name: np.zeros_like(p) for name, p in tree(1).items()}, **options), tmp_path)
