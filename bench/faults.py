@@ -359,7 +359,11 @@ STEP: Sequence[Fault] = (
             "tests/test_wrap.py -k 'go_on_after and cautious'",
         ),
         ("kind(*own, *of_rule)", "kind(*of_rule, *own)", "tests/test_wrap.py -k 'nothing_changes_no_bit and LARS'"),
-        ("if name not in foreign", "if name", "tests/test_wrap.py -k 'before_returns and centred'"),
+        (
+            "for name, value in keywords.items() if name in known}",
+            "for name, value in keywords.items()}",
+            "tests/test_wrap.py -k 'before_returns and centred'",
+        ),
         ("initial={**rule.initial, **(initial or {})}", "initial=rule.initial"),
         ("made._made_by = (", "made.made_by = ("),
     ),
@@ -1356,7 +1360,7 @@ TRUST: Sequence[Fault] = (
     ),
     *faults_of(
         "fastopt/optimizer.py",
-        "tests/test_state.py -k 'every_rule_and_the_average and at_once'",
+        "tests/test_state.py -k 'states_and_the_average and at_once'",
         ("        pipeline.begin(show=True)\n", ""),
         ("        pipeline.keep_written()\n", "", "tests/test_state.py -k what_the_caller_writes"),
         (
@@ -1731,12 +1735,12 @@ TRUST: Sequence[Fault] = (
         (
             "        if self.born.waiting:\n            self.begin(present)\n        if device is not None:\n            return self._step_on_device",
             "        if device is not None:\n            return self._step_on_device",
-            "tests/test_state.py -k 'test_the_average_and_z or every_rule_and_the_average'",
+            "tests/test_state.py -k 'test_the_average_and_z or states_and_the_average'",
         ),
         (
             "                found = [k for k in found if present[k]]\n",
             "                found = [k for k in found if not present[k]]\n",
-            "tests/test_state.py -k 'every_rule_and_the_average and at_once'",
+            "tests/test_state.py -k 'states_and_the_average and at_once'",
         ),
         (
             "if missed == self.steps]",

@@ -21,8 +21,9 @@ from fastopt.step.prepare import CompiledPrepare, arguments_of, form_of, numbers
 from fastopt.step.table import Point, Table, hyper_of
 
 N_STEP = len(StepHyper._fields)
-IN_PYTHON = {"nadam", "schedule_free_adamw"}
-"""Rules whose `prepare` remembers sums over all steps, in a list or an array that is filled when it is needed."""
+IN_PYTHON = {"nadam", "schedule_free_adamw", "sophia"}
+"""Rules whose `prepare` remembers sums over all steps, in a list or an array that is filled when it is needed, and one
+that is told what a step is given."""
 
 IN_DOUBLE = ("adam", "momentum", "muon")
 every_rule = pytest.mark.parametrize(
