@@ -569,3 +569,11 @@ def test_what_torch_refuses_is_refused(name, options):
         optimizer.step()
     with pytest.raises((TypeError, ValueError), match=r"must be"):
         getattr(fastopt, name)({"w": np.ones((2, 2))}, **options)
+
+
+def test_the_states_of_adafactor_are_a_row_and_a_column():
+    """A matrix of a million numbers: 16 KB, where Adam has 8 MB."""
+    adafactor, adam = (kind({"W": np.ones((1000, 1000), np.float32)}) for kind in (fastopt.Adafactor, fastopt.Adam))
+    sizes = [sum(leaf.nbytes for tree in opt.states.values() for leaf in tree.values()) for opt in (adafactor, adam)]
+    assert sizes == [8 * 2000, 8 * 1000 * 1000]
+    assert sum(buffer.nbytes for buffer in adafactor._pipeline.buffers) == 8 * 2000
