@@ -599,28 +599,6 @@ class StableAdamW(Optimizer, ours=fastopt.StableAdamW):
     """
 
 
-class Adafactor(Optimizer, ours=fastopt.Adafactor):
-    """`fastopt.Adafactor` for torch: for torch's ``eps=(eps, min_rms), d=d`` pass eps, min_rms and clip_threshold.
-
-    Args:
-        params: an iterable of tensors, of named tensors, or of param groups.
-        *args, **kwargs: those of `fastopt.Adafactor` after params, and those of `Optimizer`.
-
-    Raises:
-        TypeError, ValueError: as `Optimizer`.
-
-    Source: Shazeer, Stern 2018, https://arxiv.org/abs/1804.04235
-
-    >>> import torch, fastopt.torch
-    >>> w = torch.ones(2, 3, requires_grad=True)
-    >>> opt = fastopt.torch.Adafactor([w], lr=0.1)
-    >>> w.sum().backward()
-    >>> opt.step()
-    >>> opt.state[w]["row_var"].shape, opt.state[w]["col_var"].shape
-    (torch.Size([2]), torch.Size([3]))
-    """
-
-
 class ADOPT(Optimizer, ours=fastopt.ADOPT):
     """`fastopt.ADOPT` for torch.
 
