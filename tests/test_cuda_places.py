@@ -143,14 +143,16 @@ def updated(backend: Any, rule: Rule, features: Features, dtype: Any, gaps: Any,
         begin[1][4][3] = np.nan
     p, g = (Placed.of(backend, vectors, gap) for vectors, gap in zip(begin, gaps, strict=True))
     states = [Placed.of(backend, numbers(rng, dtype, 0.1)) for _ in range(len(rule.states) + features.ema)]
-    per_tensor = [backend.zeros(len(SIZES), np.dtype(np.float64)) for _ in rule.numbers]
-    for array in per_tensor:
-        backend.copy(array, rng.uniform(0.1, 1.0, len(SIZES)))
     layout = layout_of(dtype)
+    counts = [layout.lines[over][-1] for over in rule.over.values()]
+    kept = [backend.zeros(count, np.dtype(np.float64)) for count in counts]
+    for array, count in zip(kept, counts, strict=True):
+        backend.copy(array, rng.uniform(0.1, 1.0, count))
     kernel = backend.kernel(rule, hyper, np.dtype(dtype), features)
-    places, chunks = layout.places(p.addresses, g.addresses), layout.chunks(GROUPS, whole=rule.whole)
-    kernel.launch(places, (*[state.array for state in states], *per_tensor), table, chunks, sum(SIZES))
-    return [*(vector for placed in (p, g, *states) for vector in placed.vectors()), *map(backend.host, per_tensor)]
+    places = layout.places(p.addresses, g.addresses)
+    chunks = layout.tiles(GROUPS) if rule.lined else layout.chunks(GROUPS, whole=rule.whole)
+    kernel.launch(places, (*[state.array for state in states], *kept), table, chunks, sum(SIZES))
+    return [*(vector for placed in (p, g, *states) for vector in placed.vectors()), *map(backend.host, kept)]
 
 
 def assert_same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
@@ -160,9 +162,14 @@ def assert_same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
 # --- updates ----------------------------------------------------------------------------------------------------------
 
 
-@by_dtype
-@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    ("name", "everything", "dtype"),
+    [
+        *[(name, everything, dtype) for name in OF_EACH_KIND for everything in (False, True) for dtype in DTYPES],
+        *[(name, True, np.float32) for name in RULES if name not in OF_EACH_KIND],
+    ],
+    ids=lambda value: {True: "everything", False: "plain"}.get(value) or getattr(value, "__name__", value),
+)
 def test_an_update_has_the_same_bits_wherever_arrays_are(name, everything, dtype):
     rule = RULES[name]
     features = features_of(rule, decays=True, **MANY) if everything else Features()
