@@ -336,7 +336,7 @@ STEP: Sequence[Fault] = (
         "fastopt/step/pipeline.py",
         "tests/test_inputs.py",
         ("                    self.backend.copy(view, leaf)\n", "                    pass\n"),
-        ("if self.takes_more or extra", "if extra"),
+        ("extra is not None or loss is not None or self.takes_more:", "extra is not None or loss is not None:"),
     ),
     *faults_of(
         "fastopt/step/many.py",
@@ -1838,8 +1838,8 @@ TRUST: Sequence[Fault] = (
             'tests/test_interrupts.py -k "raises and serial and Muon"',
         ),
         (
-            "if present is not None or self.rule.matrixwise is not None or further:",
-            "if self.rule.matrixwise is not None:",
+            "if self.several or present is not None:",
+            "if self.several:",
             'tests/test_optimizer.py -k "without_gradient_is_as_if"',
         ),
         (

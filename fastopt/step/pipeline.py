@@ -83,6 +83,8 @@ class Pipeline:
         self.gate = Gate()
         self.takes_more = bool(rule.extra or rule.inputs)
         """Whether a step is given more than gradients."""
+        self.several = self.takes_more or rule.matrixwise is not None
+        """Whether a step writes more than by one launch."""
         self.gradients_in = rule.gradients_in
         """The context in which gradients are computed; None also after a warning."""
         self.entered_at = -1
@@ -285,19 +287,21 @@ class Pipeline:
             places, present, kept, beside = taken
         if self.groups.frozen:
             present = self._without_frozen(present)
-        capturing = device is not None and device.backend.capturing()
-        if device is not None and capturing:
-            device.check_capture(self.rule, present is not None or pending is not None)
-            if self.born.waiting and self._without_updates():
-                raise RuntimeError(
-                    "step() is captured before states have begun at the parameters: make an ordinary step first"
-                )
+        capturing = False
+        if device is not None:
+            capturing = device.backend.capturing()
+            if capturing:
+                device.check_capture(self.rule, present is not None or pending is not None)
+                if self.born.waiting and self._without_updates():
+                    raise RuntimeError(
+                        "step() is captured before states have begun at the parameters: make an ordinary step first"
+                    )
         rows: Sequence[int] = plan.of
         if present is not None:
             rows = self._rows_of(present)
             plan = self.plan
         further = NOTHING
-        if self.takes_more or extra is not None or loss is not None:
+        if extra is not None or loss is not None or self.takes_more:
             plan.table.inputs, further = Inputs.checked(self.rule, self.flat, extra, loss, present)
         if self.born.waiting:
             self.begin(present)
@@ -317,7 +321,7 @@ class Pipeline:
         kernel = plan.usual if own and unscale == self.sign else plan.kernel(scaled=unscale != 1.0, own=own)
         chunks = plan.joined if own and present is None else plan.chunks(rows, apart=not own)
         table = plan.table.array
-        if present is not None or self.rule.matrixwise is not None or further:
+        if self.several or present is not None:
             with deferred_signals:
                 self._put(further)
                 self._transform(plan, places, rows, table, scaled=unscale != 1.0)

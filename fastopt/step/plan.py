@@ -51,7 +51,7 @@ class Plan:
         self.flat = flat
         self.options = options
         self.backend = backend
-        self._tiled = rule.lined
+        self._tiled, self._whole = rule.lined, rule.whole
         self._per_tensor = options.clip_norm_per_tensor is not None
         self.of = list(range(len(groups.of)) if self._per_tensor else groups.of)
         """The row of the table of each parameter: that of its group, or its own, with a coefficient of its own."""
@@ -122,7 +122,7 @@ class Plan:
         apart : the gradients are not neighbours where the parameters are.
         """
         tiled = self._tiled and not whole
-        whole = not tiled and (whole or apart or self.rule.whole)
+        whole = not tiled and (whole or apart or self._whole)
         key = (id(rows), whole, apart)
         found = self._chunks.get(key)
         if found is None:  # the list is kept, so that its id is not given to another
