@@ -541,7 +541,7 @@ LOOPS: Sequence[Fault] = (
     ),
     *faults_of(
         "fastopt/rules/adafactor.py",
-        parity("Adafactor"),
+        "tests/test_rule_kinds.py -k adafactor_equals",
         ("lr=min(lr, 1.0 / math.sqrt(t))", "lr=lr"),
         ("/ (1.0 if excess < 1.0 else excess)", "/ excess"),
         ("keep=1.0 - lr * weight_decay", "keep=1.0 - min(lr, 1.0 / math.sqrt(t)) * weight_decay"),

@@ -577,3 +577,19 @@ def test_the_states_of_adafactor_are_a_row_and_a_column():
     sizes = [sum(leaf.nbytes for tree in opt.states.values() for leaf in tree.values()) for opt in (adafactor, adam)]
     assert sizes == [8 * 2000, 8 * 1000 * 1000]
     assert sum(buffer.nbytes for buffer in adafactor._pipeline.buffers) == 8 * 2000
+
+
+def test_adafactor_equals_the_reference_on_matrices_at_any_rate():
+    """A rate that 1/sqrt(t) bounds from the second update on, and that the weights decay by all the same."""
+    rng = np.random.default_rng(3)
+    options = {"lr": 0.9, "clip_threshold": 0.75, "min_rms": 0.5, "weight_decay": 0.1}
+    leaves = [rng.normal(size=shape) for shape in ((7, 5), (4, 3, 2, 2), (6,), ())]
+    opt = fastopt.Adafactor(leaves, **options)
+    expected = [(leaf.copy(), reference.init_state("adafactor", leaf)) for leaf in leaves]
+    for t in range(1, 11):
+        grads = [rng.normal(size=leaf.shape) for leaf in leaves]
+        opt.step(grads)
+        for g, (p, state) in zip(grads, expected, strict=True):
+            reference.adafactor(p, np.asarray(g), state, t, **options)
+    for found, (p, _) in zip(opt.params, expected, strict=True):
+        np.testing.assert_allclose(found, p, rtol=1e-11)
