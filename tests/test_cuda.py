@@ -24,6 +24,7 @@ from test_sums import centred, lined, prodigy, ruled
 import fastopt
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import BLOCK
+from fastopt.storage import layout
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
 BOUND = 4 if SIMULATED else 6
@@ -319,9 +320,10 @@ def test_a_step_does_not_wait_for_the_norm(monkeypatch):
 @pytest.mark.parametrize(
     "made", [ruled, prodigy, centred, lined], ids=["each", "all", "all, and their size", "rows and columns"]
 )
-def test_sums_settled_one_after_the_other_and_numbers_of_each_and_of_all(made):
+def test_sums_settled_one_after_the_other_and_numbers_of_each_and_of_all(made, monkeypatch):
     """Three terms, which are two passes; a stage without any; parameters without gradient; and a skipped step."""
-    params = tree(5, np.float64, {"long": (BLOCK + 700,), "b": (3, 4), "empty": (0,), "absent": (5,)})
+    monkeypatch.setattr(layout, "TILE", 2400)
+    params = tree(5, np.float64, {"long": (BLOCK + 700,), "b": (3, 4), "empty": (0,), "absent": (5,), "cut": (16, 160)})
     options = {"max_norm": 0.5, "ema": 0.9, "zero_grad": True, "nonfinite": "skip", "overrides": {"b": {"lr": 0.5}}}
     ours, cpu = (fastopt.Optimizer(params, made, backend=backend, **options) for backend in ("cuda", "cpu"))
     for step in range(4):

@@ -349,7 +349,7 @@ def of_a_row(sums, numbers, size, h):
 
 def share_of_a_row(sums, numbers, size, h):
     """Of what was settled before for the same row."""
-    return (sums.product + sums.momentum) / (size * (1.0 + h.row))
+    return (sums.product + sums.momentum + sums.square) / (size * (1.0 + h.row))
 
 
 def after_the_row(p, g, m, h):
@@ -381,7 +381,9 @@ def of_all(sums, numbers, size, h):
     prepare_lined,
     sums=(
         fastopt.Sums({"square": square}, of_a_row, ("row",), ("row_seen",), over="row"),
-        fastopt.Sums({"product": product, "momentum": momentum}, share_of_a_row, ("share",), over="row"),
+        fastopt.Sums(
+            {"product": product, "momentum": momentum, "square": square}, share_of_a_row, ("share",), over="row"
+        ),
         fastopt.Sums({"after": after_the_row}, of_a_column, ("column",), ("column_seen",), over="column"),
         fastopt.Sums({"after": after_the_column}, of_a_tensor, ("mean",), ("tensor_seen",)),
         fastopt.Sums({"magnitude": magnitude_of_all}, of_all, ("total",), ("all_seen",), over="all"),
@@ -409,7 +411,7 @@ class LinedInNumpy:
             p2, g, m = p.reshape(shape), grads[path].astype(np.float64).reshape(shape), self.m[path].reshape(shape)
             seen = self.seen[path]
             row = np.sqrt((g * g).mean(axis=1, keepdims=True))
-            share = (p2 * m + m).mean(axis=1, keepdims=True) / (1.0 + row)
+            share = (p2 * m + m + g * g).mean(axis=1, keepdims=True) / (1.0 + row)
             seen[0] = seen[0] + (g * g).sum(axis=1)
             seen[1] = seen[1] + (np.abs(g * row) + share**2).mean(axis=0)
             seen[2] += g.size
