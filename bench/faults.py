@@ -532,7 +532,8 @@ LOOPS: Sequence[Fault] = (
         "tests/test_sums.py -k over_rows",
         ("first_tile + k, len(down), stride", "first_tile + k, len(down), 1"),
         ('                    parts["column"] += width\n', ""),
-        ("(shape[0], math.prod(shape[1:])) if len(shape) > 1", "(shape[0], math.prod(shape[1:])) if len(shape) == 2"),
+        ("as_matrix(shape) if len(shape) > 1", "as_matrix(shape) if len(shape) == 2"),
+        ("return shape[0], math.prod(shape[1:])", "return shape[0], shape[1]", "tests/test_matrices.py"),
         (
             "if size == 0 or group < 0:\n                continue\n            total",
             "if size == 0:\n                continue\n            total",
@@ -587,7 +588,6 @@ LOOPS: Sequence[Fault] = (
         ("bool(callable(flag) or flag)", "bool(not callable(flag) and flag)"),
         ("if kept is not None and kept[name][k].shape == (rows, columns):", "if False:"),
         ("max(as_matrix(shape)) <= whole.largest", "as_matrix(shape)[0] < whole.largest"),
-        ("math.prod(shape[1:])", "shape[1]"),
         ('f"{t} {path}"', "path"),
         ("                array.fill(0)", "                pass"),
     ),

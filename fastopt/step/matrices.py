@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from fastopt.kernels import get_backend
 from fastopt.rule import Matrixwise, Rule
+from fastopt.storage.layout import as_matrix
 
 if TYPE_CHECKING:
     from fastopt.storage.flat import FlatParams
@@ -25,11 +25,6 @@ def fits(whole: Matrixwise, shape: Sequence[int]) -> bool:
 def selects(whole: Matrixwise, shape: Sequence[int]) -> bool:
     """Whether a parameter of this shape is treated as a matrix where nothing else is asked for."""
     return fits(whole, shape) and (whole.largest is None or max(as_matrix(shape)) <= whole.largest)
-
-
-def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """The numbers of rows and columns of a parameter that is treated as a matrix."""
-    return shape[0], math.prod(shape[1:])
 
 
 def chosen_by(flags: Sequence[Any]) -> tuple[bool, ...]:

@@ -24,6 +24,11 @@ TILE_ROWS = 16
 """... which has as many rows, if there are, so that the partial sums of its columns are few beside its elements."""
 
 
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """The rows and columns of a parameter of two axes or more: the first axis, and the others."""
+    return shape[0], math.prod(shape[1:])
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each parameter is in a flat buffer. Pure arithmetic on Python ints: it allocates no buffer."""
@@ -96,7 +101,7 @@ class Layout:
         """The rows and columns of each parameter: those of a matrix, the first axis and the rest of one of more axes;
         one of fewer is a single row."""
         return tuple(
-            (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, size)
+            as_matrix(shape) if len(shape) > 1 else (1, size)
             for shape, size in zip(self.shapes, self.sizes, strict=True)
         )
 
