@@ -485,7 +485,11 @@ LOOPS: Sequence[Fault] = (
         ("chunk.grad + start - chunk.start", "chunk.grad"),
         ("                    found[k] += total", "                    found[k] = total"),
         ("rows[place, column] = table[chunk.group, column]", "rows[place, column] = table[0, column]", OF_GROUPS),
-        ("if c == 0 or not OVER_ALL:", "if True:", "tests/test_sums.py -k 'over_all_parameters or no_sum'"),
+        (
+            "if own_network != network or not OVER_ALL:",
+            "if True:",
+            "tests/test_sums.py -k 'over_all_parameters or no_sum'",
+        ),
         (
             "for k in range(numbers[0].size):  #",
             "for k in range(place + 1):  #",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from fastopt import scalars
 
 WEIGHT_DECAY = "weight_decay"
@@ -209,6 +211,125 @@ class Choice:
 
 
 Domain = Interval | Pair | Flag | Choice
+
+
+# --- of a population --------------------------------------------------------------------------------------------------
+
+
+def check_each(domain: Domain, name: str, value: Any, members: int) -> Any:
+    """Return a hyperparameter of a population; refuse others.
+
+    Args:
+        domain: its range.
+        name: the hyperparameter, for the message.
+        value: what `domain.check` takes, the same for all members; or, in place of each number, an array or a sequence
+            of one for each member. Several numbers may also be an array with a line for each member.
+        members: how many there are.
+
+    Returns:
+        What `domain.check` returns, with a read-only array of float64 in place of each number that differs.
+
+    Raises:
+        TypeError, ValueError: naming `name`, and the member whose number is refused.
+
+    >>> check_each(Interval(0.0, length=2), "betas", (0.9, [0.5, 0.7, 0.6]), 3)
+    (0.9, array([0.5, 0.7, 0.6]))
+    >>> check_each(Interval(0.0), "lr", [1.0, -1.0], 2)
+    Traceback (most recent call last):
+    ValueError: lr[1]: must be a number in [0, inf), got -1.0
+    """
+    if not isinstance(domain, Interval | Pair):
+        return domain.check(name, value)
+    length = domain.length
+    if isinstance(domain, Interval) and length is None:
+        numbers = _column(name, value, members)
+        if numbers is None:
+            return domain.check(name, value)
+        _check_column(domain, name, numbers)
+        return numbers
+    items = value.T if isinstance(value, np.ndarray) and value.shape == (members, length) else value
+    listed = isinstance(items, Sequence | np.ndarray) and not isinstance(items, str | bytes)
+    if not listed or len(items) != length:
+        return domain.check(name, value)  # which raises the error
+    found = [_column(f"{name}[{k}]", item, members) for k, item in enumerate(items)]
+    if all(column is None for column in found):
+        return domain.check(name, value)
+    if isinstance(domain, Interval) and not domain.whole:
+        one = replace(domain, length=None)
+        numbers_or_columns = []
+        for k, (column, item) in enumerate(zip(found, items, strict=True)):
+            if column is None:
+                numbers_or_columns.append(one.check(f"{name}[{k}]", item))
+            else:
+                _check_column(one, f"{name}[{k}]", column)
+                numbers_or_columns.append(column)
+        return tuple(numbers_or_columns)
+    for member in range(members):
+        line = tuple([item if column is None else column[member] for column, item in zip(found, items, strict=True)])
+        domain.check(f"{name} of member {member}", line)
+    return tuple([float(item) if column is None else column for column, item in zip(found, items, strict=True)])
+
+
+def _column(name: str, value: Any, members: int) -> np.ndarray | None:
+    """An array of a number for each member; None for what is one number, or none."""
+    if isinstance(value, float | str | bytes) or scalars.real(value) is not None or not hasattr(value, "__len__"):
+        return None
+    scalars.refuse_masked(name, value)
+    try:
+        array = np.asarray(value)
+    except Exception:  # of another library
+        array = np.empty(0, object)
+    if array.dtype.kind not in "fiu" or array.shape != (members,):
+        raise TypeError(
+            f"{name}: must be a number, or an array of one for each of {members} members, got {scalars.shown(value)}"
+        )
+    found = array.astype(np.float64)
+    found.flags.writeable = False
+    return found
+
+
+def _check_column(domain: Interval, name: str, numbers: np.ndarray) -> None:
+    """Refuse numbers that are not in an interval: none is where the extremes are not."""
+    extremes = range(len(numbers)) if domain.whole else (int(numbers.argmin()), int(numbers.argmax()))
+    for member in extremes:
+        domain.check(f"{name}[{member}]", float(numbers[member]))
+
+
+def of_member(value: Any, member: int) -> Any:
+    """Return what a checked hyperparameter is for one member of a population.
+
+    >>> import numpy as np
+    >>> of_member((0.9, np.array([0.5, 0.7])), 1)
+    (0.9, 0.7)
+    """
+    if isinstance(value, np.ndarray):
+        return float(value[member])
+    return tuple([of_member(item, member) for item in value]) if isinstance(value, tuple) else value
+
+
+def differs(value: Any) -> bool:
+    """Return whether a checked hyperparameter is not the same for all members of a population.
+
+    >>> import numpy as np
+    >>> differs(np.zeros(2)), differs((0.9, np.zeros(2))), differs(0.9)
+    (True, True, False)
+    """
+    return isinstance(value, np.ndarray) or (isinstance(value, tuple) and any(map(differs, value)))
+
+
+def same(value: Any, other: Any) -> bool:
+    """Return whether two checked hyperparameters are the same.
+
+    >>> import numpy as np
+    >>> same((0.9, np.ones(2)), (0.9, np.ones(2))), same(0.9, np.ones(2)), same("ema", "ema")
+    (True, False, True)
+    """
+    if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
+        return all(map(same, value, other))
+    if isinstance(value, np.ndarray) or isinstance(other, np.ndarray):
+        return type(value) is type(other) and bool(np.array_equal(value, other))
+    return value is other or bool(value == other)
+
 
 POSITIVE_OR_ZERO = Interval(0.0)
 DECAY_RATE = Interval(0.0, 1.0, open=True)

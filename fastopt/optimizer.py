@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, overload
 import numpy as np
 
 from fastopt import scalars
-from fastopt.hyper import EMA, POSITIVE_OR_ZERO, Flag, Interval
+from fastopt.hyper import EMA, POSITIVE_OR_ZERO, Flag, Interval, differs
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
 from fastopt.state import LoadReport, OptimizerState, Snapshot, check_keep, fit
@@ -24,6 +24,8 @@ from fastopt.step.groups import GroupsView, check_change, mark_matrices, match_o
 from fastopt.step.info import StepInfo
 from fastopt.step.options import StepOptions
 from fastopt.step.pipeline import Pipeline
+from fastopt.step.population import HyperView
+from fastopt.step.rows import check_indices
 from fastopt.storage.flat import FlatParams, pack
 from fastopt.storage.trees import adopt, handed_out
 
@@ -63,6 +65,11 @@ class Optimizer:
             that are passed to `step` are not written.
         maximize: go uphill.
         grad_norm: measure the norm of the gradients in every step, for `StepInfo.grad_norm`.
+        members: of a population, how many independent networks the arrays hold along their first axis. Each is updated
+            as by an optimizer of its own, to the bit: norms, clipping, skipped steps, layerwise and other sums are its
+            own, and every number among the hyperparameters may be an array with one for each member, as
+            ``lr=rates, betas=(0.9, array)``; a schedule may return such an array. See `hyper`, `copy_member`. Schedules
+            follow the steps of the population. `step_rows` is not for populations.
         decoupled_weight_decay: whether ``weight_decay`` shrinks the parameters (``p *= 1 - lr weight_decay``) or is
             added to the gradient (L2); None leaves it to the rule.
         convention: of the named optimizers: ``"torch"``, ``"keras"`` or ``"optax"`` for the form and the defaults that
@@ -114,6 +121,7 @@ class Optimizer:
     rules: ClassVar[tuple[Rule, ...]] = ()
 
     rule: Rule
+    _members: int | None
     _pipeline: Pipeline | None
 
     def __init__(
@@ -133,19 +141,25 @@ class Optimizer:
         maximize: bool = False,
         grad_norm: bool = False,
         decoupled_weight_decay: bool | None = None,
+        members: int | None = None,
         **hyper: Any,
     ):
         if not isinstance(rule, Rule):
             raise TypeError(f"rule: must be a Rule, made by @fastopt.rule(prepare), got {type(rule).__name__}")
         if decoupled_weight_decay is not None:
             rule = rule.decaying(Flag().check("decoupled_weight_decay", decoupled_weight_decay))
+        if members is None and isinstance(params, FlatParams):
+            members = params.members
+        elif members is not None:
+            members = scalars.count("members", members, 1, "the number of networks, an int from 1, or None")
         own: dict[str, Any] = {
             "rule": rule,
+            "_members": members,
             "_names": frozenset(name for name in rule.names() if name == "lr" or not hasattr(type(self), name)),
             "_options": StepOptions.checked(
                 max_norm, clip_norm_per_tensor, clip_value, nonfinite, ema, zero_grad, maximize, grad_norm
             ),
-            "_base": rule.check_all(rule.complete(hyper)),
+            "_base": rule.check_all(rule.complete(hyper), members=members),
             "_overrides": overrides or {},
             "_backend": backend,
             "_pipeline": None,
@@ -170,12 +184,14 @@ class Optimizer:
                     f"backend: must be {params.backend!r}, of the packed parameters, got {self._backend!r}"
                 )
             flat = params
+            if flat.members != self._members:
+                raise ValueError(f"members: must be {flat.members}, of the packed parameters, got {self._members}")
         else:
-            flat = pack(params, backend=self._backend, copy=copies)
+            flat = pack(params, backend=self._backend, copy=copies, members=self._members)
         rule, changes = self.rule, match_overrides(flat.paths, self._overrides)
-        mark_matrices(rule, changes, flat.shapes)
+        mark_matrices(rule, changes, flat.member_shapes)
         checked = [
-            check_change(rule, change, f"overrides: {path}: ", flat.dtype)
+            check_change(rule, change, f"overrides: {path}: ", flat.dtype, networks=flat.members)
             for path, change in zip(flat.paths, changes, strict=True)
         ]
         if rule.matrixwise is not None:
@@ -188,18 +204,14 @@ class Optimizer:
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_names", ()):
             value = self._hyper[name]
-            return self.rule.check(name, value(self.step_count)) if callable(value) else value
+            return self.rule.check(name, value(self.step_count), members=self._members) if callable(value) else value
         if hasattr(type(self), name):  # a property raised it
             return object.__getattribute__(self, name)
         raise AttributeError(f"{name}: {type(self).__name__} has no such attribute")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_names", ()):
-            pipeline = self._pipeline
-            if pipeline is not None:
-                pipeline.set_hyper(name, value)
-            else:
-                self._base.update(self.rule.check_all({name: value}))
+            self._set_hyper(name, value)
         elif hasattr(type(self), name) or any(name in inspect.get_annotations(kind) for kind in type(self).__mro__):
             object.__setattr__(self, name, value)
         else:
@@ -208,8 +220,14 @@ class Optimizer:
                 f"set; options such as max_norm are given at construction"
             )
 
+    def _set_hyper(self, name: str, value: Any) -> None:
+        if self._pipeline is not None:
+            self._pipeline.set_hyper(name, value)
+        else:
+            self._base.update(self.rule.check_all({name: value}, members=self._members))
+
     @property
-    def lr(self) -> float:
+    def lr(self) -> Any:
         """The learning rate of the next step (of parameters without an override); assign a number or a schedule.
 
         Every other hyperparameter can be read and assigned likewise: ``opt.weight_decay = 0.01``.
@@ -221,7 +239,8 @@ class Optimizer:
         if "lr" not in self._names:
             raise AttributeError(f"lr: rule {self.rule.name!r} has no lr; it has {', '.join(self.rule.names())}")
         value = self._hyper["lr"]
-        return scalars.number("lr", value(self.step_count) if callable(value) else value)
+        value = value(self.step_count) if callable(value) else value
+        return value if differs(value) else scalars.number("lr", value)
 
     @lr.setter
     def lr(self, value: Any) -> None:
@@ -231,6 +250,31 @@ class Optimizer:
     def _hyper(self) -> dict[str, Any]:
         """The hyperparameters of parameters without an override."""
         return self._base if self._pipeline is None else self._pipeline.groups.base
+
+    @property
+    def hyper(self) -> HyperView:
+        """The hyperparameters by name, of parameters without an override: read them, and set them.
+
+        In a population each is an array, with a number (or a line of several) for each member, whose items can be set:
+        ``opt.hyper["lr"][3] *= 0.5``. One that is not a number, or is a schedule, is as it was given.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.SGD({"w": np.zeros((3, 2))}, lr=[0.1, 0.2, 0.3], members=3)
+        >>> opt.hyper["lr"][[0, 2]] = 1.0
+        >>> opt.hyper["lr"]
+        PerMember([1. , 0.2, 1. ])
+        >>> _ = opt.step({"w": np.ones((3, 2))})
+        >>> opt.params["w"]
+        array([[-1. , -1. ],
+               [-0.2, -0.2],
+               [-1. , -1. ]])
+        """
+        return HyperView(self.rule, lambda: self._hyper, self._set_hyper, self._members)
+
+    @property
+    def members(self) -> int | None:
+        """How many networks a population has; None for one network."""
+        return self._members
 
     @property
     def groups(self) -> GroupsView:
@@ -742,6 +786,38 @@ class Optimizer:
         (0, array([0.]), array([-0.5]))
         """
         self._running.restart()
+
+    def copy_member(self, source: Any, target: Any) -> None:
+        """Let members of a population go on as copies of others: parameters, states, average, number of updates.
+
+        Their hyperparameters stay: set them by `hyper`. So do the counters of `StepInfo`.
+
+        Args:
+            source: the index of a member, from 0, or 1-D integers.
+            target: the same, of the members that are written: as many, each once; or several for one source.
+
+        Raises:
+            TypeError, ValueError: naming the argument; nothing is changed then.
+            RuntimeError: not a population; inside a ``with`` block that holds the parameters elsewhere.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.Adam({"w": np.array([[1.0], [2.0], [3.0]])}, lr=[0.1, 0.2, 0.3], members=3)
+        >>> opt.copy_member(2, [0, 1])
+        >>> opt.params["w"].ravel(), opt.hyper["lr"][1]
+        (array([3., 3., 3.]), 0.2)
+        """
+        running = self._running
+        if self._members is None:
+            raise RuntimeError("copy_member(): must be of a population, constructed with members=, got one network")
+        sources, targets = (
+            check_indices(name, np.atleast_1d(given) if np.ndim(given) == 0 else given, self._members, running.backend)
+            for name, given in (("source", source), ("target", target))
+        )
+        if len(sources) not in (1, len(targets)):
+            raise ValueError(f"source: must be one member, or {len(targets)} as target, got {len(sources)}")
+        if len(np.unique(targets)) != len(targets):
+            raise ValueError("target: must name each member once, got one twice")
+        running.copy_member(np.broadcast_to(sources, targets.shape), targets)
 
     # --- state --------------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastopt import scalars
 from fastopt.closed_forms import Idle
-from fastopt.hyper import DOMAINS, EMA, EPS, LOSS, WEIGHT_DECAY, Domain, Flag, Interval
+from fastopt.hyper import DOMAINS, EMA, EPS, LOSS, WEIGHT_DECAY, Domain, Flag, Interval, check_each
 
 MISSING = inspect.Parameter.empty
 OVER = ("tensor", "row", "column", "all")
@@ -121,7 +123,8 @@ class Sums:
         over: ``"tensor"``: sums over each parameter, settled once for each; ``"row"`` and ``"column"``: over each row
             and each column of a parameter; ``"all"``: over all parameters of the step, settled once, by the h of the
             first one. The numbers are then the same for all parameters. A parameter of more than two axes is the matrix
-            ``p.reshape(p.shape[0], -1)``; one of fewer than two is a single row.
+            ``p.reshape(p.shape[0], -1)``; one of fewer than two is a single row. In a population these are the
+            parameters of one member: all are those of its network.
 
     Each `Sums` with terms reads what its terms use once more before the update. Sums are those of fixed blocks (of 4096
     elements, or of pieces of a matrix), added in their order: the same bits for any number of threads.
@@ -529,7 +532,7 @@ class Rule:
         """
         return self.hyperparameters if self.owns_weight_decay else (*self.hyperparameters, WEIGHT_DECAY)
 
-    def check(self, name: str, value: Any, where: str = "", dtype: Any = None) -> Any:
+    def check(self, name: str, value: Any, where: str = "", dtype: Any = None, members: int | None = None) -> Any:
         """Return a hyperparameter that is in range; refuse others.
 
         Args:
@@ -538,9 +541,10 @@ class Rule:
             where: the beginning of the message.
             dtype: the dtype that is computed in, in which an eps other than 0 must not be 0; None where it is not known
                 yet.
+            members: of a population, whose hyperparameters may be arrays; None for one network.
 
         Returns:
-            `value` in the form that `prepare` expects.
+            `value` in the form that `prepare` expects; in a population, an array is in place of a number that differs.
 
         Raises:
             TypeError, ValueError: naming the hyperparameter, what it must be, and the value.
@@ -552,19 +556,30 @@ class Rule:
         domain = self._domains.get(name)
         if domain is None:
             domain = Flag() if isinstance(self.defaults.get(name), bool) else Interval()
-        checked = domain.check(where + name, value)
+        if members is None:
+            checked = domain.check(where + name, value)
+        else:
+            checked = check_each(domain, where + name, value, members)
         if dtype is not None and name in EPS:
-            scalars.check_eps(where + name, checked, dtype)
+            for number in set(checked.tolist()) if isinstance(checked, np.ndarray) else (checked,):
+                scalars.check_eps(where + name, number, dtype)
         return checked
 
-    def check_all(self, values: Mapping[str, Any], where: str = "", step: int = 0, dtype: Any = None) -> dict[str, Any]:
+    def check_all(
+        self,
+        values: Mapping[str, Any],
+        where: str = "",
+        step: int = 0,
+        dtype: Any = None,
+        members: int | None = None,
+    ) -> dict[str, Any]:
         """Return hyperparameters that the rule has and that are in range; refuse others.
 
         Args:
             values: by name: values that `check` accepts, or schedules.
             where: the beginning of messages.
             step: the next step, an int from 0, at which schedules are evaluated.
-            dtype: as for `check`.
+            dtype, members: as for `check`.
 
         Returns:
             A dict of `values` as `check` returns them; schedules stay as they are.
@@ -582,10 +597,10 @@ class Rule:
         checked = {}
         for name, value in values.items():
             if callable(value):
-                self.check(name, value(step), f"{where}at step {step}, schedule of ", dtype)
+                self.check(name, value(step), f"{where}at step {step}, schedule of ", dtype, members)
                 checked[name] = value
             else:
-                checked[name] = self.check(name, value, where, dtype)
+                checked[name] = self.check(name, value, where, dtype, members)
         return checked
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt import scalars
-from fastopt.hyper import EMA
+from fastopt.hyper import EMA, differs
 from fastopt.kernels import get_backend
 from fastopt.rule import Rule
 from fastopt.step.groups import FROZEN, LR_SCALE, ParamGroup, check_change
-from fastopt.step.matrices import shape_of
+from fastopt.step.matrices import shape_in
 from fastopt.step.options import StepOptions
 from fastopt.step.table import Table, hyper_of
 from fastopt.storage.flat import FlatParams
@@ -27,6 +27,7 @@ FREE = ("zero_grad", "grad_norm")
 """The options that leave the update as it is: a continued run may have others."""
 
 DECOUPLED = "decoupled_weight_decay"
+MEMBERS = "members"
 NO_PLACE = "has no place in this optimizer"
 
 
@@ -38,16 +39,16 @@ class OptimizerState(NamedTuple):
     options: StepOptions
     step: int
     """The number of updates made."""
-    missed: list[int]
-    """For each parameter, the number of updates made without a gradient of the parameter."""
+    missed: list[Any]
+    """For each parameter, the number of updates made without a gradient of the parameter; in a population, an array."""
     hyper: dict[str, Any]
     """The hyperparameters of parameters without an override; schedules are not evaluated."""
     overrides: list[dict[str, Any]]
     """For each parameter, the hyperparameters that differ."""
     groups: list[ParamGroup]
     """For each parameter, its param group."""
-    nonfinite: tuple[int, int]
-    """The number of steps whose gradients were not finite: the latest consecutive ones, and all."""
+    nonfinite: tuple[Any, Any]
+    """The number of steps whose gradients were not finite: the latest consecutive ones, and all; or arrays of them."""
     arrays: dict[str, list[Any]]
     """By state, and ``"ema"``: an array of the backend for each parameter. They are views, not copies."""
 
@@ -74,7 +75,7 @@ class OptimizerState(NamedTuple):
             change = state["overrides"].get(path)
             flag = change.get(whole.chosen, base) if isinstance(change, Mapping) else base
             for name in rule.matrices:
-                shape = shape_of(rule, name, self.flat.shapes[k], chosen=bool(flag))
+                shape = shape_in(self.flat, rule, name, k, chosen=bool(flag))
                 if shape != arrays[name][k].shape:
                     zeros = np.broadcast_to(np.zeros((), self.flat.dtype), shape)
                     arrays[name] = [*arrays[name][:k], zeros, *arrays[name][k + 1 :]]
@@ -82,14 +83,14 @@ class OptimizerState(NamedTuple):
 
     def described(self) -> dict[str, Any]:
         """Return everything except the arrays, as plain data."""
-        paths, (consecutive, total) = self.flat.paths, self.nonfinite
+        paths, (consecutive, total) = self.flat.paths, map(data, self.nonfinite)
         return {
             "step": self.step,
-            "missed": {path: count for path, count in zip(paths, self.missed, strict=True) if count},
+            "missed": {path: data(count) for path, count in zip(paths, self.missed, strict=True) if np.any(count)},
             "hyper": plain(self.hyper),
             "overrides": {path: plain(change) for path, change in zip(paths, self.overrides, strict=True) if change},
             "nonfinite": {"consecutive": consecutive, "total": total},
-            "options": {**asdict(self.options), DECOUPLED: self.rule.decoupled},
+            "options": {**asdict(self.options), DECOUPLED: self.rule.decoupled, MEMBERS: self.flat.members},
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,11 +117,11 @@ class Snapshot(NamedTuple):
     """A saved state that fits an optimizer, so that restoring it cannot fail."""
 
     step: int
-    missed: list[int]
+    missed: list[Any]
     values: dict[str, Any]
     changes: list[dict[str, Any]]
     arrays: dict[str, list[np.ndarray]]
-    nonfinite: tuple[int, int]
+    nonfinite: tuple[Any, Any]
 
     @classmethod
     def of(cls, state: Any, here: OptimizerState) -> Snapshot:
@@ -138,7 +139,8 @@ class Snapshot(NamedTuple):
         if state["rule"] != rule.name:
             raise ValueError(f"state: rule: must be {rule.name!r}, as in this optimizer, got {state['rule']!r}")
         step = _count(state["step"], "step")
-        missed = {path: _count(count, f"missed[{path!r}]") for path, count in state["missed"].items()}
+        members = here.flat.members
+        missed = {path: _counts(count, f"missed[{path!r}]", members) for path, count in state["missed"].items()}
         overrides = state["overrides"]
         for what, named in (("missed", missed), ("overrides", overrides)):
             unknown = [path for path in named if path not in paths]
@@ -146,9 +148,9 @@ class Snapshot(NamedTuple):
                 raise ValueError(
                     f"state: {what}: must name parameters, got {unknown[0]!r}; the paths are {', '.join(paths)}"
                 )
-        late = [path for path, count in missed.items() if count > step]
+        late = [path for path, count in missed.items() if np.any(count > step)]
         if late:
-            raise ValueError(f"state: missed[{late[0]!r}]: must be at most step={step}, got {missed[late[0]]}")
+            raise ValueError(f"state: missed[{late[0]!r}]: must be at most step={step}, got {np.max(missed[late[0]])}")
         restored = _values_from(here, state["hyper"], values, "hyper: ", step)
         for name in LATER:
             if name in rule.defaults:
@@ -180,8 +182,8 @@ class Snapshot(NamedTuple):
             ],
             arrays,
             (
-                _count(counters["consecutive"], "nonfinite['consecutive']"),
-                _count(counters["total"], "nonfinite['total']"),
+                _each(_counts(counters["consecutive"], "nonfinite['consecutive']", members), members),
+                _each(_counts(counters["total"], "nonfinite['total']", members), members),
             ),
         )
 
@@ -316,7 +318,7 @@ def fit(
 
 def _fit_arrays(
     state: Mapping[str, Any], here: OptimizerState, other: str, params: Mapping[str, np.ndarray] | None
-) -> tuple[dict[str, int], dict[str, dict[str, np.ndarray]], LoadReport]:
+) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]], LoadReport]:
     """Return missed updates and states of the saved parameters that fit, and this optimizer's of all others.
 
     A parameter has all its states from one of the two: an `m` of a thousand updates beside a `v` of none would make
@@ -330,7 +332,7 @@ def _fit_arrays(
     names = [name for name in here.arrays if name != EMA]
     foreign = other if set(names) != set(state["state"]) else ""
     host, expected = get_backend(here.flat.backend).host, here.expecting(state).arrays
-    missed: dict[str, int] = {}
+    missed: dict[str, Any] = {}
     held: dict[str, dict[str, np.ndarray]] = {name: {} for name in here.arrays}
     loaded: dict[str, None] = {}
     missing: dict[str, str] = {}
@@ -351,8 +353,10 @@ def _fit_arrays(
             begins_at_params = name == EMA or here.rule.initial.get(name) == "p"
             held[name][path] = params[path] if begins_at_params and params and path in params else host(views[k])
         # Where its states begin here, its count of updates does so, too.
-        count = max(0, step - (here.step - here.missed[k])) if partial else state["missed"].get(path, 0)
-        if count:
+        count = state["missed"].get(path, 0)
+        if partial:
+            count = np.maximum(0, step - (here.step - np.asarray(here.missed[k]))).tolist()
+        if np.any(count):
             missed[path] = count
     unexpected = {
         f"{name}/{path}": foreign if foreign and name != EMA else NO_PLACE
@@ -412,14 +416,24 @@ def _check_form(state: Any) -> None:
 def try_step(here: OptimizerState, snapshot: Snapshot) -> None:
     """Raise the error that the next step with these hyperparameters would raise, before they are restored."""
     for change, missed in zip(snapshot.changes, snapshot.missed, strict=True):
-        point = ParamGroup(here.rule, here.flat.dtype, snapshot.values, change, missed).point(snapshot.step)
+        members = here.flat.members
+        group = ParamGroup(here.rule, here.flat.dtype, snapshot.values, change, missed, members)
+        point = group.point(snapshot.step)
         table = Table(here.rule, hyper_of(here.rule, point), here.flat.dtype)
-        table.write(0, snapshot.step + 1 - missed, point, 1.0)
+        for member, count in enumerate(np.broadcast_to(missed, (members or 1,)).tolist()):
+            table.write(0, snapshot.step + 1 - count, point.of_member(member), 1.0)
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return hyperparameters as data: a schedule becomes its repr."""
-    return {name: {"schedule": repr(value)} if callable(value) else value for name, value in values.items()}
+    """Return hyperparameters as data: a schedule becomes its repr, an array a list."""
+    return {name: {"schedule": repr(value)} if callable(value) else data(value) for name, value in values.items()}
+
+
+def data(value: Any) -> Any:
+    """Return a value with lists in place of arrays, and of tuples that hold some."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return [data(item) for item in value] if differs(value) else value
 
 
 def _values_from(
@@ -431,7 +445,7 @@ def _values_from(
         if wrong:
             raise ValueError(f"state: {where}{wrong}")
         values[name] = present[name] if isinstance(value, Mapping) else value
-    return check_change(here.rule, values, f"state: {where}", here.flat.dtype, step)
+    return check_change(here.rule, values, f"state: {where}", here.flat.dtype, step, here.flat.members)
 
 
 def _other_schedule(name: str, stored: Any, present: Any) -> str:
@@ -481,3 +495,16 @@ def _arrays_from(
 
 def _count(value: Any, name: str) -> int:
     return scalars.count(f"state: {name}", value, 0, "an int from 0")
+
+
+def _counts(value: Any, name: str, members: int | None) -> Any:
+    """A count; or an array of them, for the members of a population, from a list."""
+    if members is None or not isinstance(value, list):
+        return _count(value, name)
+    if len(value) != members:
+        raise ValueError(f"state: {name}: must be an int for each of {members} members, got {len(value)}")
+    return np.array([_count(each, f"{name}[{member}]") for member, each in enumerate(value)], np.int64)
+
+
+def _each(count: Any, members: int | None) -> Any:
+    return count if members is None else np.broadcast_to(np.asarray(count, np.int64), (members,)).copy()

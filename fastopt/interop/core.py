@@ -27,6 +27,11 @@ def of_one_moment(function: Callable[Concatenate[Optimizer, P], R]) -> Callable[
     def waiting(opt: Optimizer, *args: P.args, **kwargs: P.kwargs) -> R:
         if not isinstance(opt, Optimizer):
             raise TypeError(f"opt: must be an Optimizer, got {type(opt).__name__}")
+        if opt.members is not None:
+            raise ValueError(
+                f"opt: must be of one network, got a population of members={opt.members}, for which no other framework "
+                f"has a form; use save() or state_dict()"
+            )
         with opt._running.gate.take(function.__name__):
             return function(opt, *args, **kwargs)
 

@@ -32,6 +32,8 @@ class Place(NamedTuple):
     """The address of the first element of its gradient."""
     state: int
     """The offset of its first element in every buffer of states."""
+    network: int
+    """The number of the network that it belongs to: 0, but in populations. They follow each other."""
 
 
 class Chunk(NamedTuple):
@@ -110,6 +112,8 @@ class Tiles(NamedTuple):
     """By the same: how many rows, columns or parameters there are ..."""
     parts: Mapping[str, int]
     """... and how many partial sums over them."""
+    together: int
+    """How many parameters each network has: what goes over all goes over them."""
 
 
 LEVEL = {"tensor": "tensor", "all": "tensor", "row": "row", "column": "column"}
@@ -229,9 +233,14 @@ class KernelRule(Protocol):
         """Whether any of these go over rows or columns: its kernel is launched with `Tiles`."""
 
 
+def rescaling(norm: Any, max_norm: Any) -> Any:
+    """Return the factor that brings gradients of this norm to max_norm, in torch's form."""
+    return max_norm / (norm + 1e-6)
+
+
 def clip_coefficient(norm: Any, max_norm: Any) -> Any:
     """Return the factor that clips gradients of this norm, in torch's form; NaN for NaN."""
-    coefficient = max_norm / (norm + 1e-6)
+    coefficient = rescaling(norm, max_norm)
     return 1.0 if coefficient > 1.0 else coefficient
 
 

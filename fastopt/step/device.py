@@ -46,11 +46,13 @@ class Candidates(NamedTuple):
 class DeviceSteps:
     """What an optimizer on a device keeps besides: steps in flight, how many were skipped, and a captured step."""
 
-    def __init__(self, backend: Asynchronous, rule: Rule, options: StepOptions):
+    def __init__(self, backend: Asynchronous, rule: Rule, options: StepOptions, members: int | None = None):
+        """members : of a population, about each of which the host decides."""
         self.backend = backend
         # The device decides what the norm of all gradients decides, unless the host has to raise, or a product of
         # matrices or a copy of further inputs is skipped. By the norms of single ones the host decides, and waits.
         self.decides = options.measures and options.nonfinite != "raise" and options.clip_norm_per_tensor is None
+        self.decides = self.decides and members is None
         by_host = rule.matrixwise is not None or rule.extra or rule.inputs
         self.decides = self.decides and not (options.skips and by_host)
         self.gated = self.decides and options.skips

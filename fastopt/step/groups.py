@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastopt.hyper import POSITIVE_OR_ZERO, WEIGHT_DECAY, Flag
+import numpy as np
+
+from fastopt.hyper import POSITIVE_OR_ZERO, WEIGHT_DECAY, Flag, differs, same
 from fastopt.signals import deferred_signals
 from fastopt.step.globs import Paths
 from fastopt.step.matrices import fits, selects
@@ -28,15 +30,28 @@ MOST_UNIONS = 256
 class ParamGroup:
     """Parameters that share hyperparameters and the number of updates they have had: one row of the table."""
 
-    __slots__ = ("changes", "dtype", "fixed", "frozen", "members", "missed", "rule", "scale", "scheduled", "values")
+    __slots__ = (
+        *("changes", "dtype", "fixed", "frozen", "members", "missed", "networks", "rule", "scale", "scheduled"),
+        "values",
+    )
 
-    def __init__(self, rule: Rule, dtype: Any, base: Mapping[str, Any], changes: Mapping[str, Any], missed: int):
+    def __init__(
+        self,
+        rule: Rule,
+        dtype: Any,
+        base: Mapping[str, Any],
+        changes: Mapping[str, Any],
+        missed: Any,
+        networks: int | None = None,
+    ):
+        """networks : of a population, how many members it has."""
         self.rule = rule
         self.dtype = dtype
+        self.networks = networks
         self.changes = dict(changes)
         """The hyperparameters that are not those of the optimizer, `lr_scale` and `frozen` among them."""
         self.missed = missed
-        """How many steps were made without its parameters."""
+        """How many steps were made without its parameters; in a population, an array with a number for each member."""
         self.members: list[int] = []
         self.inherit(base)
 
@@ -65,11 +80,12 @@ class ParamGroup:
         """The hyperparameters by name at `step` (0 at the first update), schedules evaluated and checked."""
         values = dict(self.values)
         for name in self.scheduled:
-            values[name] = self.rule.check(name, values[name](step), f"at step {step}, schedule of ", self.dtype)
+            where = f"at step {step}, schedule of "
+            values[name] = self.rule.check(name, values[name](step), where, self.dtype, self.networks)
         if self.scale != 1.0:
             for name in RATES:
                 if name in values:
-                    values[name] *= self.scale
+                    values[name] = values[name] * self.scale
         return values
 
     def point(self, step: int) -> Point:
@@ -84,8 +100,12 @@ class ParamGroup:
     @property
     def decays(self) -> bool:
         """Whether weights may decay."""
-        decay = self.values[WEIGHT_DECAY]
-        return callable(decay) or decay != 0.0
+        return may_decay(self.values[WEIGHT_DECAY])
+
+
+def may_decay(decay: Any) -> bool:
+    """Whether weights may decay by a checked weight_decay."""
+    return bool(callable(decay) or np.any(decay != 0.0))
 
 
 class Groups:
@@ -97,11 +117,17 @@ class Groups:
         dtype: Any,
         base: Mapping[str, Any],
         changes: Sequence[Mapping[str, Any]],
-        missed: Sequence[int],
+        missed: Sequence[Any],
+        networks: int | None = None,
     ):
-        """dtype : of the parameters. base : the optimizer's hyperparameters. changes : each parameter's that differ."""
+        """dtype : of the parameters. base : the optimizer's hyperparameters. changes : each parameter's that differ.
+
+        missed : how many steps were made without each parameter. networks : of a population, how many members it has;
+        `missed` then holds arrays of a number for each, or a number for all.
+        """
         self.rule = rule
         self.dtype = dtype
+        self.networks = networks
         self.base = dict(base)
         self.list: list[ParamGroup] = []
         self.of: list[int] = []
@@ -115,19 +141,26 @@ class Groups:
         self._unions: dict[int, tuple[tuple[int, ...], list[ParamGroup]]] = {}
         self.regroup(changes, missed)
 
-    def regroup(self, changes: Sequence[Mapping[str, Any]], missed: Sequence[int]) -> None:
+    def regroup(self, changes: Sequence[Mapping[str, Any]], missed: Sequence[Any]) -> None:
         """Give each parameter its group: one per distinct set of hyperparameters and number of missed updates."""
         self.list, self.of = [], []
         known: dict[tuple[Any, ...], int] = {}
         for k, (change, count) in enumerate(zip(changes, missed, strict=True)):
-            key = (count, *((name, id(v) if callable(v) else v) for name, v in sorted(change.items())))
+            held = count
+            if self.networks is not None:
+                count = np.broadcast_to(np.asarray(count, np.int64), (self.networks,))
+                held = count.tobytes()
+            key = (held, *((name, id(v) if callable(v) or differs(v) else v) for name, v in sorted(change.items())))
             number = known.get(key)
             if number is None:
                 number = known[key] = len(self.list)
-                self.list.append(ParamGroup(self.rule, self.dtype, self.base, change, count))
+                self.list.append(self._group(change, count))
             self.of.append(number)
             self.list[number].members.append(k)
         self._structure_changed()
+
+    def _group(self, changes: Mapping[str, Any], missed: Any) -> ParamGroup:
+        return ParamGroup(self.rule, self.dtype, self.base, changes, missed, self.networks)
 
     def _structure_changed(self) -> None:
         self.version += 1
@@ -174,7 +207,7 @@ class Groups:
                 self._values_changed()
 
     def _decay_changed(self, value: Any) -> None:
-        if (callable(value) or value != 0.0) != self.decays:
+        if may_decay(value) != self.decays:
             self._values_changed()
 
     def release(self, members: tuple[int, ...], name: str) -> None:
@@ -206,7 +239,7 @@ class Groups:
                 others = [k for k in group.members if k not in chosen]
                 if not others:
                     continue
-                twin = ParamGroup(self.rule, self.dtype, self.base, group.changes, group.missed)
+                twin = self._group(group.changes, group.missed)
                 twin.members = others
                 group.members = [k for k in group.members if k in chosen]
                 for k in others:
@@ -216,12 +249,25 @@ class Groups:
             if split:
                 self._structure_changed()
 
-    def miss(self, present: Sequence[bool]) -> None:
-        """Count a missed update of every parameter without a gradient; no group holds one with and one without."""
+    def miss(self, present: Sequence[bool] | None, skipped: np.ndarray | None = None) -> None:
+        """Count a missed update of every parameter without a gradient; no group holds one with and one without.
+
+        skipped : of a population, which members have missed the step.
+        """
         self.changes_made += 1
         for group in self.list:
-            if not present[group.members[0]]:
-                group.missed += 1
+            if present is not None and not present[group.members[0]]:
+                group.missed = group.missed + 1
+            elif skipped is not None:
+                group.missed = group.missed + skipped
+
+    def copy_missed(self, source: Any, target: Any) -> None:
+        """Let members of a population have missed as many steps as others."""
+        self.changes_made += 1
+        for group in self.list:
+            missed = np.array(group.missed)
+            missed[target] = missed[source]
+            group.missed = missed
 
     # --- what is read -------------------------------------------------------------------------------------------------
 
@@ -239,8 +285,8 @@ class Groups:
         return [self.list[number].changes for number in self.of]
 
     @property
-    def missed(self) -> list[int]:
-        """For each parameter how many steps were made without it."""
+    def missed(self) -> list[Any]:
+        """For each parameter how many steps were made without it; in a population, an array of them."""
         return [self.list[number].missed for number in self.of]
 
     def match(self, paths: Sequence[str], glob: Any) -> tuple[int, ...]:
@@ -276,13 +322,15 @@ def match_overrides(paths: Sequence[str], overrides: Mapping[str, Mapping[str, A
     return found
 
 
-def check_change(rule: Rule, change: Mapping[str, Any], where: str, dtype: Any, step: int = 0) -> dict[str, Any]:
-    """An override, checked: the rule's hyperparameters, `lr_scale` and `frozen`.
+def check_change(
+    rule: Rule, change: Mapping[str, Any], where: str, dtype: Any, step: int = 0, networks: int | None = None
+) -> dict[str, Any]:
+    """An override, checked: the rule's hyperparameters, `lr_scale` and `frozen`. networks : as for `Groups`.
 
     Raises TypeError or ValueError that begins with `where` and names the hyperparameter.
     """
     own = {name: value for name, value in change.items() if name not in (LR_SCALE, FROZEN)}
-    checked = rule.check_all(own, where, step, dtype)
+    checked = rule.check_all(own, where, step, dtype, networks)
     if LR_SCALE in change:
         if "lr" not in rule.names():
             raise TypeError(f"{where}{LR_SCALE}: rule {rule.name!r} has no lr to scale")
@@ -367,7 +415,7 @@ class GroupView:
         for number in dict.fromkeys(groups.of[k] for k in self._members):
             group = groups.list[number]
             value = group.values[name] if default is None else group.changes.get(name, default)
-            if not any(value is other or value == other for other in found):
+            if not any(same(value, other) for other in found):
                 found.append(value)
         if len(found) > 1:
             raise AttributeError(f"{name}: must be the same for all these parameters to be read, got {found}")

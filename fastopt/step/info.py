@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from fastopt import scalars
 
 
 class StepInfo:
     """What a step did. On a device, reading a result that depends on the gradients waits for the step.
+
+    In a population, `skipped`, `grad_norm`, `clip_coefficient`, the counters of steps with gradients that are not
+    finite, and an `lr` that differs are arrays with a number for each member.
 
     >>> import numpy as np, fastopt
     >>> opt = fastopt.SGD({"w": np.zeros(2)}, lr=0.5, max_norm=1.0)
@@ -24,12 +29,12 @@ class StepInfo:
         self,
         step: int,
         lr: Any,
-        norm: float | None = None,
-        clip_coefficient: float = 1.0,
-        skipped: bool = False,
-        nonfinite: tuple[int, int] = (0, 0),
+        norm: Any = None,
+        clip_coefficient: Any = 1.0,
+        skipped: Any = False,
+        nonfinite: tuple[Any, Any] = (0, 0),
     ):
-        """lr : a number, a schedule, or None."""
+        """lr : a number, a schedule, or None. In a population, an array may take the place of each number."""
         self._step = step
         self._lr = lr
         self._norm = norm
@@ -96,12 +101,12 @@ class StepInfo:
         return self._known()._step
 
     @property
-    def skipped(self) -> bool:
+    def skipped(self) -> Any:
         """Whether it changed nothing (``nonfinite="skip"``)."""
         return self._known()._skipped
 
     @property
-    def nonfinite_consecutive(self) -> int:
+    def nonfinite_consecutive(self) -> Any:
         """How many steps in a row, this one included, found gradients that are NaN or infinite.
 
         Steps are counted where ``nonfinite`` is ``"skip"`` or ``"zero"``.
@@ -109,18 +114,21 @@ class StepInfo:
         return self._known()._nonfinite[0]
 
     @property
-    def nonfinite_total(self) -> int:
+    def nonfinite_total(self) -> Any:
         """The same of all steps."""
         return self._known()._nonfinite[1]
 
     @property
-    def lr(self) -> float | None:
+    def lr(self) -> Any:
         """The learning rate of this step (of parameters without an override); None for a rule that has none."""
-        lr = self._lr(self.step if self.skipped else self.step - 1) if callable(self._lr) else self._lr
+        skipped = bool(np.all(self.skipped))
+        lr = self._lr(self.step if skipped else self.step - 1) if callable(self._lr) else self._lr
+        if getattr(lr, "ndim", 0) == 1:
+            return np.asarray(lr, np.float64)
         return None if lr is None else float(scalars.unwrap(lr))
 
     @property
-    def grad_norm(self) -> float | None:
+    def grad_norm(self) -> Any:
         """The global norm of the gradients, in their own units, after ``clip_value`` and before ``max_norm``.
 
         None where the step did not need it: the gradients may have been overwritten since. ``grad_norm=True`` of the
@@ -129,7 +137,7 @@ class StepInfo:
         return self._known()._norm
 
     @property
-    def clip_coefficient(self) -> float:
+    def clip_coefficient(self) -> Any:
         """What clipping by norm multiplied the gradients by; 1 where nothing was clipped.
 
         With ``clip_norm_per_tensor`` each gradient has a coefficient of its own: this is the smallest, or NaN.
@@ -138,6 +146,8 @@ class StepInfo:
 
     def __repr__(self) -> str:
         shown = [f"step={self.step}"]
+        if isinstance(self.skipped, np.ndarray):
+            return f"StepInfo({shown[0]}, skipped={int(self.skipped.sum())} of {len(self.skipped)} members)"
         if self._norm is not None:
             shown.append(f"grad_norm={self._norm:.6g}")
         if self.clip_coefficient != 1.0:

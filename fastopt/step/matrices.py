@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
+from fastopt.hyper import of_member
 from fastopt.kernels import get_backend
 from fastopt.rule import Matrixwise, Rule
 from fastopt.storage.layout import as_matrix
@@ -44,6 +46,12 @@ def shape_of(rule: Rule, name: str, shape: Sequence[int], *, chosen: bool) -> tu
     return first, second
 
 
+def shape_in(flat: FlatParams, rule: Rule, name: str, k: int, *, chosen: bool) -> tuple[int, ...]:
+    """The same for parameter number k, with the axis of the members of a population."""
+    shape = shape_of(rule, name, flat.member_shapes[k], chosen=chosen)
+    return shape if flat.members is None else (flat.members, *shape)
+
+
 class Matrices:
     """What `Matrixwise.matrices` declares, for parameters of which some are treated as matrices.
 
@@ -64,12 +72,12 @@ class Matrices:
         zeros = get_backend(flat.backend).zeros
         for name in rule.matrices:
             own = self.arrays[name] = []
-            for k, (shape, is_chosen) in enumerate(zip(flat.shapes, chosen, strict=True)):
-                rows, columns = shape_of(rule, name, shape, chosen=is_chosen)
-                if kept is not None and kept[name][k].shape == (rows, columns):
+            for k, is_chosen in enumerate(chosen):
+                shape = shape_in(flat, rule, name, k, chosen=is_chosen)
+                if kept is not None and kept[name][k].shape == shape:
                     own.append(kept[name][k])
                 else:
-                    own.append(zeros(rows * columns, flat.dtype).reshape(rows, columns))
+                    own.append(zeros(math.prod(shape), flat.dtype).reshape(shape))
 
     def fitted(self, chosen: tuple[bool, ...]) -> Matrices:
         """These, for another choice of parameters: matrices of one that is new begin at 0."""
@@ -88,16 +96,29 @@ class Matrices:
             for array in own:
                 array.fill(0)
 
-    def transform(self, k: int, states: Mapping[str, Sequence[Any]], t: int, hyper: Mapping[str, Any]) -> None:
+    def transform(
+        self,
+        k: int,
+        states: Mapping[str, Sequence[Any]],
+        t: int,
+        hyper: Mapping[str, Any],
+        member: int | None = None,
+    ) -> None:
         """Run the transform of the rule on parameter number k.
 
-        states : by name, those of all parameters. t : the number of the parameter's update, from 1.
+        states : by name, those of all parameters. t : the number of the parameter's update, from 1. member : which one
+        of a population.
         """
         whole, handed = self.rule.matrixwise, self.rule.handed
         assert whole is not None
-        path, shape = self.flat.paths[k], as_matrix(self.flat.shapes[k])
-        views = {name: states[name][k].reshape(shape) for name in states if name == whole.state or name in handed}
+        path, shape = self.flat.paths[k], as_matrix(self.flat.member_shapes[k])
+        own_part = ... if member is None else member
+        views = {
+            name: states[name][k][own_part].reshape(shape) for name in states if name == whole.state or name in handed
+        }
         array = views.pop(whole.state)
-        views.update({name: own[k] for name, own in self.arrays.items()})
+        views.update({name: own[k][own_part] for name, own in self.arrays.items()})
+        if member is not None:
+            hyper = {name: of_member(value, member) for name, value in hyper.items()}
         beside = {"t": t, "path": path, "seed": crc32(f"{t} {path}".encode(errors="surrogatepass"))}
         whole.transform(array, **hyper, **views, **{name: beside[name] for name in beside if name in handed})

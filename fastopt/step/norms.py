@@ -43,6 +43,34 @@ def _summed(partials: list[np.ndarray], column: int) -> float:
     return total
 
 
+def norms_of_members(partials: np.ndarray, members: int) -> tuple[np.ndarray, np.ndarray]:
+    """The norm of the gradients of each member of a population, and whether all of them are finite.
+
+    partials : of as many lines for each member, those of the first member first. Each norm has the bits of `norm_of`.
+    """
+    lines = partials.reshape(members, -1, partials.shape[1])
+
+    def summed(column: int) -> np.ndarray:
+        numbers = np.ascontiguousarray(lines[:, :, column])
+        if numbers.shape[1] >= FEW:
+            return np.asarray(numbers.sum(axis=1))
+        total = np.zeros(members)
+        for of_block in numbers.T:
+            total += of_block
+        return total
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = summed(0)
+        norms = np.sqrt(sums)
+        if lines.shape[2] > 2:  # of float64
+            unfit = np.flatnonzero(~in_range(sums))
+            if len(unfit):
+                up, down = summed(2), summed(3)
+                for member in unfit.tolist():
+                    norms[member] = root_of_squares(sums[member], up[member], down[member])
+        return norms, summed(1) == 0.0
+
+
 def norms_of(partials: np.ndarray, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The row of the table of each parameter, which is its own, and the norm of its gradient.
 
@@ -58,9 +86,14 @@ def norms_of(partials: np.ndarray, chunks: np.ndarray) -> tuple[np.ndarray, np.n
     return chunks[first, GROUP], norms
 
 
-def counted(nonfinite: tuple[int, int], *, finite: bool) -> tuple[int, int]:
-    """The steps in a row, and in all, whose gradients were not finite, after one more step."""
+def counted(nonfinite: tuple[Any, Any], *, finite: Any) -> tuple[Any, Any]:
+    """The steps in a row, and in all, whose gradients were not finite, after one more step.
+
+    finite : whether they are in this one; in a population, an array, as are the numbers then.
+    """
     consecutive, total = nonfinite
+    if isinstance(finite, np.ndarray):
+        return np.where(finite, 0, consecutive + 1), total + ~finite
     return (0, total) if finite else (consecutive + 1, total + 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastopt.hyper import Choice, Flag, Interval
-from fastopt.kernels.contract import clip_coefficient
+from fastopt.kernels.contract import clip_coefficient, rescaling
 
 NONFINITE = Choice(("propagate", "skip", "zero", "raise"))
 REDUCTION = Choice(("mean", "sum"))
@@ -109,6 +109,12 @@ class StepOptions:
     def coefficient(self, norm: float) -> float:
         """What clipping by norm multiplies gradients of this norm by; NaN for NaN."""
         return 1.0 if self.max_norm is None else float(clip_coefficient(norm, self.max_norm))
+
+    def coefficients_of_members(self, norms: np.ndarray) -> np.ndarray:
+        """The same for the norm of each member of a population."""
+        if self.max_norm is None:
+            return np.ones_like(norms)
+        return np.minimum(rescaling(norms, self.max_norm), 1.0)
 
     def coefficients(self, norms: np.ndarray) -> np.ndarray:
         """What clipping by norm multiplies each of the gradients of these norms by, in Keras' form; NaN for NaN."""

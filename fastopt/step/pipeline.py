@@ -24,7 +24,7 @@ from fastopt.step.groups import FROZEN, LR_SCALE, Groups, check_change, check_ma
 from fastopt.step.info import StepInfo
 from fastopt.step.inputs import Inputs
 from fastopt.step.matrices import Matrices, chosen_by
-from fastopt.step.norms import Pending, counted, norm_of, norms_of
+from fastopt.step.norms import Pending, counted, norm_of, norms_of, norms_of_members
 from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.plan import Plan
 from fastopt.step.rows import RowSteps, check_indices, one_run
@@ -65,16 +65,16 @@ class Pipeline:
         self.backend = get_backend(flat.backend)
         self.device: DeviceSteps | None = None
         if self.backend.asynchronous:
-            self.device = DeviceSteps(self.backend, rule, options)  # type: ignore[arg-type]
+            self.device = DeviceSteps(self.backend, rule, options, flat.members)  # type: ignore[arg-type]
         for name, value in base.items():
             if not callable(value):  # the first plan evaluates schedules
-                rule.check(name, value, dtype=flat.dtype)
-        self.groups = Groups(rule, flat.dtype, base, changes, [0] * len(flat.paths))
+                rule.check(name, value, dtype=flat.dtype, members=flat.members)
+        self.groups = Groups(rule, flat.dtype, base, changes, [0] * len(flat.paths), flat.members)
         self._check_matrices(self.groups)
         self.steps = 0
         """How many were made; on a device, how many were launched."""
-        self.nonfinite = (0, 0)
-        """Steps in a row, and in all, whose gradients were not finite."""
+        self.nonfinite: tuple[Any, Any] = self._no_steps()
+        """Steps in a row, and in all, whose gradients were not finite; of each member of a population."""
         self.pending: Pending | None = None
         self.sums: Any = None
         """The buffer of accumulated gradients, made when it is first needed."""
@@ -83,8 +83,8 @@ class Pipeline:
         self.gate = Gate()
         self.takes_more = bool(rule.extra or rule.inputs)
         """Whether a step is given more than gradients."""
-        self.several = self.takes_more or rule.matrixwise is not None
-        """Whether a step writes more than by one launch."""
+        self.several = self.takes_more or rule.matrixwise is not None or flat.members is not None
+        """Whether a step writes more than by one launch, or counts for each member."""
         self.gradients_in = rule.gradients_in
         """The context in which gradients are computed; None also after a warning."""
         self.entered_at = -1
@@ -95,11 +95,16 @@ class Pipeline:
         self._initialise(range(len(flat.paths)))
         self._collect_buffers()
 
+    def _no_steps(self) -> tuple[Any, Any]:
+        """`nonfinite` at the beginning."""
+        members = self.flat.members
+        return (0, 0) if members is None else (np.zeros(members, np.int64), np.zeros(members, np.int64))
+
     def _check_matrices(self, groups: Groups, flat: FlatParams | None = None) -> None:
         """Refuse groups by which a parameter would be treated as a matrix that is not one."""
         if self.rule.matrixwise is not None:
             flat = self.flat if flat is None else flat
-            check_matrices(self.rule, groups.given(self.rule.matrixwise.chosen), flat.paths, flat.shapes)
+            check_matrices(self.rule, groups.given(self.rule.matrixwise.chosen), flat.paths, flat.member_shapes)
 
     def _make_states(self) -> None:
         """Make buffers of zeros."""
@@ -128,13 +133,18 @@ class Pipeline:
             if name not in self.born.names:
                 for k in parameters:
                     group = self.groups.list[self.groups.of[k]]
-                    views[name][k][...] = group.at_step(self.steps)[value] if isinstance(value, str) else value
+                    first = group.at_step(self.steps)[value] if isinstance(value, str) else value
+                    if isinstance(first, np.ndarray):  # of a number for each member
+                        first = self.backend.adopt(first.reshape(-1, *[1] * (views[name][k].ndim - 1)))
+                    views[name][k][...] = first
         self.born.begin(self.flat, views, parameters)
 
     def _without_updates(self) -> list[int]:
         """The parameters that have had no update yet."""
         if self.options.skips:
             self.collect()  # a device may have skipped every step so far
+        if self.flat.members is not None:
+            return [k for k, missed in enumerate(self.groups.missed) if (missed == self.steps).all()]
         return [k for k, missed in enumerate(self.groups.missed) if missed == self.steps]
 
     def begin(self, present: Sequence[bool] | None = None, *, show: bool = False) -> None:
@@ -192,7 +202,7 @@ class Pipeline:
     def _locate(self) -> None:
         """Take the addresses of the parameters, which may have moved: see `FlatParams.replace`."""
         addresses = self.flat.addresses
-        self.places_of_params = self.flat.layout.places(addresses, addresses)
+        self.places_of_params = self.flat.places_of(addresses, addresses)
         """For kernels that read no gradients."""
         self._sums_at: tuple[np.ndarray, list[Any]] | None = None
         self.intake = Intake(self.flat, self.backend, self.buffers)
@@ -297,6 +307,7 @@ class Pipeline:
                         "step() is captured before states have begun at the parameters: make an ordinary step first"
                     )
         rows: Sequence[int] = plan.of
+        moving: np.ndarray | None = None
         if present is not None:
             rows = self._rows_of(present)
             plan = self.plan
@@ -315,18 +326,21 @@ class Pipeline:
             norm, coefficient, proceeds, nonfinite = self.decide(
                 plan, places, rows, unscale, present, kept, own=own, beside=beside
             )
-            if not proceeds:
-                return self._info(norm, skipped=True)
+            if proceeds is not True:
+                rows, moving = self._moving(plan, present, proceeds, own=own)
+                if moving is None:
+                    return self._info(norm, skipped=True)
+                plan = self.plan
         # Launch.
         kernel = plan.usual if own and unscale == self.sign else plan.kernel(scaled=unscale != 1.0, own=own)
-        chunks = plan.joined if own and present is None else plan.chunks(rows, apart=not own)
+        chunks = plan.joined if own and rows is plan.of else plan.chunks(rows, apart=not own)
         table = plan.table.array
         if self.several or present is not None:
             with deferred_signals:
                 self._put(further)
                 self._transform(plan, places, rows, table, scaled=unscale != 1.0)
                 kernel.launch(places, self.buffers, table, chunks, self.size)
-                return self.commit(present, norm, coefficient, nonfinite)
+                return self.commit(present, norm, coefficient, nonfinite, moving, zero=own)
         # Without a call between launch and commit, Python runs no handler of a signal there.
         try:
             kernel.launch(places, self.buffers, table, chunks, self.size)
@@ -360,15 +374,17 @@ class Pipeline:
         *,
         own: bool,
         beside: tuple[float, bool] = ALONE,
-    ) -> tuple[float, float, bool, tuple[int, int]]:
+    ) -> tuple[Any, Any, Any, tuple[Any, Any]]:
         """Measure the gradients, and decide what their norm decides.
 
         own : whether the gradients are in opt.grads. grads : those that are not, for errors. beside : `Taken.beside`.
 
         Returns the norm, the coefficient of clipping, which is written into the table, whether there is a step, and
-        what `nonfinite` is after it.
+        what `nonfinite` is after it; in a population, all of them are arrays, with one for each member.
         """
         partials, chunks, factor = self._partials(plan, places, rows, unscale, apart=not own)
+        if self.flat.members is not None:
+            return self._decided_of_members(plan, partials, chunks, factor, unscale, present, grads)
         return self._decided(plan, [(partials, chunks)], factor, unscale, present, grads, own=own, beside=beside)
 
     def _decided(
@@ -403,6 +419,51 @@ class Pipeline:
             coefficient = float(coefficients.min())
         return norm, coefficient, True, self._counted(finite)
 
+    def _decided_of_members(
+        self,
+        plan: Plan,
+        partials: Any,
+        chunks: np.ndarray,
+        factor: float,
+        unscale: float,
+        present: list[bool] | None,
+        grads: Any,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[Any, Any]]:
+        """What the norm of each member of a population decides about it."""
+        members = self.flat.members
+        assert members is not None
+        found = self.backend.host(partials)
+        norms, finite = norms_of_members(found, members)
+        norms *= factor
+        self._refuse_nonfinite(bool(finite.all()), present, grads, unscale)
+        moving = finite if self.options.skips else np.ones(members, np.bool_)
+        if self.options.clip_norm_per_tensor is None:
+            coefficients = np.where(moving, self.options.coefficients_of_members(norms), 1.0)
+            plan.table.clip(np.tile(coefficients, len(self.groups.list)))
+        else:
+            by_row = np.ones(len(plan.of))
+            own_rows, of_parameters = norms_of(found, chunks)
+            by_row[own_rows] = self.options.coefficients(factor * of_parameters)
+            plan.table.clip(by_row)
+            coefficients = np.where(moving, by_row.reshape(members, -1).min(axis=1), 1.0)
+        return norms, coefficients, moving, self._counted(finite)
+
+    def _moving(
+        self, plan: Plan, present: list[bool] | None, proceeds: Any, *, own: bool
+    ) -> tuple[Sequence[int], np.ndarray | None]:
+        """The rows of what is updated, and which members of a population are; None where nothing is.
+
+        proceeds : False where a network is not updated; of each member in a population whether it is.
+        """
+        if self.flat.members is None:
+            return plan.of, None
+        if not proceeds.any():
+            self._skip(finite=proceeds, own=own)
+            return plan.of, None
+        if proceeds.all() and present is None:
+            return plan.of, proceeds
+        return self._rows_of(present, proceeds), proceeds
+
     def measure(self, taken: Taken) -> tuple[float, bool]:
         """The norm of these gradients, and whether all of them are finite: `Taken.beside` of another pipeline."""
         plan = self.current_plan()
@@ -421,17 +482,29 @@ class Pipeline:
         norm: float | None = None,
         coefficient: float = 1.0,
         nonfinite: tuple[int, int] | None = None,
+        moving: np.ndarray | None = None,
+        *,
+        zero: bool = False,
     ) -> StepInfo:
         """Count the step that was launched, with signals deferred since before the launch.
 
         present : which parameters had a gradient; None: all. nonfinite : the counters after the step; None: as before.
+        moving : of a population, which members were updated; None: all. zero : whether ``zero_grad=`` is about the
+        gradients of the others.
         """
+        accumulated = self.pending is not None
         self.steps += 1
         self.pending = None
         self.nonfinite = self.nonfinite if nonfinite is None else nonfinite
-        if present is not None:
-            self.groups.miss(present)
-        return self._info(norm, coefficient)
+        skipped: Any = False
+        if moving is not None and not moving.all():
+            skipped = ~moving
+            if zero and not accumulated and self.options.zero_grad:
+                for grad in self.flat.grad_arrays:
+                    grad[self.backend.adopt(skipped)] = 0
+        if present is not None or skipped is not False:
+            self.groups.miss(present, None if skipped is False else skipped)
+        return self._info(norm, coefficient, skipped)
 
     def _step_on_device(
         self,
@@ -457,6 +530,7 @@ class Pipeline:
             device.candidates = None
             plan.write_table(self.groups, self.steps + 1, unscale)
         norm, coefficient, decision, nonfinite = None, 1.0, None, self.nonfinite
+        moving: np.ndarray | None = None
         scaled = unscale != 1.0
         with deferred_signals:  # a device that decides counts skipped steps
             table = device.backend.table(plan.table.array)
@@ -467,8 +541,10 @@ class Pipeline:
                 norm, coefficient, proceeds, nonfinite = self.decide(
                     plan, places, rows, unscale, present, grads, own=True
                 )
-                if not proceeds:
-                    return self._info(norm, skipped=True)
+                if proceeds is not True:
+                    rows, moving = self._moving(plan, present, proceeds, own=True)
+                    if moving is None:
+                        return self._info(norm, skipped=True)
                 table = plan.table.array
             self._put(further)
             self._transform(plan, places, rows, table, scaled=scaled)
@@ -476,7 +552,7 @@ class Pipeline:
             if capturing:
                 device.recorded = Recorded(table, rows, scaled, decision)
                 return self._info(norm, coefficient)
-            info = self.commit(present, norm, coefficient, nonfinite)
+            info = self.commit(present, norm, coefficient, nonfinite, moving, zero=True)
             return info if decision is None else self._in_flight(info, decision)
 
     @through_gate
@@ -529,12 +605,22 @@ class Pipeline:
         moving = [not self.groups.list[number].frozen for number in self.groups.of]
         return moving if present is None else [here and free for here, free in zip(present, moving, strict=True)]
 
-    def _rows_of(self, present: list[bool]) -> Sequence[int]:
-        """The rows of the table of the parameters that are present, after splitting every group of which some are."""
-        mask = tuple(present)
+    def _rows_of(self, present: list[bool] | None, moving: np.ndarray | None = None) -> Sequence[int]:
+        """The rows of the table of the parameters that are present, after splitting every group of which some are.
+
+        present : None: all. moving : of a population, the members that are; None: all.
+        """
+        if self.flat.members is None:
+            assert present is not None
+            mask = tuple(present)
+        else:
+            here = np.ones(len(self.flat.paths), np.bool_) if present is None else np.array(present)
+            each = np.ones(self.flat.members, np.bool_) if moving is None else moving
+            mask = tuple((each[:, None] & here).reshape(-1).tolist())
         rows = self.plan.rows.get(mask)
         if rows is None:
-            self.groups.split([k for k, here in enumerate(mask) if here])
+            if present is not None:
+                self.groups.split([k for k, here in enumerate(present) if here])
             rows = self.current_plan().keep_rows(mask)
         return rows
 
@@ -571,7 +657,8 @@ class Pipeline:
             return
         by_group = [group.at_step(self.steps) for group in self.groups.list]
         values = [by_group[number] for number in self.groups.of]
-        chosen = tuple([row >= 0 and bool(own[whole.chosen]) for row, own in zip(rows, values, strict=True)])
+        count, members = len(values), self.flat.members
+        chosen = tuple([row >= 0 and bool(values[place % count][whole.chosen]) for place, row in enumerate(rows)])
         matrices = self.fit_matrices()
         kernel = plan.direction_kernel(scaled=scaled)
         kernel.launch(places, self.states, table, plan.dense_chunks(chosen, rows), self.size)
@@ -580,20 +667,31 @@ class Pipeline:
             for name, buffer in zip(self.rule.states, self.states, strict=True)
             if name == whole.state or name in self.rule.handed
         }
-        for k, here in enumerate(chosen):
+        for place, here in enumerate(chosen):
             if here:
+                member, k = divmod(place, count)
                 t = self.steps + 1 - self.groups.list[self.groups.of[k]].missed
-                matrices.transform(k, views, t, values[k])
+                if members is None:
+                    matrices.transform(k, views, t, values[k])
+                else:
+                    matrices.transform(k, views, int(t[member]), values[k], member)
 
     def _proceeds(self, finite: bool, present: Sequence[bool] | None, grads: Any, unscale: float, *, own: bool) -> bool:
         """Whether to make the step.
 
         grads : a gradient per parameter, for the error; None: those in opt.grads. own : they are in opt.grads.
         """
-        nonfinite = self.options.nonfinite
-        if nonfinite == "propagate":
+        if self.options.nonfinite == "propagate":
             return True
-        if not finite and nonfinite == "raise":
+        self._refuse_nonfinite(finite, present, grads, unscale)
+        if finite or not self.options.skips:
+            return True
+        self._skip(finite=finite, own=own)
+        return False
+
+    def _refuse_nonfinite(self, finite: bool, present: Sequence[bool] | None, grads: Any, unscale: float) -> None:
+        """Raise FloatingPointError where gradients must be finite and are not. grads : as for `_proceeds`."""
+        if not finite and self.options.nonfinite == "raise":
             factor = self.flat.dtype.type(unscale)
             found = self.flat.grad_arrays if grads is None else grads
             with np.errstate(over="ignore", invalid="ignore"):
@@ -603,20 +701,23 @@ class Pipeline:
                             f"gradient {self.flat.paths[k]!r} holds NaN or infinity; nothing was updated. "
                             f"nonfinite='skip' would skip such steps"
                         )
-        if finite or not self.options.skips:
-            return True
+
+    def _skip(self, *, finite: Any, own: bool = True) -> None:
+        """Count a step that is skipped. own : whether the gradients are in opt.grads."""
         with deferred_signals:
             self.nonfinite = self._counted(finite)
             if own and self.pending is None and self.options.zero_grad:
                 self.flat.zero_grad()
             self.pending = None
-        return False
 
-    def _counted(self, finite: bool) -> tuple[int, int]:
+    def _counted(self, finite: Any) -> tuple[Any, Any]:
         """What `nonfinite` is after a step whose gradients are finite or not."""
         return self.nonfinite if self.options.nonfinite == "propagate" else counted(self.nonfinite, finite=finite)
 
-    def _info(self, norm: float | None = None, coefficient: float = 1.0, skipped: bool = False) -> StepInfo:
+    def _info(self, norm: Any = None, coefficient: Any = 1.0, skipped: Any = False) -> StepInfo:
+        members = self.flat.members
+        if members is not None:
+            coefficient, skipped = np.ones(members) * coefficient, np.zeros(members, np.bool_) | skipped
         return StepInfo(self.steps, self.groups.base.get("lr"), norm, coefficient, skipped, self.nonfinite)
 
     # --- steps in flight on a device ----------------------------------------------------------------------------------
@@ -656,10 +757,10 @@ class Pipeline:
             raise ValueError(f"weight: must be in the range of {self.flat.dtype}, got {weight!r}")
         flat, plan = self.flat, self.current_plan()
         given = self.intake.take_to_add(grads)
-        places = flat.layout.places(self._places_of_sums()[0][:, 1], given.places[:, 1])
+        places = flat.split.places(self._places_of_sums()[0][:, 1], given.places[:, 1])
         pending = self.pending
         if pending is None:
-            blocks = sum(-(-size // BLOCK) for size in flat.layout.sizes)
+            blocks = sum(-(-size // BLOCK) for size in flat.split.sizes)
             width = sums_per_block(flat.dtype)
             partials = self.backend.zeros(width * blocks, np.dtype(np.float64)).reshape(blocks, width)
             pending = Pending(len(flat.paths), partials)
@@ -668,8 +769,9 @@ class Pipeline:
         chunks, factor = plan.chunks(plan.of, whole=True), np.array([number, 0.0], flat.dtype)
         adder = Adder(self.measures and self.options.clip_value is None, self.options.nonfinite == "zero")
         overwrite, partials = ~pending.present, pending.partials
+        each, written = (np.tile(mask, flat.members or 1) for mask in (present, overwrite))
         try:
-            self.backend.add(places, present, overwrite, factor, chunks, partials, adder, flat.dtype)
+            self.backend.add(places, each, written, factor, chunks, partials, adder, flat.dtype)
         finally:  # also after an exception of a signal's handler, as in `step`
             if factor[1] != 0.0:
                 pending.present |= present
@@ -683,7 +785,7 @@ class Pipeline:
             self.sums = flat.new_buffer()
         if self._sums_at is None:
             views = flat.views(self.sums)
-            self._sums_at = flat.layout.places(flat.addresses, flat.addresses_of(views)), views
+            self._sums_at = flat.places_of(flat.addresses, flat.addresses_of(views)), views
         return self._sums_at
 
     def zero_grad(self) -> None:
@@ -703,6 +805,7 @@ class Pipeline:
     ) -> StepInfo:
         """Make a step in which only some rows have a gradient: see `Optimizer.step_rows`."""
         self.refuse_while_held("step_rows")
+        self._refuse_members("step_rows")
         if self.gradients_in:
             self._check_context()
         if self.device is not None:
@@ -763,12 +866,17 @@ class Pipeline:
     def read_rows(self, path: str, indices: Any) -> np.ndarray:
         """Rows of a parameter, brought up to date: see `Optimizer.read_rows`."""
         self.refuse_while_held("read_rows")
+        self._refuse_members("read_rows")
         k = self.flat.matrix(path)
         found = check_indices("indices", indices, self.flat.shapes[k][0], self.backend)
         if k in self.clocks:
             self.rows.catch_up(k, np.unique(found), self.current_plan())
         rows: np.ndarray = self.flat.arrays[k][self.backend.adopt(found)]
         return rows
+
+    def _refuse_members(self, what: str) -> None:
+        if self.flat.members is not None:
+            raise ValueError(f"{what}(): must be of one network, got a population of members={self.flat.members}")
 
     def flush_rows(self) -> None:
         """Bring every row up to date that row-wise steps have left behind."""
@@ -790,9 +898,11 @@ class Pipeline:
         if name in (LR_SCALE, FROZEN):
             checked = check_change(self.rule, {name: value}, "", self.flat.dtype)[name]
         elif callable(value):
-            checked = self.rule.check_all({name: value}, step=self.steps, dtype=self.flat.dtype)[name]
+            checked = self.rule.check_all(
+                {name: value}, step=self.steps, dtype=self.flat.dtype, members=self.flat.members
+            )[name]
         else:
-            checked = self.rule.check(name, value, dtype=self.flat.dtype)
+            checked = self.rule.check(name, value, dtype=self.flat.dtype, members=self.flat.members)
         whole = self.rule.matrixwise
         if whole is not None and name == whole.chosen:
             self._refuse_matrices(checked, members)
@@ -825,7 +935,7 @@ class Pipeline:
         numbers = (
             [k for k, change in enumerate(self.groups.changes) if name not in change] if members is None else members
         )
-        paths, shapes = [self.flat.paths[k] for k in numbers], [self.flat.shapes[k] for k in numbers]
+        paths, shapes = [self.flat.paths[k] for k in numbers], [self.flat.member_shapes[k] for k in numbers]
         check_matrices(self.rule, [chosen] * len(paths), paths, shapes)
 
     @through_gate
@@ -850,9 +960,11 @@ class Pipeline:
         added = [k for k, path in enumerate(flat.paths) if path not in old_numbers]
         changes, missed = self.groups.changes, self.groups.missed
         new_changes = [changes[old_numbers[path]] if path in old_numbers else dict(hyper) for path in flat.paths]
-        mark_matrices(self.rule, [new_changes[k] for k in added], [flat.shapes[k] for k in added])
+        mark_matrices(self.rule, [new_changes[k] for k in added], [flat.member_shapes[k] for k in added])
         for k in added:
-            new_changes[k] = check_change(self.rule, new_changes[k], f"{flat.paths[k]}: ", flat.dtype, self.steps)
+            new_changes[k] = check_change(
+                self.rule, new_changes[k], f"{flat.paths[k]}: ", flat.dtype, self.steps, flat.members
+            )
         if self.rule.matrixwise is not None:
             check_acting(self.rule.matrixwise, flat.paths, new_changes, self.groups.base)
         groups = Groups(
@@ -861,6 +973,7 @@ class Pipeline:
             self.groups.base,
             new_changes,
             [missed[old_numbers[path]] if path in old_numbers else self.steps for path in flat.paths],
+            flat.members,
         )
         self._check_matrices(groups, flat)
         groups.version = self.groups.version + 1
@@ -919,18 +1032,36 @@ class Pipeline:
         taken = Taken(flat.places, None, None) if grads is None else self.intake.take(grads)
         present = self._without_frozen(taken.present) if self.groups.frozen else taken.present
         here = np.ones(len(flat.paths), np.bool_) if present is None else np.array(present)
+        here = np.tile(here, flat.members or 1)
         rows = [row if own else -1 for row, own in zip(plan.of, here.tolist(), strict=True)]
         chunks = plan.chunks(rows, whole=True, apart=True)
         measuring = self.backend.norm(flat.dtype, Features())
-        norm, _ = norm_of([self.backend.host(measuring.launch(taken.places, plan.table.array, chunks, self.size))])
-        weight = self.sign * rho / norm if norm != 0.0 else 0.0
-        if abs(weight) > np.finfo(flat.dtype).max:
-            weight = 0.0
-        factor, none = np.array([weight, 0.0], flat.dtype), np.zeros(len(here), np.bool_)
+        partials = self.backend.host(measuring.launch(taken.places, plan.table.array, chunks, self.size))
+        if flat.members is not None:
+            norms, _ = norms_of_members(partials, flat.members)
+            weights = np.array([self._length(rho, norm) for norm in norms.tolist()], flat.dtype)
+            with self.elsewhere(context, lambda: self._move_members(weights, taken, present)):
+                yield flat.params
+            return
+        norm, _ = norm_of([partials])
+        factor, none = np.array([self._length(rho, norm), 0.0], flat.dtype), np.zeros(len(here), np.bool_)
         unused = self.backend.empty((1, sums_per_block(flat.dtype)), np.dtype(np.float64))
         arguments = taken.places, here, none, factor, chunks, unused, Adder(False, False), flat.dtype
         with self.elsewhere(context, lambda: self.backend.add(*arguments)):
             yield flat.params
+
+    def _length(self, rho: float, norm: float) -> float:
+        """What gradients of this norm are multiplied by, to go a way of length rho."""
+        weight = self.sign * rho / norm if norm != 0.0 else 0.0
+        return 0.0 if abs(weight) > np.finfo(self.flat.dtype).max else weight
+
+    def _move_members(self, weights: np.ndarray, taken: Taken, present: Sequence[bool] | None) -> None:
+        """Add to the parameters of each member of a population its own multiple of their gradients."""
+        in_buffer = taken.kept is None or self.device is not None
+        leaves = self.flat.grad_arrays if in_buffer else list(taken.kept)
+        for k, (array, grad) in enumerate(zip(self.flat.arrays, leaves, strict=True)):
+            if present is None or present[k]:
+                array += self.backend.adopt(weights.reshape(-1, *[1] * (array.ndim - 1))) * grad
 
     @contextmanager
     def elsewhere(self, context: str, move: Callable[[], None]) -> Iterator[None]:
@@ -1000,13 +1131,27 @@ class Pipeline:
             for buffer in self.buffers:
                 buffer.fill(0)
             self.matrices.clear()
-            self.steps, self.nonfinite, self.pending, self.entered_at = 0, (0, 0), None, -1
+            self.steps, self.nonfinite, self.pending, self.entered_at = 0, self._no_steps(), None, -1
             self.groups.regroup(self.groups.changes, [0] * len(self.flat.paths))
             self.born.shown.clear()
             self._initialise(range(len(self.flat.paths)))
             self._collect_buffers()
             if self.device is not None:
                 self.device.recorded = None
+
+    # --- populations --------------------------------------------------------------------------------------------------
+
+    @through_gate
+    def copy_member(self, source: Any, target: Any) -> None:
+        """Let members continue as copies of others: see `Optimizer.copy_member`. source, target : arrays of indices."""
+        self.refuse_while_held("copy_member")
+        self.collect()
+        arrays = [array for own in self.views().values() for array in own]
+        with deferred_signals:
+            there, here = self.backend.adopt(source), self.backend.adopt(target)
+            for array in (*self.flat.arrays, *arrays):
+                array[here] = array[there]
+            self.groups.copy_missed(source, target)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -1065,14 +1210,16 @@ class Pipeline:
         for name, matrices in self.fit_matrices().arrays.items():
             for own, copied in zip(matrices, twin.matrices.arrays[name], strict=True):
                 copied[...] = own
-        twin.groups = Groups(self.rule, self.flat.dtype, self.groups.base, self.groups.changes, self.groups.missed)
+        twin.groups = Groups(
+            *(self.rule, self.flat.dtype, self.groups.base, self.groups.changes, self.groups.missed), self.flat.members
+        )
         twin.pending = copy.deepcopy(self.pending, memo)
         twin.born = copy.deepcopy(self.born)
         if self.sums is not None:
             twin.sums = twin.flat.new_buffer()
             twin.sums[...] = self.sums
         if self.device is not None:
-            twin.device = DeviceSteps(self.device.backend, self.rule, self.options)
+            twin.device = DeviceSteps(self.device.backend, self.rule, self.options, self.flat.members)
         twin.plan = twin._planned()
         twin._collect_buffers()
         return twin

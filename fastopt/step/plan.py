@@ -53,8 +53,12 @@ class Plan:
         self.backend = backend
         self._tiled, self._whole = rule.lined, rule.whole
         self._per_tensor = options.clip_norm_per_tensor is not None
-        self.of = list(range(len(groups.of)) if self._per_tensor else groups.of)
-        """The row of the table of each parameter: that of its group, or its own, with a coefficient of its own."""
+        members = flat.members or 1
+        self._alone = len(groups.list) == 1 and flat.members is None
+        by_group = [number * members + member for member in range(members) for number in groups.of]
+        self.of = list(range(len(by_group))) if self._per_tensor else by_group
+        """The row of the table of each parameter, of each member: that of its group, or its own, with a coefficient of
+        its own."""
         self._decays = groups.decays
         self._gated = gated
         self.hyper = hyper_of(rule, groups.list[0].point(step))
@@ -62,13 +66,13 @@ class Plan:
             rule,
             self.hyper,
             flat.dtype,
-            len(groups.list),
+            len(groups.list) * members,
             clip_value=options.clip_value,
             ema=options.ema,
-            of=groups.of if self._per_tensor else None,
+            of=by_group if self._per_tensor else None,
         )
         self.rows: dict[tuple[bool, ...], list[int]] = {}
-        """For parameters that are there the row of the table, and -1 for the others."""
+        """For parameters that are there the row of the table, and -1 for the others; in a population of each member."""
         self._chunks: dict[tuple[int, bool, bool], tuple[Sequence[int], Any]] = {}
         self._dense: dict[tuple[int, tuple[bool, ...]], tuple[Sequence[int], np.ndarray]] = {}
         self._kernels: dict[tuple[bool, bool], Kernel] = {}
@@ -79,11 +83,10 @@ class Plan:
 
     def write_table(self, groups: Groups, t: int, unscale: float) -> None:
         """Write the row of every group for update number `t`, less those that the group has missed."""
-        count = len(groups.list)
-        if count == 1:  # 50 ns less than by the loop
+        if self._alone:  # 50 ns less than by the loop
             group = groups.list[0]
             self.table.write(0, t - group.missed, group.fixed or group.point(t - 1), unscale)
-        elif count < MANY:
+        elif len(groups.list) < MANY and groups.networks is None:
             write = self.table.write
             for row, group in enumerate(groups.list):
                 write(row, t - group.missed, group.fixed or group.point(t - 1), unscale)
@@ -91,7 +94,8 @@ class Plan:
             if self._many is None or self._many.changes != groups.changes_made:
                 from fastopt.step.many import ManyGroups  # and numba, which is loaded by those who make steps
 
-                self._many = ManyGroups(self.table, groups, self.hyper, t - 1)
+                compiles = len(self.table.by_group) >= MANY
+                self._many = ManyGroups(self.table, groups, self.hyper, t - 1, self._many, compiles=compiles)
             self._many.write(t, unscale)
         if self._per_tensor:
             self.table.spread()
@@ -126,7 +130,7 @@ class Plan:
         key = (id(rows), whole, apart)
         found = self._chunks.get(key)
         if found is None:  # the list is kept, so that its id is not given to another
-            layout, neighbours = self.flat.layout, None if whole else self.flat.neighbours
+            layout, neighbours = self.flat.split, None if whole else self.flat.neighbours
             made = layout.tiles(rows) if tiled else layout.chunks(rows, neighbours=neighbours, whole=whole)
             found = self._chunks[key] = (rows, made)
         return found[1]
@@ -139,7 +143,7 @@ class Plan:
             if len(self._dense) >= MOST_MASKS:
                 self._dense.clear()
             only = [row if here else -1 for row, here in zip(rows, dense, strict=True)]
-            found = self._dense[key] = (rows, self.flat.layout.chunks(only, whole=True))
+            found = self._dense[key] = (rows, self.flat.split.chunks(only, whole=True))
         return found[1]
 
     def kernel(self, *, scaled: bool, own: bool = True) -> Kernel:

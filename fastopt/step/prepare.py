@@ -71,11 +71,11 @@ def form_of(arguments: tuple[Any, ...]) -> Form | None:
     return tuple(form)
 
 
-def numbers_of(arguments: tuple[Any, ...]) -> list[float]:
-    """Return the floats among the arguments in order, tuples flattened."""
-    numbers: list[float] = []
+def numbers_of(arguments: tuple[Any, ...]) -> list[Any]:
+    """Return the floats among the arguments in order, tuples flattened; and arrays, of a float for each member."""
+    numbers: list[Any] = []
     for value in arguments:
-        if isinstance(value, float):
+        if isinstance(value, float | np.ndarray):
             numbers.append(value)
         elif isinstance(value, tuple):
             numbers.extend(value)

@@ -175,7 +175,7 @@ class RowSteps:
         if width:
             p = self._backend.address(self._flat.arrays[k])
             g = p if grads is None else self._backend.address(grads)  # None: the kernel does not read gradients
-            places = np.array([Place(p, g, self._flat.offsets[k])], np.int64)
+            places = np.array([Place(p, g, self._flat.offsets[k], 0)], np.int64)
             chunks = chunks_of(indices, width, lines)
             kernel.launch(places, self._buffers, table, chunks, indices.size * width)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastopt import scalars
-from fastopt.hyper import WEIGHT_DECAY
+from fastopt.hyper import WEIGHT_DECAY, of_member
 from fastopt.kernels.contract import N_STEP, StepHyper
 
 if TYPE_CHECKING:
@@ -27,10 +27,13 @@ def is_normal(number: float, dtype: np.dtype[Any]) -> bool:
 
 
 class Point(NamedTuple):
-    """Hyperparameters at one step, arranged for `Table.write`: those of the loop, and the arguments of `prepare`."""
+    """Hyperparameters at one step, arranged for `Table.write`: those of the loop, and the arguments of `prepare`.
 
-    weight_decay: float
-    keep: float
+    In a population, an array takes the place of a number that differs among the members.
+    """
+
+    weight_decay: Any
+    keep: Any
     arguments: tuple[Any, ...]
 
     @classmethod
@@ -40,10 +43,14 @@ class Point(NamedTuple):
         keep = 1.0 - values["lr"] * decay if rule.decoupled else 1.0
         return cls(decay, keep, tuple(values[name] for name in rule.hyperparameters))
 
+    def of_member(self, member: int) -> Point:
+        """Those of one member of a population."""
+        return Point(*of_member(tuple(self), member))
+
 
 def hyper_of(rule: Rule, point: Point) -> Any:
     """Return the type of NamedTuple that the rule's `prepare` returns; raise TypeError for any other type."""
-    prepared = rule.prepared(1, point.arguments, rule.sample_inputs)
+    prepared = rule.prepared(1, point.of_member(0).arguments, rule.sample_inputs)
     if not isinstance(prepared, tuple) or not hasattr(prepared, "_fields"):
         raise TypeError(f"prepare of rule {rule.name!r}: must return a NamedTuple, got {type(prepared).__name__}")
     return type(prepared)
@@ -118,21 +125,26 @@ class Table:
                 f"got weight_decay={decay}, {prepared}"
             ) from None
 
-    def heads(self, points: Sequence[Point]) -> np.ndarray:
-        """Return the fields of `StepHyper` for rows of these hyperparameters: a line each, in float64."""
-        heads = np.empty((len(points), N_STEP))
-        heads[:] = (1.0, self._clip_value, 1.0, 0.0, 0.0, self._ema_weight, 1.0)
-        heads[:, WEIGHT_DECAY_COLUMN] = [point.weight_decay for point in points]
-        heads[:, KEEP] = [point.keep for point in points]
-        return heads
+    def heads(self, points: Sequence[Point], members: int | None = None) -> np.ndarray:
+        """Return the fields of `StepHyper` for rows of these hyperparameters: a line each, in the compute dtype.
 
-    def write_heads(self, heads: np.ndarray, unscale: float) -> list[int]:
-        """Write these fields of all groups; return the rows whose numbers leave the range of the dtype."""
-        with np.errstate(over="ignore"):
-            self.by_group[:, :N_STEP] = heads
+        members : of a population, each of which has a line for each of `points`.
+        """
+        heads = np.empty((len(points), members or 1, N_STEP))
+        heads[:] = (1.0, self._clip_value, 1.0, 0.0, 0.0, self._ema_weight, 1.0)
+        if members is None:
+            heads[:, 0, WEIGHT_DECAY_COLUMN] = [point.weight_decay for point in points]
+            heads[:, 0, KEEP] = [point.keep for point in points]
+        else:
+            for own, point in zip(heads, points, strict=True):
+                own[:, WEIGHT_DECAY_COLUMN], own[:, KEEP] = point.weight_decay, point.keep
+        with np.errstate(over="ignore"):  # of numbers that leave the range of the dtype
+            return heads.reshape(-1, N_STEP).astype(self.by_group.dtype)
+
+    def write_heads(self, heads: np.ndarray, unscale: float) -> None:
+        """Write these fields of all groups."""
+        self.by_group[:, :N_STEP] = heads
         self.by_group[:, UNSCALE] = unscale
-        finite = np.isfinite(self.by_group[:, :N_STEP])
-        return [] if finite.all() else np.flatnonzero(~finite.all(axis=1)).tolist()
 
     def spread(self) -> None:
         """Copy the rows of the groups into those of their parameters."""

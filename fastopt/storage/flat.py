@@ -51,6 +51,10 @@ class FlatParams:
         size: the elements of a buffer, including padding.
         dtype, backend: float32 or float64; ``"cpu"`` or ``"cuda"``.
         device: the number of the device on which the arrays are; None on the CPU.
+        members: of a population, the number of networks, which is the length of the first axis of every array; None for
+            one network.
+        layout: where each array is in a buffer.
+        split: the same of each parameter of each member, those of the first member first; `layout` for one network.
     """
 
     def __init__(
@@ -62,9 +66,12 @@ class FlatParams:
         backend: str,
         *,
         copy: bool = True,
+        members: int | None = None,
     ):
         self._backend = get_backend(backend)
         self.layout = Layout.of([leaf.shape for leaf in leaves], dtype.itemsize)
+        self.members = members
+        self.split = self.layout if members is None else self.layout.split(members)
         self.paths = tuple(paths)
         self.dtype = dtype
         self.backend = backend
@@ -89,6 +96,11 @@ class FlatParams:
     shapes = property(lambda self: self.layout.shapes)
     offsets = property(lambda self: self.layout.offsets)
     size = property(lambda self: self.layout.size)
+
+    @property
+    def member_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of each parameter of one network."""
+        return self.split.shapes[: len(self.paths)]
 
     @property
     def data(self) -> Any:
@@ -123,7 +135,7 @@ class FlatParams:
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatParams:
         """Return a copy with its own arrays; arrays and containers handed out are copied as those of the copy."""
         leaves = [array.copy() for array in self.arrays] if self.in_place else self.arrays
-        twin = FlatParams(leaves, self.paths, self.treespec, self.dtype, self.backend, copy=not self.in_place)
+        twin = self._like(leaves, copy=not self.in_place)
         if self._grad_arrays is not None:
             for view, array in zip(twin.grad_arrays, self._grad_arrays, strict=True):
                 view[...] = array
@@ -136,6 +148,10 @@ class FlatParams:
             memo.update({id(own): copied for own, copied in zip(mine, theirs, strict=True)})
         return twin
 
+    def _like(self, leaves: Sequence[Any], *, copy: bool) -> FlatParams:
+        """These parameters with other leaves."""
+        return FlatParams(leaves, self.paths, self.treespec, self.dtype, self.backend, copy=copy, members=self.members)
+
     def _copied_grads(self, memo: Mapping[int, Any]) -> list[Any]:
         return [memo.get(id(array)) for array in self._grad_arrays or ()]
 
@@ -144,7 +160,7 @@ class FlatParams:
         if all(array is None for array in (*params, *grads)):
             return self
         leaves = [own if given is None else given for own, given in zip(self.arrays, params, strict=True)]
-        twin = FlatParams(leaves, self.paths, self.treespec, self.dtype, self.backend, copy=False)
+        twin = self._like(leaves, copy=False)
         twin.in_place = self.in_place
         twin._buffers = [*self._buffers, *filter(_is_given, params)] if self._buffers else []
         if self._grad_arrays is not None:
@@ -157,7 +173,7 @@ class FlatParams:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arrays one by one, so that what else was pickled with them shares them afterwards."""
         grads = None if self._grad_arrays is None else list(self._grad_arrays)
-        return _unpickled, (plain(self.params), grads, self.backend, self.in_place)
+        return _unpickled, (plain(self.params), grads, self.backend, self.in_place, self.members)
 
     def extended(self, params: Any, apart_from: Sequence[Any] = ()) -> FlatParams:
         """Return these parameters together with others, which get a buffer of their own or stay in their arrays.
@@ -179,14 +195,14 @@ class FlatParams:
         >>> flat.extended({"b": np.zeros(1)}).paths
         ('b', 'w')
         """
-        others = pack(params, backend=self.backend, copy=not self.in_place)
+        others = pack(params, backend=self.backend, copy=not self.in_place, members=self.members)
         if others.dtype != self.dtype:
             raise TypeError(f"params: must have dtype {self.dtype} as the other parameters, got {others.dtype}")
         merged = _merged(plain(self.params), plain(others.params))
         leaves, treespec, paths = flatten(merged)
         given = flatten(_merged(plain(self.params), plain(params)))[0]
         _refuse_sharing([*given, *apart_from], self._backend, (*paths, *_own(apart_from)))
-        twin = FlatParams(leaves, paths, treespec, self.dtype, self.backend, copy=False)
+        twin = FlatParams(leaves, paths, treespec, self.dtype, self.backend, copy=False, members=self.members)
         twin.in_place = self.in_place
         twin._buffers = [*self._buffers, *others._buffers]
         grads = _merged(plain(self.grads), plain(others.grads))
@@ -197,6 +213,7 @@ class FlatParams:
     def __repr__(self) -> str:
         count = sum(self.layout.sizes)
         where = f"{self.backend}, in place" if self.in_place else self.backend
+        where += "" if self.members is None else f", of {self.members} networks"
         return f"<FlatParams: {len(self.paths)} parameters, {count:,} elements of {self.dtype}, on {where}>"
 
     def new_buffer(self) -> np.ndarray:
@@ -223,7 +240,7 @@ class FlatParams:
         >>> flat.new_numbers().size, flat.new_numbers("row").size, flat.new_numbers("column").size
         (2, 4, 6)
         """
-        return self._backend.zeros(self.layout.lines[over][-1], np.dtype(np.float64))
+        return self._backend.zeros(self.split.lines[over][-1], np.dtype(np.float64))
 
     def number_views(self, buffer: np.ndarray, over: str = "tensor") -> list[np.ndarray]:
         """Return the parameters' parts of a buffer of numbers.
@@ -233,16 +250,20 @@ class FlatParams:
             over: as it was given to that.
 
         Returns:
-            A list of views of the buffer, in the order of `paths`: 1-D for rows or columns, otherwise 0-D.
+            A list of views of the buffer, in the order of `paths`: 1-D for rows or columns, otherwise 0-D; with an axis
+            for members before these in a population.
 
         >>> import numpy as np, fastopt
         >>> flat = fastopt.pack({"w": np.ones((3, 4)), "b": np.ones(2)})
         >>> [view.shape for view in flat.number_views(flat.new_numbers("row"), "row")]
         [(1,), (3,)]
         """
-        ends = self.layout.lines[over]
-        views = [buffer[start:stop] for start, stop in pairwise(ends)]
-        return views if over in ("row", "column") else [view.reshape(()) for view in views]
+        count = len(self.paths)
+        of_lines = over in ("row", "column")
+        if self.members is not None:  # those of a member follow each other
+            buffer = buffer.reshape(self.members, -1)
+        views = [buffer[..., start:stop] for start, stop in pairwise(self.split.lines[over][: count + 1])]
+        return views if of_lines else [view.reshape(view.shape[:-1]) for view in views]
 
     def views(self, buffer: np.ndarray) -> list[np.ndarray]:
         """Return the parameters' parts of a buffer.
@@ -320,15 +341,54 @@ class FlatParams:
         """
         return np.array([self._backend.address(array) for array in arrays], np.int64)
 
+    def each(self, addresses: np.ndarray) -> np.ndarray:
+        """The addresses of what belongs to each parameter of each member.
+
+        Args:
+            addresses: int64, of arrays like the parameters.
+
+        Returns:
+            An array in the order of `split`; `addresses` for one network.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.ones((2, 3)), "b": np.ones(2)}, members=2)
+        >>> flat.each(np.array([0, 1000]))
+        array([   0, 1000,    8, 1024])
+        """
+        return addresses if self.members is None else (addresses + self._member_offsets).reshape(-1)
+
+    @lazy
+    def _member_offsets(self) -> np.ndarray:
+        """For each member and parameter, how many bytes of the array come before what belongs to them."""
+        strides = np.array(self.split.sizes[: len(self.paths)], np.int64) * self.dtype.itemsize
+        found: np.ndarray = np.arange(self.members or 1)[:, None] * strides
+        return found
+
+    def places_of(self, params: np.ndarray, grads: np.ndarray) -> np.ndarray:
+        """The table of `fastopt.kernels.contract.Place` for parameters and gradients at these addresses.
+
+        Args:
+            params, grads: int64, of arrays in the order of `paths`.
+
+        Returns:
+            A line for each parameter, of each member.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.ones((2, 3)), "b": np.ones(2)}, members=2)
+        >>> flat.places_of(np.array([0, 1000]), np.array([0, 0]))[:, 0]
+        array([   0, 1000,    8, 1024])
+        """
+        return self.split.places(self.each(params), self.each(grads))
+
     @lazy
     def places(self) -> np.ndarray:
         """A line of `fastopt.kernels.contract.Place` per parameter, for the gradients in `grad`."""
-        return self.layout.places(self.addresses, self.addresses_of(self.grad_arrays))
+        return self.places_of(self.addresses, self.addresses_of(self.grad_arrays))
 
     @lazy
     def neighbours(self) -> list[bool]:
         """For each parameter, whether it follows the one before without a gap, in `places`."""
-        return self.layout.neighbours(self.places, self.dtype.itemsize)
+        return self.split.neighbours(self.places, self.dtype.itemsize)
 
     def replace(self, params: Any, apart_from: Sequence[Any] = ()) -> bool:
         """Update other arrays from now on, of the same structure, shapes and dtype; only where they stay in place.
@@ -584,11 +644,13 @@ def _is_given(array: Any) -> bool:
     return array is not None
 
 
-def _unpickled(params: Any, grads: list[Any] | None, backend: str, in_place: bool) -> FlatParams:
+def _unpickled(
+    params: Any, grads: list[Any] | None, backend: str, in_place: bool, members: int | None = None
+) -> FlatParams:
     """Return pickled parameters in the arrays that were unpickled, or in copies where these cannot be written."""
     leaves, treespec, paths = flatten(params)
     leaves = [_updatable(leaf) for leaf in leaves]
-    flat = FlatParams(leaves, paths, treespec, leaves[0].dtype, backend, copy=False)
+    flat = FlatParams(leaves, paths, treespec, leaves[0].dtype, backend, copy=False, members=members)
     flat.in_place = in_place
     if grads is not None:
         flat._grad_arrays = [_updatable(array) for array in grads]
@@ -636,7 +698,9 @@ def named(kind: type) -> str:
     return "a NumPy array" if kind is np.ndarray else f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 
-def pack(params: Any, *, backend: str = "auto", dtype: Any = None, copy: bool = True) -> FlatParams:
+def pack(
+    params: Any, *, backend: str = "auto", dtype: Any = None, copy: bool = True, members: int | None = None
+) -> FlatParams:
     """Copy a tree of arrays into one flat buffer; or, with ``copy=False``, use its arrays in place.
 
     Args:
@@ -646,6 +710,7 @@ def pack(params: Any, *, backend: str = "auto", dtype: Any = None, copy: bool = 
         dtype: float32 or float64 to convert to; None keeps the arrays' dtype.
         copy: False keeps the parameters in the given arrays, which are then updated in place. They must be
             C-contiguous, aligned and writeable.
+        members: of a population, the number of networks, from 1: the length of the first axis of every array.
 
     Returns:
         `FlatParams`.
@@ -653,7 +718,8 @@ def pack(params: Any, *, backend: str = "auto", dtype: Any = None, copy: bool = 
     Raises:
         TypeError, ValueError: a leaf that is not an array, another dtype (integer, complex, object, mixed), a tree
             without arrays, two parameters of one path, two that share memory (tied weights, views of one array); with
-            ``copy=False``, an array that cannot be updated in place. The error names the path of the parameter.
+            ``copy=False``, an array that cannot be updated in place; with `members`, one of another length. The error
+            names the path of the parameter.
         RuntimeError: the backend cannot work here.
 
     >>> import numpy as np, fastopt
@@ -700,7 +766,15 @@ def pack(params: Any, *, backend: str = "auto", dtype: Any = None, copy: bool = 
             )
     if not copy:
         _check_updatable(paths, leaves, arrays, memory)
-    return FlatParams(arrays, paths, treespec, np.dtype(found), backend, copy=copy)
+    if members is not None:
+        members = scalars.count("members", members, 1, "the number of networks, an int from 1, or None")
+        for path, leaf in zip(paths, arrays, strict=True):
+            if leaf.shape[:1] != (members,):
+                raise ValueError(
+                    f"parameter {path!r}: must have a first axis of length members={members}, got shape {leaf.shape}; "
+                    f"stack the networks with np.stack"
+                )
+    return FlatParams(arrays, paths, treespec, np.dtype(found), backend, copy=copy, members=members)
 
 
 def _check_updatable(paths: Sequence[str], given: Sequence[Any], arrays: Sequence[Any], memory: Backend) -> None:

@@ -19,7 +19,7 @@ class Taken(NamedTuple):
     """The gradients of one step, as the kernels read them."""
 
     places: np.ndarray
-    """`fastopt.kernels.contract.Place`, a line per parameter."""
+    """`fastopt.kernels.contract.Place`, a line per parameter, of each member."""
     present: list[bool] | None
     """Which parameters have a gradient; None where all have."""
     kept: Any
@@ -41,7 +41,7 @@ class Intake:
         self._backend = backend
         self._buffers = tuple(buffers)
         self._door: Door | None = None
-        self._places = flat.layout.places(flat.addresses, 0)
+        self._places = flat.places_of(flat.addresses, flat.addresses)
         self._found = np.empty(len(flat.paths), np.int64)
 
     def _made_door(self) -> Door:
@@ -72,7 +72,7 @@ class Intake:
         if self._door is None:
             self._door = self._made_door()
         absent = self._door.admit(leaves, self._found, flat.paths)
-        self._places[:, 1] = self._found
+        self._places[:, 1] = flat.each(self._found)
         return Taken(self._places, (self._found != 0).tolist() if absent else None, leaves)
 
     def take_to_add(self, grads: Any) -> Taken:
@@ -94,4 +94,4 @@ class Intake:
                 leaves[k] = leaf if leaf.flags.c_contiguous else leaf.copy(order="C")
                 found[k] = self._backend.address(leaves[k])
         present = [leaf is not None for leaf in leaves]
-        return Taken(flat.layout.places(flat.addresses, found), None if all(present) else present, leaves)
+        return Taken(flat.places_of(flat.addresses, found), None if all(present) else present, leaves)

@@ -37,6 +37,8 @@ class Layout:
     sizes: tuple[int, ...]
     offsets: tuple[int, ...]
     size: int
+    networks: int = 1
+    """How many networks the parameters belong to: those of the first one come first, as many as of every other."""
 
     @classmethod
     def of(cls, shapes: Sequence[tuple[int, ...]], itemsize: int = 4) -> Layout:
@@ -50,18 +52,30 @@ class Layout:
             end += -(-size // step) * step
         return cls(tuple(tuple(shape) for shape in shapes), sizes, tuple(offsets), end)
 
+    def split(self, members: int) -> Layout:
+        """The layout of the parameters of each member of a population, the first axis of whose arrays these have."""
+        shapes = tuple(shape[1:] for shape in self.shapes)
+        sizes = tuple(size // members for size in self.sizes)
+        offsets = tuple(
+            offset + member * size
+            for member in range(members)
+            for offset, size in zip(self.offsets, sizes, strict=True)
+        )
+        return Layout(shapes * members, sizes * members, offsets, self.size, members)
+
     def places(self, p: int | np.ndarray, g: int | np.ndarray) -> np.ndarray:
         """A table of `fastopt.kernels.contract.Place`: the addresses of parameters and gradients, and these offsets."""
         table = np.empty((len(self.sizes), N_PLACE), np.int64)
         table[:, 0] = p
         table[:, 1] = g
         table[:, 2] = self.offsets
+        table[:, 3] = np.repeat(np.arange(self.networks), len(self.sizes) // self.networks)
         return table
 
     def neighbours(self, places: np.ndarray, itemsize: int) -> list[bool]:
         """For each parameter whether it follows the one before without a gap, as its gradient and its states do."""
-        ends = places + np.array(self.sizes, np.int64)[:, None] * np.array([itemsize, itemsize, 1])
-        return [False, *(places[1:] == ends[:-1]).all(axis=1).tolist()]
+        ends = places[:, :3] + np.array(self.sizes, np.int64)[:, None] * np.array([itemsize, itemsize, 1])
+        return [False, *(places[1:, :3] == ends[:-1]).all(axis=1).tolist()]
 
     def chunks(
         self,
@@ -125,11 +139,11 @@ class Layout:
         tiles: list[tuple[int, ...]] = []
         lines: dict[str, list[tuple[int, ...]]] = {"row": [], "column": [], "tensor": [], "all": []}
         parts = {"row": 0, "column": 0}
-        total = 0
+        together = len(self.sizes) // self.networks
+        of_network: dict[int, list[int]] = {}
         for place, ((rows, columns), size, group) in enumerate(zip(self.matrices, self.sizes, groups, strict=True)):
             if size == 0 or group < 0:
                 continue
-            total += size
             first_row, first_column, first_tile = self.lines["row"][place], self.lines["column"][place], len(tiles)
             across = _pieces(columns, max(TILE // TILE_ROWS, TILE // min(rows, TILE)))
             down = _pieces(rows, max(1, TILE // across[0][1]))
@@ -146,12 +160,16 @@ class Layout:
                     (first_column + column, width, rows, first_tile + k, len(down), stride, group, place)
                 )
             lines["tensor"].append((place, 1, size, first_tile, len(tiles) - first_tile, 1, group, place))
-        if tiles:
-            place, _, _, _, _, _, group, *_ = tiles[0]
-            lines["all"] = [(0, 1, total, 0, len(tiles), 1, group, place)]
-        tables = {over: _table(found, N_LINE) for over, found in lines.items()}
+            of_network.setdefault(place // together, []).append(len(lines["tensor"]) - 1)
+        for network, found in of_network.items():  # their tiles follow each other
+            own = [lines["tensor"][k] for k in found]
+            _, _, _, tile, _, _, group, place = own[0]
+            size, count = (sum(line[column] for line in own) for column in (2, 4))
+            lines["all"].append((network * together, 1, size, tile, count, 1, group, place))
+        tables = {over: _table(of_kind, N_LINE) for over, of_kind in lines.items()}
         counts = {over: ends[-1] for over, ends in self.lines.items()}
-        return Tiles(_table(tiles, N_TILE), tables, counts, {**parts, "tensor": len(tiles), "all": len(tiles)})
+        many = {**parts, "tensor": len(tiles), "all": len(tiles)}
+        return Tiles(_table(tiles, N_TILE), tables, counts, many, together)
 
     def _runs(self, groups: Sequence[int], neighbours: Sequence[bool] | None) -> list[tuple[int, int, int]]:
         """The parameters that are not empty and not skipped, neighbours of one group joined: place, size, group."""

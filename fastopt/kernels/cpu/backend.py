@@ -264,7 +264,9 @@ class CPU:
             stages.append(
                 Stage(
                     loop,
-                    compile_loop(bound, (INTEGERS, PARTIALS, table, of_numbers, table, INTEGERS), check=check).entry,
+                    compile_loop(
+                        bound, (INTEGERS, INTEGERS, PARTIALS, table, of_numbers, table, INTEGERS), check=check
+                    ).entry,
                     len(sums.terms),
                     tuple([names.index(name) for name in sums.numbers]),
                 )

@@ -216,7 +216,9 @@ class LinedKernel:
                     tiles, lines, table, parts, sums, *before, of_stage, results, elements=count, units=lines.shape[0]
                 )
                 if over == "all":  # parameters without a gradient have the same numbers
+                    moving = lines[:, 0] // chunks.together
                     for values in (*results, *of_stage):
-                        values[1:] = values[0]
+                        by_network = values.reshape(-1, chunks.together)
+                        by_network[moving, 1:] = by_network[moving, :1]
                 found[level] += results
             self._update.run(places, own, table, tiles, *found.values(), elements=elements, units=units)

@@ -67,26 +67,31 @@ def sum_terms(places, states, table, chunks, partials, first, last):
             block += 1
 
 
-def settle(chunks, partials, table, numbers, rows, own_rows):
+def settle(places, chunks, partials, table, numbers, rows, own_rows):
     """Settle the sums of each parameter, or of all, and give each parameter a row of its own with the results in it.
 
-    numbers : the buffers of the per-tensor states.
+    All are those of one network. numbers : the buffers of the per-tensor states.
     rows, own_rows : overwritten: a table with a row per parameter, and the chunks that point to it.
     """
     table[0, PROCEEDS] = ZERO
     found = np.empty(max(1, N_TERMS))
+    network = -1
     c = 0
     while c < chunks.shape[0]:
         chunk = record(Chunk, chunks, c * N_CHUNK)
         place = chunk.place
-        if c == 0 or not OVER_ALL:
+        own_network = record(Place, places, place * N_PLACE).network
+        if own_network != network or not OVER_ALL:
             end = c
             size = 0
             for k in range(N_TERMS):
                 found[k] = 0.0
             while end < chunks.shape[0]:
                 of_parameter = record(Chunk, chunks, end * N_CHUNK).place
-                if of_parameter != place and not OVER_ALL:
+                if OVER_ALL:
+                    if record(Place, places, of_parameter * N_PLACE).network != own_network:
+                        break
+                elif of_parameter != place:
                     break
                 begin = end
                 for k in range(N_TERMS):
@@ -106,19 +111,22 @@ def settle(chunks, partials, table, numbers, rows, own_rows):
             else:
                 old = ()
             new = add_values(NOTHING_SETTLED, SETTLED(sums, old, np.float64(size), h))
+            if N_NUMBERS > 0:
+                if OVER_ALL:  # those of parameters without a gradient as well: they stay the same for all
+                    count = places.shape[0] // (record(Place, places, (places.shape[0] - 1) * N_PLACE).network + 1)
+                    for k in range(own_network * count, (own_network + 1) * count):
+                        put_values(numbers, k, new[N_RESULTS:])
+                else:
+                    put_values(numbers, place, new[N_RESULTS:])
+            network = own_network
         for column in range(table.shape[1]):
             rows[place, column] = table[chunk.group, column]
         for k in range(N_RESULTS):
             rows[place, COLUMNS[k]] = new[k]
-        if N_NUMBERS > 0 and not OVER_ALL:
-            put_values(numbers, place, new[N_RESULTS:])
         while c < chunks.shape[0] and record(Chunk, chunks, c * N_CHUNK).place == place:
             for column in range(N_CHUNK):
                 own_rows[c, column] = place if column == GROUP else chunks[c, column]
             c += 1
-    if N_NUMBERS > 0 and OVER_ALL:
-        for k in range(numbers[0].size):  # those of parameters without a gradient as well: they stay the same for all
-            put_values(numbers, k, new[N_RESULTS:])
 
 
 class Stage(NamedTuple):
@@ -157,6 +165,6 @@ class SummedKernel:
                 rows = np.empty((places.shape[0], table.shape[1]), table.dtype)
                 own_rows = np.empty_like(chunks)
                 of_stage = tuple([numbers[k] for k in stage.numbers])
-                stage.settle(chunks, partials, table, of_stage, rows, own_rows)
+                stage.settle(places, chunks, partials, table, of_stage, rows, own_rows)
                 table, chunks = rows, own_rows
             self._update.launch(places, states, table, chunks, elements)
