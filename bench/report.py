@@ -121,6 +121,11 @@ SECTIONS = {
         "by default. `fastopt` of the CNN has our BatchNorm as well, with ReLU in its pass; `fastopt's AdamW alone` "
         "has torch's. Below, the step alone.",
     ),
+    "population": (
+        "Populations",
+        "Adam on stacked networks, each with a learning rate of its own. `one rate` is a step of the stack as one "
+        "network, and `a loop` an optimizer for each.",
+    ),
 }
 
 

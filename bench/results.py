@@ -10,7 +10,18 @@ from fastopt.files import write_file
 from fastopt.measure import Result
 
 FOLDER = Path(__file__).resolve().parent / "results"
-FILES = ("step", "company", "many_tensors", "tail", "batchnorm", "minibatches", "scaling", "startup", "torch")
+FILES = (
+    "step",
+    "company",
+    "many_tensors",
+    "tail",
+    "batchnorm",
+    "minibatches",
+    "scaling",
+    "startup",
+    "torch",
+    "population",
+)
 BUSY = 0.5
 """Load per core before the run above which the machine counts as busy."""
 

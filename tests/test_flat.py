@@ -500,7 +500,7 @@ def test_kernels_reach_elements_beyond_32_bits(name):
     plan.write_table(opt._pipeline.groups, 1, 1.0)
     chunks = np.array([Chunk(0, far, far + near, far, 0, 0)], np.int64)
     p, g, *states = buffers
-    places = np.array([Place(p.ctypes.data, g.ctypes.data, 0)], np.int64)
+    places = np.array([Place(p.ctypes.data, g.ctypes.data, 0, 0)], np.int64)
     plan.kernel(scaled=False).launch(places, tuple(states), plan.table.array, chunks, near)
     for buffer, expected in zip(buffers, alone, strict=True):
         assert buffer[far:].tobytes() == expected.tobytes()

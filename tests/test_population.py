@@ -25,7 +25,10 @@ def stacked(seed: int, dtype: Any = np.float64, members: int = MEMBERS, scale: f
 
 
 def of(tree: dict[str, Any], member: int) -> dict[str, Any]:
-    return {path: None if leaf is None else np.asarray(leaf[member]) for path, leaf in tree.items()}
+    return {
+        path: leaf if leaf is None else np.asarray(leaf[member]) if isinstance(leaf, np.ndarray) else leaf[member]
+        for path, leaf in tree.items()
+    }
 
 
 def inputs(opt: fastopt.Optimizer, grads: dict[str, Any]) -> dict[str, Any]:
@@ -36,8 +39,8 @@ def inputs(opt: fastopt.Optimizer, grads: dict[str, Any]) -> dict[str, Any]:
 class Pair:
     """A population, and an optimizer for each of its members."""
 
-    def __init__(self, case: Case, dtype: Any = np.float64, members: int = MEMBERS, **options: Any):
-        params = stacked(0, dtype, members)
+    def __init__(self, case: Case, dtype: Any = np.float64, members: int = MEMBERS, params: Any = None, **options: Any):
+        params = stacked(0, dtype, members) if params is None else params
         self.members = members
         own: dict[str, Any] = {name: value for name, value in options.items() if isinstance(value, np.ndarray)}
         rest = {name: value for name, value in options.items() if name not in own}
@@ -96,7 +99,7 @@ def test_every_option_is_about_one_member(case, dtype, options):
         grads = stacked(20 + step, dtype, scale=0.01)
         grads["W"][1] *= 100.0
         if step == 1:
-            grads["b"][2, 3] = np.nan
+            grads["b"][2, 3] = np.nan if "max_norm" in options else np.inf
         info = pair.step(grads)
         pair.check()
         assert (info.clip_coefficient[1] < 1.0) == ("max_norm" in options)
@@ -178,15 +181,24 @@ def test_an_error_names_the_parameter():
 
 
 @pytest.mark.parametrize("members", [2, 70])  # of which `prepare` runs in Python, and compiled
-def test_every_number_may_differ(members):
+@pytest.mark.parametrize("name", ["AdamW", "Adam-lr=0.1-betas=(0.5, 0.75)-eps=0.001-weight_decay=0.1"])
+def test_every_number_may_differ(name, members):
+    """Decay that shrinks the parameters, and decay that is added to the gradients."""
     betas, decay = np.linspace(0.5, 0.99, members), np.linspace(0.0, 0.1, members)
     more = {"eps": np.geomspace(1e-8, 1e-3, members), "weight_decay": decay}
-    pair = Pair(BY_NAME["AdamW"], members=members, **rates(members), **more)
+    pair = Pair(BY_NAME[name], members=members, **rates(members), **more)
     for member, opt in enumerate(pair.apart):
         opt.betas = (0.9, betas[member])
     pair.together.betas = (0.9, betas)
     for step in range(3):
         pair.step(stacked(step, members=members))
+        pair.check()
+
+
+def test_transforms_of_matrices_have_the_numbers_of_their_member():
+    pair = Pair(BY_NAME["SOAP-weight_decay=0.1"], shampoo_beta=np.array([0.5, 0.7, 0.9]), precondition_frequency=1)
+    for step in range(3):
+        pair.step(stacked(step))
         pair.check()
 
 
@@ -279,7 +291,8 @@ def test_states_that_begin_at_a_hyperparameter_begin_at_that_of_each_member():
 @pytest.mark.parametrize("case", [*OF_EACH_KIND, BY_NAME["SOAP-weight_decay=0.1"]], ids=str)
 def test_a_copied_member_goes_on_as_the_other(case):
     """Also where the other has missed a step: bias corrections are by the updates of each member."""
-    opt = case.make(stacked(0), members=MEMBERS, nonfinite="skip")
+    more = {"precondition_frequency": 2} if "precondition_frequency" in case.rule.names() else {}
+    opt = case.make(stacked(0), members=MEMBERS, nonfinite="skip", **more)
     for step in range(3):
         grads = stacked(step)
         if step == 1:
@@ -320,7 +333,7 @@ def test_a_population_goes_on_from_a_file_and_from_copies(case, tmp_path):
         grads = stacked(step)
         if step == 1:
             grads["W"][1] = np.nan
-        opt.step(grads)
+        opt.step({**grads, "deep": None} if step == 2 else grads)
     opt.save(tmp_path / "run")
     loaded = made(1)
     loaded.hyper["lr"] = 0.7
@@ -536,4 +549,4 @@ def test_the_extremes_decide():
     """One call for each end, however many members: NaN is an end, too."""
     assert check_each(Interval(0.0, 1.0), "x", np.linspace(0, 1, 1000), 1000).shape == (1000,)
     with pytest.raises(ValueError, match=r"x\[7\]: must be a whole number"):
-        check_each(Interval(0.0, whole=True), "x", [1.0] * 7 + [0.5], 8)
+        check_each(Interval(0.0, whole=True), "x", [1.0] * 7 + [1.5, 2.0], 9)
