@@ -103,8 +103,19 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], rtol: float) -
 # --- parity -----------------------------------------------------------------------------------------------------------
 
 
-@every_flag
-@every_layout
+ALL_FLAGS_OF = ("two values", "N,C", "N,C wide", "channels last")
+"""Layouts with every combination of flags; the others have none and both."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "activation", "residual"),
+    [
+        pytest.param(*layout, activation, residual, id=f"{name}-{activation}-{residual}")
+        for name, layout in LAYOUTS.items()
+        for activation, residual in FLAGS
+        if name in ALL_FLAGS_OF or bool(activation) == residual
+    ],
+)
 def test_float64_is_the_reference_to_1e_10(shape, axis, activation, residual):
     ours, theirs = both(case(shape, axis), axis=axis, activation=activation, residual=residual)
     assert_close(ours, theirs, rtol=1e-10)
@@ -436,8 +447,17 @@ LATER = [  # whether gamma and beta are given, activation, training, what y is w
 ]
 
 
-@pytest.mark.parametrize(("given", "activation", "training", "over", "dtype"), LATER)
-@pytest.mark.parametrize(("shape", "axis"), [((17, 33), 1), ((5, 3, 4, 6), 1), ((3, 4, 20, 11), 1), ((4, 6, 5), -1)])
+@pytest.mark.parametrize(
+    ("shape", "axis", "given", "activation", "training", "over", "dtype"),
+    [
+        *(((17, 33), 1, *later) for later in LATER),
+        *(
+            (shape, axis, *later)
+            for shape, axis in (((5, 3, 4, 6), 1), ((3, 4, 20, 11), 1), ((4, 6, 5), -1))
+            for later in (LATER[0], LATER[2], LATER[8], LATER[9])  # what is written over is checked for any shape alike
+        ),
+    ],
+)
 def test_a_later_pass_is_checked_by_compiled_code_and_has_the_same_bits(
     shape, axis, given, activation, training, over, dtype, monkeypatch
 ):
@@ -568,9 +588,18 @@ def test_inference_in_place_and_into_the_residual(name):
         np.testing.assert_array_equal(y, expected)
 
 
-@every_flag
-@pytest.mark.parametrize("target", ["dy", "x", "new"])
-@pytest.mark.parametrize("name", ["N,C", "7x7", "huge maps"])
+@pytest.mark.parametrize(
+    ("name", "target", "activation", "residual"),
+    [  # pairs of a loop, of what it writes over, and of flags
+        ("N,C", "dy", None, False),
+        ("N,C", "x", "relu", True),
+        ("7x7", "dy", "relu", True),
+        ("7x7", "x", None, False),
+        ("huge maps", "dy", "relu", True),
+        ("huge maps", "x", None, False),
+        ("huge maps", "new", "relu", False),
+    ],
+)
 def test_backward_may_overwrite_what_it_read(name, target, activation, residual):
     shape, axis = LAYOUTS[name]
     results = []
