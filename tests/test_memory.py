@@ -267,7 +267,7 @@ def test_nothing_grows_with_shapes_of_batches_with_bare_updates_or_with_hyperpar
         own = fastopt.Adam({"w": np.ones(1 + k)})
         own.step({"w": np.ones(1 + k)})
 
-    assert growth(use, 600, 600) < MOST
+    assert growth(use, 256, 256) < 2_000  # shapes are forgotten every 128 uses
 
 
 def test_nothing_grows_with_the_globs_of_groups():
