@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import EVERYTHING, OF_EACH_KIND, PER_RULE, Case, gradients
+from cases import BY_NAME, EVERYTHING, OF_EACH_KIND, Case, gradients
 from llvmlite import binding, ir
 from numba import types
 from scripts import compiled, run
@@ -97,8 +97,9 @@ def steps_of(case: Case, options: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        *(pytest.param(case, {}, id=f"{case}") for case in OF_EACH_KIND),
-        *(pytest.param(case, EVERYTHING, id=f"{case}-everything") for case in PER_RULE),
+        pytest.param(case, options, id=f"{case}{name}")
+        for case in (*OF_EACH_KIND, BY_NAME["Prodigy-d0=0.01-weight_decay=0.1"])  # whose sums are over all parameters
+        for name, options in (("", {}), ("-everything", EVERYTHING))
     ],
 )
 def test_every_rule_and_flag_has_the_bits_of_one_thread(every_job, case, options):
