@@ -73,6 +73,9 @@ def same(a: Any, b: Any) -> bool:
 # --- a run that is continued ------------------------------------------------------------------------------------------
 
 
+NAMES = [str(case) for case in PER_RULE]
+
+
 def make(name: str, seed: int) -> fastopt.Optimizer:
     lr = schedules.exponential(0.05, k=0.1)
     return BY_NAME[name].make(tree(seed), lr=lr, overrides={"W": {"lr": 0.01}}, **EVERYTHING)
@@ -94,7 +97,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, fas
     """A checkpoint of every optimizer after four steps, and the optimizers themselves, after four more."""
     folder = tmp_path_factory.mktemp("saved")
     optimizers = {}
-    for number, name in enumerate(BY_NAME):
+    for number, name in enumerate(NAMES):
         opt = optimizers[name] = make(name, seed=1)
         advance(opt, 0)
         state = opt.state_dict()
@@ -111,7 +114,7 @@ def resumed(path: Path) -> tuple[str, fastopt.Optimizer]:
     return name, opt
 
 
-@pytest.mark.parametrize(("number", "name"), list(enumerate(BY_NAME)))
+@pytest.mark.parametrize(("number", "name"), list(enumerate(NAMES)))
 def test_every_optimizer_goes_on_to_the_bit(saved, number, name):
     folder, optimizers = saved
     found, opt = resumed(folder / f"{number}.safetensors")
@@ -737,10 +740,10 @@ def trained(opt: fastopt.Optimizer, steps: int = 3) -> fastopt.Optimizer:
     return opt
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_fits_is_everything_for_an_equal_optimizer(saved, name):
     folder, _ = saved
-    path = folder / f"{list(BY_NAME).index(name)}.safetensors"
+    path = folder / f"{NAMES.index(name)}.safetensors"
     strict, loose = (make(name, seed=2) for _ in range(2))
     strict.load(path)
     report = loose.load(path, strict=False)
@@ -752,7 +755,7 @@ def test_what_fits_is_everything_for_an_equal_optimizer(saved, name):
     assert repr(report) == f"<loaded {len(report.loaded)} arrays>"
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_layer_that_was_added_goes_on_as_after_add(tmp_path, name):
     case = BY_NAME[name]
     grown, opt = (case.make(tree(1), lr=0.01) for _ in range(2))
@@ -947,11 +950,11 @@ def grads_of(number: int, size: int) -> dict[str, Any]:
     return {"W": rng.normal(size=(size, size)).astype(np.float32), "b": rng.normal(size=size).astype(np.float32)}
 
 
-@pytest.mark.parametrize("name", [str(case) for case in PER_RULE[::4]])
+@pytest.mark.parametrize("name", NAMES[::4])
 def test_what_is_saved_or_copied_in_a_thread_is_of_one_moment(tmp_path, name):
     """One thread saves, copies and takes states while another one trains: each result is that after some step."""
     size, steps = 120, 8
-    opt, twin, reader = (BY_NAME[name].make(grads_of(99, size), ema=0.9) for _ in range(3))
+    opt, twin, reader = (BY_NAME[name].make(grads_of(99, size), **EVERYTHING) for _ in range(3))
     moments = {0: bits(twin)}
     for number in range(steps):
         twin.step(grads_of(number, size))
