@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CASES, Case
+from cases import BY_NAME, CASES, Case
 
 import fastopt
 from fastopt.closed_forms import MOST
@@ -74,8 +74,18 @@ def run_both(
 FORMS = [case for case in WITH_FORM if has_form(case)]
 
 
+OF_EACH_FORM = (
+    "SGD-lr=0.1",
+    "Momentum-form=ema-weight_decay=0.1",
+    "RMSprop-momentum=0.9-centered=True-eps_inside=True-eps=0.0001",
+    "Adam",
+    "AdamW-amsgrad=True-betas=(0.9, 0.9)",
+)
+"""Linear with no, one and three states, with weight decay and without; and Adam's, each with a moving average."""
+
+
 @pytest.mark.parametrize(
-    ("case", "ema"), [*((case, 0.9) for case in FORMS), *((case, None) for case in FORMS[::4])], ids=str
+    ("case", "ema"), [*((case, None) for case in FORMS), *((BY_NAME[name], 0.9) for name in OF_EACH_FORM)], ids=str
 )
 def test_rowwise_steps_equal_dense_ones_for_every_rule(case, ema):
     rowwise, dense = case.make(params_of(), ema=ema), case.make(params_of(), ema=ema)
