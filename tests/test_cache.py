@@ -155,8 +155,8 @@ def test_nothing_is_kept_where_the_variable_is_0(project):
 
 
 def test_processes_that_fill_it_at_once_do_not_disturb_each_other(project):
-    with ThreadPoolExecutor(3) as executor:
-        for results, _, _ in executor.map(lambda _: project.train(), range(3)):
+    with ThreadPoolExecutor(2) as executor:
+        for results, _, _ in executor.map(lambda _: project.train(), range(2)):
             assert results == [-2.0, -2.0]
     results, loaded, saved = project.train()
     assert (results, saved) == ([-2.0, -2.0], 0)
