@@ -238,7 +238,7 @@ def test_states_that_begin_at_a_hyperparameter_follow_it_until_the_first_update(
 
 
 @pytest.mark.parametrize("options", [{}, {"copy": False}], ids=["packed", "in place"])
-@pytest.mark.parametrize("case", PER_RULE, ids=str)
+@pytest.mark.parametrize("case", [*OF_EACH_KIND, *BORN], ids=str)
 def test_set_params_moves_what_began_at_the_parameters_and_nothing_else(case: Case, options):
     opt = case.make(tree(1), lr=0.1, ema=0.75, **options)
     for seed in range(2):
@@ -289,7 +289,7 @@ def test_set_params_refuses_before_anything_is_changed(params, error, message):
                 getattr(opt, method)(*given)
 
 
-@pytest.mark.parametrize("case", PER_RULE[::2], ids=str)
+@pytest.mark.parametrize("case", [*OF_EACH_KIND, *BORN], ids=str)
 def test_restart_is_a_new_optimizer_at_the_same_parameters(case: Case):
     options = {"ema": 0.75, "nonfinite": "skip", "overrides": {"b": {"weight_decay": 0.25}}}
     lr = fastopt.schedules.inverse_time(0.1, 1.0)
