@@ -738,10 +738,10 @@ def test_a_run_interrupted_in_the_first_epoch_keeps_nothing(tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals need POSIX")
-@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05])
+@pytest.mark.parametrize("delay", [0.0, 0.05])
 def test_ctrl_c_reports_the_epoch_in_the_file(tmp_path, delay):
     file = tmp_path / "run.safetensors"
-    arguments = (*CANCER, "--epochs", 400, "--schedule", "cosine", "--checkpoint", file)
+    arguments = (*CANCER, "--epochs", 4000, "--schedule", "cosine", "--checkpoint", file)
     with command("train", *arguments) as process:
         deadline = time.monotonic() + 60
         while not file.exists() and time.monotonic() < deadline:
@@ -751,17 +751,25 @@ def test_ctrl_c_reports_the_epoch_in_the_file(tmp_path, delay):
         stdout, stderr = process.communicate()
     assert process.returncode == 130
     epoch = describe(file)["step"] // 15
-    assert 0 < epoch < 400
-    assert f"holds the run after epoch {epoch} of 400" in stderr
+    assert 0 < epoch < 4000
+    assert f"holds the run after epoch {epoch} of 4000" in stderr
     assert "Traceback" not in stderr
     assert stdout == ""
 
 
+FOUR_HUNDRED = (*CANCER, "--epochs", 400, "--schedule", "cosine")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run_json(tmp_path_factory.mktemp("uninterrupted"), *FOUR_HUNDRED)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals need POSIX")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_resumes_to_the_result_of_an_uninterrupted_one(tmp_path, number):
+def test_a_killed_run_resumes_to_the_result_of_an_uninterrupted_one(tmp_path, number, uninterrupted):
     file = tmp_path / "run.safetensors"
-    arguments = (*CANCER, "--epochs", 400, "--schedule", "cosine", "--checkpoint", file)
+    arguments = (*FOUR_HUNDRED, "--checkpoint", file)
     with command("train", *arguments) as process:
         try:
             deadline = time.monotonic() + 60
@@ -773,7 +781,7 @@ def test_a_killed_run_resumes_to_the_result_of_an_uninterrupted_one(tmp_path, nu
     assert process.returncode == -number
     assert 0 < describe(file)["step"] < 400 * 15
     resumed = run_json(tmp_path, *arguments, "--resume")
-    assert without_times(resumed) == without_times(run_json(tmp_path, *arguments[:-2]))
+    assert without_times(resumed) == without_times(uninterrupted)
 
 
 def test_a_constant_schedule_can_be_extended(tmp_path):
