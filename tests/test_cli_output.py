@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -68,8 +69,10 @@ def test_every_option_that_names_a_file_is_listed():
         assert {f"--{name}" for name, hint in hints.items() if hint == Path | None} == set(COMMANDS[command.name][1])
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-@pytest.mark.parametrize(("command", "option"), OUTPUTS)
+@pytest.mark.parametrize(
+    ("command", "option", "function"),
+    [(*output, function) for output, function in zip(OUTPUTS, itertools.cycle(["fsync", "replace"]), strict=False)],
+)
 def test_a_full_disk_is_an_error_of_the_run_and_keeps_the_old_file(tmp_path, monkeypatch, command, option, function):
     path = tmp_path / COMMANDS[command][1][option]
     if option != "--checkpoint":  # which must not exist
@@ -177,8 +180,10 @@ def test_a_full_device_is_an_error_of_the_run(command):
 
 
 @full
-@pytest.mark.parametrize("more", [(), ("--json", "-"), ("--json", "/dev/stdout"), ("--help",)])
-@pytest.mark.parametrize("command", ["info", "contour"])
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("info", ()), ("contour", ("--json", "-")), ("info", ("--json", "/dev/stdout")), ("contour", ("--help",))],
+)
 def test_a_full_standard_output_is_one_line(command, more):
     with Path("/dev/full").open("w") as out:
         result = run(command, *COMMANDS[command][0], *more, out=out)
