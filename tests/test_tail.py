@@ -148,7 +148,7 @@ def test_all_flags_at_once_in_float64(case, options):
         (case, flag)
         for case in BY_STATES
         for flag in FLAGS
-        if case.optimizer in ("Momentum", "LAMB") or flag in ("ema", "zero_grad")  # which are buffers beside the states
+        if case.optimizer == "Momentum" or flag in ("ema", "zero_grad")  # which are buffers beside the states
     ],
     ids=str,
 )
@@ -364,8 +364,14 @@ def test_each_float64_gradient_is_clipped_over_the_whole_range(magnitude, option
 # --- clipping of each gradient by its own norm ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("case", OF_EACH_KIND, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, np.float32) for case in OF_EACH_KIND),
+        *((case, np.float64) for case in OF_EACH_KIND if case.optimizer in ("SGD", "LAMB", "Muon")),  # whose sums scale
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_each_gradient_is_clipped_in_every_way_of_a_step(case, dtype):
     rng = np.random.default_rng(4)
     params = {"e": rng.normal(size=(40, 110)).astype(dtype), "w": rng.normal(size=3).astype(dtype)}
@@ -567,7 +573,7 @@ def contents(opt: fastopt.Optimizer) -> list[bytes]:
     sizes=st.lists(st.sampled_from([0, 1, 15, 16, 17, 100, 5000]), min_size=1, max_size=5),
     patterns=st.lists(st.sampled_from(sorted(PATTERNS)), min_size=5, max_size=5),
     options=st.sampled_from(COMBINATIONS),
-    scale=st.sampled_from([1.0, 1024.0, 1e-3]),
+    scale=st.sampled_from([1024.0, 1e-3]),
     override=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -706,10 +712,13 @@ def test_float64_squares_that_overflow_are_not_taken_for_infinite_gradients():
     assert not info.skipped
 
 
-@pytest.mark.parametrize("options", [{"clip_value": 1e18}, {"max_norm": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"clip_value": 1e18, "max_norm": 1e30}, {"clip_value": 1e30, "max_norm": 1.0}], ids=str
+)
 @pytest.mark.parametrize("case", PER_RULE[::3], ids=str)
 def test_clipping_keeps_every_state_finite_where_the_square_of_a_gradient_is_not(case, options):
-    opt = case.make({"w": np.ones((2, 3), np.float32)}, **options)
+    """One of the two clips nothing: so they are compiled as in other tests."""
+    opt = case.make({"w": np.ones((2, 3), np.float32)}, **{**EVERYTHING, **options})
     rng = np.random.default_rng(0)
     grads = rng.normal(size=(4, 2, 3)).astype(np.float32)
     grads[1, 0, 1] = 1e21
