@@ -203,9 +203,9 @@ def masked(rng: np.random.Generator, grads: list[np.ndarray]) -> list[np.ndarray
 def test_nothing_grows_with_the_masks_of_gradients(options):
     grads = [np.ones(4) for _ in range(40)]
     opt, rng = fastopt.Adam(grads, **options), np.random.default_rng(0)
-    assert growth(lambda k: opt.step(masked(rng, grads)), 400, 10_000) < MOST
+    assert growth(lambda k: opt.step(masked(rng, grads)), 400, 5_000) < MOST
     expected = np.mean([opt.step_count - missed for missed in opt.state.missed])
-    assert abs(expected - 5200) < 200
+    assert abs(expected - 2700) < 150
 
 
 @pytest.mark.parametrize("how", ["accumulate", "rows", "rows of all", "matrices", "frozen"])
