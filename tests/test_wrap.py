@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from cases import EVERYTHING, PER_RULE, Case, gradients
+from cases import BY_NAME, EVERYTHING, OF_EACH_KIND, Case, gradients
 
 import fastopt
 from fastopt import Interval, Rule, Sums, reference, wrap
@@ -66,7 +66,17 @@ def nothing_around(rule: Rule) -> Rule:
     return wrap(rule, before=None if rule.scaling else same_g, after=same_p_and_count, **counting)
 
 
-@pytest.mark.parametrize("case", PER_RULE, ids=str)
+OTHERS = (
+    "RMSprop-momentum=0.9-centered=True-weight_decay=0.1",
+    "Lion-weight_decay=0.1",
+    "LARS-weight_decay=0.1",
+    "Prodigy-d0=0.01-weight_decay=0.1",
+    "SOAP-weight_decay=0.1",
+)
+"""Weight decay in both ways, a scale without a number, sums over all parameters, and matrices that are states."""
+
+
+@pytest.mark.parametrize("case", [*OF_EACH_KIND, *(BY_NAME[name] for name in OTHERS)], ids=str)
 def test_wrapping_in_nothing_changes_no_bit(case: Case):
     """With every option; a parameter without gradient, a group of its own, and a skipped step are in it."""
     plain = case.make(tree(0, np.float32), **EVERYTHING, overrides={"m": {"weight_decay": 0.1}})
