@@ -100,6 +100,7 @@ def steps_of(case: Case, options: dict[str, Any]) -> str:
         pytest.param(case, options, id=f"{case}{name}")
         for case in (*OF_EACH_KIND, BY_NAME["Prodigy-d0=0.01-weight_decay=0.1"])  # whose sums are over all parameters
         for name, options in (("", {}), ("-everything", EVERYTHING))
+        if options or case.optimizer in ("SGD", "Adam", "LAMB", "NovoGrad")
     ],
 )
 def test_every_rule_and_flag_has_the_bits_of_one_thread(every_job, case, options):
