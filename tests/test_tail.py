@@ -367,7 +367,7 @@ def test_each_float64_gradient_is_clipped_over_the_whole_range(magnitude, option
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        *((case, np.float32) for case in OF_EACH_KIND),
+        *((case, np.float32) for case in OF_EACH_KIND if case.optimizer != "Adafactor"),  # one rule of sums is enough
         *((case, np.float64) for case in OF_EACH_KIND if case.optimizer in ("SGD", "LAMB", "Muon")),  # whose sums scale
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
