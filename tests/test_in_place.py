@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import BY_NAME, CASES, EVERYTHING, PER_RULE, Case, gradients
+from cases import BY_NAME, EVERYTHING, PER_RULE, Case, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +38,7 @@ def bits(opt: fastopt.Optimizer) -> list[bytes]:
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["no flags", "all flags"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PER_RULE, ids=str)
 def test_every_rule_has_the_same_bits_packed_and_in_place(case, options):
     assert_same_bits(case, np.float32, options)
 

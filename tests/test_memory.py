@@ -16,7 +16,7 @@ from cases import EVERYTHING, OF_EACH_KIND, Case
 
 import fastopt
 
-PARAMS = {"w": np.ones((3, 2)), "b": np.ones(5)}
+PARAMS = {"w": np.ones((3, 2), np.float32), "b": np.ones(5, np.float32)}
 
 
 def params() -> dict[str, np.ndarray]:
@@ -80,7 +80,7 @@ def inside_contexts(opt: fastopt.Optimizer, path: Any) -> fastopt.Optimizer:
 
 def refused(opt: fastopt.Optimizer, path: Any) -> fastopt.Optimizer:
     with pytest.raises(ValueError, match="gradient 'b'"):
-        opt.step({**PARAMS, "b": np.ones(4)})
+        opt.step({**PARAMS, "b": np.ones(4, np.float32)})
     with pytest.raises(ValueError, match="must have the structure"):
         opt.step({"w": PARAMS["w"]})
     return opt
@@ -111,10 +111,11 @@ def unpickled(opt: fastopt.Optimizer, path: Any) -> fastopt.Optimizer:
 
 def extended(opt: fastopt.Optimizer, path: Any) -> fastopt.Optimizer:
     opt.step(PARAMS)
-    opt.add({"more": np.ones(3)})
-    opt.step({**PARAMS, "more": np.ones(3)})
+    more = np.ones(3, np.float32)
+    opt.add({"more": more})
+    opt.step({**PARAMS, "more": more})
     opt.restart()
-    opt.set_params({**PARAMS, "more": np.ones(3)})
+    opt.set_params({**PARAMS, "more": more})
     return opt
 
 
@@ -135,8 +136,8 @@ def test_an_optimizer_is_freed_when_it_is_dropped(case: Case, use, tmp_path):
 
 def test_an_optimizer_of_rows_one_in_place_and_one_of_many_groups_are_freed():
     rows = fastopt.Adam(params(), ema=0.5)
-    rows.step_rows({"w": (np.array([1]), np.ones((1, 2)))})
-    rows.step_rows({"w": (np.array([0]), np.ones((1, 2)))})
+    rows.step_rows({"w": (np.array([1]), np.ones((1, 2), np.float32))})
+    rows.step_rows({"w": (np.array([0]), np.ones((1, 2), np.float32))})
     moved = fastopt.SGD(ema=0.5)
     for _ in range(2):
         moved.update(params(), PARAMS)
@@ -144,7 +145,7 @@ def test_an_optimizer_of_rows_one_in_place_and_one_of_many_groups_are_freed():
     many.step([np.ones(2) for _ in range(80)])
     failed = fastopt.SGD()
     with pytest.raises(ValueError, match="gradient 'w'"):
-        failed.update(params(), {**PARAMS, "w": np.ones(3)})
+        failed.update(params(), {**PARAMS, "w": np.ones(3, np.float32)})
     parts = [*parts_of(rows), *parts_of(moved), *parts_of(many), weakref.ref(failed)]
     del rows, moved, many, failed
     assert [part() for part in parts if part() is not None] == []
@@ -152,7 +153,7 @@ def test_an_optimizer_of_rows_one_in_place_and_one_of_many_groups_are_freed():
 
 def test_what_a_step_returned_does_not_hold_the_optimizer():
     opt = fastopt.Adam(params(), lr=fastopt.schedules.exponential(0.1, 0.1), **{**EVERYTHING, "nonfinite": "skip"})
-    infos = [opt.step(PARAMS), opt.step({**PARAMS, "b": np.full(5, np.nan)}), opt.step(PARAMS)]
+    infos = [opt.step(PARAMS), opt.step({**PARAMS, "b": np.full(5, np.nan, np.float32)}), opt.step(PARAMS)]
     parts = parts_of(opt)
     del opt
     assert [part() for part in parts if part() is not None] == []
