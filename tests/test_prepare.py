@@ -45,13 +45,15 @@ def compiled(rule: Rule, dtype: Any, point: Point) -> CompiledPrepare | None:
 
 
 def forms(rule: Rule) -> list[dict[str, Any]]:
-    """Hyperparameters that cover every flag and every name, one changed at a time."""
-    found = [values_of(rule)]
-    for name, value in found[0].items():
+    """Hyperparameters that cover every flag and every name: the usual ones, and then all of them changed together."""
+    usual, others = values_of(rule), {}
+    for name, value in usual.items():
         domain = rule._domains.get(name) or (Flag() if isinstance(value, bool) else Interval())
-        others = {Flag: (True, False), Choice: getattr(domain, "names", ())}.get(type(domain), ())
-        found += [{**found[0], name: other} for other in others if other != value]
-    return found
+        words = {Flag: (True, False), Choice: getattr(domain, "names", ())}.get(type(domain), ())
+        if left := [word for word in words if word != value]:
+            others[name] = left
+    most = max(map(len, others.values()), default=0)
+    return [usual, *({**usual, **{name: left[k % len(left)] for name, left in others.items()}} for k in range(most))]
 
 
 def number_in(domain: Interval) -> Any:
