@@ -34,6 +34,7 @@ def parity(rule: str) -> str:
 
 
 OF_GROUPS = "tests/test_sums.py -k param_groups"
+OF_VECTORS = "tests/test_wrap.py -k vectors_are_not"
 SIMULATED = "NUMBA_ENABLE_CUDASIM=1 "
 
 RULES: Sequence[Fault] = (
@@ -358,9 +359,14 @@ STEP: Sequence[Fault] = (
             "tests/test_wrap.py -k 'before_returns and stable'",
         ),
         (
-            "_call('TERM', 'p', 'proposed_', 'g', *read, 'h')",
-            "_call('TERM', 'p', 'p', 'g', *read, 'h')",
+            '(self.proposed(), ("p", "proposed_", "g"))',
+            '(self.proposed(), ("p", "p", "g"))',
             "tests/test_wrap.py -k 'go_on_after and cautious'",
+        ),
+        (
+            "[*own[:place], *of_rule, *own[place:]]",
+            "[*of_rule, *own]",
+            "tests/test_wrap.py -k 'centred_gradients and Stable'",
         ),
         ("kind(*own, *of_rule)", "kind(*of_rule, *own)", "tests/test_wrap.py -k 'nothing_changes_no_bit and LARS'"),
         (
@@ -380,7 +386,18 @@ STEP: Sequence[Fault] = (
         ("(new_p > p and g < 0)", "(new_p > p and g > 0)"),
         ("p + h.cautious_zero * (new_p - p)  #", "p  #", "tests/test_wrap.py -k keeps_a_nan"),
         ("t - average_from + 1.0", "t - average_from + 2.0"),
+        ("sums.gradient / size if h.centralize > 0.0 else 0.0", "h.centralize * sums.gradient / size", OF_VECTORS),
+        ('for_matrices=("centralize",),', "", OF_VECTORS),
+        ("over=over),", 'over="row"),', "tests/test_wrap.py -k 'centred_gradients and SGD'"),
     ),
+    *faults_of(
+        "fastopt/step/groups.py",
+        OF_VECTORS,
+        ("rule.for_matrices if len(shape) < 2", "rule.for_matrices if len(shape) < 1"),
+        ("rule.for_matrices if len(shape) < 2", "rule.for_matrices if len(shape) < 3"),
+    ),
+    *faults_of("fastopt/bare.py", OF_VECTORS, ("{**dict.fromkeys(rule.for_matrices, False), **hyper}", "hyper")),
+    *faults_of("fastopt/rule.py", OF_VECTORS, ("                for_matrices=self.for_matrices,\n", "")),
     *faults_of(
         "fastopt/closed_forms/linear.py",
         "tests/test_rows.py -k 'rowwise_steps_equal and SGD'",

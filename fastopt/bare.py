@@ -77,7 +77,7 @@ def update_(rule: Rule, p: Any, g: Any, *states: Any, t: int = 1, grad_scale: fl
     t = scalars.count("t", t, 1, "the number of this update, an int from 1")
     given = {name: None for name in rule.extra if hyper.pop(name, True)}
     inputs = check_inputs(rule, given, hyper.pop(LOSS, None))
-    values = rule.complete(hyper)
+    values = rule.complete({**dict.fromkeys(rule.for_matrices, False), **hyper})
     values = {name: rule.check(name, value, dtype=vectors[0].dtype) for name, value in values.items()}
     point = Point.of(rule, values)
     hyper_type = hyper_of(rule, point)

@@ -270,6 +270,7 @@ class Rule:
         initial: the initial values of states that do not begin at 0: a number, the name of a hyperparameter, or
             ``"p"``.
         extra: the names of the states that a step is given.
+        for_matrices: the names of flags that are False by default for parameters of fewer than two axes.
         inputs: the names of the arguments of `prepare` that are none of the hyperparameters: whether one of `extra` is
             given, and the loss.
         idle: the closed form of many zero-gradient steps, a `fastopt.closed_forms.Idle`; None for none, which rules out
@@ -292,6 +293,7 @@ class Rule:
         domains: Mapping[str, Domain] | None = None,
         initial: Mapping[str, float | str] | None = None,
         extra: Sequence[str] = (),
+        for_matrices: Sequence[str] = (),
         idle: Idle | None = None,
         gradients_in: str | None = None,
         evaluated_in: str | None = None,
@@ -342,6 +344,13 @@ class Rule:
         self.defaults: dict[str, Any] = {
             name: prepared[name] for name in self.hyperparameters if prepared[name] is not MISSING
         }
+        self.for_matrices = tuple(for_matrices)
+        for name in self.for_matrices:
+            if name not in self.hyperparameters:
+                raise TypeError(
+                    f"rule {self.name!r}: for_matrices: must name hyperparameters ({', '.join(self.hyperparameters)}), "
+                    f"got {name!r}"
+                )
         self.owns_weight_decay = WEIGHT_DECAY in self.hyperparameters
         if decoupled and ("lr" not in self.hyperparameters or self.owns_weight_decay):
             raise TypeError(
@@ -664,6 +673,7 @@ class Rule:
                 domains=self._domains,
                 initial=self.initial,
                 extra=self.extra,
+                for_matrices=self.for_matrices,
                 idle=self.idle,
                 gradients_in=self.gradients_in,
                 evaluated_in=self.evaluated_in,
@@ -689,6 +699,7 @@ def rule(
     domains: Mapping[str, Domain] | None = None,
     initial: Mapping[str, float | str] | None = None,
     extra: Sequence[str] = (),
+    for_matrices: Sequence[str] = (),
     idle: Idle | None = None,
     gradients_in: str | None = None,
     evaluated_in: str | None = None,
@@ -710,6 +721,8 @@ def rule(
             writes them before the update. The rule returns them as the others. Where `prepare` has an argument of that
             name, it is told whether this step has it (a bool), and a step may leave it out: the state then holds the
             last one. An argument ``loss`` of `prepare` is the number in ``step(grads, loss=number)``.
+        for_matrices: the names of hyperparameters, flags such as ``("centralize",)``, that are False by default for a
+            parameter of fewer than two axes; overrides can change that.
         idle: the closed form of many zero-gradient steps, for `Optimizer.step_rows`: ``fastopt.Linear()`` for a rule
             that maps p and the states linearly where the gradient is 0.
         gradients_in, evaluated_in: for a rule whose gradients are taken, or whose parameters are evaluated, elsewhere
@@ -760,6 +773,7 @@ def rule(
             domains=domains,
             initial=initial,
             extra=extra,
+            for_matrices=for_matrices,
             idle=idle,
             gradients_in=gradients_in,
             evaluated_in=evaluated_in,

@@ -29,6 +29,7 @@ def wrap(
     initial: Mapping[str, float | str] | None = None,
     domains: Mapping[str, Domain] | None = None,
     sums: Sums | Sequence[Sums] = (),
+    for_matrices: Sequence[str] = (),
     name: str | None = None,
 ) -> Rule:
     """Return a rule that does something before another rule's update of an element, and something after it.
@@ -48,8 +49,11 @@ def wrap(
             default that has the name of one of the rule, as lr, is that one. None for none.
         initial: initial values of states of its own, as for `rule`.
         domains: ranges of hyperparameters of its own, as for `rule`.
-        sums: `Sums` whose terms have the arguments of `after`: ``term(p, new_p, g, ..., h)``. They are settled after
-            those of the rule; their passes run the rule once more.
+        sums: `Sums` of its own. A term has the arguments of `before`, ``term(p, g, ..., h)``, and the states before the
+            update, or those of `after`, ``term(p, new_p, g, ..., h)``, whose pass runs the rule once more. They are
+            settled in their order, and those of the rule in front of the first that sees a `new_p`: so the terms of
+            the rule are given the g that `before` makes of what was settled earlier.
+        for_matrices: flags of its own that are False by default for parameters of fewer than two axes, as for `rule`.
         name: the name of the new rule; None for that of `after` (or `before`) and the rule, as ``lookahead_adam``.
 
     What the loop does around a rule, it does around the wrapped one: the p of `before` has decayed already where weight
@@ -100,6 +104,9 @@ def wrap(
             f"wrap: prepare: {both[0]}: must have no default, to be that of rule {rule.name!r}, or another name, got "
             f"{both[0]}={own[both[0]]!r}"
         )
+    others = [flag for flag in for_matrices if flag not in own]
+    if others:
+        raise TypeError(f"wrap: for_matrices: must name arguments of prepare ({', '.join(own)}), got {others[0]!r}")
     unknown = [state for state in initial or () if state not in parts.own]
     if unknown:
         raise TypeError(f"wrap: initial: must name states of its own ({', '.join(parts.own)}), got {unknown[0]!r}")
@@ -120,13 +127,15 @@ def wrap(
         domains={**rule._domains, **(domains or {})},
         initial={**rule.initial, **(initial or {})},
         extra=rule.extra,
+        for_matrices=(*rule.for_matrices, *for_matrices),
         gradients_in=rule.gradients_in,
         evaluated_in=rule.evaluated_in,
     )
     made.__doc__ = f"The rule {rule.name}, wrapped."
     made.defaults = {**{key: value for key, value in own.items() if value is not MISSING}, **rule.defaults}
     options = {"before": before, "after": after, "states": parts.own, "prepare": prepare, "initial": initial}
-    made._made_by = (_again, (rule, {**options, "domains": domains, "sums": sums, "name": name}))
+    options |= {"domains": domains, "sums": sums, "for_matrices": for_matrices, "name": name}
+    made._made_by = (_again, (rule, options))
     return made
 
 
@@ -148,18 +157,20 @@ def _parameters_of_prepare(prepare: Callable[..., Any]) -> dict[str, Any]:
     return {key: parameter.default for key, parameter in parameters.items() if key != "t"}
 
 
-def _reads(what: str, function: Any, first: tuple[str, ...], known: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the states that a function ``(*first, *states, h)`` reads; refuse other signatures."""
+def _reads(what: str, function: Any, known: Sequence[str], *firsts: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Return which of `firsts` the parameters of a function ``(*first, *states, h)`` begin with, and its states."""
     signature = inspect.signature(function)
     names = tuple(signature.parameters)
     plain = all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in signature.parameters.values())
-    read = names[len(first) : -1]
-    if not plain or (*first, *read, "h") != names or not set(read) <= set(known):
-        raise TypeError(
-            f"wrap: {what}: must have the signature ({', '.join((*first, '...', 'h'))}), with states for the dots "
-            f"({', '.join(known) or 'there are none'}), got {signature}"
-        )
-    return read
+    for first in firsts:
+        read = names[len(first) : -1]
+        if plain and (*first, *read, "h") == names and set(read) <= set(known):
+            return first, read
+    expected = " or ".join(f"({', '.join((*first, '...', 'h'))})" for first in firsts)
+    raise TypeError(
+        f"wrap: {what}: must have the signature {expected}, with states for the dots "
+        f"({', '.join(known) or 'there are none'}), got {signature}"
+    )
 
 
 class Parts(NamedTuple):
@@ -212,8 +223,8 @@ class Composed:
         self.name = name
         self.module = module
         self.known = (*rule.states, *parts.own)
-        self.of_before = () if parts.before is None else _reads("before", parts.before, BEFORE, self.known)
-        self.of_after = () if parts.after is None else _reads("after", parts.after, AFTER, self.known)
+        self.of_before = () if parts.before is None else _reads("before", parts.before, self.known, BEFORE)[1]
+        self.of_after = () if parts.after is None else _reads("after", parts.after, self.known, AFTER)[1]
 
     def write(self, name: str, lines: Sequence[str], **constants: Any) -> FunctionType:
         """Return a function of the arguments of the wrapped rule."""
@@ -292,20 +303,24 @@ class Composed:
         return replace(kind, direction=direction, transform=of_rule)
 
     def sums(self) -> list[Sums]:
-        """The sums of the rule, whose terms see the g that it sees, and those of the wrapper."""
-        made = []
+        """Those of the wrapper, and those of the rule in front of the first one that sees a new p."""
+        of_rule = []
         for sums in self.rule.sums:
             lines = [*self.given(), f"return {_call('TERM', 'p', 'given_', *self.rule.states, 'h')}"]
             terms = {name: self.write(name, lines, TERM=term) for name, term in sums.terms.items()}
-            made.append(replace(sums, terms=terms))
+            of_rule.append(replace(sums, terms=terms))
+        own: list[Sums] = []
+        place = len(self.parts.sums)
         for sums in self.parts.sums:
             terms = {}
             for name, term in sums.terms.items():
-                read = _reads(f"sums: terms[{name!r}]", term, AFTER, self.known)
-                lines = [*self.proposed(), f"return {_call('TERM', 'p', 'proposed_', 'g', *read, 'h')}"]
-                terms[name] = self.write(name, lines, TERM=term)
-            made.append(replace(sums, terms=terms))
-        return made
+                first, read = _reads(f"sums: terms[{name!r}]", term, self.known, BEFORE, AFTER)
+                lines, given = ([], BEFORE) if first is BEFORE else (self.proposed(), ("p", "proposed_", "g"))
+                terms[name] = self.write(name, [*lines, f"return {_call('TERM', *given, *read, 'h')}"], TERM=term)
+                if first is AFTER:
+                    place = min(place, len(own))
+            own.append(replace(sums, terms=terms))
+        return [*own[:place], *of_rule, *own[place:]]
 
 
 def _call(function: str, *arguments: str) -> str:

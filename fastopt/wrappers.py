@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastopt.hyper import Flag, Interval
+from fastopt.hyper import Choice, Flag, Interval
 from fastopt.rule import Rule, Sums
 from fastopt.wrap import wrap
 
-__all__ = ["averaged", "cautious", "lookahead"]
+__all__ = ["averaged", "cautious", "centralized", "lookahead"]
 
 
 # --- Lookahead --------------------------------------------------------------------------------------------------------
@@ -143,6 +143,77 @@ def cautious(rule: Rule, *, rescale: bool = True) -> Rule:
         prepare=_prepare_agreement,
         sums=Sums({"agree": _agrees}, _rescale, results=("cautious_scale",)) if rescale else (),
         name=f"cautious_{getattr(rule, 'name', '')}",
+    )
+
+
+# --- gradient centralization ------------------------------------------------------------------------------------------
+
+
+class Centre(NamedTuple):
+    """Whether gradients lose the mean of their row, and that mean."""
+
+    centralize: float
+    centralize_mean: float  # filled in by the backend
+
+
+def _prepare_centre(t: int, centralize: bool = True) -> Centre:
+    return Centre(float(centralize), 0.0)
+
+
+def _gradient(p, g, h):
+    return g
+
+
+def _mean_of_row(sums: Any, numbers: Any, size: float, h: Any) -> float:
+    mean: float = (
+        sums.gradient / size if h.centralize > 0.0 else 0.0
+    )  # in this form, so that a NaN stays in its element
+    return mean
+
+
+def _less_mean(p, g, h):
+    return g - h.centralize_mean
+
+
+def centralized(rule: Rule, *, over: str = "row") -> Rule:
+    """Return a rule that is given gradients whose rows have the mean 0: gradient centralization.
+
+    Formula:
+        g = g - mean(g), the mean over each row: over all axes but the first one
+
+    Args:
+        rule: any `Rule` that is not layerwise, scaling or matrixwise. `g` is clipped, and contains L2 but no decoupled
+            weight decay. The new hyperparameter is centralize = True, a flag. It is False by default for parameters of
+            fewer than two axes, which keep their gradients; overrides can change it, as
+            ``{"embedding": {"centralize": False}}``.
+        over: ``"row"`` for weights with a row per output, as torch's; ``"column"`` for matrices with a column per
+            output, as W in ``X @ W``.
+
+    Returns:
+        A `Rule`, named ``centralized_`` and that of `rule`, with its states.
+
+    Raises:
+        TypeError: `rule` must be a Rule that `fastopt.wrap` takes with sums.
+        ValueError: `over` must be one of these.
+
+    Source: Yong et al. 2020, https://arxiv.org/abs/2004.01461, eq. 1.
+
+    >>> import numpy as np, fastopt
+    >>> rule = fastopt.wrappers.centralized(fastopt.rules.sgd)
+    >>> opt = fastopt.Optimizer({"W": np.zeros((2, 3)), "b": np.zeros(2)}, rule, lr=1.0)
+    >>> _ = opt.step({"W": np.array([[1.0, 2.0, 3.0], [4.0, 4.0, 4.0]]), "b": np.array([1.0, 2.0])})
+    >>> opt.params["W"], opt.params["b"]
+    (array([[ 1.,  0., -1.],
+           [ 0.,  0.,  0.]]), array([-1., -2.]))
+    """
+    Choice(("row", "column")).check("over", over)
+    return wrap(
+        rule,
+        before=_less_mean,
+        prepare=_prepare_centre,
+        sums=Sums({"gradient": _gradient}, _mean_of_row, results=("centralize_mean",), over=over),
+        for_matrices=("centralize",),
+        name=f"centralized_{getattr(rule, 'name', '')}",
     )
 
 

@@ -11,7 +11,7 @@ import fastopt
 from fastopt import reference
 from fastopt.kernels.elements import MAX_STATES
 from fastopt.source import written
-from fastopt.wrappers import cautious, lookahead
+from fastopt.wrappers import cautious, centralized, lookahead
 
 SIZES = (0, 1, 7, 15, 16, 17, 1000, 100_003)  # around the widths of SIMD registers, and larger than a chunk
 DTYPES = (np.float32, np.float64)
@@ -184,8 +184,9 @@ MANY_STATES = CaseOfRule("aggregated", of=aggregated(MAX_STATES))
 WRAPPED = (
     CaseOfRule("lookahead_adamw", {"lookahead_k": 2, "weight_decay": 0.1}, of=lookahead(fastopt.rules.ALL["adamw"])),
     CaseOfRule("cautious_momentum", {"weight_decay": 0.1}, of=cautious(fastopt.rules.ALL["momentum"])),
+    CaseOfRule("centralized_stable_adamw", {"weight_decay": 0.1}, of=centralized(fastopt.rules.ALL["stable_adamw"])),
 )
-"""An elementwise one, and one of sums."""
+"""An elementwise one, one of sums, and one whose sums over rows come before those of its rule."""
 
 BY_NAME = {str(case): case for case in CASES}
 PER_RULE = tuple({case.rule.name: case for case in reversed(CASES)}.values())

@@ -15,9 +15,9 @@ from cases import BY_NAME, EVERYTHING, OF_EACH_KIND, Case, gradients
 
 import fastopt
 from fastopt import Interval, Rule, Sums, reference, wrap
-from fastopt.wrappers import averaged, cautious, lookahead
+from fastopt.wrappers import averaged, cautious, centralized, lookahead
 
-SHAPES = {"a": (150,), "m": (6, 5), "empty": (0, 2), "number": ()}
+SHAPES = {"a": (150,), "m": (6, 5), "kernel": (4, 3, 2), "empty": (0, 2), "number": ()}
 
 
 def tree(seed: int, dtype: Any = np.float64) -> dict[str, np.ndarray]:
@@ -216,6 +216,20 @@ class AveragedInNumPy(InNumPy):
         self.average = {path: np.mean([leaves[path] for leaves in kept], axis=0) for path in self.p}
 
 
+class CentralizedInNumPy(InNumPy):
+    """Where the rule has L2 it is part of the gradient. The parameter "m" keeps its own."""
+
+    def step(self, grads: dict[str, np.ndarray]) -> None:
+        self.t += 1
+        for path, g in grads.items():
+            hyper, p = dict(self.hyper), self.p[path]
+            if self.name == "momentum":
+                g = g + hyper.pop("weight_decay") * p
+            if g.ndim > 1 and g.size and path != "m":
+                g = g - g.reshape(len(g), -1).mean(axis=1).reshape(-1, *[1] * (g.ndim - 1))
+            reference.OPTIMIZERS[self.name](p, g, self.states[path], self.t, **hyper)
+
+
 PULLS = {"lookahead_k": 3, "lookahead_alpha": 0.8, "overrides": {"m": {"lookahead_k": 2}}}
 DECAYS = {"lr": 0.05, "weight_decay": 0.1}
 WRAPPED: list[tuple[Callable[[Rule], Rule], str, type[InNumPy], dict[str, Any], dict[str, Any]]] = [
@@ -225,6 +239,9 @@ WRAPPED: list[tuple[Callable[[Rule], Rule], str, type[InNumPy], dict[str, Any], 
     (cautious, "adamw", CautiousAdamWInNumPy, DECAYS, {}),
     (cautious, "momentum", CautiousMomentumInNumPy, DECAYS, {}),
     (averaged, "adamw", AveragedInNumPy, DECAYS, {"average_from": 5}),
+    (centralized, "adamw", CentralizedInNumPy, DECAYS, {"overrides": {"m": {"centralize": False}}}),
+    (centralized, "momentum", CentralizedInNumPy, DECAYS, {"overrides": {"m": {"centralize": False}}}),
+    (centralized, "stable_adamw", CentralizedInNumPy, DECAYS, {"overrides": {"m": {"centralize": False}}}),
 ]
 
 
@@ -277,6 +294,74 @@ def test_without_the_mean_a_cautious_step_is_the_rules_or_none():
         agrees = (before - plain.params["w"]) * sign * g > 0
         assert agrees.sum() + old.any() > 0
         assert (opt.params["w"] == np.where(agrees, plain.params["w"], before)).all()
+
+
+def whole_numbers(seed: int) -> dict[str, np.ndarray]:
+    """Gradients whose rows, of 2^k elements, have means without rounding."""
+    rng = np.random.default_rng(seed)
+    return {path: rng.integers(-9, 9, shape).astype(np.float64) for path, shape in ROWS.items()}
+
+
+ROWS = {"a": (7,), "m": (3, 8), "kernel": (5, 4, 2), "row": (1, 4), "hollow": (2, 0), "number": ()}
+
+
+@pytest.mark.parametrize("over", ["row", "column"])
+@pytest.mark.parametrize("case", OF_EACH_KIND, ids=str)
+def test_a_centralized_rule_does_what_the_rule_does_of_centred_gradients(case, over):
+    """Bit for bit, also where the rule has sums of its own."""
+    rule = case.rule
+    if rule.layerwise or rule.scaling or rule.matrixwise:
+        with pytest.raises(TypeError, match=rf"^wrap: (sums|before): must be .* rule '{rule.name}'"):
+            centralized(rule)
+        return
+    params = {
+        path: leaf if over == "row" or leaf.ndim != 2 else leaf.T.copy() for path, leaf in whole_numbers(0).items()
+    }
+    if over == "column":
+        del params["kernel"]
+    plain = case.make(params)
+    with warnings.catch_warnings():  # that no method of the class leads to the average
+        warnings.simplefilter("ignore")
+        opt = fastopt.Optimizer(params, centralized(rule, over=over), **plain._pipeline.groups.base)
+    for step in range(3):
+        given, centred = {}, {}
+        for path, g in whole_numbers(step).items():
+            if path in params:
+                mean = (
+                    g.reshape(len(g), -1).mean(axis=1).reshape(-1, *[1] * (g.ndim - 1)) if g.ndim > 1 and g.size else 0
+                )
+                turned = over == "column" and g.ndim == 2
+                given[path], centred[path] = (each.T.copy() if turned else each for each in (g, g - mean))
+        opt.step(given)
+        plain.step(centred)
+    assert bits(opt) == bits(plain)
+    assert opt.rule.states == rule.states
+
+
+def test_vectors_are_not_centralized_wherever_they_come_from():
+    """Added, given to `update`, as bare arrays; and neither is a NaN of theirs, which stays where it is."""
+    rule, g = centralized(fastopt.rules.sgd), np.array([1.0, np.nan, 3.0])
+    opt = fastopt.Optimizer({"W": np.zeros((2, 3))}, rule, lr=1.0)
+    opt.add({"b": np.zeros(3)})
+    opt.step({"W": np.stack([g, np.arange(3.0)]), "b": g})
+    np.testing.assert_array_equal(opt.params["b"], -g)
+    np.testing.assert_array_equal(opt.params["W"], [[np.nan] * 3, [1.0, 0.0, -1.0]])
+    opt.groups["b"].centralize = True
+    opt.step({"W": np.zeros((2, 3)), "b": np.arange(3.0)})
+    np.testing.assert_array_equal(opt.params["b"], [0.0, np.nan, -4.0])
+    twin = fastopt.Optimizer({"b": np.zeros(3)}, rule, lr=1.0, decoupled_weight_decay=True)
+    twin.step({"b": g})
+    np.testing.assert_array_equal(twin.params["b"], -g)
+    own = {"b": np.zeros(3)}
+    fastopt.Optimizer(None, rule, lr=1.0).update(own, {"b": g})
+    np.testing.assert_array_equal(own["b"], -g)
+    bare = np.zeros(3)
+    rule.update_(bare, g, lr=1.0)
+    np.testing.assert_array_equal(bare, -g)
+    rule.update_(bare, np.arange(3.0), lr=1.0, centralize=True)
+    np.testing.assert_array_equal(bare, [0.0, np.nan, -4.0])
+    with pytest.raises(ValueError, match=r"^over: must be one of 'row', 'column', got 'all'"):
+        centralized(fastopt.rules.sgd, over="all")
 
 
 def test_wrappers_go_around_wrappers_and_many_groups_have_their_own():
@@ -394,8 +479,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"sums: must be none for the matrixwise rule 'muon', got 1",
     ),
     "a term of other arguments": (
-        lambda: wrap(adam, before=same_g, sums=Sums({"m": same_g}, mean, numbers=("total",))),
-        r"sums: terms\['m'\]: must have the signature \(p, new_p, g, \.\.\., h\)",
+        lambda: wrap(adam, before=same_g, sums=Sums({"m": lambda p, grad, h: p}, mean, numbers=("total",))),
+        r"sums: terms\['m'\]: must have the signature \(p, g, \.\.\., h\) or \(p, new_p, g, \.\.\., h\), with states "
+        r"for the dots \(m, v\), got \(p, grad, h\)",
+    ),
+    "flags for matrices that are the rule's": (
+        lambda: wrap(adam, before=same_g, prepare=with_alpha, for_matrices=("lr",)),
+        r"for_matrices: must name arguments of prepare \(alpha\), got 'lr'",
     ),
     "a hyperparameter of the rule": (
         lambda: wrap(fastopt.rules.rmsprop, before=same_g, prepare=with_alpha),

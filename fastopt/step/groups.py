@@ -342,10 +342,11 @@ def check_change(
 
 def mark_matrices(rule: Rule, changes: Sequence[dict[str, Any]], shapes: Sequence[tuple[int, ...]]) -> None:
     """Have a rule that looks at whole matrices skip the parameters that are not matrices, unless a change says so."""
-    if rule.matrixwise is not None:
-        for change, shape in zip(changes, shapes, strict=True):
-            if not selects(rule.matrixwise, shape):
-                change.setdefault(rule.matrixwise.chosen, False)
+    for change, shape in zip(changes, shapes, strict=True):
+        if rule.matrixwise is not None and not selects(rule.matrixwise, shape):
+            change.setdefault(rule.matrixwise.chosen, False)
+        for name in rule.for_matrices if len(shape) < 2 else ():
+            change.setdefault(name, False)
 
 
 def check_matrices(rule: Rule, chosen: Sequence[Any], paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
