@@ -99,7 +99,7 @@ class Scaling:
     number: str | None = None
 
     def __post_init__(self) -> None:
-        if self.number is not None and not isinstance(self.number, str):
+        if self.number is not None and not (isinstance(self.number, str) and self.number.isidentifier()):
             raise TypeError(f"Scaling: number: must be the name of one per-tensor state, or None, got {self.number!r}")
         numbers = () if self.number is None else (self.number,)
         _check_call("Scaling: scale", self.scale, ("norm_p", "norm_g", *numbers, "h"))
@@ -160,10 +160,10 @@ class Sums:
     over: str = "tensor"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.terms, Mapping):
+            raise TypeError(f"Sums: terms: must be a dict of name -> term(p, g, *states, h), got {self.terms!r}")
         for name, names in (("terms", tuple(self.terms)), ("results", self.results), ("numbers", self.numbers)):
-            plain = isinstance(names, tuple) and all(isinstance(each, str) and each.isidentifier() for each in names)
-            if not plain or len(set(names)) != len(names):
-                raise TypeError(f"Sums: {name}: must be different names of variables, as ('scale',), got {names!r}")
+            several_names(f"Sums: {name}", names, tuple)
         if not self.results and not self.numbers:
             raise TypeError("Sums: results: must name what settle gives, or numbers must, got neither")
         if self.over not in OVER:
@@ -237,6 +237,8 @@ class Matrixwise:
     def __post_init__(self) -> None:
         if self.reshape not in (None, "first_axis"):
             raise TypeError(f"Matrixwise: reshape: must be None or 'first_axis', got {self.reshape!r}")
+        for name in ("matrix_only", "other_only"):
+            several_names(f"Matrixwise: {name}", getattr(self, name))
         if self.largest is not None and not _is_count(self.largest):
             raise TypeError(f"Matrixwise: largest: must be an int from 0, or None, got {self.largest!r}")
         if not isinstance(self.matrices, Mapping):
@@ -325,14 +327,18 @@ class Rule:
         self.layerwise = layerwise
         self.scaling = scaling
         self.matrixwise = matrixwise
-        self.sums = (sums,) if isinstance(sums, Sums) else tuple(sums)
+        self.sums = several_sums(f"rule {self.name!r}", sums)
         if not isinstance(initial, Mapping | None):
             raise TypeError(f"rule {self.name!r}: initial: must be a dict of state -> initial value, got {initial!r}")
         self.initial = dict(initial or {})
+        if idle is not None and (isinstance(idle, type) or not isinstance(idle, Idle)):
+            raise TypeError(
+                f"rule {self.name!r}: idle: must be a closed form, as fastopt.Linear(), or None, got {idle!r}"
+            )
         self.idle = idle
         self.gradients_in = gradients_in
         self.evaluated_in = evaluated_in
-        self.extra = tuple(extra)
+        self.extra = several_names(f"rule {self.name!r}: extra", extra)
         for name in self.extra:
             if name not in self.states:
                 raise TypeError(f"rule {self.name!r}: extra: must name states ({', '.join(self.states)}), got {name!r}")
@@ -344,7 +350,7 @@ class Rule:
         self.defaults: dict[str, Any] = {
             name: prepared[name] for name in self.hyperparameters if prepared[name] is not MISSING
         }
-        self.for_matrices = tuple(for_matrices)
+        self.for_matrices = several_names(f"rule {self.name!r}: for_matrices", for_matrices)
         for name in self.for_matrices:
             if name not in self.hyperparameters:
                 raise TypeError(
@@ -404,7 +410,7 @@ class Rule:
                 raise TypeError(f"{where}: must be {expected}, got {value!r}")
             if not isinstance(value, str):
                 scalars.number(where, value, expected)
-        self._domains = {**DOMAINS, **(domains or {})}
+        self._domains = {**DOMAINS, **checked_domains(f"rule {self.name!r}", domains)}
         self._twin: Rule | None = None
         self._plain: Rule | None = None
         """The rule whose twin this is."""
@@ -444,8 +450,6 @@ class Rule:
             raise TypeError(f"rule {self.name!r}: {others[0]}: must be None for a rule with sums")
         over: dict[str, str] = {}
         for sums in self.sums:
-            if not isinstance(sums, Sums):
-                raise TypeError(f"rule {self.name!r}: sums: must be a Sums or several, got {sums!r}")
             for name in sums.numbers:
                 if over.setdefault(name, sums.over) != sums.over:
                     raise TypeError(
@@ -758,6 +762,8 @@ def rule(
             f"rule: must be given prepare(t, ...), as in @fastopt.rule(prepare), got the scalar function "
             f"{prepare.__name__}{inspect.signature(prepare)}; write prepare in parentheses"
         )
+    if not callable(prepare):
+        raise TypeError(f"rule: must be given prepare(t, ...), as in @fastopt.rule(prepare), got {prepare!r}")
 
     def decorate(function: Callable[..., Any]) -> Rule:
         if not isinstance(function, FunctionType):
@@ -814,6 +820,33 @@ def check_acting(
                 )
 
 
+def several_names(what: str, names: Any, kind: Any = Sequence) -> tuple[str, ...]:
+    """Return different names of variables as a tuple; refuse others, and a single name, whose letters they would be."""
+    found: tuple[Any, ...] = tuple(names) if isinstance(names, kind) and not isinstance(names, str) else (None,)
+    if not all(isinstance(each, str) and each.isidentifier() for each in found) or len(set(found)) != len(found):
+        raise TypeError(f"{what}: must be different names of variables, as ('scale',), got {names!r}")
+    return found
+
+
+def several_sums(where: str, sums: Any) -> tuple[Sums, ...]:
+    """Return one `Sums`, or several, as a tuple; refuse others."""
+    found = tuple(sums) if isinstance(sums, Sequence) else (sums,)
+    for each in found:
+        if not isinstance(each, Sums):
+            raise TypeError(f"{where}: sums: must be a Sums or several, got {each!r}")
+    return found
+
+
+def checked_domains(where: str, domains: Any) -> Mapping[str, Domain]:
+    """Return the ranges of hyperparameters; refuse others."""
+    if not isinstance(domains, Mapping | None):
+        raise TypeError(f"{where}: domains: must be a dict of hyperparameter -> range, got {domains!r}")
+    for name, domain in (domains or {}).items():
+        if not isinstance(domain, Domain):
+            raise TypeError(f"{where}: domains[{name!r}]: must be a range, as fastopt.Interval(0, 1), got {domain!r}")
+    return domains or {}
+
+
 def _check_call(what: str, function: Any, names: Sequence[str], keywords: Sequence[str] = ()) -> None:
     """Refuse what cannot be called with so many arguments, and with these keywords."""
     expected = f"({', '.join((*names, *(['**hyperparameters'] if keywords else [])))})"
@@ -853,7 +886,10 @@ def _parameters(function: Callable[..., Any], what: str) -> dict[str, Any]:
             without = len(names) - len(defaults)
             return dict(zip(names, (*[MISSING] * without, *defaults), strict=True))
     name = getattr(function, "__name__", repr(function))
-    parameters = list(inspect.signature(function).parameters.values())
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # of some functions written in C
+        raise TypeError(f"{what} {name!r}: must be a function of Python, got {function!r}") from None
     for parameter in parameters:
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
             raise TypeError(f"{what} {name!r}: parameters must be plain positional ones, got {parameter}")

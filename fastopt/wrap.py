@@ -9,7 +9,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from fastopt.hyper import WEIGHT_DECAY, Domain
-from fastopt.rule import Layerwise, Matrixwise, Rule, Sums
+from fastopt.rule import Layerwise, Matrixwise, Rule, Sums, checked_domains, several_names, several_sums
 from fastopt.source import written
 
 BEFORE, AFTER = ("p", "g"), ("p", "new_p", "g")
@@ -89,7 +89,7 @@ def wrap(
     >>> lookahead_sgd, opt.params["w"]
     (<rule lookahead_sgd(p, g, slow, h)>, array([0.75]))
     """
-    parts = Parts.checked(rule, before, after, tuple(states), sums)
+    parts = Parts.checked(rule, before, after, several_names("wrap: states", states), sums)
     scalar = parts.after or parts.before
     assert scalar is not None
     own = {} if prepare is None else _parameters_of_prepare(prepare)
@@ -104,9 +104,12 @@ def wrap(
             f"wrap: prepare: {both[0]}: must have no default, to be that of rule {rule.name!r}, or another name, got "
             f"{both[0]}={own[both[0]]!r}"
         )
+    for_matrices = several_names("wrap: for_matrices", for_matrices)
     others = [flag for flag in for_matrices if flag not in own]
     if others:
         raise TypeError(f"wrap: for_matrices: must name arguments of prepare ({', '.join(own)}), got {others[0]!r}")
+    if not isinstance(initial, Mapping | None):
+        raise TypeError(f"wrap: initial: must be a dict of state -> initial value, got {initial!r}")
     unknown = [state for state in initial or () if state not in parts.own]
     if unknown:
         raise TypeError(f"wrap: initial: must name states of its own ({', '.join(parts.own)}), got {unknown[0]!r}")
@@ -124,7 +127,7 @@ def wrap(
         scaling=rule.scaling,
         matrixwise=composed.matrixwise(together),
         sums=composed.sums(),
-        domains={**rule._domains, **(domains or {})},
+        domains={**rule._domains, **checked_domains("wrap", domains)},
         initial={**rule.initial, **(initial or {})},
         extra=rule.extra,
         for_matrices=(*rule.for_matrices, *for_matrices),
@@ -133,8 +136,17 @@ def wrap(
     )
     made.__doc__ = f"The rule {rule.name}, wrapped."
     made.defaults = {**{key: value for key, value in own.items() if value is not MISSING}, **rule.defaults}
-    options = {"before": before, "after": after, "states": parts.own, "prepare": prepare, "initial": initial}
-    options |= {"domains": domains, "sums": sums, "for_matrices": for_matrices, "name": name}
+    options: dict[str, Any] = {
+        "before": before,
+        "after": after,
+        "states": parts.own,
+        "prepare": prepare,
+        "initial": initial,
+        "domains": domains,
+        "sums": sums,
+        "for_matrices": for_matrices,
+        "name": name,
+    }
     made._made_by = (_again, (rule, options))
     return made
 
@@ -159,6 +171,9 @@ def _parameters_of_prepare(prepare: Callable[..., Any]) -> dict[str, Any]:
 
 def _reads(what: str, function: Any, known: Sequence[str], *firsts: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     """Return which of `firsts` the parameters of a function ``(*first, *states, h)`` begin with, and its states."""
+    expected = " or ".join(f"({', '.join((*first, '...', 'h'))})" for first in firsts)
+    if not isinstance(function, FunctionType):
+        raise TypeError(f"wrap: {what}: must be a plain function {expected}, got {function!r}")
     signature = inspect.signature(function)
     names = tuple(signature.parameters)
     plain = all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in signature.parameters.values())
@@ -166,7 +181,6 @@ def _reads(what: str, function: Any, known: Sequence[str], *firsts: tuple[str, .
         read = names[len(first) : -1]
         if plain and (*first, *read, "h") == names and set(read) <= set(known):
             return first, read
-    expected = " or ".join(f"({', '.join((*first, '...', 'h'))})" for first in firsts)
     raise TypeError(
         f"wrap: {what}: must have the signature {expected}, with states for the dots "
         f"({', '.join(known) or 'there are none'}), got {signature}"
@@ -193,10 +207,7 @@ class Parts(NamedTuple):
             if not isinstance(function, FunctionType | None):
                 expected = _call("", *first, "...", "h")
                 raise TypeError(f"wrap: {what}: must be a plain function {expected} or None, got {function!r}")
-        sums = (sums,) if isinstance(sums, Sums) else tuple(sums)
-        for each in sums:
-            if not isinstance(each, Sums):
-                raise TypeError(f"wrap: sums: must be a Sums or several, got {each!r}")
+        sums = several_sums("wrap", sums)
         kinds = [kind for kind in ("layerwise", "scaling", "matrixwise") if getattr(rule, kind) is not None]
         for kind in kinds:
             where = f"for the {kind} rule {rule.name!r}"

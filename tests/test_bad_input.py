@@ -1125,6 +1125,7 @@ def transformed(transform: Any) -> Callable[[], Any]:
     return declared(matrixwise=fastopt.Matrixwise(rules.momentum, "m", transform, "lr"))
 
 
+NAMES = r"must be different names of variables, as \('scale',\)"
 AT_DECLARATION = [
     (
         "a callable as initial",
@@ -1175,6 +1176,56 @@ AT_DECLARATION = [
         declared(layerwise=fastopt.Layerwise),
         r"^rule 'one_state': layerwise: must be a Layerwise or None, got <class",
     ),
+    ("a letter as state", declared(extra="m"), rf"^rule 'one_state': extra: {NAMES}, got 'm'$"),
+    ("a letter as flag", declared(for_matrices="lr"), rf"^rule 'one_state': for_matrices: {NAMES}, got 'lr'$"),
+    (
+        "an unknown flag",
+        declared(for_matrices=("mu",)),
+        r"^rule 'one_state': for_matrices: must name hyperparameters \(lr, weight_decay\), got 'mu'$",
+    ),
+    (
+        "a letter as hyperparameter",
+        lambda: fastopt.Matrixwise(rules.momentum, "m", lambda u: None, "lr", matrix_only="lr"),
+        rf"^Matrixwise: matrix_only: {NAMES}, got 'lr'$",
+    ),
+    ("no sums", declared(sums=None), r"^rule 'one_state': sums: must be a Sums or several, got None$"),
+    (
+        "a term that is none",
+        declared(sums=fastopt.Sums({"of_g": 5}, lambda sums, numbers, size, h: 1.0, ("lr",))),
+        r"^rule 'one_state': sums: terms\['of_g'\]: must be a function \(p, g, m, h\), got 5$",
+    ),
+    (
+        "a list of terms",
+        lambda: fastopt.Sums([one_state], lambda sums, numbers, size, h: 1.0, ("lr",)),
+        r"^Sums: terms: must be a dict of name -> term\(p, g, \*states, h\), got \[<function one_state",
+    ),
+    (
+        "no settle",
+        lambda: fastopt.Sums({"of_g": one_state}, None, ("lr",)),
+        r"^Sums: settle: must be a function \(sums, numbers, size, h\), got None$",
+    ),
+    (
+        "a number of no name",
+        by_scale(lambda p, g, v, h: (1.0, v), "no name"),
+        r"^Scaling: number: must be the name of one per-tensor state, or None, got 'no name'$",
+    ),
+    (
+        "a pair as range",
+        declared(domains={"lr": (0, 1)}),
+        r"^rule 'one_state': domains\['lr'\]: must be a range, as fastopt\.Interval\(0, 1\), got \(0, 1\)$",
+    ),
+    (
+        "a list of ranges",
+        declared(domains=["lr"]),
+        r"^rule 'one_state': domains: must be a dict of hyperparameter -> range, got \['lr'\]$",
+    ),
+    (
+        "a class as closed form",
+        declared(idle=fastopt.Linear),
+        r"^rule 'one_state': idle: must be a closed form, as fastopt\.Linear\(\), or None, got <class",
+    ),
+    ("no prepare", lambda: rule(None), r"^rule: must be given prepare\(t, \.\.\.\), .*, got None$"),
+    ("prepare in C", lambda: rule(max)(one_state), r"^prepare 'max': must be a function of Python, got <built-in"),
     (
         "no parentheses",
         lambda: rule(one_state),

@@ -462,6 +462,31 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: wrap(adam, after=new_m, states=("m",)),
         r"states: must be names other than p, new_p, g, h, ratio, m, v, got 'm'",
     ),
+    "a name as states": (
+        lambda: wrap(adam, before=same_g, states="slow"),
+        r"states: must be different names of variables, as \('scale',\), got 'slow'",
+    ),
+    "a state twice": (
+        lambda: wrap(adam, before=same_g, states=("slow", "slow")),
+        r"states: must be different names of variables, as \('scale',\), got \('slow', 'slow'\)",
+    ),
+    "initial values without names": (
+        lambda: wrap(adam, after=same_p_and_count, states=("count",), initial=["count"]),
+        r"initial: must be a dict of state -> initial value, got \['count'\]",
+    ),
+    "a number as prepare": (
+        lambda: wrap(adam, before=same_g, prepare=1.0),
+        r"prepare: must be a function \(t, \.\.\.\) or None, got 1.0",
+    ),
+    "ranges without names": (
+        lambda: wrap(adam, before=same_g, domains=5),
+        r"domains: must be a dict of hyperparameter -> range, got 5",
+    ),
+    "no sums": (lambda: wrap(adam, before=same_g, sums=None), r"sums: must be a Sums or several, got None"),
+    "a term that is none": (
+        lambda: wrap(adam, before=same_g, sums=Sums({"m": 5}, mean, numbers=("total",))),
+        r"sums: terms\['m'\]: must be a plain function \(p, g, \.\.\., h\) or \(p, new_p, g, \.\.\., h\), got 5",
+    ),
     "an initial value of the rule's": (
         lambda: wrap(adam, after=same_p_and_count, states=("count",), initial={"m": "p"}),
         r"initial: must name states of its own \(count\), got 'm'",
@@ -503,8 +528,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_does_not_fit_is_refused_when_it_is_wrapped(what):
     action, message = REFUSED[what]
-    with pytest.raises(TypeError, match=f"^wrap: {message}"):
+    with pytest.raises(TypeError, match=f"^wrap: {message}") as found:
         action()
+    assert "\n" not in str(found.value)
 
 
 class Same(NamedTuple):

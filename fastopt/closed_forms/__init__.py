@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -59,6 +59,7 @@ class History(Protocol):
         """Return a line of coefficients for each age, and whether they are exact (to 1e-8 of the change of p)."""
 
 
+@runtime_checkable
 class Idle(Protocol):
     """The closed form of a rule: the effect of zero-gradient steps on an element."""
 
