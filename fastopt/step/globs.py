@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 GRAM = 3
@@ -65,10 +66,10 @@ class Paths:
         if self._tried <= FEW:
             return range(len(self.paths))
         if self._places is None:
-            self._places = {}
+            self._places = defaultdict(list)
             for number, path in enumerate(self.paths):
                 for fragment in _fragments(f"{END}{path}{END}"):
-                    self._places.setdefault(fragment, []).append(number)
+                    self._places[fragment].append(number)
         literal, bracket, _ = glob.partition("[")
         pieces = SPECIAL.split(f"{END}{literal}" if bracket else f"{END}{literal}{END}")
         found = [self._places.get(fragment, []) for piece in pieces for fragment in _fragments(piece)]
