@@ -2209,6 +2209,9 @@ IN_BATCHNORM = "tests/test_torch_batchnorm.py "
 
 TORCH: Sequence[Fault] = (
     *faults_of(
+        "fastopt/torch/optimizer.py", IN_TORCH + "-k transposed_matrix", ("is not None or rule.lined", "is not None")
+    ),
+    *faults_of(
         "fastopt/torch/part.py",
         IN_TORCH,
         ("        increment_version(updated)\n", "", IN_TORCH + "-k autograd_sees"),

@@ -171,11 +171,13 @@ def test_a_rule_of_ones_own_becomes_a_torch_optimizer():
 
     @fastopt.rule(prepare)
     def heavy(p, g, velocity, h):
+        """Heavy balls."""
         velocity = h.momentum * velocity + g
         return p - h.lr * velocity, velocity
 
     kind = ft.from_rule(heavy)
     assert ft.from_rule(heavy) is kind
+    assert kind.__doc__ == "Heavy balls."
     model, other = network(), network()
     opt = kind(model.parameters(), 0.01, maximize=True)
     assert isinstance(opt, torch.optim.Optimizer)
@@ -449,13 +451,16 @@ def test_parameters_of_any_strides(layout):
             assert ours.state[p]["exp_avg"].stride() == p.stride()
 
 
-def test_a_transposed_matrix_has_its_rows_and_columns():
+@pytest.mark.parametrize(
+    "make", [ft.Muon, ft.from_rule(fastopt.wrappers.centralized(fastopt.rules.sgd))], ids=["Muon", "centralized_sgd"]
+)
+def test_a_transposed_matrix_has_its_rows_and_columns(make):
     torch.manual_seed(0)
     start, grads = torch.randn(6, 2), torch.randn(3, 6, 2)
     found = []
     for weight in (start, start.t().contiguous().t()):
         p = torch.nn.Parameter(weight.clone(memory_format=torch.preserve_format))
-        opt = ft.Muon([p], lr=0.1)
+        opt = make([p], lr=0.1)
         for g in grads:
             p.grad = g
             opt.step()

@@ -278,7 +278,10 @@ class Optimizer(torch.optim.Optimizer):
         values = [{name: getattr(own, name) for name in own.rule.names()} for own in made]
         parts = []
         for own_members in members.values():
-            arguments = {**self._arguments(groups[own_members[0].group]), **options}
+            arguments, rule = (
+                {**self._arguments(groups[own_members[0].group]), **options},
+                made[own_members[0].group].rule,
+            )
             parts.append(
                 Part(
                     own_members,
@@ -289,7 +292,7 @@ class Optimizer(torch.optim.Optimizer):
                     counts=self.counts,
                     shares=self._shares,
                     sparse=self.sparse,
-                    by_matrix=made[own_members[0].group].rule.matrixwise is not None,
+                    by_matrix=rule.matrixwise is not None or rule.lined,
                 )
             )
         self._shares = True

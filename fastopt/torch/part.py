@@ -64,7 +64,7 @@ class Part:
         counts: whether torch's state has a `step`.
         shares: whether states that already lie as ours would may be used where they are.
         sparse: whether gradients may be sparse.
-        by_matrix: whether the rule looks at matrices as a whole.
+        by_matrix: whether the rule looks at matrices as a whole, or at their rows or columns.
     """
 
     def __init__(

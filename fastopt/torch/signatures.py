@@ -70,6 +70,8 @@ def entries(doc: str) -> dict[str, str]:
 
 def documented(doc: str, signature: inspect.Signature, ours: Any, renamed: Mapping[str, str]) -> str:
     """A docstring that lists every argument with its default in the place of ``*args, **kwargs``."""
+    if not PLACEHOLDER.search(doc):  # that of a rule of one's own, which tells what it tells
+        return doc
     told = {**entries(fastopt.Optimizer.__doc__ or ""), **HERE, **entries(ours.__doc__ or "")}
     shown = [renamed.get(name, name) for name in signature.parameters]
     hidden = [name for name in inspect.signature(ours).parameters if name not in (*shown, "options")]
