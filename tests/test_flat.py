@@ -288,7 +288,7 @@ def test_places_are_the_addresses_and_the_offsets(shapes, p, g):
     assert places.dtype == np.int64
     assert places.flags.c_contiguous
     assert [Place(*line) for line in places.tolist()] == [
-        Place(p + k, g, offset) for k, offset in enumerate(layout.offsets)
+        Place(p + k, g, offset, 0) for k, offset in enumerate(layout.offsets)
     ]
 
 

@@ -196,7 +196,7 @@ def vectors(count: int, dtype: Any) -> tuple[np.ndarray, ...]:
 
 def places(count: int = 1) -> np.ndarray:
     """Nothing is read or written there."""
-    return np.array([Place(0, 0, 0)] * count, np.int64)
+    return np.array([Place(0, 0, 0, 0)] * count, np.int64)
 
 
 def chunks(count: int = 1) -> np.ndarray:

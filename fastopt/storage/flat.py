@@ -368,10 +368,10 @@ class FlatParams:
         """The table of `fastopt.kernels.contract.Place` for parameters and gradients at these addresses.
 
         Args:
-            params, grads: int64, of arrays in the order of `paths`.
+            params, grads: int64, of shape (len(paths),), of arrays in the order of `paths`.
 
         Returns:
-            A line for each parameter, of each member.
+            An array of int64 with a line for each parameter, of each member.
 
         >>> import numpy as np, fastopt
         >>> flat = fastopt.pack({"w": np.ones((2, 3)), "b": np.ones(2)}, members=2)
