@@ -25,10 +25,8 @@ def stacked(seed: int, dtype: Any = np.float64, members: int = MEMBERS, scale: f
 
 
 def of(tree: dict[str, Any], member: int) -> dict[str, Any]:
-    return {
-        path: leaf if leaf is None else np.asarray(leaf[member]) if isinstance(leaf, np.ndarray) else leaf[member]
-        for path, leaf in tree.items()
-    }
+    parts = {path: None if leaf is None else leaf[member] for path, leaf in tree.items()}
+    return {path: np.asarray(part) if isinstance(part, np.generic) else part for path, part in parts.items()}
 
 
 def inputs(opt: fastopt.Optimizer, grads: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +39,7 @@ class Pair:
 
     def __init__(self, case: Case, dtype: Any = np.float64, members: int = MEMBERS, params: Any = None, **options: Any):
         params = stacked(0, dtype, members) if params is None else params
+        backend = fastopt.pack(params).backend
         self.members = members
         own: dict[str, Any] = {name: value for name, value in options.items() if isinstance(value, np.ndarray)}
         rest = {name: value for name, value in options.items() if name not in own}
@@ -49,6 +48,7 @@ class Pair:
             case.make(of(params, member), **rest, **{name: float(value[member]) for name, value in own.items()})
             for member in range(members)
         ]
+        assert {opt.flat.backend for opt in (self.together, *self.apart)} == {backend}
 
     def step(self, grads: dict[str, Any], **more: Any) -> fastopt.StepInfo:
         info = self.together.step(grads, **inputs(self.together, grads), **more)
