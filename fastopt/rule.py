@@ -11,103 +11,30 @@ import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fastopt import scalars
 from fastopt.closed_forms import Idle
 from fastopt.hyper import DOMAINS, EMA, EPS, LOSS, WEIGHT_DECAY, Domain, Flag, Interval, check_each
+from fastopt.source import written
 
 MISSING = inspect.Parameter.empty
 OVER = ("tensor", "row", "column", "all")
 """What `Sums` may go over."""
+SETTLED = ("sums", "numbers", "size", "h")
+"""What `Sums.settle` takes."""
+RATIO = "ratio_of_norms"
+"""The field of h of a layerwise rule that receives its ratio."""
 NOT_PLAIN = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
 
 @dataclass(frozen=True)
-class Layerwise:
-    """Norms of whole parameters scale the update: the first value that the rule returns is a proposed update u, not p.
-
-    Args:
-        ratio: ``ratio(norm_p, norm_u)``, a number, computed once per parameter in float64.
-        apply: ``apply(p, *states, ratio, h)``, which returns the new p. u is not stored: `apply` computes it again from
-            the states.
-        direction: ``direction(p, *states, h)``, which returns u from the new states. With it, norm_u is also right in
-            float64 where squares of u overflow or underflow.
-
-    Raises:
-        TypeError: `ratio` must take two arguments; a rule refuses an `apply` or a `direction` that does not fit it.
-
-    >>> import numpy as np, fastopt
-    >>> from typing import NamedTuple
-    >>> class Hyper(NamedTuple):
-    ...     lr: float
-    >>> def ratio(norm_p, norm_u):
-    ...     return norm_p / norm_u if norm_u > 0.0 else 1.0
-    >>> def apply(p, u, ratio, h):
-    ...     return p - h.lr * ratio * u
-    >>> @fastopt.rule(lambda t, lr: Hyper(lr), layerwise=fastopt.Layerwise(ratio, apply))
-    ... def relative_descent(p, g, u, h):
-    ...     return g, g
-    >>> opt = fastopt.Optimizer({"w": np.array([3.0, 4.0])}, relative_descent, lr=0.1)
-    >>> _ = opt.step({"w": np.array([0.0, 8.0])})  # a step of a tenth of the norm of w
-    >>> opt.params["w"]
-    array([3. , 3.5])
-    """
-
-    ratio: Callable[..., Any]
-    apply: Callable[..., Any]
-    direction: Callable[..., Any] | None = None
-
-    def __post_init__(self) -> None:
-        _check_call("Layerwise: ratio", self.ratio, ("norm_p", "norm_u"))
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Norms of whole parameters, known before the update, give the scale of the update.
-
-    Args:
-        scale: ``scale(norm_p, norm_g, h)``, computed once per parameter in float64; the result replaces the last field
-            of h. With `number`, ``scale(norm_p, norm_g, number, h)`` returns the scale and the new number.
-        number: the name of a per-tensor state: one float64 per parameter, which begins at 0; None for none.
-
-    Raises:
-        TypeError: `number` must be a name or None, and `scale` must take the arguments above.
-
-    >>> import numpy as np, fastopt
-    >>> from typing import NamedTuple
-    >>> class Hyper(NamedTuple):
-    ...     lr: float
-    ...     scale: float
-    >>> def prepare(t, lr, weight_decay=0.0):
-    ...     return Hyper(lr, 0.0)
-    >>> def per_norm(norm_p, norm_g, h):
-    ...     return 1.0 / norm_g if norm_g > 0.0 else 0.0
-    >>> @fastopt.rule(prepare, scaling=fastopt.Scaling(per_norm))
-    ... def normalized_descent(p, g, h):
-    ...     return p - h.lr * h.scale * g
-    >>> opt = fastopt.Optimizer({"w": np.zeros(2)}, normalized_descent, lr=0.5)
-    >>> _ = opt.step({"w": np.array([3.0, -4.0])})
-    >>> opt.params["w"].round(12)
-    array([-0.3,  0.4])
-    """
-
-    scale: Callable[..., Any]
-    number: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.number is not None and not (isinstance(self.number, str) and self.number.isidentifier()):
-            raise TypeError(f"Scaling: number: must be the name of one per-tensor state, or None, got {self.number!r}")
-        numbers = () if self.number is None else (self.number,)
-        _check_call("Scaling: scale", self.scale, ("norm_p", "norm_g", *numbers, "h"))
-
-
-@dataclass(frozen=True)
 class Sums:
-    """Sums over the elements of whole parameters, known before the update, give some of the rule's hyperparameters.
+    """Sums and norms of whole parameters, known before the update, give some of the rule's hyperparameters.
 
     Args:
         terms: ``{"name": term}``, each a scalar function ``term(p, g, *states, h)`` of an element before its update. It
@@ -116,8 +43,8 @@ class Sums:
         settle: ``settle(sums, numbers, size, h)``, computed in float64: `sums` and `numbers` have a field for each
             name, `size` is the number of elements. It returns the tuple of the values of `results`, then the new
             `numbers`; a single value alone, not in a tuple.
-        results: the names of the fields of h which those values replace: for the elements of that parameter, row or
-            column.
+        results: the names of the fields of h which those values replace, or their positions, -1 that of the last: for
+            the elements of that parameter, row or column.
         numbers: the names of states of one float64 per parameter, row or column, which begin at 0. Several `Sums` of a
             rule over the same may share one.
         over: ``"tensor"``: sums over each parameter, settled once for each; ``"row"`` and ``"column"``: over each row
@@ -125,9 +52,11 @@ class Sums:
             first one. The numbers are then the same for all parameters. A parameter of more than two axes is the matrix
             ``p.reshape(p.shape[0], -1)``; one of fewer than two is a single row. In a population these are the
             parameters of one member: all are those of its network.
+        norms: ``{"name": function}``, as `terms`. Their sums are the norms, ``sqrt(sum(function(...)**2))``, right
+            wherever they are in the range of the dtype, whether or not the squares are.
 
-    Each `Sums` with terms reads what its terms use once more before the update. Sums are those of fixed blocks (of 4096
-    elements, or of pieces of a matrix), added in their order: the same bits for any number of threads.
+    Each `Sums` with terms or norms reads what these use once more before the update. Sums are those of fixed blocks (of
+    4096 elements, or of pieces of a matrix), added in their order: the same bits for any number of threads.
 
     Raises:
         TypeError: functions of another signature, or names that are not names.
@@ -153,25 +82,177 @@ class Sums:
     (array([-0.849, -1.131]), array([-0.5]))
     """
 
-    terms: Mapping[str, Callable[..., Any]]
-    settle: Callable[..., Any]
-    results: tuple[str, ...] = ()
+    terms: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    settle: Callable[..., Any] = None  # type: ignore[assignment]  # refused; it has none to follow `terms`, which has
+    results: tuple[str | int, ...] = ()
     numbers: tuple[str, ...] = ()
     over: str = "tensor"
+    norms: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.terms, Mapping):
-            raise TypeError(f"Sums: terms: must be a dict of name -> term(p, g, *states, h), got {self.terms!r}")
-        for name, names in (("terms", tuple(self.terms)), ("results", self.results), ("numbers", self.numbers)):
-            several_names(f"Sums: {name}", names, tuple)
+        for name in ("terms", "norms"):
+            functions = getattr(self, name)
+            if not isinstance(functions, Mapping):
+                raise TypeError(f"Sums: {name}: must be a dict of name -> term(p, g, *states, h), got {functions!r}")
+        several_names("Sums: terms", (*self.terms, *self.norms), tuple)
+        several_names("Sums: numbers", self.numbers, tuple)
+        by_name = self.results
+        if isinstance(by_name, tuple):
+            by_name = tuple([each for each in by_name if type(each) is not int])
+        several_names("Sums: results", by_name, tuple)
         if not self.results and not self.numbers:
             raise TypeError("Sums: results: must name what settle gives, or numbers must, got neither")
         if self.over not in OVER:
             raise TypeError(f"Sums: over: must be {', '.join(map(repr, OVER[:-1]))} or {OVER[-1]!r}, got {self.over!r}")
-        _check_call("Sums: settle", self.settle, ("sums", "numbers", "size", "h"))
+        _check_call("Sums: settle", self.settle, SETTLED)
 
     def __hash__(self) -> int:
-        return hash((tuple(self.terms.items()), self.settle, self.results, self.numbers, self.over))
+        functions = tuple(self.terms.items()), tuple(self.norms.items())
+        return hash((functions, self.settle, self.results, self.numbers, self.over))
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """Norms of whole parameters scale the update: the first value that the rule returns is a proposed update u, not p.
+
+    It is short for `Sums` with the norms of p and u, which run the rule once more before the update.
+
+    Args:
+        ratio: ``ratio(norm_p, norm_u)``, a number, computed once per parameter in float64; or
+            ``ratio(norm_p, norm_u, size, h)``, `size` being the number of elements.
+        apply: ``apply(p, *states, ratio, h)``, which returns the new p; or ``apply(p, g, *states, ratio, h)``. u is not
+            stored: `apply` computes it again from the new states.
+        direction: ``direction(p, *states, h)``, which returned u from the new states, is no longer needed.
+
+    Raises:
+        TypeError: `ratio` must take two or four arguments; a rule refuses an `apply` or a `direction` that does not fit
+            it.
+
+    >>> import numpy as np, fastopt
+    >>> from typing import NamedTuple
+    >>> class Hyper(NamedTuple):
+    ...     lr: float
+    >>> def ratio(norm_p, norm_u):
+    ...     return norm_p / norm_u if norm_u > 0.0 else 1.0
+    >>> def apply(p, u, ratio, h):
+    ...     return p - h.lr * ratio * u
+    >>> @fastopt.rule(lambda t, lr: Hyper(lr), layerwise=fastopt.Layerwise(ratio, apply))
+    ... def relative_descent(p, g, u, h):
+    ...     return g, g
+    >>> opt = fastopt.Optimizer({"w": np.array([3.0, 4.0])}, relative_descent, lr=0.1)
+    >>> _ = opt.step({"w": np.array([0.0, 8.0])})  # a step of a tenth of the norm of w
+    >>> opt.params["w"]
+    array([3. , 3.5])
+    """
+
+    ratio: Callable[..., Any]
+    apply: Callable[..., Any]
+    direction: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        _check_call("Layerwise: ratio", self.ratio, ("norm_p", "norm_u"), longer=("norm_p", "norm_u", "size", "h"))
+
+    def around(
+        self, function: FunctionType, prepare: Callable[..., Any], states: tuple[str, ...]
+    ) -> tuple[FunctionType, Callable[..., Any], Sums]:
+        """Return what the rule is then: its scalar function, its `prepare`, and its sums.
+
+        Args:
+            function: the scalar function, which returns u.
+            prepare: as for `rule`.
+            states: the names of the states.
+
+        Raises:
+            TypeError: `apply` and `direction` must take what they are given.
+        """
+        where, names = f"rule {function.__name__!r}: layerwise", ("p", "g", *states, "h")
+        _check_call(f"{where}: apply", self.apply, ("p", *states, "ratio", "h"), longer=(*names[:-1], "ratio", "h"))
+        if self.direction is not None:
+            _check_call(f"{where}: direction", self.direction, ("p", *states, "h"))
+
+        def made(name: str, parameters: Sequence[str], *lines: str) -> FunctionType:
+            constants = {"RULE": function, "APPLY": self.apply, "RATIO": self.ratio}
+            return written(name, parameters, lines, constants, function.__module__)
+
+        first, new = ("", ()) if not states else ("[0]", [f"new_[{k}]" for k in range(1, len(states) + 1)])
+        g = () if _takes(self.apply, len(states) + 3) else ("g",)
+        moved = f"APPLY({', '.join(('p', *g, *new, f'h.{RATIO}', 'h'))})"
+        update = made(
+            function.__name__,
+            names,
+            f"new_ = RULE({', '.join(names)})",
+            f"return ({moved},) + new_[1:]" if states else f"return {moved}",
+        )
+        more = "" if _takes(self.ratio, 2) else ", size, h"
+        settle = made("ratio", SETTLED, f"return RATIO(sums.p, sums.u{more})")
+        proposed = made("proposed", names, f"return RULE({', '.join(names)}){first}")
+        norms = {"p": made("parameter", names, "return p"), "u": proposed}
+        return update, _with_ratio(prepare, function.__name__), Sums(settle=settle, results=(RATIO,), norms=norms)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Norms of whole parameters, known before the update, give the scale of the update.
+
+    It is short for `Sums` with the norms of p and g.
+
+    Args:
+        scale: ``scale(norm_p, norm_g, h)``, computed once per parameter in float64; the result replaces the last field
+            of h. With `number`, ``scale(norm_p, norm_g, number, h)`` returns the scale and the new number, or numbers.
+            It may also take the number of elements: ``scale(norm_p, norm_g, size, number, h)``.
+        number: the name of a per-tensor state: one float64 per parameter, which begins at 0; a tuple of names for
+            several; None for none.
+
+    Raises:
+        TypeError: `number` must be a name, names or None, and `scale` must take the arguments above.
+
+    >>> import numpy as np, fastopt
+    >>> from typing import NamedTuple
+    >>> class Hyper(NamedTuple):
+    ...     lr: float
+    ...     scale: float
+    >>> def prepare(t, lr):
+    ...     return Hyper(lr, 0.0)
+    >>> def per_norm(norm_p, norm_g, h):
+    ...     return 1.0 / norm_g if norm_g > 0.0 else 0.0
+    >>> @fastopt.rule(prepare, scaling=fastopt.Scaling(per_norm))
+    ... def normalized_descent(p, g, h):
+    ...     return p - h.lr * h.scale * g
+    >>> opt = fastopt.Optimizer({"w": np.zeros(2)}, normalized_descent, lr=0.5)
+    >>> _ = opt.step({"w": np.array([3.0, -4.0])})
+    >>> opt.params["w"].round(12)
+    array([-0.3,  0.4])
+    """
+
+    scale: Callable[..., Any]
+    number: str | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        named = isinstance(self.number, str | tuple | None)
+        if not named or not all(isinstance(each, str) and each.isidentifier() for each in self.numbers):
+            raise TypeError(f"Scaling: number: must be a name, a tuple of names, or None, got {self.number!r}")
+        names = ("norm_p", "norm_g", *self.numbers, "h")
+        _check_call("Scaling: scale", self.scale, names, longer=(*names[:2], "size", *names[2:]))
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of the per-tensor states."""
+        return () if self.number is None else (self.number,) if isinstance(self.number, str) else self.number
+
+    def sums(self, function: FunctionType, states: tuple[str, ...]) -> Sums:
+        """Return the sums of a rule of this scalar function and these states."""
+        numbers = [f"numbers[{k}]" for k in range(len(self.numbers))]
+        size = () if _takes(self.scale, 3 + len(numbers)) else ("size",)
+        settle = written(
+            "scale",
+            SETTLED,
+            [f"return SCALE({', '.join(('sums.p', 'sums.g', *size, *numbers, 'h'))})"],
+            {"SCALE": self.scale},
+            function.__module__,
+        )
+        names = ("p", "g", *states, "h")
+        norms = {name: written(name, names, [f"return {name}"], {}, function.__module__) for name in ("p", "g")}
+        return Sums(settle=settle, results=(-1,), numbers=self.numbers, norms=norms)
 
 
 @dataclass(frozen=True)
@@ -267,8 +348,9 @@ class Rule:
         hyperparameters: the names of the arguments of `prepare` after t.
         defaults: the default values, by name.
         decoupled: whether ``weight_decay`` shrinks p directly (AdamW) instead of being added to the gradient (L2).
-        layerwise, scaling, matrixwise: a `Layerwise`, `Scaling` or `Matrixwise`; None for none.
-        sums: the tuple of its `Sums`. With none of these four, the rule updates each element on its own.
+        matrixwise: a `Matrixwise`; None for none.
+        sums: the tuple of its `Sums`, among them what a `Layerwise` or `Scaling` is short for. With none of these, the
+            rule updates each element on its own.
         initial: the initial values of states that do not begin at 0: a number, the name of a hyperparameter, or
             ``"p"``.
         extra: the names of the states that a step is given.
@@ -310,24 +392,28 @@ class Rule:
                 f"rule {function.__name__!r}: must have the signature (p, g, *states, h), for example (p, g, m, v, h), "
                 f"got ({', '.join(names)})"
             )
+        states = tuple(names[2:-1])
+        made = list(several_sums(f"rule {function.__name__!r}", sums))
         prepared = _parameters(prepare, "prepare")
         if next(iter(prepared), None) != "t":
             raise TypeError(
                 f"prepare of rule {function.__name__!r}: must take the step number t first, then hyperparameters, got "
                 f"({', '.join(prepared)})"
             )
-        self.scalar = function
+        if scaling is not None:
+            made.append(scaling.sums(function, states))
+        self.scalar, self.prepare = function, prepare
+        if layerwise is not None:
+            self.scalar, self.prepare, of_layers = layerwise.around(function, prepare, states)
+            made.append(of_layers)
         self.name = function.__name__
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
         self.__name__ = self.__qualname__ = function.__name__
-        self.states = tuple(names[2:-1])
-        self.prepare = prepare
+        self.states = states
         self.decoupled = decoupled
-        self.layerwise = layerwise
-        self.scaling = scaling
         self.matrixwise = matrixwise
-        self.sums = several_sums(f"rule {self.name!r}", sums)
+        self.sums = tuple(made)
         if not isinstance(initial, Mapping | None):
             raise TypeError(f"rule {self.name!r}: initial: must be a dict of state -> initial value, got {initial!r}")
         self.initial = dict(initial or {})
@@ -363,10 +449,6 @@ class Rule:
                 f"rule {self.name!r}: prepare must take lr, and not weight_decay, with decoupled=True, got "
                 f"({', '.join(prepared)})"
             )
-        if layerwise is not None and decoupled:
-            raise TypeError(
-                f"rule {self.name!r}: decoupled must be False for a layerwise rule, which applies its own, got True"
-            )
         if matrixwise is not None and not self.owns_weight_decay:
             raise TypeError(
                 f"rule {self.name!r}: prepare must take weight_decay for a matrixwise rule, which applies its own, got "
@@ -379,17 +461,7 @@ class Rule:
                 f"rule {self.name!r}: matrixwise: must name hyperparameters ({', '.join(self.hyperparameters)}), got "
                 f"{unknown[0]!r}"
             )
-        if scaling is not None and (layerwise is not None or decoupled or not self.owns_weight_decay):
-            raise TypeError(
-                f"rule {self.name!r}: prepare must take weight_decay for a scaling rule, which applies its own, and "
-                f"layerwise must be None, got ({', '.join(prepared)}) and {layerwise}"
-            )
         self._check_sums(names)
-        if layerwise is not None:
-            where = f"rule {self.name!r}: layerwise"
-            _check_call(f"{where}: apply", layerwise.apply, ("p", *self.states, "ratio", "h"))
-            if layerwise.direction is not None:
-                _check_call(f"{where}: direction", layerwise.direction, ("p", *self.states, "h"))
         self.handed: frozenset[str] = frozenset()
         """What the transform of a matrixwise rule is given besides the hyperparameters, by name."""
         if matrixwise is not None:
@@ -445,7 +517,7 @@ class Rule:
 
     def _check_sums(self, names: list[str]) -> None:
         """Refuse sums that do not fit the rule, whose function has parameters of these names."""
-        others = [kind for kind in ("layerwise", "scaling", "matrixwise", "idle") if getattr(self, kind) is not None]
+        others = [kind for kind in ("matrixwise", "idle") if getattr(self, kind) is not None]
         if self.sums and others:
             raise TypeError(f"rule {self.name!r}: {others[0]}: must be None for a rule with sums")
         over: dict[str, str] = {}
@@ -456,8 +528,9 @@ class Rule:
                         f"rule {self.name!r}: sums: number {name!r}: must be settled over the same by all, got "
                         f"{over[name]!r} and {sums.over!r}"
                     )
-            for name, term in sums.terms.items():
-                _check_call(f"rule {self.name!r}: sums: terms[{name!r}]", term, names)
+            for kind, functions in (("terms", sums.terms), ("norms", sums.norms)):
+                for name, term in functions.items():
+                    _check_call(f"rule {self.name!r}: sums: {kind}[{name!r}]", term, names)
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the scalar function, so that one rule can be written in terms of another."""
@@ -493,8 +566,6 @@ class Rule:
     @property
     def over(self) -> dict[str, str]:
         """By the name of such a state: of what it has a number each, as `Sums.over`."""
-        if self.scaling is not None and self.scaling.number is not None:
-            return {self.scaling.number: "tensor"}
         return {name: sums.over for sums in self.sums for name in sums.numbers}
 
     @property
@@ -533,8 +604,8 @@ class Rule:
 
     @property
     def whole(self) -> bool:
-        """Whether the rule uses norms of whole parameters, or other sums over them."""
-        return self.layerwise is not None or self.scaling is not None or bool(self.sums)
+        """Whether the rule uses sums over whole parameters, such as norms."""
+        return bool(self.sums)
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all hyperparameters: the rule's own, and weight_decay, which the loop applies.
@@ -788,6 +859,36 @@ def rule(
     return decorate
 
 
+class Join:
+    """Makes one NamedTuple of two. The fields of the rule come last, for backends fill in some of these."""
+
+    def __init__(self, name: str, rule: str):
+        self._name = name
+        self._rule = rule
+        self._kinds: dict[tuple[type, type], Any] = {}
+
+    def __call__(self, own: Any, of_rule: Any) -> Any:
+        """Return the fields of both."""
+        kind = self._kinds.get((type(own), type(of_rule)))
+        if kind is None:
+            kind = self._kinds.setdefault((type(own), type(of_rule)), self._join(own, of_rule))
+        return kind(*own, *of_rule)
+
+    def _join(self, own: Any, of_rule: Any) -> Any:
+        for prepared in (own, of_rule):
+            if not isinstance(prepared, tuple) or not hasattr(prepared, "_fields"):
+                raise TypeError(
+                    f"prepare of rule {self._name!r}: must return a NamedTuple, got {type(prepared).__name__}"
+                )
+        both = [field for field in own._fields if field in of_rule._fields]
+        if both:
+            raise TypeError(
+                f"prepare of rule {self._name!r}: must return fields other than those of rule {self._rule!r} "
+                f"({', '.join(of_rule._fields)}), got {both[0]!r}; rename it"
+            )
+        return NamedTuple("Hyper", [(field, float) for field in (*own._fields, *of_rule._fields)])
+
+
 def check_acting(
     matrixwise: Matrixwise, paths: Sequence[str], overrides: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
 ) -> None:
@@ -847,9 +948,39 @@ def checked_domains(where: str, domains: Any) -> Mapping[str, Domain]:
     return domains or {}
 
 
-def _check_call(what: str, function: Any, names: Sequence[str], keywords: Sequence[str] = ()) -> None:
-    """Refuse what cannot be called with so many arguments, and with these keywords."""
+class _Ratio(NamedTuple):
+    """What a layerwise rule has in h besides the fields of its own."""
+
+    ratio_of_norms: float
+
+
+def _with_ratio(prepare: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return a `prepare` with the field RATIO."""
+    join = Join(name, name)
+
+    @wraps(prepare)
+    def prepared(t: int, *arguments: Any, **inputs: Any) -> Any:
+        return join(_Ratio(1.0), prepare(t, *arguments, **inputs))
+
+    return prepared
+
+
+def _takes(function: Any, count: int) -> bool:
+    """Return whether a function can be called with so many arguments."""
+    try:
+        inspect.signature(getattr(function, "scalar", function)).bind(*[None] * count)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _check_call(
+    what: str, function: Any, names: Sequence[str], keywords: Sequence[str] = (), longer: Sequence[str] = ()
+) -> None:
+    """Refuse what cannot be called with so many arguments, and with these keywords; `longer` are others that may be."""
     expected = f"({', '.join((*names, *(['**hyperparameters'] if keywords else [])))})"
+    if longer and callable(function) and _takes(function, len(longer)):
+        return
     if not callable(function):
         raise TypeError(f"{what}: must be a function {expected}, got {function!r}")
     try:

@@ -9,12 +9,12 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from fastopt.hyper import WEIGHT_DECAY, Domain
-from fastopt.rule import Layerwise, Matrixwise, Rule, Sums, checked_domains, several_names, several_sums
+from fastopt.rule import Join, Matrixwise, Rule, Sums, checked_domains, several_names, several_sums
 from fastopt.source import written
 
 BEFORE, AFTER = ("p", "g"), ("p", "new_p", "g")
 """The first arguments of `before`, and of `after`."""
-RESERVED = (*AFTER, "h", "ratio")
+RESERVED = (*AFTER, "h")
 """The names of arguments, which a state of one's own must not have."""
 MISSING = inspect.Parameter.empty
 
@@ -58,9 +58,8 @@ def wrap(
 
     What the loop does around a rule, it does around the wrapped one: the p of `before` has decayed already where weight
     decay is decoupled, and g contains it where it is not. The wrapped rule keeps hyperparameters, defaults, states and
-    kind of the rule, but no closed form: `Optimizer.step_rows` refuses it. A layerwise rule (LAMB) has no `after`, for
-    p is updated in a second pass over p and the states; a scaling rule (LARS) no `before`, for the norm of its gradient
-    is taken earlier; `sums` are for rules that are neither of these nor matrixwise (Muon).
+    kind of the rule, but no closed form: `Optimizer.step_rows` refuses it. What a rule sums (LAMB's norms), it sums of
+    the g that it is given. `sums` are not for matrixwise rules (Muon).
 
     Returns:
         A `Rule`. Assign it to a global of its name, or leave the pickling to its parts, which then are globals.
@@ -123,8 +122,6 @@ def wrap(
         composed.update(),
         together,
         decoupled=rule.decoupled,
-        layerwise=composed.layerwise(),
-        scaling=rule.scaling,
         matrixwise=composed.matrixwise(together),
         sums=composed.sums(),
         domains={**rule._domains, **checked_domains("wrap", domains)},
@@ -208,15 +205,8 @@ class Parts(NamedTuple):
                 expected = _call("", *first, "...", "h")
                 raise TypeError(f"wrap: {what}: must be a plain function {expected} or None, got {function!r}")
         sums = several_sums("wrap", sums)
-        kinds = [kind for kind in ("layerwise", "scaling", "matrixwise") if getattr(rule, kind) is not None]
-        for kind in kinds:
-            where = f"for the {kind} rule {rule.name!r}"
-            if kind == "layerwise" and after is not None:
-                raise TypeError(f"wrap: after: must be None {where}, whose p is updated in a second pass; use before")
-            if kind == "scaling" and before is not None:
-                raise TypeError(f"wrap: before: must be None {where}, which has seen the norm of g by then; use after")
-            if sums:
-                raise TypeError(f"wrap: sums: must be none {where}, got {len(sums)}")
+        if sums and rule.matrixwise is not None:
+            raise TypeError(f"wrap: sums: must be none for the matrixwise rule {rule.name!r}, got {len(sums)}")
         for state in own:
             if not isinstance(state, str) or not state.isidentifier() or state in (*RESERVED, *rule.states):
                 raise TypeError(
@@ -280,19 +270,6 @@ class Composed:
         constants = {"JOIN": Join(self.name, self.rule.name), "OWN": own, "OF_RULE": self.rule.prepare}
         return written(f"prepare_{self.name}", parameters, [line], constants, self.module)
 
-    def layerwise(self) -> Layerwise | None:
-        """Of a layerwise rule the same, for the states of the wrapped one."""
-        kind = self.rule.layerwise
-        if kind is None:
-            return None
-        direction = None if kind.direction is None else self._of_states(kind.direction, "h")
-        return replace(kind, apply=self._of_states(kind.apply, "ratio", "h"), direction=direction)
-
-    def _of_states(self, function: Callable[..., Any], *last: str) -> FunctionType:
-        """Return a function of p and all states that calls one of p and the states of the rule."""
-        line = f"return {_call('FUNCTION', 'p', *self.rule.states, *last)}"
-        return written("of_states", ("p", *self.known, *last), [line], {"FUNCTION": function}, self.module)
-
     def matrixwise(self, prepare: Callable[..., Any]) -> Matrixwise | None:
         """Of a matrixwise rule the same, whose direction leaves the states of the wrapper as they are."""
         kind = self.rule.matrixwise
@@ -315,54 +292,30 @@ class Composed:
 
     def sums(self) -> list[Sums]:
         """Those of the wrapper, and those of the rule in front of the first one that sees a new p."""
-        of_rule = []
-        for sums in self.rule.sums:
+
+        def of_rule(term: Callable[..., Any], name: str) -> FunctionType:
             lines = [*self.given(), f"return {_call('TERM', 'p', 'given_', *self.rule.states, 'h')}"]
-            terms = {name: self.write(name, lines, TERM=term) for name, term in sums.terms.items()}
-            of_rule.append(replace(sums, terms=terms))
+            return self.write(name, lines, TERM=term)
+
+        others = []
+        for sums in self.rule.sums:
+            terms = {name: of_rule(term, name) for name, term in sums.terms.items()}
+            norms = {name: of_rule(term, name) for name, term in sums.norms.items()}
+            others.append(replace(sums, terms=terms, norms=norms))
         own: list[Sums] = []
         place = len(self.parts.sums)
         for sums in self.parts.sums:
-            terms = {}
-            for name, term in sums.terms.items():
-                first, read = _reads(f"sums: terms[{name!r}]", term, self.known, BEFORE, AFTER)
-                lines, given = ([], BEFORE) if first is BEFORE else (self.proposed(), ("p", "proposed_", "g"))
-                terms[name] = self.write(name, [*lines, f"return {_call('TERM', *given, *read, 'h')}"], TERM=term)
-                if first is AFTER:
-                    place = min(place, len(own))
-            own.append(replace(sums, terms=terms))
-        return [*own[:place], *of_rule, *own[place:]]
+            made: dict[str, dict[str, FunctionType]] = {"terms": {}, "norms": {}}
+            for kind, of_kind in made.items():
+                for name, term in getattr(sums, kind).items():
+                    first, read = _reads(f"sums: {kind}[{name!r}]", term, self.known, BEFORE, AFTER)
+                    lines, given = ([], BEFORE) if first is BEFORE else (self.proposed(), ("p", "proposed_", "g"))
+                    of_kind[name] = self.write(name, [*lines, f"return {_call('TERM', *given, *read, 'h')}"], TERM=term)
+                    if first is AFTER:
+                        place = min(place, len(own))
+            own.append(replace(sums, terms=made["terms"], norms=made["norms"]))
+        return [*own[:place], *others, *own[place:]]
 
 
 def _call(function: str, *arguments: str) -> str:
     return f"{function}({', '.join(arguments)})"
-
-
-class Join:
-    """Makes one NamedTuple of two. The fields of the rule come last, for backends fill in some of these."""
-
-    def __init__(self, name: str, rule: str):
-        self._name = name
-        self._rule = rule
-        self._kinds: dict[tuple[type, type], Any] = {}
-
-    def __call__(self, own: Any, of_rule: Any) -> Any:
-        """Return the fields of both."""
-        kind = self._kinds.get((type(own), type(of_rule)))
-        if kind is None:
-            kind = self._kinds.setdefault((type(own), type(of_rule)), self._join(own, of_rule))
-        return kind(*own, *of_rule)
-
-    def _join(self, own: Any, of_rule: Any) -> Any:
-        for prepared in (own, of_rule):
-            if not isinstance(prepared, tuple) or not hasattr(prepared, "_fields"):
-                raise TypeError(
-                    f"prepare of rule {self._name!r}: must return a NamedTuple, got {type(prepared).__name__}"
-                )
-        both = [field for field in own._fields if field in of_rule._fields]
-        if both:
-            raise TypeError(
-                f"prepare of rule {self._name!r}: must return fields other than those of rule {self._rule!r} "
-                f"({', '.join(of_rule._fields)}), got {both[0]!r}; rename it"
-            )
-        return NamedTuple("Hyper", [(field, float) for field in (*own._fields, *of_rule._fields)])

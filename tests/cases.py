@@ -204,7 +204,7 @@ OF_EACH_KIND = tuple(
         "Muon",
     )
 )
-"""A rule without states and one with, a layerwise and a scaling one, two of sums, one whose states begin at the
+"""A rule without states and one with, four of sums, one whose states begin at the
 parameters, and a matrixwise one: for properties that depend on the kind of a rule alone."""
 
 

@@ -1136,8 +1136,8 @@ AT_DECLARATION = [
     ("a list of states", declared(initial=["m"]), r"^rule 'one_state': initial: must be a dict of state .*, got \['m'"),
     (
         "two numbers",
-        by_scale(lambda norm_p, norm_g, v, h: (1.0, v), ("v", "u")),
-        r"^Scaling: number: must be the name of one per-tensor state, or None, got \('v', 'u'\)$",
+        by_scale(lambda norm_p, norm_g, v, h: (1.0, v), ["v", "u"]),
+        r"^Scaling: number: must be a name, a tuple of names, or None, got \['v', 'u'\]$",
     ),
     (
         "scale",

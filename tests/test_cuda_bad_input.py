@@ -402,7 +402,7 @@ def test_a_tensor_that_requires_grad_is_told_what_to_do(kind):
 def test_sizes_beyond_32_bits_are_cut_without_gaps(whole):
     """Nothing is allocated but the table of chunks: about 35 MB for 3,000,000,000 elements."""
     from fastopt.kernels.cuda.backend import columns_of, cut, spans_of
-    from fastopt.kernels.cuda.layerwise import Span
+    from fastopt.kernels.cuda.sums import Span
 
     sizes = (3_000_000_000, 5, 2**31 + 1)
     layout = Layout.of([(size,) for size in sizes])

@@ -35,9 +35,9 @@ MANY: dict[str, bool] = dict.fromkeys(
     ("unscale", "zero_nonfinite", "clip_value", "clip_norm", "ema", "gated", "zero_grad"), True
 )
 OF_EACH_KIND = ("sgd", "adam", "lamb", "novograd")
-"""No state, an elementwise, a layerwise and a scaling rule."""
+"""No state, an elementwise rule, and two with norms."""
 OTHERS = ("momentum", "amsgrad", "adan", "lars", "adam_mini", "stable_adamw", "mars", "prodigy", "adafactor")
-"""The other numbers of states; a scaling rule without a number; sums of each tensor, of all, of rows and columns."""
+"""The other numbers of states; norms without a number; sums of each tensor, of all, of rows and columns."""
 
 
 def rules_of_the_library() -> dict[str, Rule]:
@@ -285,11 +285,10 @@ def test_partial_sums_have_the_same_bits_wherever_arrays_are(everything, dtype):
     vectors, others = numbers(rng, dtype), numbers(rng, dtype)
     vectors[3][2] = np.inf
     found = []
-    for gaps, of_parameters in ((None, False), (ODD[0], False), (ODD[1], True)):
+    for gaps in (None, *ODD):
         here, elsewhere = Placed.of(cuda(), vectors, gaps), Placed.of(cuda(), others)
-        both = (here, elsewhere) if of_parameters else (elsewhere, here)
-        kernel = cuda().norm(np.dtype(dtype), features, of_parameters=of_parameters)
-        places = layout.places(*[each.addresses for each in both])
+        kernel = cuda().norm(np.dtype(dtype), features)
+        places = layout.places(elsewhere.addresses, here.addresses)
         found.append(cuda().host(kernel.launch(places, table, chunks, layout.size)))
     assert_same(found[1:], [found[0]] * 2)
     assert np.isnan(found[0][:, 1]).tolist() == [False, False, True, False, False]

@@ -163,7 +163,8 @@ def test_garbage_collection_pauses_during_the_timing():
 
 
 @pytest.mark.parametrize(
-    ("name", "arrays"), [("SGD", 3), ("Momentum", 5), ("Adam", 7), ("Adan", 11), ("LAMB", 10), ("LARS", 7)]
+    ("name", "arrays"),
+    [("SGD", 3), ("Momentum", 5), ("Adam", 7), ("Adan", 11), ("LAMB", 11), ("LARS", 7), ("NovoGrad", 6)],
 )
 def test_bytes_match_the_arrays_read_and_written(name, arrays):
     for dtype in (np.float32, np.float64):

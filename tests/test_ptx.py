@@ -44,7 +44,7 @@ pytest.importorskip("cuda.bindings.nvjitlink", reason=WHY)
 from compiler import code_of, linked  # noqa: E402 not before both are known to be there
 
 from fastopt.kernels.cuda import backend as backend_module  # noqa: E402
-from fastopt.kernels.cuda import batchnorm, decisions, elementwise, layerwise, norms, simulated, sums  # noqa: E402
+from fastopt.kernels.cuda import batchnorm, decisions, elementwise, norms, simulated, sums  # noqa: E402
 from fastopt.kernels.cuda.target import THREADS, type_of  # noqa: E402
 
 NEW, OTHERS = (9, 0), ((7, 5), (8, 0), (10, 0))
@@ -66,7 +66,7 @@ def rules_of_the_library() -> dict[str, Rule]:
 
 RULES = rules_of_the_library()
 OF_EACH_KIND = ("sgd", "adam", "lamb", "novograd", "stable_adamw")
-"""No state, an elementwise, a layerwise and a scaling rule, and one of sums."""
+"""No state, an elementwise rule, and three of sums, with two norms, one and none."""
 
 
 # --- from a rule to machine code --------------------------------------------------------------------------------------
@@ -478,9 +478,7 @@ def on_host(rule: Rule, function: Any) -> tuple[bool, bool]:
 @pytest.mark.parametrize("name", RULES)
 def test_a_kernel_divides_and_takes_roots_where_its_rule_does_and_rounds_correctly(name):
     rule = RULES[name]
-    expected = {"propose" if rule.layerwise else "elementwise": on_host(rule, rule.scalar)}
-    if rule.layerwise is not None:
-        expected["apply"] = on_host(rule, rule.layerwise.apply)
+    expected = {"elementwise": on_host(rule, rule.scalar)}
     for dtype in DTYPES:
         kind = f"rn.f{8 * dtype().nbytes}"
         for everything in (False, True):
@@ -551,7 +549,7 @@ def test_no_rule_is_missing_here():
 
 
 def test_no_loop_of_the_backend_is_missing_here():
-    modules = (elementwise, norms, layerwise, sums, decisions, batchnorm)
+    modules = (elementwise, norms, sums, decisions, batchnorm)
     functions = [value for module in modules for value in vars(module).values() if isinstance(value, FunctionType)]
     loops = {function.__name__ for function in functions if "blockIdx" in function.__code__.co_names}
     loops |= {"decide", "record"}  # of one block

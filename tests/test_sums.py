@@ -14,6 +14,7 @@ import pytest
 
 import fastopt
 from fastopt.kernels.contract import BLOCK
+from fastopt.kernels.driver import DRIVER
 from fastopt.storage.layout import TILE
 
 SHAPES = {
@@ -325,6 +326,197 @@ def test_terms_see_what_the_rule_sees():
         for path, oracle in oracles.items():
             np.testing.assert_allclose(opt.params[path], oracle.p, rtol=1e-11, err_msg=path)
             np.testing.assert_allclose(opt.ema[path], average[path], rtol=1e-11, err_msg=path)
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+class NormHyper(NamedTuple):
+    lr: float
+    tensor: float
+    all: float
+    row: float
+    column: float
+
+
+def prepare_norms(t: int, lr: float = 1.0) -> NormHyper:
+    return NormHyper(lr, 0.0, 0.0, 0.0, 0.0)
+
+
+def parameter(p, g, h):
+    return p
+
+
+def of_gradient(p, g, h):
+    return g
+
+
+def counted(p, g, h):
+    return h.lr
+
+
+def of_norms(sums, numbers, size, h):
+    """The sum is that of as many ones as there are elements."""
+    return (sums.p / sums.g) * (sums.count / size)
+
+
+def normed(*over: str) -> tuple[fastopt.Sums, ...]:
+    norms = {"p": parameter, "g": of_gradient}
+    return tuple([fastopt.Sums({"count": counted}, of_norms, (each,), over=each, norms=norms) for each in over])
+
+
+def ratios(p, g, h):
+    return h.tensor + h.all + h.row + h.column
+
+
+of_chunks = fastopt.rule(prepare_norms, sums=normed("tensor", "all"))(ratios)
+of_tiles = fastopt.rule(prepare_norms, sums=normed("tensor", "all", "row", "column"))(ratios)
+
+EXTREMES = {
+    "usual": (1.0, 1.0, np.float32),
+    "large in float32": (1e25, 1e20, np.float32),
+    "small in float32": (1e-25, 1e-30, np.float32),
+    "usual in float64": (1.0, 1.0, np.float64),
+    "large": (1e250, 1e200, np.float64),
+    "small": (1e-250, 1e-200, np.float64),
+    "both": (1e180, 1e-180, np.float64),
+}
+
+
+@pytest.mark.parametrize(("of_p", "of_g", "dtype"), EXTREMES.values(), ids=EXTREMES)
+@pytest.mark.parametrize("by", ["chunks", "tiles"])
+def test_norms_are_right_whether_or_not_their_squares_are(by, of_p, of_g, dtype):
+    """Of each tensor, of all, of rows and of columns; their quotient is written to every element."""
+    rng = np.random.default_rng(5)
+    params = {path: np.asarray(of_p * leaf).astype(dtype) for path, leaf in tree(rng, np.float64).items()}
+    grads = {path: np.asarray(of_g * leaf).astype(dtype) for path, leaf in tree(rng, np.float64).items()}
+    opt = fastopt.Optimizer(params, of_chunks if by == "chunks" else of_tiles)
+    opt.step(grads)
+
+    def norms(tree: dict[str, np.ndarray], scale: float) -> tuple[dict[str, np.ndarray], float]:
+        squares = {path: (leaf.astype(np.longdouble) / scale) ** 2 for path, leaf in tree.items()}
+        found = {}
+        for path, each in squares.items():
+            matrix = each.reshape(each.shape[0], math.prod(each.shape[1:])) if each.ndim > 1 else each.reshape(1, -1)
+            lines = (matrix.sum(axis=1, keepdims=True), matrix.sum(axis=0, keepdims=True))
+            of_lines = [np.broadcast_to(np.sqrt(line), matrix.shape).reshape(each.shape) for line in lines]
+            found[path] = np.stack([np.full(each.shape, np.sqrt(each.sum())), *of_lines])
+        return found, np.sqrt(sum(each.sum() for each in squares.values()))
+
+    (p, all_p), (g, all_g) = norms(params, of_p), norms(grads, of_g)
+    for path, leaf in opt.params.items():
+        quotients = p[path] / g[path]
+        expected = all_p / all_g + (quotients[0] if by == "chunks" else quotients.sum(axis=0))
+        with np.errstate(over="ignore"):
+            expected = (expected * np.longdouble(of_p / of_g)).astype(dtype)
+        rtol = 1e-13 if dtype == np.float64 else 1e-6
+        np.testing.assert_allclose(leaf, expected, rtol=rtol, err_msg=path)
+
+
+def test_the_bits_of_norms_are_the_same_for_any_threads(monkeypatch):
+    rng = np.random.default_rng(6)
+    params, grads = tree(rng, np.float32), tree(rng, np.float32)
+    found = set()
+    for threads in (1, 2, 3):
+        monkeypatch.setattr("fastopt.kernels.driver.get_num_threads", lambda threads=threads: threads)
+        DRIVER.choose("pool" if threads > 1 else None)
+        for name in ("LAMB", "LARS"):
+            opt = getattr(fastopt, name)(params)
+            for _ in range(3):
+                opt.step(grads)
+            found.add((name, opt.flat.data.tobytes()))
+    DRIVER.choose()
+    assert len(found) == 2
+
+
+def test_a_norm_of_what_is_not_finite_is_not_either():
+    for bad in (np.inf, np.nan):
+        for dtype in (np.float32, np.float64):
+            opt = fastopt.Optimizer({"w": np.ones((2, 3), dtype), "b": np.ones(2, dtype)}, of_tiles)
+            opt.step({"w": np.array([[1, bad, 1], [1, 1, 1]], dtype), "b": np.ones(2, dtype)})
+            np.testing.assert_array_equal(opt.params["b"], [3.0, 3.0] if bad == np.inf else [bad, bad])
+
+
+# --- what is short for norms: Layerwise and Scaling -------------------------------------------------------------------
+
+
+class PlainHyper(NamedTuple):
+    lr: float
+
+
+def prepare_plain(t: int, lr: float = 0.5) -> PlainHyper:
+    return PlainHyper(lr)
+
+
+def test_a_layerwise_rule_may_have_no_state_and_be_given_g_the_size_and_h():
+    def clipped_ratio(norm_p, norm_u, size, h):
+        return min(norm_p / norm_u, 10.0) + size + h.lr
+
+    def move(p, g, ratio, h):
+        return p - h.lr * ratio * g
+
+    def twice(p, g, h):
+        return g + g
+
+    made = fastopt.rule(prepare_plain, layerwise=fastopt.Layerwise(clipped_ratio, move))(twice)
+    opt = fastopt.Optimizer({"a": np.array([3.0, 4.0]), "b": np.full(4, 1e3)}, made, lr=0.5)
+    opt.step({"a": np.array([0.0, 1.0]), "b": np.ones(4)})
+    np.testing.assert_allclose(opt.params["a"], [3.0, 4.0 - 0.5 * (2.5 + 2.0 + 0.5)])
+    np.testing.assert_allclose(opt.params["b"], np.full(4, 1e3 - 0.5 * (10.0 + 4.0 + 0.5)))
+
+
+def test_decoupled_weight_decay_of_a_layerwise_rule_is_that_of_the_loop():
+    """Also where the optimizer is told so: the norms are then those of what has decayed."""
+
+    def ratio(norm_p, norm_u):
+        return norm_p / norm_u
+
+    def move(p, m, ratio, h):
+        return p - h.lr * ratio * m
+
+    def descent(p, g, m, h):
+        return g, g
+
+    for decoupled in (False, True):
+        layerwise = fastopt.Layerwise(ratio, move)
+        made = fastopt.rule(prepare_plain, layerwise=layerwise, decoupled=decoupled)(descent)
+        told = {} if decoupled else {"decoupled_weight_decay": True}
+        opt = fastopt.Optimizer({"w": np.array([3.0, 4.0])}, made, lr=0.5, weight_decay=1.0, **told)
+        opt.step({"w": np.array([0.0, 7.0])})
+        np.testing.assert_allclose(opt.params["w"], [1.5, 2.0 - 0.5 * 2.5])
+
+
+class ScaledHyper(NamedTuple):
+    lr: float
+    scale: float
+
+
+def test_scaling_may_have_several_numbers_and_be_given_the_size():
+    def scale(norm_p, norm_g, size, seen, largest, h):
+        return 1.0 / (norm_g * size), seen + norm_g, max(largest, norm_g)
+
+    def descent(p, g, h):
+        return p - h.lr * h.scale * g
+
+    def prepare(t, lr=1.0):
+        return ScaledHyper(lr, 0.0)
+
+    made = fastopt.rule(prepare, scaling=fastopt.Scaling(scale, ("seen", "largest")))(descent)
+    opt = fastopt.Optimizer({"w": np.zeros(2)}, made)
+    for factor in (2.0, 1.0):
+        opt.step({"w": factor * np.array([3.0, 4.0])})
+    np.testing.assert_allclose(opt.params["w"], [-0.6, -0.8])
+    assert {name: float(opt.states[name]["w"]) for name in made.numbers} == {"seen": 15.0, "largest": 10.0}
+
+
+def test_positions_of_results_that_are_not_there_are_refused():
+    made = fastopt.rule(prepare_plain, sums=fastopt.Sums({"gradient": of_gradient}, mean, (-2,)))(counted)
+    with pytest.raises(TypeError, match=r"results must be fields of PlainHyper \(lr\), got -2"):
+        fastopt.Optimizer({"w": np.ones(2)}, made)
+    with pytest.raises(TypeError, match=r"^Sums: settle: must be a function \(sums, numbers, size, h\), got None"):
+        fastopt.Sums({"g": of_gradient}, results=("lr",))
+    with pytest.raises(TypeError, match=r"^Sums: terms: must be different names"):
+        fastopt.Sums({"g": of_gradient}, mean, ("lr",), norms={"g": of_gradient})
 
 
 # --- sums over rows and columns ---------------------------------------------------------------------------------------

@@ -61,9 +61,7 @@ def same_p_and_count(p, new_p, g, count, h):
 def nothing_around(rule: Rule) -> Rule:
     """What changes nothing, and counts the updates in a state of its own."""
     counting: dict[str, Any] = {"states": ("count",), "prepare": one, "initial": {"count": 0.5}}
-    if rule.layerwise is not None:
-        return wrap(rule, before=same_g_and_count, **counting)
-    return wrap(rule, before=None if rule.scaling else same_g, after=same_p_and_count, **counting)
+    return wrap(rule, before=same_g, after=same_p_and_count, **counting)
 
 
 OTHERS = (
@@ -460,7 +458,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "other first arguments": (lambda: wrap(adam, before=same_p_and_count), r"before: must have the signature \(p, g"),
     "a state of the rule": (
         lambda: wrap(adam, after=new_m, states=("m",)),
-        r"states: must be names other than p, new_p, g, h, ratio, m, v, got 'm'",
+        r"states: must be names other than p, new_p, g, h, m, v, got 'm'",
     ),
     "a name as states": (
         lambda: wrap(adam, before=same_g, states="slow"),
@@ -490,14 +488,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "an initial value of the rule's": (
         lambda: wrap(adam, after=same_p_and_count, states=("count",), initial={"m": "p"}),
         r"initial: must name states of its own \(count\), got 'm'",
-    ),
-    "after of a layerwise rule": (
-        lambda: wrap(lamb, after=new_m),
-        r"after: must be None for the layerwise rule 'lamb'",
-    ),
-    "before of a scaling rule": (
-        lambda: wrap(lars, before=same_g),
-        r"before: must be None for the scaling rule 'lars'",
     ),
     "sums of a matrixwise rule": (
         lambda: wrap(muon, after=new_m, sums=ANY),

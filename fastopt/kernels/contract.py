@@ -151,34 +151,6 @@ REFUSED = -2
 the number of the input that it has written over, or -1."""
 
 
-class LayerwiseFunctions(Protocol):
-    """The part of `fastopt.Layerwise` that a kernel needs: a rule that proposes an update and scales it by norms."""
-
-    @property
-    def ratio(self) -> Callable[..., Any]:
-        """``ratio(norm_p, norm_u)``, once per parameter."""
-
-    @property
-    def apply(self) -> Callable[..., Any]:
-        """``apply(p, *states, ratio, h)``, which returns the new p."""
-
-    @property
-    def direction(self) -> Callable[..., Any] | None:
-        """``direction(p, *states, h)``, which returns the proposed update again; or None."""
-
-
-class ScalingFunctions(Protocol):
-    """The part of `fastopt.Scaling` that a kernel needs: a rule whose step is scaled by the norms of p and g."""
-
-    @property
-    def scale(self) -> Callable[..., Any]:
-        """``scale(norm_p, norm_g, h)``, or ``scale(norm_p, norm_g, number, h)``, once per parameter."""
-
-    @property
-    def number(self) -> str | None:
-        """The name of the per-tensor state, or None."""
-
-
 class SumsFunctions(Protocol):
     """The part of `fastopt.Sums` that a kernel needs: sums over whole parameters, and what follows from them."""
 
@@ -187,12 +159,16 @@ class SumsFunctions(Protocol):
         """``term(p, g, *states, h)``, of which the sums are taken, by the names of the sums."""
 
     @property
+    def norms(self) -> Mapping[str, Callable[..., Any]]:
+        """The same, of which the norms are taken: the roots of the sums of their squares."""
+
+    @property
     def settle(self) -> Callable[..., Any]:
         """``settle(sums, numbers, size, h)``, once per parameter or once for all."""
 
     @property
-    def results(self) -> tuple[str, ...]:
-        """The fields of h that it gives."""
+    def results(self) -> tuple[str | int, ...]:
+        """The fields of h that it gives, by their names or numbers."""
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -211,14 +187,6 @@ class KernelRule(Protocol):
     """The names of its state buffers."""
     scalar: FunctionType
     """The scalar function ``(p, g, *states, h)``, in plain Python."""
-
-    @property
-    def layerwise(self) -> LayerwiseFunctions | None:
-        """None for a rule without a second pass."""
-
-    @property
-    def scaling(self) -> ScalingFunctions | None:
-        """None for a rule without a scale."""
 
     @property
     def numbers(self) -> tuple[str, ...]:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import dis
+import math
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +17,18 @@ import numba
 import numpy as np
 from numba import njit, types
 
-from fastopt.kernels.bind import bind
-from fastopt.kernels.contract import N_STEP, Features, KernelRule, ScalingFunctions, SumsFunctions
+from fastopt.kernels.bind import bind, scalar_of
+from fastopt.kernels.contract import (
+    N_STEP,
+    SCALE_DOWN,
+    SCALE_UP,
+    Features,
+    KernelRule,
+    SumsFunctions,
+    root_of_squares,
+    scaled_square,
+)
+from fastopt.source import written
 
 MAX_STATES = 13
 """The most states of a rule. LLVM vectorises a loop over at most 16 buffers, because it compares their addresses in
@@ -43,7 +55,6 @@ LARGEST: Any
 UNSCALED: Any
 CONDITIONED: Any
 AVERAGED: Any
-SCALE: Any
 
 
 def unscaled(step, g):
@@ -145,15 +156,8 @@ def check_rule(rule: KernelRule, compiled: Any, hyper: Any, dtype: np.dtype[Any]
     """Check a rule, compiled by `scalar`, against its signature; raise TypeError where it does not fit."""
     if len(rule.states) > MAX_STATES:
         raise TypeError(f"rule {rule.name!r}: must have at most {MAX_STATES} states, got {len(rule.states)}")
-    if rule.layerwise is not None and not rule.states:
-        raise TypeError(
-            f"rule {rule.name!r}: a layerwise rule must have states, from which `apply` computes its update, got none"
-        )
     names = ("p", *rule.states)
     check_returns(rule, names, returned_dtypes(compiled, len(names) + 1, hyper, dtype), dtype)
-    if rule.layerwise is not None:
-        compiled_apply = scalar(bind(rule.layerwise.apply, {}, label=f"{rule.name}_{dtype}_apply", scalar=scalar))
-        check_returns(rule, ("p",), returned_dtypes(compiled_apply, len(names) + 1, hyper, dtype), dtype)
     for sums in rule.sums:
         check_sums(rule, sums, hyper, dtype)
 
@@ -197,23 +201,24 @@ def check_returns(rule: KernelRule, names: tuple[str, ...], returned: list[str] 
 
 def records_of(sums: SumsFunctions) -> tuple[Any, Any]:
     """Return the NamedTuples that ``settle`` takes: of the sums, and of the numbers."""
-    return namedtuple("Sums", tuple(sums.terms)), namedtuple("Numbers", sums.numbers)
+    return namedtuple("Sums", (*sums.terms, *sums.norms)), namedtuple("Numbers", sums.numbers)
 
 
 def check_sums(rule: KernelRule, sums: SumsFunctions, hyper: Any, dtype: np.dtype[Any]) -> None:
     """Check what the functions of sums return; raise TypeError where it is not what is declared."""
     where = f"rule {rule.name!r}: sums:"
-    for name, term in sums.terms.items():
-        compiled = scalar(bind(term, {}, label=f"{rule.name}_{dtype}_{name}", scalar=scalar))
-        found = returned_dtypes(compiled, len(rule.states) + 2, hyper, dtype)
-        if not isinstance(found, str) or found == "none":
-            what = found if isinstance(found, str) else f"a tuple of {len(found)}"
-            raise TypeError(f"{where} terms[{name!r}] must return a number, got {what}")
+    for kind, functions in (("terms", sums.terms), ("norms", sums.norms)):
+        for name, term in functions.items():
+            compiled = scalar(bind(term, {}, label=f"{rule.name}_{dtype}_{name}", scalar=scalar))
+            found = returned_dtypes(compiled, len(rule.states) + 2, hyper, dtype)
+            if not isinstance(found, str) or found == "none":
+                what = found if isinstance(found, str) else f"a tuple of {len(found)}"
+                raise TypeError(f"{where} {kind}[{name!r}] must return a number, got {what}")
     of_sums, of_numbers = (record_type(kind, types.float64) for kind in records_of(sums))
     compiled = scalar(bind(sums.settle, {}, label=f"{rule.name}_{dtype}_settle", scalar=scalar))
     h = record_type(hyper, numba.from_dtype(dtype))
     returned = returned_type(compiled, (of_sums, of_numbers, types.float64, h))
-    names = (*sums.results, *sums.numbers)
+    names = (*map(str, sums.results), *sums.numbers)
     kinds = list(returned) if isinstance(returned, types.BaseTuple) else [returned]
     if any(not isinstance(kind, types.Number | types.Boolean) for kind in kinds):
         kinds = [str(kind) for kind in kinds]
@@ -222,19 +227,6 @@ def check_sums(rule: KernelRule, sums: SumsFunctions, hyper: Any, dtype: np.dtyp
         expected = "one number alone, not in a tuple" if len(names) == 1 else f"a tuple of {len(names)} numbers"
         what = f"a tuple of {len(kinds)}" if isinstance(returned, types.BaseTuple) else "one number"
         raise TypeError(f"{where} settle must return {expected} ({', '.join(names)}), got {what}")
-
-
-def scaled(step, norm_p, norm_g, *rest):
-    """Return a parameter's scale, given the norms of p and g. `rest`: the per-tensor state, if any, and h."""
-    if CLIP_NORM:
-        norm_g = step.coefficient * norm_g
-    return SCALE(norm_p, norm_g, *rest)
-
-
-def scaled_by(scaling: ScalingFunctions, features: Features, scalar: Callable[[FunctionType], Any]) -> Any:
-    """Return `scaled` for a rule's scaling, compiled by `scalar`."""
-    constants = {"SCALE": scaling.scale, "CLIP_NORM": features.clip_norm}
-    return bind(scaled, constants, label="scaled", scalar=scalar)
 
 
 def collected(functions: tuple[Callable[..., Any], ...]) -> Callable[..., tuple[Any, ...]]:
@@ -263,28 +255,121 @@ def settled(sums, numbers, size, h):
 
 
 def settling(
-    rule: KernelRule, sums: SumsFunctions, hyper: Any, scalar: Callable[[FunctionType], Any]
+    rule: KernelRule, sums: SumsFunctions, hyper: Any, scalar: Callable[[FunctionType], Any], scaled: int | None
 ) -> dict[str, Any]:
-    """Return the constants by which a kernel settles sums: `settled`, compiled by `scalar`, and what is around it."""
-    unknown = [name for name in sums.results if name not in hyper._fields]
-    if unknown:
-        raise TypeError(
-            f"rule {rule.name!r}: sums: results must be fields of {hyper.__name__} ({', '.join(hyper._fields)}), got "
-            f"{unknown[0]!r}"
-        )
+    """Return the constants by which a kernel settles sums: `settled`, compiled by `scalar`, and what is around it.
+
+    scaled : as for `finishing`.
+    """
     of_sums, of_numbers = records_of(sums)
     count = len(sums.results) + len(sums.numbers)
     constants = {"SETTLE": sums.settle, "N_SETTLED": count}
     return {
         "SETTLED": bind(settled, constants, label="settled", scalar=scalar),
-        "N_TERMS": len(sums.terms),
+        "FINISHED": finishing(sums, of_sums, scaled),
+        "N_TERMS": len(of_sums._fields),
         "N_RESULTS": len(sums.results),
         "N_NUMBERS": len(sums.numbers),
-        "SUMS": of_sums,
         "NUMBERS": of_numbers,
-        "COLUMNS": tuple(N_STEP + hyper._fields.index(name) for name in sums.results) or (0,),
+        "COLUMNS": tuple(N_STEP + field for field in fields_of(rule, sums, hyper)) or (0,),
         "OVER_ALL": sums.over == "all",
     }
+
+
+def fields_of(rule: KernelRule, sums: SumsFunctions, hyper: Any) -> tuple[int, ...]:
+    """Return the numbers of the fields of h that sums give; raise TypeError where there are no such fields."""
+    found, names = [], hyper._fields
+    for field in sums.results:
+        if field not in names and field not in range(-len(names), len(names)):
+            raise TypeError(
+                f"rule {rule.name!r}: sums: results must be fields of {hyper.__name__} ({', '.join(names)}), got "
+                f"{field!r}"
+            )
+        found.append(range(len(names))[field] if isinstance(field, int) else names.index(field))
+    return tuple(found)
+
+
+# --- norms of any scalar function: what of an element is added up, and what is made of the sums -----------------------
+
+
+def square(value):
+    """Return the square in float64, where that of a float32 is exact, and neither 1e30 nor 1e-30 leaves the range."""
+    wide = np.float64(value)
+    return wide * wide
+
+
+def root(total):
+    """Return the root, in the simulator of CUDA as well as a float64: a Python float is weaker than a float32."""
+    return np.float64(math.sqrt(total))
+
+
+def root_in_range(total, up, down):
+    """Return `root_of_squares` as a float64."""
+    return np.float64(root_of_squares(total, up, down))
+
+
+def reads_of(terms: tuple[Callable[..., Any], ...]) -> tuple[int, ...]:
+    """Return which arguments before h some term mentions: it can read no others."""
+    found = set()
+    for term in terms:
+        plain = scalar_of(term)
+        assert plain is not None
+        code = plain.__code__
+        arguments = code.co_varnames[: code.co_argcount - 1]
+        for each in dis.get_instructions(code):
+            if "LOAD_FAST" in each.opname:
+                names = each.argval if isinstance(each.argval, tuple) else (each.argval,)  # newer Pythons load two
+                found |= {arguments.index(name) for name in names if name in arguments}
+    return tuple(sorted(found))
+
+
+def squared(term: Callable[..., Any], *scales: float) -> Callable[..., Any]:
+    """Return the term whose sum is that of the squares of a term, scaled by a number where one is given."""
+    if scales:
+        (scale,) = scales
+
+        def of_scaled(*arguments):
+            return scaled_square(term(*arguments), scale)
+
+        return of_scaled
+
+    def of_squares(*arguments):
+        return square(term(*arguments))
+
+    return of_squares
+
+
+def adding(sums: SumsFunctions) -> FunctionType:
+    """Return the function ``(values)`` of the terms and norms of an element: the tuple of what is added up."""
+    count = len(sums.terms)
+    found = [f"values[{k}]" for k in range(count)]
+    found += [f"SQUARE(values[{count + k}])" for k in range(len(sums.norms))]
+    return written("adding", ["values"], [f"return ({', '.join(found)},)"], {"SQUARE": square}, __name__)
+
+
+def adding_scaled(sums: SumsFunctions) -> FunctionType:
+    """Return the same of the norms alone: for each the square of the value scaled up, and that of it scaled down."""
+    first, constants = len(sums.terms), {"SQUARE": scaled_square, "UP": SCALE_UP, "DOWN": SCALE_DOWN}
+    values = [f"values[{k}]" for k in range(first, first + len(sums.norms))]
+    found = [f"SQUARE({value}, UP), SQUARE({value}, DOWN)" for value in values]
+    return written("adding_scaled", ["values"], [f"return ({', '.join(found)},)"], constants, __name__)
+
+
+def finishing(sums: SumsFunctions, of_sums: Any, scaled: int | None) -> FunctionType:
+    """Return the function ``(totals)`` that returns the record of the sums.
+
+    totals : an array or tuple of the sums of the terms, then those of the squares of the norms.
+    scaled : where in `totals` those of the scaled squares begin, in float64 where there are norms; else None.
+    """
+    first = len(sums.terms)
+    found = [f"totals[{k}]" for k in range(first)]
+    for k in range(len(sums.norms)):
+        if scaled is None:
+            found.append(f"ROOT(totals[{first + k}])")
+        else:
+            found.append(f"OF_ALL(totals[{first + k}], totals[{scaled + 2 * k}], totals[{scaled + 2 * k + 1}])")
+    constants = {"SUMS": of_sums, "ROOT": root, "OF_ALL": root_in_range}
+    return written("finished", ["totals"], [f"return SUMS({', '.join(found)})"], constants, __name__)
 
 
 def of_terms(
@@ -317,14 +402,12 @@ def surrounded(
 
     `scalar` compiles a scalar function for the target, as for `bind`; the other arguments are as for `Backend.kernel`.
     """
-    # A layerwise rule averages in its second pass, where p is known; its first pass does not use the average.
-    ema_now = features.ema and rule.layerwise is None
-    flags = {"CLIP_NORM": features.clip_norm, "L2": features.l2, "DECOUPLED": features.decoupled, "EMA": ema_now}
+    flags = {name.upper(): getattr(features, name) for name in ("clip_norm", "l2", "decoupled", "ema")}
     label = "_".join([rule.name, dtype.name, *(name for name, on in vars(features).items() if on)])
     constants = {
         "RULE": compiled_rule,
         "HYPER": hyper,
-        "N_STATES": len(rule.states) + ema_now,
+        "N_STATES": len(rule.states) + features.ema,
         "N_HYPER": len(hyper._fields),
         **bounds(dtype),
         "ZERO_GRAD": features.zero_grad,

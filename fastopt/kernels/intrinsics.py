@@ -14,6 +14,7 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from fastopt.kernels.contract import ALIGNMENT
+from fastopt.source import written
 
 WORD = ir.IntType(64)
 BYTE = ir.IntType(8)
@@ -116,6 +117,29 @@ def _put(context: Any, builder: Any, kind: Any, array: Any, index: Any, value: A
     """Store a value as an element of an array of this type."""
     view = context.make_array(kind)(context, builder, array)
     context.pack_value(builder, kind.dtype, value, builder.gep(view.data, [index]))
+
+
+def rooms_for(size: int) -> Any:
+    """Return an intrinsic ``rooms(values)``: a 1-D array of `size` elements of the type of each value of a tuple.
+
+    They are in its caller's frame, valid until that returns.
+    """
+
+    @intrinsic
+    def rooms(typing_context, values):
+        made = types.Tuple([types.Array(types.unliteral(kind), 1, "C") for kind in values])
+
+        def build(context, builder, signature, arguments):
+            length = context.get_constant(types.intp, size)
+            views = []
+            for kind in made:
+                data = cgutils.alloca_once(builder, context.get_data_type(kind.dtype), length)
+                views.append(_view(context, builder, kind, data, length))
+            return context.make_tuple(builder, signature.return_type, views)
+
+        return made(values), build
+
+    return rooms
 
 
 @intrinsic
@@ -230,6 +254,12 @@ def fetch(typing_context, array, start, stop):
         return context.get_dummy_value()
 
     return types.none(array, types.int64, types.int64), build
+
+
+def fetching(numbers: tuple[int, ...]) -> Any:
+    """Return a function ``(arrays, start, stop)`` that prefetches a part of those arrays of a tuple."""
+    lines = [f"FETCH(arrays[{k}], start, stop)" for k in numbers]
+    return written("fetching", ["arrays", "start", "stop"], [*lines, "return None"], {"FETCH": fetch}, __name__)
 
 
 @intrinsic

@@ -1,7 +1,7 @@
 """The memory limit of this machine: kernels that move the same bytes and compute almost nothing.
 
 `limit_of` returns a twin of an optimizer that reads and writes buffers of the same sizes in the same loop, with one
-multiply-add per value; the twin of a rule with norms has the same passes and norms. `copy` and `add` are the passes
+multiply-add per value; the twin of a rule with sums reads as much before. `copy` and `add` are the passes
 that BatchNorm needs at least: forward reads one array and writes one, backward reads two and writes one.
 """
 
@@ -14,8 +14,9 @@ import numba
 import numpy as np
 from numba import types
 
-from fastopt import Layerwise, Optimizer, Rule, Scaling, rule
+from fastopt import Optimizer, Rule, Sums, rule
 from fastopt.kernels.driver import Loop
+from fastopt.kernels.elements import reads_of
 from fastopt.kernels.intrinsics import window
 from fastopt.source import written
 
@@ -32,56 +33,41 @@ def _prepare(t: int) -> _Hyper:
     return _Hyper(0.5)
 
 
-@cache
-def limit_elementwise(states: int) -> Rule:
-    """Return a rule of so many states whose every value is one multiply-add."""
-    names = [f"s{k}" for k in range(states)]
-    new = ", ".join(f"h.keep * {name} + g" for name in ("p", *names))
-    return rule(_prepare)(written(f"limit_{states}", ["p", "g", *names, "h"], [f"return {new}"], {}, __name__))
-
-
-def _one(norm_p, norm_u):
-    return 1.0
-
-
-def _move(p, a, b, ratio, h):
-    return ratio * p + a + b
-
-
-@rule(_prepare, layerwise=Layerwise(_one, _move))
-def limit_layerwise(p, g, a, b, h):
-    return p + g, h.keep * a + g, h.keep * b + g
-
-
-class _Scaled(NamedTuple):
-    """Hyperparameters with the column that receives the norms of a step."""
-
-    keep: float
-    scale: float
-
-
-def _prepare_scaled(t: int, weight_decay: float = 0.0) -> _Scaled:
-    return _Scaled(0.5, 1.0)
-
-
-def _half(norm_p, norm_g, h):
+def _half(sums, numbers, size, h):
     return h.keep
 
 
-@rule(_prepare_scaled, scaling=Scaling(_half))
-def limit_scaling(p, g, a, h):
-    return h.scale * p + g, h.scale * a + g
+@cache
+def limit_rule(states: int, passes: tuple[tuple[int, ...], ...] = ()) -> Rule:
+    """Return a rule of so many states whose every value is one multiply-add, after passes that read so much.
+
+    Args:
+        states: how many.
+        passes: for each pass before the update the arrays that it adds up: 0 for p, 1 for g, then the states.
+    """
+    names = ["p", "g", *[f"s{k}" for k in range(states)], "h"]
+    new = ", ".join(f"h.keep * {name} + g" for name in names if name not in ("g", "h"))
+    sums = []
+    for read in passes:
+        added = written("added", names, [f"return {' + '.join(names[k] for k in read)}"], {}, __name__)
+        sums.append(Sums({"added": added}, _half, results=("keep",)))
+    return rule(_prepare, sums=sums)(written(f"limit_{states}", names, [f"return {new}"], {}, __name__))
+
+
+def passes_of(of: Rule) -> tuple[tuple[int, ...], ...]:
+    """Return for each pass of a rule before its update the arrays that it reads, as in `limit_rule`."""
+    found = [reads_of((*sums.terms.values(), *sums.norms.values())) for sums in of.sums]
+    return tuple(read for read in found if read)
 
 
 def limit_of(optimizer: Optimizer) -> Optimizer:
     """Return a twin of an optimizer, with the same layout and the same gradients, that only moves the bytes.
 
-    The twin's step reads and writes buffers of the same sizes in the same loop, with one multiply-add per value; the
-    twin of a rule with norms also computes the norms. The twin has no step options (clipping, averaging, zeroing).
+    The twin's step reads and writes buffers of the same sizes in the same loops, with one multiply-add per value; the
+    twin of a rule with sums adds up what these read. The twin has no step options (clipping, averaging, zeroing).
 
     Args:
-        optimizer: any optimizer. For one that multiplies matrices (Muon) or takes
-            sums (StableAdamW) the twin only moves the bytes of the update.
+        optimizer: any optimizer. For one that multiplies matrices (Muon) the twin only moves the bytes of the update.
 
     Returns:
         An `Optimizer`, whose parameters are 0.
@@ -96,12 +82,7 @@ def limit_of(optimizer: Optimizer) -> Optimizer:
     >>> bytes_of(twin) == bytes_of(adam)
     True
     """
-    if optimizer.rule.layerwise is not None:
-        twins = limit_layerwise
-    elif optimizer.rule.scaling is not None:
-        twins = limit_scaling
-    else:
-        twins = limit_elementwise(len(optimizer.rule.states))
+    twins = limit_rule(len(optimizer.rule.states), passes_of(optimizer.rule))
     flat = optimizer.flat
     twin = Optimizer([np.zeros_like(leaf) for leaf in flat.views(flat.data)], twins)
     twin.flat.grad[:] = flat.grad
@@ -111,8 +92,7 @@ def limit_of(optimizer: Optimizer) -> Optimizer:
 def bytes_of(optimizer: Optimizer) -> int:
     """Return the number of bytes that a step of `optimizer` reads and writes, without clipping, averaging or zeroing.
 
-    One pass reads p, g and the states and writes p and the states. A rule with trust ratios makes a second pass over p
-    and the states to apply the ratios; a rule that scales by norms first reads p and g in an additional pass.
+    One pass reads p, g and the states and writes p and the states. Before it, a rule with sums reads what these are of.
 
     Args:
         optimizer: any optimizer; for one that multiplies matrices (Muon) only the update counts.
@@ -124,11 +104,7 @@ def bytes_of(optimizer: Optimizer) -> int:
     >>> bytes_of(fastopt.Adam({"w": np.zeros(1000, np.float32)}))
     28000
     """
-    states = len(optimizer.rule.states)
-    if optimizer.rule.layerwise is not None:
-        passes = 2 + 2 * states + 2 + states
-    else:
-        passes = 3 + 2 * states + (2 if optimizer.rule.scaling is not None else 0)
+    passes = 3 + 2 * len(optimizer.rule.states) + sum(map(len, passes_of(optimizer.rule)))
     return passes * sum(leaf.nbytes for leaf in optimizer.flat.views(optimizer.flat.data))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from fastopt.rule import Layerwise, rule
+from fastopt.rule import Sums, rule
 
 
 class Hyper(NamedTuple):
@@ -25,6 +25,7 @@ class Hyper(NamedTuple):
     scale: float
     eps: float
     weight_decay: float
+    ratio: float  # filled in by the backend, from norms
 
 
 def prepare(
@@ -33,23 +34,31 @@ def prepare(
     b1, b2 = betas
     bc1, bc2 = (1.0 - b1**t, 1.0 - b2**t) if bias_correction else (1.0, 1.0)
     root = math.sqrt(bc2)
-    return Hyper(lr, b1, 1.0 - b1, b2, 1.0 - b2, root / bc1, root * eps, weight_decay)
+    return Hyper(lr, b1, 1.0 - b1, b2, 1.0 - b2, root / bc1, root * eps, weight_decay, 1.0)
 
 
-def trust_ratio(norm_p, norm_u):
-    return norm_p / norm_u if norm_p > 0.0 and norm_u > 0.0 else 1.0
-
-
-def move(p, m, v, ratio, h):
-    return p - h.lr * ratio * direction(p, m, v, h)
+def moments(g, m, v, h):
+    return h.b1 * m + h.one_minus_b1 * g, h.b2 * v + h.one_minus_b2 * g * g
 
 
 def direction(p, m, v, h):
     return h.scale * m / (math.sqrt(v) + h.eps) + h.weight_decay * p
 
 
-@rule(prepare, layerwise=Layerwise(trust_ratio, move, direction))
+def parameter(p, g, m, v, h):
+    return p
+
+
+def proposed(p, g, m, v, h):
+    m, v = moments(g, m, v, h)
+    return direction(p, m, v, h)
+
+
+def trust_ratio(sums, numbers, size, h):
+    return sums.p / sums.u if sums.p > 0.0 and sums.u > 0.0 else 1.0
+
+
+@rule(prepare, sums=Sums(settle=trust_ratio, results=("ratio",), norms={"p": parameter, "u": proposed}))
 def lamb(p, g, m, v, h):
-    m = h.b1 * m + h.one_minus_b1 * g
-    v = h.b2 * v + h.one_minus_b2 * g * g
-    return direction(p, m, v, h), m, v
+    m, v = moments(g, m, v, h)
+    return p - h.lr * h.ratio * direction(p, m, v, h), m, v

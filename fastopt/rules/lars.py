@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastopt.hyper import POSITIVE_OR_ZERO, Flag
-from fastopt.rule import Scaling, rule
+from fastopt.rule import Sums, rule
 
 
 class Hyper(NamedTuple):
@@ -34,15 +34,23 @@ def prepare(
     return Hyper(lr, momentum, weight_decay, trust_coefficient, eps, d_weight, velocity_weight, 1.0)
 
 
-def trust_ratio(norm_p, norm_g, h):
-    if norm_p > 0.0 and norm_g > 0.0:
-        return h.trust_coefficient * norm_p / (norm_g + h.weight_decay * norm_p + h.eps)
+def parameter(p, g, velocity, h):
+    return p
+
+
+def gradient(p, g, velocity, h):
+    return g
+
+
+def trust_ratio(sums, numbers, size, h):
+    if sums.p > 0.0 and sums.g > 0.0:
+        return h.trust_coefficient * sums.p / (sums.g + h.weight_decay * sums.p + h.eps)
     return 1.0
 
 
 @rule(
     prepare,
-    scaling=Scaling(trust_ratio),
+    sums=Sums(settle=trust_ratio, results=("ratio",), norms={"p": parameter, "g": gradient}),
     domains={"trust_coefficient": POSITIVE_OR_ZERO, "nesterov": Flag()},
 )
 def lars(p, g, velocity, h):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from fastopt.rule import Scaling, rule
+from fastopt.rule import Sums, rule
 
 
 class Hyper(NamedTuple):
@@ -31,13 +31,17 @@ def prepare(t: int, lr: float, betas: tuple[float, float], eps: float, weight_de
     return Hyper(lr, b1, kept, weight, eps, weight_decay, 1.0)
 
 
-def second_moment(norm_p, norm_g, v, h):
-    v = h.b2 * v + h.one_minus_b2 * norm_g * norm_g
+def gradient(p, g, m, h):
+    return g
+
+
+def second_moment(sums, numbers, size, h):
+    v = h.b2 * numbers.v + h.one_minus_b2 * sums.g * sums.g
     root = math.sqrt(v) + h.eps
     return 1.0 / root if root > 0.0 else 1.0, v
 
 
-@rule(prepare, scaling=Scaling(second_moment, number="v"))
+@rule(prepare, sums=Sums(settle=second_moment, results=("inverse",), numbers=("v",), norms={"g": gradient}))
 def novograd(p, g, m, h):
     m = h.b1 * m + (h.inverse * g + h.weight_decay * p)
     return p - h.lr * m, m

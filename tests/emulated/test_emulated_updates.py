@@ -20,7 +20,7 @@ MODES = {"forwards": (False, False), "backwards": (False, True), "contracted": (
 OVERRIDES = {"p4": {"lr": 0.03125}, "p1000": {"weight_decay": 0.25}, "p4097": {"lr": 0.0625}}
 """Param groups."""
 OF_EACH_KIND = ("AdamW", "LAMB", "NovoGrad-weight_decay=0.1", "StableAdamW-weight_decay=0.1", "Muon")
-"""An elementwise, a layerwise and a scaling rule, one of sums, and a matrixwise one."""
+"""An elementwise rule, three of sums, with two norms, one and none, and a matrixwise one."""
 
 
 class Left(NamedTuple):
@@ -143,15 +143,14 @@ def exact_steps(case: Case, dtype: Any) -> int | None:
     """After how many steps the CPU's bits are to be those of a GPU without contraction; None: after all.
 
     A GPU adds up sums in another order. Those of the squares of the first parameters and of all gradients here are
-    exact, but those of updated parameters (LARS), of proposed updates (layerwise rules) and of what else a rule sums
-    are not. What a rule computes from them is that of the CPU to the last places of float64, which float32 does not
-    show.
+    exact, but those of updated parameters (LARS) and of what else a rule sums are not. What a rule computes from them
+    is that of the CPU to the last places of float64, which float32 does not show.
     """
     if dtype is np.float32:
         return None
-    if case.rule.layerwise is not None or case.rule.sums:
-        return 0
-    return 1 if case.optimizer == "LARS" else None
+    if case.optimizer in ("LARS", "NovoGrad"):
+        return 1 if case.optimizer == "LARS" else None
+    return 0 if case.rule.sums else None
 
 
 def assert_like_cpu(case: Case, dtype: Any, found: dict[str, Left], **options: Any) -> None:

@@ -19,7 +19,7 @@ import fastopt
 from fastopt import kernels
 from fastopt.batchnorm import functional
 from fastopt.kernels.cuda import backend as backend_module
-from fastopt.kernels.cuda import batchnorm, decisions, elementwise, layerwise, memory, norms, simulated
+from fastopt.kernels.cuda import batchnorm, decisions, elementwise, memory, norms, simulated
 from fastopt.kernels.cuda.target import cuda, type_of
 
 
@@ -324,9 +324,9 @@ NOTICED: dict[str, tuple[Any, str, list[tuple[str, str]], Callable[[], bool], st
         "race",
     ),
     "a lost barrier between two parameters": (
-        layerwise,
-        "norms",
-        [("s, t = of_left[0], of_right[0]\n    cuda.syncthreads()", "s, t = of_left[0], of_right[0]")],
+        norms,
+        "leave_sums",
+        [("partials[at + 1] = right[0]\n    cuda.syncthreads()", "partials[at + 1] = right[0]")],
         lambda: a_step("LAMB"),
         "race",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -14,16 +14,26 @@ from numba import types
 from fastopt.kernels.bind import bind, compile_loop, inlined
 from fastopt.kernels.contract import ALIGNMENT, LEVEL, N_STEP, Adder, Array, Features, Kernel, KernelRule, StepHyper
 from fastopt.kernels.cpu.elementwise import ElementwiseKernel, elementwise, hyperparameters
-from fastopt.kernels.cpu.layerwise import LayerwiseKernel, ScaledKernel, apply, merge, propose, scale
-from fastopt.kernels.cpu.lines import LinedKernel, LinedStage
+from fastopt.kernels.cpu.lines import LinedKernel, LinedStage, sum_tile
 from fastopt.kernels.cpu.lines import settle as settle_lines
 from fastopt.kernels.cpu.lines import sum_terms as sum_terms_of_lines
 from fastopt.kernels.cpu.lines import update as update_tiles
 from fastopt.kernels.cpu.norms import SquaresKernel, add, measure_block, squares
-from fastopt.kernels.cpu.sums import Stage, SummedKernel, settle, sum_terms
+from fastopt.kernels.cpu.sums import Stage, SummedKernel, settle, sum_block, sum_terms
 from fastopt.kernels.driver import Loop
-from fastopt.kernels.elements import check_rule, conditioning, of_terms, scalar, scaled_by, settling, surrounded
-from fastopt.kernels.intrinsics import replacing
+from fastopt.kernels.elements import (
+    adding,
+    adding_scaled,
+    check_rule,
+    conditioning,
+    fields_of,
+    of_terms,
+    reads_of,
+    scalar,
+    settling,
+    surrounded,
+)
+from fastopt.kernels.intrinsics import fetching, replacing
 from fastopt.kernels.threads import COMPILING, get_num_threads
 
 if TYPE_CHECKING:
@@ -100,10 +110,9 @@ class CPU:
         kernel: Kernel = self._once(key, lambda: self._compile(*key))
         return kernel
 
-    def norm(self, dtype: np.dtype[Any], features: Features, *, of_parameters: bool = False) -> SquaresKernel:
-        """The pass over gradients of `dtype`, or over parameters, that measures them."""
-        key = ("norm", dtype, features, of_parameters)
-        kernel: SquaresKernel = self._once(key, lambda: self._compile_norm(dtype, features, of_parameters))
+    def norm(self, dtype: np.dtype[Any], features: Features) -> SquaresKernel:
+        """The pass over gradients of `dtype` that measures them."""
+        kernel: SquaresKernel = self._once(("norm", dtype, features), lambda: self._compile_norm(dtype, features))
         return kernel
 
     def add(
@@ -173,7 +182,7 @@ class CPU:
         features: Features,
         first: tuple[Callable[..., Any], Any] | None,
         check: Callable[[], None],
-    ) -> ElementwiseKernel | LayerwiseKernel | ScaledKernel | SummedKernel | LinedKernel:
+    ) -> ElementwiseKernel | SummedKernel | LinedKernel:
         number = numba.from_dtype(dtype)
         table = types.Array(number, 2, "C")
         buffers = len(rule.states) + features.ema
@@ -186,49 +195,10 @@ class CPU:
 
         if rule.lined:
             return self._bind_lines(rule, hyper, dtype, features, constants, arguments, label, check)
-        if rule.layerwise is None:
-            kernel = ElementwiseKernel(Loop(elementwise, constants, arguments, label=label, check=check))
-            if rule.sums:
-                return self._bind_sums(rule, hyper, dtype, features, constants, arguments, label, check, kernel)
-            if rule.scaling is None:
-                return kernel
-            numbered = rule.scaling.number is not None
-            scaling = {**constants, "SCALED": scaled_by(rule.scaling, features, scalar), "NUMBERED": numbered}
-            return ScaledKernel(
-                (self.norm(dtype, Features(), of_parameters=True), self.norm(dtype, features.of_norm())),
-                compile_loop(
-                    bind(scale, scaling, label=f"scale_{label}", scalar=scalar),
-                    (INTEGERS, table, PARTIALS, PARTIALS, PER_TENSOR, table, INTEGERS),
-                ).entry,
-                kernel,
-                numbered,
-            )
-        direction = rule.layerwise.direction
-        proposing = {**constants, "WIDE": dtype.itemsize == 8, "DIRECTED": direction is not None}
-        if direction is not None:
-            proposing["DIRECTION"] = direction
-        return LayerwiseKernel(
-            Loop(
-                propose,
-                proposing,
-                (*arguments, PARTIALS),
-                label=f"propose_{label}",
-                fastmath={"reassoc"},  # for the two sums alone: the rule keeps its own flags; 16x faster than in order
-                check=check,
-            ),
-            compile_loop(
-                bind(merge, {"RATIO": rule.layerwise.ratio}, label=f"merge_{label}", scalar=scalar),
-                (INTEGERS, PARTIALS, PER_TENSOR),
-            ).entry,
-            Loop(
-                apply,
-                {**constants, "APPLY": rule.layerwise.apply, "EMA": features.ema},
-                (INTEGERS, PER_TENSOR, states, table, INTEGERS),
-                label=f"apply_{label}",
-                check=check,
-            ),
-            dtype,
-        )
+        kernel = ElementwiseKernel(Loop(elementwise, constants, arguments, label=label, check=check))
+        if rule.sums:
+            return self._bind_sums(rule, hyper, dtype, features, constants, arguments, label, check, kernel)
+        return kernel
 
     def _bind_sums(
         self,
@@ -247,16 +217,25 @@ class CPU:
         stages = []
         names = list(rule.numbers)
         for sums in rule.sums:
-            of_settle = {**constants, **settling(rule, sums, hyper, scalar)}
-            of_settle["NOTHING_SETTLED"] = (0.0,) * (len(sums.results) + len(sums.numbers))
+            terms, norms = (*sums.terms.values(), *sums.norms.values()), len(sums.norms)
+            wide = norms > 0 and dtype.itemsize == 8
+            width = len(terms) + (2 * norms if wide else 0)
+            of_settle = {**constants, **settling(rule, sums, hyper, scalar, len(terms) if wide else None)}
+            of_settle |= {"NOTHING_SETTLED": (0.0,) * (len(sums.results) + len(sums.numbers)), "N_TOTALS": width}
             loop = None
-            if sums.terms:
-                of_sums, of_label = of_terms(rule, tuple(sums.terms.values()), hyper, dtype, features, scalar)
+            if terms:
+                of_sums, of_label = of_terms(rule, terms, hyper, dtype, features, scalar)
                 of_sums |= {
                     "DTYPE": dtype.type,
                     "HYPERPARAMETERS": constants["HYPERPARAMETERS"],
-                    "N_TERMS": len(sums.terms),
-                    "NO_SUMS": (0.0,) * len(sums.terms),
+                    "N_TERMS": len(terms),
+                    "N_NORMS": norms,
+                    "WIDE": wide,
+                    "FETCH": fetching(reads_of(terms)),
+                }
+                of_sums |= {
+                    "SUM_BLOCK": _adding(sum_block, of_sums, adding(sums), len(terms)),
+                    "SUM_AGAIN": _adding(sum_block, of_sums, adding_scaled(sums), 2 * norms) if wide else None,
                 }
                 loop = Loop(sum_terms, of_sums, (*arguments, PARTIALS), label=f"sum_terms_{of_label}", check=check)
             of_numbers = types.UniTuple(PER_TENSOR, len(sums.numbers)) if sums.numbers else types.Tuple(())
@@ -267,7 +246,7 @@ class CPU:
                     compile_loop(
                         bound, (INTEGERS, INTEGERS, PARTIALS, table, of_numbers, table, INTEGERS), check=check
                     ).entry,
-                    len(sums.terms),
+                    width,
                     tuple([names.index(name) for name in sums.numbers]),
                 )
             )
@@ -292,24 +271,30 @@ class CPU:
         stages = []
         names = list(rule.numbers)
         for sums in rule.sums:
-            level = LEVEL[sums.over]
+            level, terms, norms = LEVEL[sums.over], (*sums.terms.values(), *sums.norms.values()), len(sums.norms)
+            wide = norms > 0 and dtype.itemsize == 8
+            width = len(terms) + (2 * norms if wide else 0)
             of_stage = {
                 **constants,
-                **settling(rule, sums, hyper, scalar),
+                **settling(rule, sums, hyper, scalar, len(terms) if wide else None),
                 **_replaced(fields),
                 "OF_LINE": replacing(() if level == "tensor" else fields[level]),
-                "NO_SUMS": (0.0,) * len(sums.terms),
                 "NOTHING_SETTLED": (0.0,) * (len(sums.results) + len(sums.numbers)),
                 "BY_ROW": sums.over == "row",
                 "BY_COLUMN": sums.over == "column",
             }
-            parts, found = _tuple(PER_TENSOR, len(sums.terms)), [_tuple(vector, len(each)) for each in fields.values()]
+            parts, found = _tuple(PER_TENSOR, width), [_tuple(vector, len(each)) for each in fields.values()]
             loop = None
-            if sums.terms:
-                of_sums, of_label = of_terms(rule, tuple(sums.terms.values()), hyper, dtype, features, scalar)
+            if terms:
+                of_sums, of_label = of_terms(rule, terms, hyper, dtype, features, scalar)
+                of_sums = {**of_stage, **of_sums, "N_NORMS": norms, "WIDE": wide}
                 loop = Loop(
                     sum_terms_of_lines,
-                    {**of_stage, **of_sums},
+                    {
+                        **of_sums,
+                        "SUM_TILE": _adding(sum_tile, of_sums, adding(sums), len(terms)),
+                        "SUM_AGAIN": _adding(sum_tile, of_sums, adding_scaled(sums), 2 * norms) if wide else None,
+                    },
                     (*arguments, *found, parts),
                     label=f"sum_terms_of_lines_{of_label}",
                     check=check,
@@ -327,26 +312,26 @@ class CPU:
                         label=f"settle_lines_{label}",
                         check=check,
                     ),
-                    len(sums.terms),
+                    width,
                     len(sums.results),
                     tuple([names.index(name) for name in sums.numbers]),
                 )
             )
-            fields[level] += tuple(hyper._fields.index(name) for name in sums.results)
+            fields[level] += fields_of(rule, sums, hyper)
         found = [_tuple(vector, len(each)) for each in fields.values()]
         loop = Loop(
             update_tiles, {**constants, **_replaced(fields)}, (*arguments, *found), label=f"tiles_{label}", check=check
         )
         return LinedKernel(tuple(stages), loop, dtype, len(names))
 
-    def _compile_norm(self, dtype: np.dtype[Any], features: Features, of_parameters: bool) -> SquaresKernel:
+    def _compile_norm(self, dtype: np.dtype[Any], features: Features) -> SquaresKernel:
         # A sum of squares of float32 is itself finite just where they are; otherwise a second sum has to find out.
         apart = features.zero_nonfinite or features.clip_value or dtype.itemsize == 8
         measure = self._measure(dtype, features, apart=apart)
         return SquaresKernel(
             Loop(
                 squares,
-                {"DTYPE": dtype.type, "OF_PARAMETERS": of_parameters, "MEASURE_BLOCK": measure},
+                {"DTYPE": dtype.type, "MEASURE_BLOCK": measure},
                 (INTEGERS, types.Array(numba.from_dtype(dtype), 2, "C"), INTEGERS, PARTIALS),
                 label=f"squares_{dtype.name}",
                 fastmath={"reassoc", "contract"},  # for the sums alone
@@ -372,6 +357,12 @@ class CPU:
             label=f"add_{dtype.name}",
             fastmath={"reassoc"},  # for the two sums alone: g + weight * more can be read in one way only
         )
+
+
+def _adding(summing: Callable[..., Any], of_sums: dict[str, Any], added: FunctionType, count: int) -> Any:
+    """`sum_block` or `sum_tile` that adds up so many values."""
+    constants = {**of_sums, "ADDED": added, "NO_SUMS": (0.0,) * count}
+    return scalar(bind(summing, constants, label=summing.__name__, scalar=scalar))
 
 
 def _tuple(kind: Any, count: int) -> Any:

@@ -11,7 +11,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt.kernels.contract import LEVEL, N_LINE, N_PLACE, N_TILE, PROCEEDS, Array, Line, Place, Tile, Tiles
+from fastopt.kernels.contract import (
+    LEVEL,
+    N_LINE,
+    N_PLACE,
+    N_TILE,
+    PROCEEDS,
+    SCALE_DOWN,
+    SCALE_UP,
+    Array,
+    Line,
+    Place,
+    Tile,
+    Tiles,
+    in_range,
+    rescaled,
+)
 from fastopt.kernels.driver import Loop
 from fastopt.kernels.intrinsics import add_values, at_address, put_rounded, put_values, record, values_at, windows
 from fastopt.signals import deferred_signals
@@ -26,8 +41,14 @@ HYPERPARAMETERS: Callable[..., Any]
 """``hyperparameters`` of elementwise.py, bound to the rule."""
 SETTLED: Callable[..., Any]
 """``settled`` of elements.py, bound to `fastopt.Sums.settle`."""
-SUMS: Callable[..., Any]
-"""The NamedTuple of the sums."""
+SUM_TILE: Callable[..., Any]
+"""`sum_tile`, for the terms and for the squares of the norms."""
+SUM_AGAIN: Callable[..., Any]
+"""The same for these squares scaled up and down."""
+ADDED: Callable[..., Any]
+"""``adding`` of elements.py, or ``adding_scaled``."""
+FINISHED: Callable[..., Any]
+"""``finishing`` of elements.py."""
 NUMBERS: Callable[..., Any]
 """The NamedTuple of the numbers."""
 OF_TENSOR: Callable[..., Any]
@@ -37,12 +58,17 @@ OF_COLUMN: Callable[..., Any]
 OF_LINE: Callable[..., Any]
 """The one of these that belongs to what is settled."""
 NO_SUMS: tuple[float, ...]
-"""A 0 for each term."""
+"""A 0 for each value of ADDED."""
 NOTHING_SETTLED: tuple[float, ...]
 """A 0 for each value that is settled."""
 ZERO: Any
 N_STATES: int
 N_TERMS: int
+"""How many terms and norms there are ..."""
+N_NORMS: int
+"""... and how many of these, the last ones, are norms."""
+WIDE: bool
+"""Whether squares may leave the range of float64, so that tiles where they do are summed again, scaled."""
 N_RESULTS: int
 N_NUMBERS: int
 BY_ROW: bool
@@ -53,11 +79,39 @@ ZERO_GRAD: bool
 # --- the loops --------------------------------------------------------------------------------------------------------
 
 
+def sum_tile(step, h, tile, place, states, of_rows, columns, parts):
+    """Leave the sums over what is in a tile of every row, or column, or over the whole tile, in `parts`."""
+    by_column = windows(parts, tile.column_part, tile.width)
+    if BY_COLUMN:
+        for j in range(tile.width):
+            put_values(by_column, j, NO_SUMS)
+    totals = NO_SUMS
+    for row in range(tile.rows):
+        start = (tile.row + row) * tile.columns + tile.column
+        p = at_address(DTYPE, place.p, start, tile.width)
+        g = at_address(DTYPE, place.g, start, tile.width)
+        own = windows(states[:N_STATES], place.state + start, tile.width)
+        of_row = OF_ROW(h, of_rows, tile.row_line + row)
+        if BY_COLUMN:
+            for j in range(tile.width):
+                terms = ADDED(ELEMENT(step, p[j], g[j], *values_at(own, j), OF_COLUMN(of_row, columns, j)))
+                put_values(by_column, j, add_values(values_at(by_column, j), terms))
+        else:
+            if BY_ROW:
+                totals = NO_SUMS
+            for j in range(tile.width):
+                terms = ADDED(ELEMENT(step, p[j], g[j], *values_at(own, j), OF_COLUMN(of_row, columns, j)))
+                totals = add_values(totals, terms)
+            if BY_ROW:
+                put_values(parts, tile.row_part + row, totals)
+    return totals
+
+
 def sum_terms(places, states, table, tiles, of_tensors, of_rows, of_columns, parts, first, last):
     """Leave the sums of the terms over what is in a tile of every row, or column, or over the whole tile, in `parts`.
 
     of_tensors, of_rows, of_columns : tuples of arrays: what was settled so far.
-    parts : an array for each term.
+    parts : an array for each term and norm; where squares leave the range of float64, then two for each norm.
     """
     for k in range(first, last):
         tile = record(Tile, tiles, k * N_TILE)
@@ -65,37 +119,33 @@ def sum_terms(places, states, table, tiles, of_tensors, of_rows, of_columns, par
         step, h = HYPERPARAMETERS(table, tile.group)
         h = OF_TENSOR(h, of_tensors, tile.place)
         columns = windows(of_columns, tile.column_line, tile.width)
-        by_column = windows(parts, tile.column_part, tile.width)
-        if BY_COLUMN:
-            for j in range(tile.width):
-                put_values(by_column, j, NO_SUMS)
-        totals = NO_SUMS
-        for row in range(tile.rows):
-            start = (tile.row + row) * tile.columns + tile.column
-            p = at_address(DTYPE, place.p, start, tile.width)
-            g = at_address(DTYPE, place.g, start, tile.width)
-            own = windows(states[:N_STATES], place.state + start, tile.width)
-            of_row = OF_ROW(h, of_rows, tile.row_line + row)
-            if BY_COLUMN:
-                for j in range(tile.width):
-                    terms = ELEMENT(step, p[j], g[j], *values_at(own, j), OF_COLUMN(of_row, columns, j))
-                    put_values(by_column, j, add_values(values_at(by_column, j), terms))
-            else:
-                if BY_ROW:
-                    totals = NO_SUMS
-                for j in range(tile.width):
-                    terms = ELEMENT(step, p[j], g[j], *values_at(own, j), OF_COLUMN(of_row, columns, j))
-                    totals = add_values(totals, terms)
-                if BY_ROW:
-                    put_values(parts, tile.row_part + row, totals)
+        if BY_ROW:
+            part, count = tile.row_part, tile.rows
+        elif BY_COLUMN:
+            part, count = tile.column_part, tile.width
+        else:
+            part, count = k, 1
+        totals = SUM_TILE(step, h, tile, place, states, of_rows, columns, parts[:N_TERMS])
         if not BY_ROW and not BY_COLUMN:
-            put_values(parts, k, totals)
+            put_values(parts[:N_TERMS], k, totals)
+        if WIDE:
+            right = True
+            for norm in range(N_NORMS):
+                squares = parts[N_TERMS - N_NORMS + norm]
+                for i in range(part, part + count):
+                    right = right and in_range(squares[i])
+                    parts[N_TERMS + 2 * norm][i] = rescaled(squares[i], SCALE_UP)
+                    parts[N_TERMS + 2 * norm + 1][i] = rescaled(squares[i], SCALE_DOWN)
+            if not right:
+                scaled = SUM_AGAIN(step, h, tile, place, states, of_rows, columns, parts[N_TERMS:])
+                if not BY_ROW and not BY_COLUMN:
+                    put_values(parts[N_TERMS:], k, scaled)
 
 
 def settle(tiles, lines, table, parts, sums, of_tensors, of_lines, numbers, results, first, last):
     """Add up the partial sums of every row, column or parameter, or of all, in the order of the tiles; settle them.
 
-    sums : an array for each term, overwritten.
+    sums : arrays as those of `parts`, overwritten.
     of_lines : what was settled so far for the same rows or columns.
     numbers, results : their arrays.
     """
@@ -126,7 +176,7 @@ def settle(tiles, lines, table, parts, sums, of_tensors, of_lines, numbers, resu
         own_numbers, own_results = windows(numbers, line.first, line.length), windows(results, line.first, line.length)
         for i in range(line.length):
             if N_TERMS > 0:  # noqa: SIM108 a branch is pruned, an expression is not
-                found = SUMS(*values_at(totals, i))
+                found = FINISHED(values_at(totals, i))
             else:
                 found = ()
             if N_NUMBERS > 0:  # noqa: SIM108
@@ -171,8 +221,8 @@ class LinedStage(NamedTuple):
     sum_terms: Loop | None
     """None where there is no term: what is settled then follows from the numbers alone."""
     settle: Loop
-    terms: int
-    """How many."""
+    sums: int
+    """How many partial sums there are of each row, column or parameter."""
     results: int
     """How many."""
     numbers: tuple[int, ...]
@@ -202,13 +252,13 @@ class LinedKernel:
             table[0, PROCEEDS] = 0.0
             for stage in self._stages:
                 over, level = stage.over, LEVEL[stage.over]
-                parts = tuple([np.empty(chunks.parts[over]) for _ in range(stage.terms)])
+                parts = tuple([np.empty(chunks.parts[over]) for _ in range(stage.sums)])
                 if stage.sum_terms is not None:
                     stage.sum_terms.run(
                         places, own, table, tiles, *found.values(), parts, elements=elements, units=units
                     )
                 count, lines = chunks.counts[over], chunks.lines[over]
-                sums = tuple([np.empty(count) for _ in range(stage.terms)])
+                sums = tuple([np.empty(count) for _ in range(stage.sums)])
                 results = tuple([np.empty(count, self._dtype) for _ in range(stage.results)])
                 of_stage = tuple([numbers[k] for k in stage.numbers])
                 before = (found["tensor"], found[level] if level != "tensor" else ())

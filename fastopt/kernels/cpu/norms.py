@@ -19,7 +19,6 @@ from fastopt.kernels.contract import (
     StepHyper,
     in_range,
     rescaled,
-    root_of_squares,
     scaled_square,
     sums_per_block,
 )
@@ -35,8 +34,6 @@ UNSCALED: Callable[..., Any]
 CONDITIONED: Callable[..., Any]
 """``conditioned`` of elements.py, bound to the features."""
 ZERO: Any
-OF_PARAMETERS: bool
-"""Whether the norm is that of the parameters instead."""
 APART: bool
 """Whether a second sum has to find what is not finite."""
 MEASURE: bool
@@ -84,10 +81,7 @@ def squares(places, table, chunks, partials, first, last):
         block = chunk.block
         for start in range(chunk.start, chunk.stop, BLOCK):
             size = min(BLOCK, chunk.stop - start)
-            if OF_PARAMETERS:
-                x = at_address(DTYPE, place.p, start, size)
-            else:
-                x = at_address(DTYPE, place.g, chunk.grad + start - chunk.start, size)
+            x = at_address(DTYPE, place.g, chunk.grad + start - chunk.start, size)
             MEASURE_BLOCK(step, x, partials, block)
             block += 1
 
@@ -127,16 +121,6 @@ def summed(chunks, c, partials, column):
             total += partials[block, column]
         c += 1
     return total, c
-
-
-def norm_of(chunks, c, partials, column):
-    """The norm of the parameter whose first chunk is c, from the sums of squares in a column, 0 or 1; and its end."""
-    total, end = summed(chunks, c, partials, column)
-    if partials.shape[1] == 2 or in_range(total):
-        return np.sqrt(total), end
-    up, _ = summed(chunks, c, partials, 2 + 2 * column)
-    down, _ = summed(chunks, c, partials, 3 + 2 * column)
-    return root_of_squares(total, up, down), end
 
 
 def blocks_of(chunks: Array) -> int:

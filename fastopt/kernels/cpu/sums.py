@@ -7,11 +7,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt.kernels.contract import BLOCK, N_CHUNK, N_PLACE, PROCEEDS, Array, Chunk, Place
+from fastopt.kernels.contract import (
+    BLOCK,
+    N_CHUNK,
+    N_PLACE,
+    PROCEEDS,
+    SCALE_DOWN,
+    SCALE_UP,
+    Array,
+    Chunk,
+    Place,
+    in_range,
+    rescaled,
+)
 from fastopt.kernels.cpu.elementwise import ElementwiseKernel
 from fastopt.kernels.cpu.norms import blocks_of, summed
 from fastopt.kernels.driver import Loop
-from fastopt.kernels.intrinsics import add_values, at_address, put_values, record, values_at, windows
+from fastopt.kernels.intrinsics import (
+    add_values,
+    at_address,
+    put_rounded,
+    put_values,
+    record,
+    rooms_for,
+    values_at,
+    window,
+    windows,
+)
 from fastopt.signals import deferred_signals
 
 # --- what `bind` supplies ---------------------------------------------------------------------------------------------
@@ -24,19 +46,34 @@ HYPERPARAMETERS: Callable[..., Any]
 """``hyperparameters`` of elementwise.py, bound to the rule."""
 SETTLED: Callable[..., Any]
 """``settled`` of elements.py, bound to `fastopt.Sums.settle`."""
-SUMS: Callable[..., Any]
-"""The NamedTuple of the sums."""
+SUM_BLOCK: Callable[..., Any]
+"""`sum_block`, for the terms and for the squares of the norms."""
+SUM_AGAIN: Callable[..., Any]
+"""The same for these squares scaled up and down."""
+ADDED: Callable[..., Any]
+"""``adding`` of elements.py, or ``adding_scaled``."""
+FINISHED: Callable[..., Any]
+"""``finishing`` of elements.py."""
 NUMBERS: Callable[..., Any]
 """The NamedTuple of the per-tensor states."""
 NO_SUMS: tuple[float, ...]
-"""A 0 for each term."""
+"""A 0 for each value of ADDED."""
 NOTHING_SETTLED: tuple[float, ...]
 """A 0 for each value that is settled."""
 COLUMNS: tuple[int, ...]
 """Of the table: those of the results."""
 ZERO: Any
+FETCH: Callable[..., Any]
+"""``fetching`` of intrinsics.py, for what the terms read."""
 N_STATES: int
 N_TERMS: int
+"""How many terms and norms there are ..."""
+N_NORMS: int
+"""... how many of these, the last ones, are norms ..."""
+N_TOTALS: int
+"""... and how many numbers a line of partial sums has."""
+WIDE: bool
+"""Whether squares may leave the range of float64, so that blocks where they do are summed again, scaled."""
 N_RESULTS: int
 N_NUMBERS: int
 OVER_ALL: bool
@@ -44,13 +81,44 @@ OVER_ALL: bool
 
 GROUP = Chunk._fields.index("group")
 
+RUN = 64
+"""Elements whose terms are computed before they are added up: few, so that the processor begins with the next ones."""
+ROOMS = rooms_for(RUN)
+AHEAD = 1024
+"""Elements ahead memory is asked for: between two runs it would not be."""
+
 # --- the loops --------------------------------------------------------------------------------------------------------
 
 
+def sum_block(step, p, g, states, h):
+    """The sums over a block of elements.
+
+    What is added up waits in the cache: a loop that adds up float64 computes half as many float32 at a time.
+    """
+    values = ROOMS(ELEMENT(step, p[0], g[0], *values_at(states, 0), h))
+    totals = ROOMS(NO_SUMS)
+    for i in range(RUN):
+        put_values(totals, i, NO_SUMS)
+    for start in range(0, p.size, RUN):
+        size = min(RUN, p.size - start)
+        own_p, own_g, own = window(p, start, size), window(g, start, size), windows(states, start, size)
+        FETCH((p, g, *states), start + AHEAD, start + AHEAD + RUN)
+        for i in range(size):
+            put_rounded(values, i, ELEMENT(step, own_p[i], own_g[i], *values_at(own, i), h))
+        for i in range(size):
+            put_values(totals, i, add_values(values_at(totals, i), ADDED(values_at(values, i))))
+    total = NO_SUMS
+    for i in range(RUN):
+        total = add_values(total, values_at(totals, i))
+    return total
+
+
 def sum_terms(places, states, table, chunks, partials, first, last):
-    """Leave the sums of the terms of every block in a line of `partials`."""
-    for c in range(first, last):
-        chunk = record(Chunk, chunks, c * N_CHUNK)
+    """Leave the sums of the terms of every block in a line of `partials`; backwards where `last` is the smaller."""
+    backwards = last < first
+    count = first - last if backwards else last - first
+    for number in range(count):
+        chunk = record(Chunk, chunks, (first - 1 - number if backwards else first + number) * N_CHUNK)
         place = record(Place, places, chunk.place * N_PLACE)
         step, h = HYPERPARAMETERS(table, chunk.group)
         block = chunk.block
@@ -59,11 +127,22 @@ def sum_terms(places, states, table, chunks, partials, first, last):
             p = at_address(DTYPE, place.p, start, size)
             g = at_address(DTYPE, place.g, chunk.grad + start - chunk.start, size)
             own = windows(states[:N_STATES], place.state + start, size)
-            totals = NO_SUMS
-            for i in range(size):
-                totals = add_values(totals, ELEMENT(step, p[i], g[i], *values_at(own, i), h))
+            totals = SUM_BLOCK(step, p, g, own, h)
             for k in range(N_TERMS):
                 partials[block, k] = totals[k]
+            if WIDE:
+                right = True
+                for k in range(N_TERMS - N_NORMS, N_TERMS):
+                    right = right and in_range(totals[k])
+                if right:
+                    for k in range(N_NORMS):
+                        total = totals[N_TERMS - N_NORMS + k]
+                        partials[block, N_TERMS + 2 * k] = rescaled(total, SCALE_UP)
+                        partials[block, N_TERMS + 2 * k + 1] = rescaled(total, SCALE_DOWN)
+                else:
+                    scaled = SUM_AGAIN(step, p, g, own, h)
+                    for k in range(2 * N_NORMS):
+                        partials[block, N_TERMS + k] = scaled[k]
             block += 1
 
 
@@ -74,7 +153,7 @@ def settle(places, chunks, partials, table, numbers, rows, own_rows):
     rows, own_rows : overwritten: a table with a row per parameter, and the chunks that point to it.
     """
     table[0, PROCEEDS] = ZERO
-    found = np.empty(max(1, N_TERMS))
+    found = np.empty(max(1, N_TOTALS))
     network = -1
     c = 0
     while c < chunks.shape[0]:
@@ -84,7 +163,7 @@ def settle(places, chunks, partials, table, numbers, rows, own_rows):
         if own_network != network or not OVER_ALL:
             end = c
             size = 0
-            for k in range(N_TERMS):
+            for k in range(N_TOTALS):
                 found[k] = 0.0
             while end < chunks.shape[0]:
                 of_parameter = record(Chunk, chunks, end * N_CHUNK).place
@@ -94,7 +173,7 @@ def settle(places, chunks, partials, table, numbers, rows, own_rows):
                 elif of_parameter != place:
                     break
                 begin = end
-                for k in range(N_TERMS):
+                for k in range(N_TOTALS):
                     total, _ = summed(chunks, begin, partials, k)
                     found[k] += total
                 while end < chunks.shape[0] and record(Chunk, chunks, end * N_CHUNK).place == of_parameter:
@@ -103,7 +182,7 @@ def settle(places, chunks, partials, table, numbers, rows, own_rows):
                     end += 1
             _, h = HYPERPARAMETERS(table, chunk.group)
             if N_TERMS > 0:  # noqa: SIM108 a branch is pruned, an expression is not
-                sums = record(SUMS, found, 0)
+                sums = FINISHED(found)
             else:
                 sums = ()
             if N_NUMBERS > 0:  # noqa: SIM108
@@ -136,7 +215,7 @@ class Stage(NamedTuple):
     """None where there is no term: what is settled then follows from the numbers alone."""
     settle: Callable[..., None]
     width: int
-    """How many terms."""
+    """How many numbers a line of partial sums has."""
     numbers: tuple[int, ...]
     """Which of the rule's per-tensor states are its own."""
 

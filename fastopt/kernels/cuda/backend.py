@@ -25,6 +25,8 @@ from fastopt.kernels.contract import (
     N_LINE,
     N_STEP,
     N_TILE,
+    SCALE_DOWN,
+    SCALE_UP,
     Adder,
     Array,
     Chunk,
@@ -32,6 +34,7 @@ from fastopt.kernels.contract import (
     Kernel,
     KernelRule,
     StepHyper,
+    SumsFunctions,
     Tiles,
     clip_coefficient,
     root_of_squares,
@@ -42,22 +45,6 @@ from fastopt.kernels.cuda.decisions import PendingDecision, Slots, decide
 from fastopt.kernels.cuda.elementwise import ElementwiseKernel, elementwise, hyperparameters, updated
 from fastopt.kernels.cuda.kept import Kept
 from fastopt.kernels.cuda.launcher import Chunks, Partials, PreparedKernel, SentTiles
-from fastopt.kernels.cuda.layerwise import (
-    N_SPAN,
-    LayerwiseKernel,
-    ScaledKernel,
-    Span,
-    applied,
-    apply,
-    merge,
-    norms,
-    propose,
-    propose_again,
-    proposed,
-    proposed_again,
-    scale,
-    span_sums,
-)
 from fastopt.kernels.cuda.lines import LinedKernel, LinedStage, fold, replacing, settled_at, terms_at, update_at
 from fastopt.kernels.cuda.lines import settle as settle_lines
 from fastopt.kernels.cuda.lines import sum_terms as sum_terms_of_lines
@@ -77,13 +64,16 @@ from fastopt.kernels.cuda.norms import (
     sum_runs,
 )
 from fastopt.kernels.cuda.sums import (
+    N_SPAN,
     PAIR,
+    Span,
     Stage,
     SummedKernel,
     nothing,
     putting,
     settle,
     spread,
+    sum_again,
     sum_terms,
     termed,
     total,
@@ -100,8 +90,6 @@ PARTS = (
     ("LOOP", loop),
     ("BLOCK_SUMS", block_sums),
     ("LEAVE_SUMS", leave_sums),
-    ("SPAN_SUMS", span_sums),
-    ("NORMS", norms),
     ("FOLD", fold),
 )
 """Functions that know which thread they run in, and that every kernel has its own of."""
@@ -375,11 +363,11 @@ class CUDA:
         kernel: Kernel = self._kernels[key]
         return kernel
 
-    def norm(self, dtype: np.dtype[Any], features: Features, *, of_parameters: bool = False) -> SquaresKernel:
-        """As `fastopt.kernels.contract.Backend`; or the pass over the parameters."""
-        key = ("norm", dtype, features, of_parameters)
+    def norm(self, dtype: np.dtype[Any], features: Features) -> SquaresKernel:
+        """As `fastopt.kernels.contract.Backend`."""
+        key = ("norm", dtype, features)
         if key not in self._kernels:
-            constants = {**_of_dtype(dtype), "OF_PARAMETERS": of_parameters}
+            constants = _of_dtype(dtype)
             constants |= elements.conditioning(dtype, features, device)
             measuring = {**constants, **looping(squared, constants, dtype, 1, in_order=True)}
             self._kernels[key] = SquaresKernel(
@@ -493,7 +481,7 @@ class CUDA:
                 **elements.conditioning(dtype, features, device),
             }
             adding = {**constants, **looping(added, constants, dtype, 2, in_order=adder.measure)}
-            again = self._measuring_again(dtype, {**constants, "OF_PARAMETERS": True}, selects=True)
+            again = self._measuring_again(dtype, constants, selects=True)
             self._kernels[key] = self.compiled(add, adding, f"add_{dtype.name}"), again if adder.measure else None
         return self._kernels[key]
 
@@ -526,8 +514,6 @@ class CUDA:
         constants["HYPERPARAMETERS"] = bind(hyperparameters, constants, label="hyperparameters", scalar=device)
         if rule.lined:
             return self._bind_lines(rule, hyper, dtype, features, constants, label)
-        if rule.layerwise is not None:
-            return self._bind_layerwise(rule, dtype, features, constants, label)
         constants["READS_GRADIENT"] = features.zero_grad or not features.still
         buffers = 1 + constants["N_STATES"] + constants["READS_GRADIENT"]
         updating = {**constants, **looping(updated, constants, dtype, buffers, in_order=False)}
@@ -540,16 +526,7 @@ class CUDA:
         update = ElementwiseKernel(self, kernel, features.scattered)
         if rule.sums:
             return self._bind_sums(rule, hyper, dtype, features, constants, label, update)
-        if rule.scaling is None:
-            return update
-        numbered = rule.scaling.number is not None
-        scaling = {
-            **constants,
-            "SCALED": elements.scaled_by(rule.scaling, features, device),
-            "NUMBERED": numbered,
-        }
-        norms = (self.norm(dtype, Features(), of_parameters=True), self.norm(dtype, features.of_norm()))
-        return ScaledKernel(self, norms, self.compiled(scale, scaling, f"scale_{label}"), update, numbered)
+        return update
 
     def _bind_sums(
         self,
@@ -565,34 +542,35 @@ class CUDA:
         stages: list[Stage] = []
         names = list(rule.numbers)
         for sums in rule.sums:
-            pairs = []
-            terms = tuple(sums.terms.values())
-            for first in range(0, len(terms), PAIR):
-                pair = (*terms[first : first + PAIR], nothing)[:PAIR]
+            (pairs, again), of_pairs = _pairs_of(sums, dtype), {**_of_dtype(dtype)}
+            of_pairs["HYPERPARAMETERS"] = constants["HYPERPARAMETERS"]
+
+            def passing(kernel: Any, pair: tuple[Any, ...], of_pairs: dict[str, Any] = of_pairs) -> Any:
                 adding, of_pair = elements.of_terms(rule, pair, hyper, dtype, features, device)
-                adding |= {**_of_dtype(dtype), "HYPERPARAMETERS": constants["HYPERPARAMETERS"]}
+                adding |= of_pairs
                 adding |= looping(termed, adding, dtype, 2 + len(rule.states), in_order=True)
-                pairs.append(self.compiled(sum_terms, adding, f"sum_terms_{of_pair}"))
-            found = elements.settling(rule, sums, hyper, device)
+                return self.compiled(kernel, adding, f"{kernel.__name__}_{of_pair}")
+
+            found = elements.settling(rule, sums, hyper, device, PAIR * len(pairs) if again else None)
             n_values = found["N_RESULTS"] + found["N_NUMBERS"]
             load, store = memory(np.dtype(np.float64), 1, True)
             settling = {
                 **constants,
                 **found,
-                "WIDTH": PAIR,
-                "N_TOTALS": PAIR * max(1, len(pairs)),
+                "N_TOTALS": PAIR * max(1, len(pairs) + len(again)),
                 "N_VALUES": n_values,
                 "OWN_ROWS": bool(stages),
                 "LOAD_NUMBERS": load,
                 "STORE_NUMBERS": store,
-                "UNPACK_SUMS": unpacking(found["N_TERMS"]),
+                "UNPACK_SUMS": unpacking(PAIR * (len(pairs) + len(again))),
                 "UNPACK_NUMBERS": unpacking(found["N_NUMBERS"]),
                 "PACK_VALUES": packing(n_values),
                 "PUT_RESULTS": putting(found["COLUMNS"][: found["N_RESULTS"]]),
             }
             stages.append(
                 Stage(
-                    tuple(pairs),
+                    tuple([passing(sum_terms, pair) for pair in pairs]),
+                    tuple([(number, passing(sum_again, pair)) for number, pair in again]),
                     self.compiled(total, settling, f"total_{label}"),
                     self.compiled(settle, settling, f"settle_{label}"),
                     self.compiled(spread, settling, f"spread_{label}"),
@@ -633,23 +611,23 @@ class CUDA:
         stages: list[LinedStage] = []
         names = list(rule.numbers)
         for sums in rule.sums:
-            level, terms = LEVEL[sums.over], tuple(sums.terms.values())
-            found = elements.settling(rule, sums, hyper, device)
+            level, (of_terms, scaled) = LEVEL[sums.over], _pairs_of(sums, dtype)
+            found = elements.settling(rule, sums, hyper, device, PAIR * len(of_terms) if scaled else None)
+            of_terms += [pair for _, pair in scaled]
             same = () if level == "tensor" else fields[level]
             settling = {
                 **constants,
                 **found,
                 **replaced(),
                 "OF_LINE": replacing(same, hyper, load, dtype.itemsize),
-                "N_TOTALS": PAIR * max(1, -(-len(terms) // PAIR)),
-                "UNPACK_SUMS": unpacking(found["N_TERMS"]),
+                "N_TOTALS": PAIR * max(1, len(of_terms)),
+                "UNPACK_SUMS": unpacking(PAIR * len(of_terms)),
                 "BY_ROW": sums.over == "row",
                 "BY_COLUMN": sums.over == "column",
             }
             settling["SETTLED_AT"] = bind(settled_at, settling, label="settled_at", scalar=device)
             pairs = []
-            for first in range(0, len(terms), PAIR):
-                pair = (*terms[first : first + PAIR], nothing)[:PAIR]
+            for pair in of_terms:
                 adding, of_pair = elements.of_terms(rule, pair, hyper, dtype, features, device)
                 adding = {**settling, **adding}
                 adding["AT"] = bind(terms_at, adding, label="terms_at", scalar=device)
@@ -664,34 +642,11 @@ class CUDA:
                     tuple([names.index(name) for name in sums.numbers]),
                 )
             )
-            fields[level] += tuple(hyper._fields.index(name) for name in sums.results)
+            fields[level] += elements.fields_of(rule, sums, hyper)
         updating = {**constants, **replaced()}
         updating["AT"] = bind(update_at, updating, label="update_at", scalar=device)
         update = self.compiled(update_tiles, updating, f"tiles_{label}")
         return LinedKernel(self, tuple(stages), update, dtype, len(rule.states), len(names))
-
-    def _bind_layerwise(
-        self, rule: Any, dtype: np.dtype[Any], features: Features, constants: dict[str, Any], label: str
-    ) -> LayerwiseKernel:
-        states = len(rule.states)
-        again = None
-        if sums_per_block(dtype) > 2:
-            direction = rule.layerwise.direction
-            measuring = {**constants, "DIRECTED": direction is not None, "DIRECTION": direction}
-            measuring |= looping(proposed_again, measuring, dtype, 1 + states, in_order=True)
-            of_u = self.compiled(propose_again, measuring, f"propose_again_{label}")
-            again = (self.norm(dtype, Features(), of_parameters=True), of_u)
-        proposing = {**constants, **looping(proposed, constants, dtype, 2 + states, in_order=True)}
-        applying = {**constants, "APPLY": rule.layerwise.apply, "EMA": features.ema}
-        applying |= looping(applied, applying, dtype, 1 + states + features.ema, in_order=False)
-        return LayerwiseKernel(
-            self,
-            states,
-            self.compiled(propose, proposing, f"propose_{label}", at_once(3 + states, dtype)),  # and sums
-            again,
-            self.compiled(merge, {**_of_dtype(dtype), **UNPACK_SPANS, "RATIO": rule.layerwise.ratio}, f"merge_{label}"),
-            self.compiled(apply, applying, f"apply_{label}", at_once(2 + states, dtype)),
-        )
 
     def compiled(
         self, function: Callable[..., None], constants: dict[str, Any], label: str, blocks: int | None = None
@@ -857,6 +812,16 @@ def at_once(buffers: int, dtype: np.dtype[Any]) -> int:
     if buffers > 8:
         return 1
     return max(2, min(4, 8 - buffers)) if dtype.itemsize == 4 else 2
+
+
+def _pairs_of(sums: SumsFunctions, dtype: np.dtype[Any]) -> tuple[list[Any], list[tuple[int, Any]]]:
+    """The terms in pairs, a norm's squared; in float64, each norm's number and scaled squares."""
+    terms = [*sums.terms.values(), *[elements.squared(norm) for norm in sums.norms.values()]]
+    pairs = [(*terms[first : first + PAIR], nothing)[:PAIR] for first in range(0, len(terms), PAIR)]
+    if dtype.itemsize == 4:
+        return pairs, []
+    scaled = [tuple(elements.squared(norm, scale) for scale in (SCALE_UP, SCALE_DOWN)) for norm in sums.norms.values()]
+    return pairs, list(enumerate(scaled, len(sums.terms)))
 
 
 UNPACK_SPANS = {"UNPACK_SPAN": unpacking(N_SPAN)}

@@ -22,8 +22,8 @@ HYPERPARAMETERS: Callable[..., Any]
 """``hyperparameters`` of elementwise.py, bound to the rule."""
 SETTLED: Callable[..., Any]
 """``settled`` of elements.py, bound to `fastopt.Sums.settle`."""
-SUMS: Callable[..., Any]
-"""The NamedTuple of the sums."""
+FINISHED: Callable[..., Any]
+"""``finishing`` of elements.py."""
 NUMBERS: Callable[..., Any]
 """The NamedTuple of the numbers."""
 OF_TENSOR: Callable[..., Any]
@@ -55,7 +55,7 @@ ITEMSIZE: int
 N_STATES: int
 N_TERMS: int
 N_TOTALS: int
-"""How many sums a line has: those of all terms, and of a 0 where their number is odd."""
+"""How many sums a line has, as in sums.py."""
 N_RESULTS: int
 N_NUMBERS: int
 BY_ROW: bool
@@ -208,7 +208,7 @@ def total(tiles, lines, n, partials, pair, totals):
 def settled_at(index, line, totals, h, of_lines, numbers):
     """What is settled for a row, column or parameter, or for all."""
     if N_TERMS > 0:  # noqa: SIM108
-        sums = SUMS(*UNPACK_SUMS(totals, N_TOTALS * index))
+        sums = FINISHED(UNPACK_SUMS(totals, N_TOTALS * index))
     else:
         sums = ()
     if N_NUMBERS > 0:  # noqa: SIM108
@@ -301,7 +301,7 @@ class LinedStage(NamedTuple):
 
     over: str
     pairs: tuple[Any, ...]
-    """`sum_terms`, for each pair of terms."""
+    """`sum_terms`, for each pair of terms and norms, and in float64 of scaled squares for each norm."""
     total: Any
     settle: Any
     results: int

@@ -45,8 +45,6 @@ UNPACK_CHUNK: Callable[..., Any]
 UNPACK_STEP: Callable[..., Any]
 ZERO: Any
 ITEMSIZE: int
-OF_PARAMETERS: bool
-"""Whether the norm is that of the parameters instead."""
 MEASURE: bool
 """Whether sums of squares are taken of the new sums."""
 OVERWRITE: bool
@@ -105,10 +103,7 @@ def squares(places, table, columns, chunks, n, partials):
         chunk = Chunk(*UNPACK_CHUNK(chunks, N_CHUNK * c))
         place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
         step = StepHyper(*UNPACK_STEP(table, chunk.group * columns))
-        if OF_PARAMETERS:  # noqa: SIM108 a branch is pruned, an expression is not
-            x = place.p + ITEMSIZE * chunk.start
-        else:
-            x = place.g + ITEMSIZE * chunk.grad
+        x = place.g + ITEMSIZE * chunk.grad
         s, bad = LOOP((x,), 0, chunk.stop - chunk.start, step, 0.0, ZERO)
         LEAVE_SUMS(total, marks, s, bad, partials, WIDTH * chunk.block)
         c += cuda.gridDim.x
@@ -132,13 +127,11 @@ def squares_again(places, selected, table, columns, chunks, n, partials):
         chunk = Chunk(*UNPACK_CHUNK(chunks, N_CHUNK * c))
         if selected[chunk.place if SELECTS else 0] != 0:
             place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
-            if SELECTS:  # noqa: SIM108 a branch is pruned, an expression is not
+            if SELECTS:
                 step = STEP
-            else:
-                step = StepHyper(*UNPACK_STEP(table, chunk.group * columns))
-            if OF_PARAMETERS:  # noqa: SIM108
                 x = place.p + ITEMSIZE * chunk.start
             else:
+                step = StepHyper(*UNPACK_STEP(table, chunk.group * columns))
                 x = place.g + ITEMSIZE * chunk.grad
             at = WIDTH * chunk.block
             total = partials[at]

@@ -9,22 +9,50 @@ from typing import Any, NamedTuple
 
 from numba import float64
 
-from fastopt.kernels.contract import N_CHUNK, N_PLACE, PROCEEDS, Array, Chunk, Place
+from fastopt.kernels.contract import (
+    N_CHUNK,
+    N_PLACE,
+    PROCEEDS,
+    SCALE_DOWN,
+    SCALE_UP,
+    Array,
+    Chunk,
+    Place,
+    in_range,
+    rescaled,
+)
 from fastopt.kernels.cuda.elementwise import ElementwiseKernel
 from fastopt.kernels.cuda.launcher import Launcher
-from fastopt.kernels.cuda.layerwise import N_SPAN, Span
 from fastopt.kernels.cuda.target import THREADS, cuda
+
+
+class Span(NamedTuple):
+    """The partial sums of one parameter: a line of the table of spans, of int64."""
+
+    place: int
+    """The number of the parameter."""
+    group: int
+    """As `Chunk.group`."""
+    block: int
+    """The number of its first partial sum."""
+    end: int
+    """The number after its last one."""
+    size: int
+    """The number of its elements."""
+
+
+N_SPAN = len(Span._fields)
 
 # --- what `bind` supplies ---------------------------------------------------------------------------------------------
 
 ELEMENT: Callable[..., Any]
 """``element`` of elements.py, bound to two terms and the features."""
+FINISHED: Callable[..., Any]
+"""``finishing`` of elements.py."""
 HYPERPARAMETERS: Callable[..., Any]
 """``hyperparameters`` of elementwise.py, bound to the rule."""
 SETTLED: Callable[..., Any]
 """``settled`` of elements.py, bound to `fastopt.Sums.settle`."""
-SUMS: Callable[..., Any]
-"""The NamedTuple of the sums."""
 NUMBERS: Callable[..., Any]
 """The NamedTuple of the per-tensor states."""
 PUT_RESULTS: Callable[..., Any]
@@ -35,8 +63,6 @@ OPAQUE: Callable[..., Any]
 """``opaque`` of memory.py."""
 LEAVE_SUMS: Callable[..., Any]
 """``leave_sums`` of norms.py, as part of the kernel."""
-SPAN_SUMS: Callable[..., Any]
-"""``span_sums`` of layerwise.py, as part of the kernel."""
 LOAD_NUMBERS: Callable[..., Any]
 STORE_NUMBERS: Callable[..., Any]
 """``memory`` of memory.py, of one float64 in each buffer of per-tensor states."""
@@ -51,8 +77,10 @@ ITEMSIZE: int
 N_ROW: int
 """How many columns the table of hyperparameters has."""
 N_TERMS: int
+"""How many terms and norms there are."""
 N_TOTALS: int
-"""How many sums a parameter has: those of all terms, and of a 0 where their number is odd."""
+"""How many sums a parameter has: those of all terms and norms, of a 0 where their number is odd, and of squares scaled
+up and down for each norm of float64."""
 N_VALUES: int
 """How many values are settled ..."""
 N_RESULTS: int
@@ -102,6 +130,33 @@ def sum_terms(places, states, table, chunks, n, partials):
         c += cuda.gridDim.x
 
 
+def sum_again(places, states, table, chunks, n, known, column, partials):
+    """In float64, after `sum_terms`: the sums of the squares of what a norm is of, scaled up, and scaled down.
+
+    They are computed from the sums where these are in range: elements are read again only where squares are not.
+    ELEMENT gives the two scaled squares.
+
+    known, column : the partial sums, and which of a pair is that of the squares.
+    """
+    above = cuda.shared.array(THREADS, float64)
+    below = cuda.shared.array(THREADS, float64)
+    c = cuda.blockIdx.x
+    while c < n:
+        chunk = Chunk(*UNPACK_CHUNK(chunks, N_CHUNK * c))
+        squares = known[PAIR * chunk.block + column]
+        s, t = 0.0, 0.0
+        if cuda.threadIdx.x == 0:
+            s, t = rescaled(squares, SCALE_UP), rescaled(squares, SCALE_DOWN)
+        if not in_range(squares):
+            place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
+            first = OPAQUE(ITEMSIZE * (place.state + chunk.start))
+            p = OPAQUE(place.p + ITEMSIZE * chunk.start - first)
+            g = OPAQUE(place.g + ITEMSIZE * chunk.grad - first)
+            s, t = LOOP((*states, g, p), first, chunk.stop - chunk.start, HYPERPARAMETERS(table, chunk.group), 0.0, 0.0)
+        LEAVE_SUMS(above, below, s, t, partials, PAIR * chunk.block)
+        c += cuda.gridDim.x
+
+
 def total(spans, n, blocks, partials, column, totals):
     """Add up the sums of the chunks of every parameter, or of all in one block."""
     left = cuda.shared.array(THREADS, float64)
@@ -111,11 +166,12 @@ def total(spans, n, blocks, partials, column, totals):
             span = Span(0, 0, 0, blocks, 0)
         else:
             span = Span(*UNPACK_SPAN(spans, N_SPAN * k))
-        SPAN_SUMS(span, partials, 0, partials, 1, left, right)
-        if cuda.threadIdx.x == 0:
-            totals[N_TOTALS * span.place + column] = left[0]
-            totals[N_TOTALS * span.place + column + 1] = right[0]
-        cuda.syncthreads()
+        s = 0.0
+        t = 0.0
+        for block in range(span.block + cuda.threadIdx.x, span.end, cuda.blockDim.x):
+            s += partials[PAIR * block]
+            t += partials[PAIR * block + 1]
+        LEAVE_SUMS(left, right, s, t, totals, N_TOTALS * span.place + column)
 
 
 def settle(spans, n, totals, table, numbers, values):
@@ -132,7 +188,7 @@ def settle(spans, n, totals, table, numbers, values):
                 size += Span(*UNPACK_SPAN(spans, N_SPAN * other)).size
         _, h = HYPERPARAMETERS(table, span.place if OWN_ROWS else span.group)
         if N_TERMS > 0:  # noqa: SIM108
-            sums = SUMS(*UNPACK_SUMS(totals, 0 if OVER_ALL else N_TOTALS * span.place))
+            sums = FINISHED(UNPACK_SUMS(totals, 0 if OVER_ALL else N_TOTALS * span.place))
         else:
             sums = ()
         if N_NUMBERS > 0:  # noqa: SIM108
@@ -194,7 +250,9 @@ class Stage(NamedTuple):
     """A `fastopt.Sums`, compiled."""
 
     pairs: tuple[Any, ...]
-    """`sum_terms`, for each pair of terms."""
+    """`sum_terms`, for each pair of terms and norms."""
+    again: tuple[tuple[int, Any], ...]
+    """`sum_again`, for each norm of float64, with its number among the terms."""
     total: Any
     settle: Any
     spread: Any
@@ -233,12 +291,16 @@ class SummedKernel:
         spans, n = found.spans, found.spanned
         for stage in self._stages:
             of_stage = tuple([numbers[k] for k in stage.numbers])
-            totals = backend.empty(PAIR * max(1, len(stage.pairs)) * found.parameters)
-            for number, kernel in enumerate(stage.pairs):
-                partials = backend.empty(PAIR * found.blocks)
-                backend.launch(kernel, found.length, where, own, flat, lines, found.length, partials)
-                summed, of_pair = (1 if stage.over_all else n), PAIR * number
-                backend.launch(stage.total, summed, spans, summed, found.blocks, partials, of_pair, totals)
+            totals = backend.empty(PAIR * max(1, len(stage.pairs) + len(stage.again)) * found.parameters)
+            partials = [backend.empty(PAIR * found.blocks) for _ in (*stage.pairs, *stage.again)]
+            for kernel, made in zip(stage.pairs, partials, strict=False):
+                backend.launch(kernel, found.length, where, own, flat, lines, found.length, made)
+            for (number, kernel), made in zip(stage.again, partials[len(stage.pairs) :], strict=True):
+                known = partials[number // PAIR], number % PAIR
+                backend.launch(kernel, found.length, where, own, flat, lines, found.length, *known, made)
+            summed = 1 if stage.over_all else n
+            for number, made in enumerate(partials):
+                backend.launch(stage.total, summed, spans, summed, found.blocks, made, PAIR * number, totals)
             values = backend.empty(stage.values * n)
             rows = backend.empty(found.parameters * columns, on_device.dtype)
             blocks = -(-n // THREADS)
