@@ -102,7 +102,7 @@ RULES: Sequence[Fault] = (
     *faults_of(
         "fastopt/rules/lamb.py",
         "tests/test_rules.py -k 'lamb or (float64_equals and LAMB)'",
-        ("if norm_p > 0.0 and norm_u > 0.0 else 1.0", "if norm_u > 0.0 else 1.0"),
+        ("if sums.p > 0.0 and sums.u > 0.0 else 1.0", "if sums.u > 0.0 else 1.0"),
         ("+ h.weight_decay * p\n", "+ h.weight_decay * m\n"),
     ),
     *faults_of(
@@ -155,8 +155,8 @@ RULES: Sequence[Fault] = (
         "fastopt/rules/lars.py",
         parity("LARS"),
         (
-            "if norm_p > 0.0 and norm_g > 0.0:",
-            "if norm_p > 0.0:",
+            "if sums.p > 0.0 and sums.g > 0.0:",
+            "if sums.p > 0.0:",
             "tests/test_rule_kinds.py -k 'zero_gradient_leaves and LARS'",
         ),
         ("(1.0, momentum) if nesterov", "(0.0, 1.0) if nesterov"),
@@ -210,8 +210,8 @@ STEP: Sequence[Fault] = (
             SIMULATED + "tests/test_cuda.py -k skipped_step_changes_nothing",
         ),
         (
-            "        norm_g = step.coefficient * norm_g\n",
-            "        norm_p = step.coefficient * norm_p\n",
+            "        g = step.coefficient * g\n",
+            "        g = g\n",
             "tests/test_rule_kinds.py -k clipping_changes_the_norm",
         ),
     ),
@@ -364,11 +364,10 @@ STEP: Sequence[Fault] = (
             "tests/test_wrap.py -k 'go_on_after and cautious'",
         ),
         (
-            "[*own[:place], *of_rule, *own[place:]]",
-            "[*of_rule, *own]",
+            "[*own[:place], *others, *own[place:]]",
+            "[*others, *own]",
             "tests/test_wrap.py -k 'centred_gradients and Stable'",
         ),
-        ("kind(*own, *of_rule)", "kind(*of_rule, *own)", "tests/test_wrap.py -k 'nothing_changes_no_bit and LARS'"),
         (
             "for name, value in keywords.items() if name in known}",
             "for name, value in keywords.items()}",
@@ -452,8 +451,8 @@ LOOPS: Sequence[Fault] = (
         "fastopt/kernels/cpu/norms.py",
         "tests/test_tail.py",
         (
-            "size = min(BLOCK, chunk.stop - start)\n            if OF",
-            "size = BLOCK - 1\n            if OF",
+            "size = min(BLOCK, chunk.stop - start)\n            x",
+            "size = BLOCK - 1\n            x",
             "tests/test_tail.py -k norm_does_not_depend",
         ),
         (
@@ -467,25 +466,6 @@ LOOPS: Sequence[Fault] = (
         "fastopt/kernels/cpu/norms.py",
         "tests/test_rules.py -k lamb_takes_the_ratio",
         ("if chunk.place != place:", "if False:"),
-    ),
-    *faults_of(
-        "fastopt/kernels/cpu/layerwise.py",
-        "tests/test_rules.py -k LAMB",
-        (
-            "pp += np.float64(p[i]) * np.float64(p[i])",
-            "pp += np.float64(p[i] * p[i])",
-            "tests/test_rules.py -k 'lamb_norms'",
-        ),
-        (
-            "                if ZERO_GRAD:\n                    g[i] = ZERO\n                pp",
-            "                pp",
-            "tests/test_tail.py -k 'each_flag_alone or all_flags_at_once'",
-        ),
-        (
-            "average[i] = AVERAGED(step, p[i], average[i])",
-            "average[i] = p[i]",
-            "tests/test_tail.py -k 'all_flags_at_once_equal and LAMB'",
-        ),
     ),
     *faults_of(
         "fastopt/step/pipeline.py",
@@ -532,8 +512,8 @@ LOOPS: Sequence[Fault] = (
         "fastopt/kernels/cpu/lines.py",
         "tests/test_sums.py -k over_rows",
         (
-            "of_row = OF_ROW(h, of_rows, tile.row_line + row)\n            if BY",
-            "of_row = OF_ROW(h, of_rows, row)\n            if BY",
+            "of_row = OF_ROW(h, of_rows, tile.row_line + row)\n        if BY",
+            "of_row = OF_ROW(h, of_rows, row)\n        if BY",
         ),
         (
             "of_row = OF_ROW(h, of_rows, tile.row_line + row)\n            for j",
@@ -837,15 +817,47 @@ DEVICE: Sequence[Fault] = (
         ),
     ),
     *faults_of(
-        "fastopt/kernels/cuda/layerwise.py",
-        SIMULATED + "tests/test_cuda.py -k 'every_rule_with and (LAMB or NovoGrad or LARS)'",
-        ("t += right[WIDTH * block + right_column]", "t += right[WIDTH * block + left_column]"),
+        "fastopt/kernels/cpu/sums.py",
+        "tests/test_sums.py -k 'whether_or_not and chunks'",
+        ("                if right:\n", "                if not right:\n"),
+        ("right = right and in_range(totals[k])", "right = right or in_range(totals[k])"),
         (
-            "after = before if step.proceeds == ZERO else after",
-            "pass",
-            SIMULATED + "tests/test_cuda.py -k skipped_step_changes_nothing",
+            "partials[block, N_TERMS + 2 * k + 1] = rescaled(total, SCALE_DOWN)",
+            "partials[block, N_TERMS + 2 * k + 1] = rescaled(total, SCALE_UP)",
         ),
-        ("return (p, AVERAGED(step, p, values[1])), ZERO, ZERO", "return (p, values[1]), ZERO, ZERO"),
+        (
+            "for k in range(N_TOTALS):\n                    total, _",
+            "for k in range(N_TERMS):\n                    total, _",
+        ),
+        ("for i in range(RUN):\n        total =", "for i in range(RUN - 1):\n        total ="),
+    ),
+    *faults_of(
+        "fastopt/kernels/cpu/lines.py",
+        "tests/test_sums.py -k 'whether_or_not and tiles'",
+        ("            if not right:\n", "            if right:\n"),
+        ("part, count = tile.column_part, tile.width", "part, count = tile.column_part, 1"),
+        ("                    put_values(parts[N_TERMS:], k, scaled)\n", "                    pass\n"),
+    ),
+    *faults_of(
+        "fastopt/kernels/elements.py",
+        "tests/test_sums.py -k 'whether_or_not'",
+        ("    wide = np.float64(value)\n", "    wide = value\n"),
+        ("totals[{scaled + 2 * k + 1}]", "totals[{scaled + 2 * k}]"),
+        ("SQUARE({value}, UP), SQUARE({value}, DOWN)", "SQUARE({value}, DOWN), SQUARE({value}, UP)"),
+        ("range(len(names))[field] if", "0 if", "tests/test_sums.py -k several_numbers"),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/sums.py",
+        SIMULATED + "tests/test_cuda.py -k 'beyond_the_squares'",
+        ("        if not in_range(squares):\n", "        if in_range(squares):\n"),
+        ("known = partials[number // PAIR], number % PAIR", "known = partials[number // PAIR], 0"),
+    ),
+    *faults_of(
+        "fastopt/rule.py",
+        "tests/test_sums.py -k 'layerwise or several_numbers'",
+        ('more = "" if _takes(self.ratio, 2) else ", size, h"', 'more = ""'),
+        ('g = () if _takes(self.apply, len(states) + 3) else ("g",)', "g = ()"),
+        ('size = () if _takes(self.scale, 3 + len(numbers)) else ("size",)', "size = ()"),
     ),
     *faults_of(
         "fastopt/kernels/cuda/sums.py",
@@ -858,7 +870,7 @@ DEVICE: Sequence[Fault] = (
             "if N_NUMBERS > 0 and not OVER_ALL and (not GATED or table[row + PROCEEDS] != ZERO):",
             "if N_NUMBERS > 0 and not OVER_ALL:",
         ),
-        ("(1 if stage.over_all else n), PAIR * number", "(1 if stage.over_all else n), 0"),
+        ("found.blocks, made, PAIR * number, totals", "found.blocks, made, 0, totals"),
     ),
     *faults_of(
         "fastopt/kernels/cuda/decisions.py",
@@ -1282,32 +1294,6 @@ TRUST: Sequence[Fault] = (
         ("    table[0, PROCEEDS] = ZERO\n", ""),
     ),
     *faults_of(
-        "fastopt/kernels/cpu/layerwise.py",
-        'tests/test_interrupts.py -k "raises and serial and LAMB"',
-        ("    table[0, PROCEEDS] = ZERO\n    for c", "    for c"),
-        (
-            "    table[0, PROCEEDS] = ZERO\n    width",
-            "    width",
-            'tests/test_interrupts.py -k "raises and serial and NovoGrad"',
-        ),
-        ("with deferred_signals:\n            self._propose", "if True:\n            self._propose"),
-        (
-            "with deferred_signals:\n            self._scale",
-            "if True:\n            self._scale",
-            'tests/test_interrupts.py -k "raises and serial and NovoGrad"',
-        ),
-        (
-            "if DIRECTED and not in_range(uu):",
-            "if DIRECTED and in_range(uu):",
-            "tests/test_tail.py -k beyond_the_squares",
-        ),
-        (
-            "                if not in_range(pp):\n",
-            "                if False:\n",
-            "tests/test_tail.py -k beyond_the_squares",
-        ),
-    ),
-    *faults_of(
         "fastopt/kernels/cpu/norms.py",
         'tests/test_tail.py -k "equal_separate_passes"',
         ("    weight[1] = DTYPE(1)\n", ""),
@@ -1320,11 +1306,6 @@ TRUST: Sequence[Fault] = (
             "        if not in_range(total):\n",
             "        if False:\n",
             "tests/test_tail.py -k whole_range",
-        ),
-        (
-            "up, _ = summed(chunks, c, partials, 2 + 2 * column)",
-            "up, _ = summed(chunks, c, partials, 2 + column)",
-            "tests/test_tail.py -k beyond_the_squares",
         ),
     ),
     *faults_of(
@@ -1343,16 +1324,6 @@ TRUST: Sequence[Fault] = (
         "fastopt/kernels/cuda/decisions.py",
         SIMULATED + "tests/test_cuda.py -k 'whole_range and 1e+200'",
         ("        if not in_range(squares):\n", "        if in_range(squares):\n"),
-    ),
-    *faults_of(
-        "fastopt/kernels/cuda/layerwise.py",
-        SIMULATED + "tests/test_cuda.py -k 'beyond_the_squares and LAMB'",
-        ("if DIRECTED and not in_range(total):", "if DIRECTED and in_range(total):"),
-        (
-            "norm_right = ROOT_OF_SQUARES(t, of_left[0], of_right[0])",
-            "norm_right = math.sqrt(t)",
-            SIMULATED + "tests/test_cuda.py -k 'beyond_the_squares and LARS'",
-        ),
     ),
     *faults_of(
         "bench/gpu.py",
@@ -2182,9 +2153,16 @@ MATHEMATICS: Sequence[Fault] = (
     *faults_of(
         "fastopt/rule.py",
         "tests/test_bad_input.py -k declared",
-        ('        _check_call("Layerwise: ratio", self.ratio, ("norm_p", "norm_u"))\n', "        pass\n"),
-        ('        _check_call("Scaling: scale", self.scale, ("norm_p", "norm_g", *numbers, "h"))\n', ""),
-        ('            _check_call(f"{where}: apply", layerwise.apply, ("p", *self.states, "ratio", "h"))\n', ""),
+        (
+            '        _check_call("Layerwise: ratio", self.ratio, ("norm_p", "norm_u"), longer=("norm_p", "norm_u", "size", "h"))\n',
+            "        pass\n",
+        ),
+        ('        _check_call("Scaling: scale", self.scale, names, longer=(*names[:2], "size", *names[2:]))\n', ""),
+        (
+            '        _check_call(f"{where}: apply", self.apply, ("p", *states, "ratio", "h"), longer=(*names[:-1], "ratio", "h"))\n',
+            "",
+        ),
+        ("kind(*own, *of_rule)", "kind(*of_rule, *own)", "tests/test_wrap.py -k 'nothing_changes_no_bit and LARS'"),
         ("scalars.number(where, value, expected)", "scalars.number(where, 0.0, expected)"),
         ('co_varnames[:2] == ("p", "g")', 'co_varnames[:2] == ("g", "p")'),
     ),

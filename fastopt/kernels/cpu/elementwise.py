@@ -83,11 +83,12 @@ class ElementwiseKernel:
 
     def __init__(self, loop: Loop):
         self._loop = loop
-        self._backwards = True
+        self.backwards = True
+        """The direction of the last pass: the next one begins where it ended, with data that are still in the cache."""
 
     def launch(self, places: Array, states: tuple[Array, ...], table: Array, chunks: Array, elements: int) -> None:
         """As `fastopt.kernels.contract.Kernel`."""
-        self._backwards = not self._backwards  # two threads that race here lose a cache hit and nothing else
+        self.backwards = not self.backwards  # two threads that race here lose a cache hit and nothing else
         self._loop.run(
-            places, states, table, chunks, elements=elements, units=chunks.shape[0], backwards=self._backwards
+            places, states, table, chunks, elements=elements, units=chunks.shape[0], backwards=self.backwards
         )

@@ -234,16 +234,26 @@ class SummedKernel:
         units = chunks.shape[0]
         if units == 0:
             return
-        own = len(states) - self._n_numbers
+        own, update = len(states) - self._n_numbers, self._update
         states, numbers = states[:own], states[own:]
         with deferred_signals:
             for stage in self._stages:
                 partials = np.empty((blocks_of(chunks), stage.width))
                 if stage.sum_terms is not None:
-                    stage.sum_terms.run(places, states, table, chunks, partials, elements=elements, units=units)
+                    update.backwards = not update.backwards
+                    stage.sum_terms.run(
+                        places,
+                        states,
+                        table,
+                        chunks,
+                        partials,
+                        elements=elements,
+                        units=units,
+                        backwards=update.backwards,
+                    )
                 rows = np.empty((places.shape[0], table.shape[1]), table.dtype)
                 own_rows = np.empty_like(chunks)
                 of_stage = tuple([numbers[k] for k in stage.numbers])
                 stage.settle(places, chunks, partials, table, of_stage, rows, own_rows)
                 table, chunks = rows, own_rows
-            self._update.launch(places, states, table, chunks, elements)
+            update.launch(places, states, table, chunks, elements)
