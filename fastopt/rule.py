@@ -83,7 +83,7 @@ class Sums:
     """
 
     terms: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    settle: Callable[..., Any] = None  # type: ignore[assignment]  # refused; it has none to follow `terms`, which has
+    settle: Callable[..., Any] = None  # type: ignore[assignment]  # a default because `terms` has one; None is refused
     results: tuple[str | int, ...] = ()
     numbers: tuple[str, ...] = ()
     over: str = "tensor"
@@ -966,10 +966,12 @@ def _with_ratio(prepare: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _takes(function: Any, count: int) -> bool:
-    """Return whether a function can be called with so many arguments."""
+    """Return whether a function can be called with so many arguments, as far as is known."""
     try:
         inspect.signature(getattr(function, "scalar", function)).bind(*[None] * count)
-    except (TypeError, ValueError):
+    except ValueError:  # of some functions written in C
+        return True
+    except TypeError:
         return False
     return True
 

@@ -19,7 +19,7 @@ import fastopt
 from fastopt import kernels
 from fastopt.batchnorm import functional
 from fastopt.kernels.cuda import backend as backend_module
-from fastopt.kernels.cuda import batchnorm, decisions, elementwise, memory, norms, simulated
+from fastopt.kernels.cuda import batchnorm, decisions, elementwise, lines, memory, norms, simulated
 from fastopt.kernels.cuda.target import cuda, type_of
 
 
@@ -323,12 +323,12 @@ NOTICED: dict[str, tuple[Any, str, list[tuple[str, str]], Callable[[], bool], st
         a_batchnorm,
         "race",
     ),
-    "a lost barrier between two parameters": (
-        norms,
-        "leave_sums",
-        [("partials[at + 1] = right[0]\n    cuda.syncthreads()", "partials[at + 1] = right[0]")],
-        lambda: a_step("LAMB"),
-        "race",
+    "a lost barrier before sums of a tile": (
+        lines,
+        "fold",
+        [("cuda.syncthreads()\n    half", "half")],
+        lambda: a_step("Adafactor"),
+        "race|never written",
     ),
     "a swapped stride": (
         batchnorm,
