@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from cases import BY_NAME, EVERYTHING, MANY_STATES, MATHEMATICS, PER_RULE, WRAPPED, Case, gradients
 from test_inputs import sophia
-from test_sums import centred, lined, prodigy, ruled
+from test_sums import centred, lined, of_chunks, of_tiles, prodigy, ruled
 
 import fastopt
 from fastopt.kernels import get_backend
@@ -340,6 +340,19 @@ def test_sums_settled_one_after_the_other_and_numbers_of_each_and_of_all(made, m
         for number in made.numbers:
             found, wanted = host(ours.states[number][path]), cpu.states[number][path]
             np.testing.assert_allclose(found, wanted, rtol=1e-12, err_msg=f"{number} of {path}")
+
+
+@pytest.mark.parametrize(("of_p", "of_g"), [(1.0, 1.0), (1e200, 1e190), (1e-200, 1e190)], ids=["1", "large", "both"])
+@pytest.mark.parametrize("made", [of_chunks, of_tiles], ids=["chunks", "tiles"])
+def test_norms_of_any_function_are_the_cpus_beyond_the_squares(made, of_p, of_g):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (70,), "b": (3, 4), "empty": (0,)}
+    params, grads = ({path: of * rng.normal(size=shape) for path, shape in shapes.items()} for of in (of_p, of_g))
+    ours, cpu = (fastopt.Optimizer(params, made, backend=backend) for backend in ("cuda", "cpu"))
+    ours.step(uploaded(grads))
+    cpu.step(grads)
+    for path, expected in cpu.params.items():
+        np.testing.assert_allclose(host(ours.params[path]), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
