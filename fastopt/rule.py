@@ -152,19 +152,10 @@ class Layerwise:
     def __post_init__(self) -> None:
         _check_call("Layerwise: ratio", self.ratio, ("norm_p", "norm_u"), longer=("norm_p", "norm_u", "size", "h"))
 
-    def around(
+    def _around(
         self, function: FunctionType, prepare: Callable[..., Any], states: tuple[str, ...]
     ) -> tuple[FunctionType, Callable[..., Any], Sums]:
-        """Return what the rule is then: its scalar function, its `prepare`, and its sums.
-
-        Args:
-            function: the scalar function, which returns u.
-            prepare: as for `rule`.
-            states: the names of the states.
-
-        Raises:
-            TypeError: `apply` and `direction` must take what they are given.
-        """
+        """Return what a rule is then whose scalar function returns u: its scalar function, its prepare and its sums."""
         where, names = f"rule {function.__name__!r}: layerwise", ("p", "g", *states, "h")
         _check_call(f"{where}: apply", self.apply, ("p", *states, "ratio", "h"), longer=(*names[:-1], "ratio", "h"))
         if self.direction is not None:
@@ -239,7 +230,7 @@ class Scaling:
         """The names of the per-tensor states."""
         return () if self.number is None else (self.number,) if isinstance(self.number, str) else self.number
 
-    def sums(self, function: FunctionType, states: tuple[str, ...]) -> Sums:
+    def _sums(self, function: FunctionType, states: tuple[str, ...]) -> Sums:
         """Return the sums of a rule of this scalar function and these states."""
         numbers = [f"numbers[{k}]" for k in range(len(self.numbers))]
         size = () if _takes(self.scale, 3 + len(numbers)) else ("size",)
@@ -401,10 +392,10 @@ class Rule:
                 f"({', '.join(prepared)})"
             )
         if scaling is not None:
-            made.append(scaling.sums(function, states))
+            made.append(scaling._sums(function, states))
         self.scalar, self.prepare = function, prepare
         if layerwise is not None:
-            self.scalar, self.prepare, of_layers = layerwise.around(function, prepare, states)
+            self.scalar, self.prepare, of_layers = layerwise._around(function, prepare, states)
             made.append(of_layers)
         self.name = function.__name__
         self.__doc__ = function.__doc__
