@@ -824,6 +824,7 @@ DEVICE: Sequence[Fault] = (
         (
             "partials[block, N_TERMS + 2 * k + 1] = rescaled(total, SCALE_DOWN)",
             "partials[block, N_TERMS + 2 * k + 1] = rescaled(total, SCALE_UP)",
+            "tests/test_sums.py -k different_magnitudes",
         ),
         (
             "for k in range(N_TOTALS):\n                    total, _",
@@ -835,7 +836,11 @@ DEVICE: Sequence[Fault] = (
         "fastopt/kernels/cpu/lines.py",
         "tests/test_sums.py -k 'whether_or_not and tiles'",
         ("            if not right:\n", "            if right:\n"),
-        ("part, count = tile.column_part, tile.width", "part, count = tile.column_part, 1"),
+        (
+            "part, count = tile.column_part, tile.width",
+            "part, count = tile.column_part, 1",
+            "tests/test_sums.py -k different_magnitudes",
+        ),
         ("                    put_values(parts[N_TERMS:], k, scaled)\n", "                    pass\n"),
     ),
     *faults_of(

@@ -371,6 +371,7 @@ def ratios(p, g, h):
 
 of_chunks = fastopt.rule(prepare_norms, sums=normed("tensor", "all"))(ratios)
 of_tiles = fastopt.rule(prepare_norms, sums=normed("tensor", "all", "row", "column"))(ratios)
+of_columns = fastopt.rule(prepare_norms, sums=normed("column"))(ratios)
 
 EXTREMES = {
     "usual": (1.0, 1.0, np.float32),
@@ -411,6 +412,18 @@ def test_norms_are_right_whether_or_not_their_squares_are(by, of_p, of_g, dtype)
             expected = (expected * np.longdouble(of_p / of_g)).astype(dtype)
         rtol = 1e-13 if dtype == np.float64 else 1e-6
         np.testing.assert_allclose(leaf, expected, rtol=rtol, err_msg=path)
+
+
+def test_norms_are_right_of_blocks_and_columns_of_different_magnitudes():
+    """The sum of each block is in range, that of all is not; and a column is beside one whose squares overflow."""
+    for made, norms in ((of_chunks, 2.0), (of_tiles, 4.0)):
+        opt = fastopt.Optimizer({"w": np.full(4 * BLOCK, 1.2e152)}, made)
+        opt.step({"w": np.ones(4 * BLOCK)})
+        np.testing.assert_allclose(opt.params["w"], norms * 1.2e152, rtol=1e-13)
+    columns = np.array([[1.0, 1e200], [1.0, 1e200]])
+    opt = fastopt.Optimizer({"w": columns}, of_columns)
+    opt.step({"w": np.ones((2, 2))})
+    np.testing.assert_allclose(opt.params["w"], columns, rtol=1e-13)
 
 
 def test_the_bits_of_norms_are_the_same_for_any_threads(monkeypatch):
