@@ -311,6 +311,7 @@ class CUDA:
             len(lines),
             self.upload(spans.reshape(-1)),
             len(spans),
+            spans[:, 0],
             int(columns.block[-1]) + 1 if len(lines) else 0,
             int(columns.place.max(initial=-1)) + 1,
             Partials(),

@@ -92,6 +92,8 @@ class Chunks(NamedTuple):
     """A `Span` for each parameter that is there ..."""
     spanned: int
     """... and how many these are."""
+    places: np.ndarray
+    """The number of the parameter of each, on the host."""
     blocks: int
     parameters: int
     """One more than the number of the last one."""

@@ -218,19 +218,19 @@ def settled_at(index, line, totals, h, of_lines, numbers):
     return SETTLED(sums, old, float64(line.size), OF_LINE(h, of_lines, index))
 
 
-def settle(lines, n, totals, table, of_tensors, of_lines, numbers, results, count):
+def settle(lines, n, totals, table, of_tensors, of_lines, numbers, results, together):
     """Settle the sums: write the results, and the numbers unless the step is skipped.
 
-    numbers, results : the addresses of their buffers. count : how many parameters there are.
+    numbers, results : the addresses of their buffers. together : how many parameters a network has.
     """
     for k in range(cuda.blockIdx.x, n, cuda.gridDim.x):
         line = Line(*UNPACK_LINE(lines, N_LINE * k))
         step, h = HYPERPARAMETERS(table, line.group)
         h = OF_TENSOR(h, of_tensors, line.place)
         stop = line.length
-        if OVER_ALL:  # one line: parameters without a gradient have the same numbers
-            new = SETTLED_AT(0, line, totals, h, of_lines, numbers)
-            stop = count
+        if OVER_ALL:  # a line for each network: parameters without a gradient have the same numbers
+            new = SETTLED_AT(line.first, line, totals, h, of_lines, numbers)
+            stop = together
             cuda.syncthreads()
         for i in range(cuda.threadIdx.x, stop, cuda.blockDim.x):
             index = line.first + i
@@ -357,6 +357,7 @@ class LinedKernel:
             )
             of_stage = tuple([numbers[k] for k in stage.numbers])
             written = backend.addresses(results)
-            backend.launch(stage.settle, of_lines, lines, of_lines, totals, flat, *before, of_stage, written, count)
+            words = totals, flat, *before, of_stage, written, chunks.together
+            backend.launch(stage.settle, of_lines, lines, of_lines, *words)
             found[level] += results
         backend.launch(self._update, n, where, buffers[:end], flat, tiles.table, n, *settled())

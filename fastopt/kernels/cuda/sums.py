@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba import float64
 
 from fastopt.kernels.contract import (
@@ -93,6 +94,7 @@ OWN_ROWS: bool
 """Whether the table has a row per parameter, not per group."""
 
 NUMBER_BYTES = 8
+NETWORK = Place._fields.index("network")
 PAIR = 2
 """A kernel adds up two terms."""
 
@@ -157,38 +159,41 @@ def sum_again(places, states, table, chunks, n, known, column, partials):
         c += cuda.gridDim.x
 
 
-def total(spans, n, blocks, partials, column, totals):
-    """Add up the sums of the chunks of every parameter, or of all in one block."""
+def total(spans, n, together, partials, column, totals):
+    """Add up the sums of the chunks of every parameter, or of all of a network in one block.
+
+    n : how many such sums there are. together : how many spans each of them is of.
+    """
     left = cuda.shared.array(THREADS, float64)
     right = cuda.shared.array(THREADS, float64)
     for k in range(cuda.blockIdx.x, n, cuda.gridDim.x):
-        if OVER_ALL:  # noqa: SIM108 a branch is pruned, an expression is not
-            span = Span(0, 0, 0, blocks, 0)
-        else:
-            span = Span(*UNPACK_SPAN(spans, N_SPAN * k))
+        span = Span(*UNPACK_SPAN(spans, N_SPAN * together * k))
+        end = span.end
+        if OVER_ALL:
+            end = Span(*UNPACK_SPAN(spans, N_SPAN * (together * k + together - 1))).end
         s = 0.0
         t = 0.0
-        for block in range(span.block + cuda.threadIdx.x, span.end, cuda.blockDim.x):
+        for block in range(span.block + cuda.threadIdx.x, end, cuda.blockDim.x):
             s += partials[PAIR * block]
             t += partials[PAIR * block + 1]
-        LEAVE_SUMS(left, right, s, t, totals, N_TOTALS * span.place + column)
+        LEAVE_SUMS(left, right, s, t, totals, N_TOTALS * k + column)
 
 
-def settle(spans, n, totals, table, numbers, values):
+def settle(spans, n, together, totals, table, numbers, values):
     """Settle the sums of each parameter, or of all: leave a line of new values, the results and then the numbers.
 
-    n : how many spans there are. numbers : the addresses of the buffers of per-tensor states.
+    n, together : as for `total`. numbers : the addresses of the buffers of per-tensor states.
     """
     k = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
-    while k < (1 if OVER_ALL else n):
-        span = Span(*UNPACK_SPAN(spans, N_SPAN * k))
+    while k < n:
+        span = Span(*UNPACK_SPAN(spans, N_SPAN * together * k))
         size = span.size
         if OVER_ALL:
-            for other in range(1, n):
-                size += Span(*UNPACK_SPAN(spans, N_SPAN * other)).size
+            for other in range(1, together):
+                size += Span(*UNPACK_SPAN(spans, N_SPAN * (together * k + other))).size
         _, h = HYPERPARAMETERS(table, span.place if OWN_ROWS else span.group)
         if N_TERMS > 0:  # noqa: SIM108
-            sums = FINISHED(UNPACK_SUMS(totals, 0 if OVER_ALL else N_TOTALS * span.place))
+            sums = FINISHED(UNPACK_SUMS(totals, N_TOTALS * k))
         else:
             sums = ()
         if N_NUMBERS > 0:  # noqa: SIM108
@@ -199,29 +204,34 @@ def settle(spans, n, totals, table, numbers, values):
         k += cuda.gridDim.x * cuda.blockDim.x
 
 
-def spread(spans, n, table, values, numbers, count, rows):
+def spread(spans, n, together, count, table, values, numbers, rows):
     """Give each parameter a row of its own with the results in it, and write the numbers, unless the step is skipped.
 
-    count : how many numbers a buffer of per-tensor states has. rows : overwritten: a table with a row per parameter.
+    n : how many spans there are. together : as for `total`. count : how many parameters a network has. rows :
+    overwritten: a table with a row per parameter.
     """
     every = cuda.gridDim.x * cuda.blockDim.x
     k = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     while k < n:
         span = Span(*UNPACK_SPAN(spans, N_SPAN * k))
         row = N_ROW * (span.place if OWN_ROWS else span.group)
-        line = 0 if OVER_ALL else N_VALUES * k
+        line = N_VALUES * (k // together)
         for column in range(N_ROW):
             rows[N_ROW * span.place + column] = table[row + column]
         PUT_RESULTS(rows, N_ROW * span.place, values, line)
         if N_NUMBERS > 0 and not OVER_ALL and (not GATED or table[row + PROCEEDS] != ZERO):
             STORE_NUMBERS(numbers, NUMBER_BYTES * span.place, (UNPACK_NUMBERS(values, line + N_RESULTS),))
         k += every
-    if N_NUMBERS > 0 and OVER_ALL:
-        span = Span(*UNPACK_SPAN(spans, 0))
-        row = N_ROW * (span.place if OWN_ROWS else span.group)
+    if N_NUMBERS > 0 and OVER_ALL:  # parameters without a gradient have the same numbers
         k = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
-        while k < count and (not GATED or table[row + PROCEEDS] != ZERO):
-            STORE_NUMBERS(numbers, NUMBER_BYTES * k, (UNPACK_NUMBERS(values, N_RESULTS),))
+        while k < n // together * count:
+            network = k // count
+            span = Span(*UNPACK_SPAN(spans, N_SPAN * together * network))
+            row = N_ROW * (span.place if OWN_ROWS else span.group)
+            if not GATED or table[row + PROCEEDS] != ZERO:
+                place = span.place - span.place % count + k % count
+                new = UNPACK_NUMBERS(values, N_VALUES * network + N_RESULTS)
+                STORE_NUMBERS(numbers, NUMBER_BYTES * place, (new,))
             k += every
 
 
@@ -287,8 +297,8 @@ class SummedKernel:
         buffers = backend.addresses(states)
         end = len(states) - self._n_numbers
         own, numbers = buffers[: self._n_states], buffers[end:]
-        count = states[end].size if numbers else 0
         spans, n = found.spans, found.spanned
+        count = len(places) // (int(places[-1, NETWORK]) + 1)
         for stage in self._stages:
             of_stage = tuple([numbers[k] for k in stage.numbers])
             totals = backend.empty(PAIR * max(1, len(stage.pairs) + len(stage.again)) * found.parameters)
@@ -298,14 +308,15 @@ class SummedKernel:
             for (number, kernel), made in zip(stage.again, partials[len(stage.pairs) :], strict=True):
                 known = partials[number // PAIR], number % PAIR
                 backend.launch(kernel, found.length, where, own, flat, lines, found.length, *known, made)
-            summed = 1 if stage.over_all else n
+            summed = len(np.unique(found.places // count)) if stage.over_all else n
+            together = n // summed
             for number, made in enumerate(partials):
-                backend.launch(stage.total, summed, spans, summed, found.blocks, made, PAIR * number, totals)
+                backend.launch(stage.total, summed, spans, summed, together, made, PAIR * number, totals)
             values = backend.empty(stage.values * n)
             rows = backend.empty(found.parameters * columns, on_device.dtype)
-            blocks = -(-n // THREADS)
-            backend.launch(stage.settle, blocks, spans, n, totals, flat, of_stage, values)
-            widest = -(-max(n, count) // THREADS)
-            backend.launch(stage.spread, widest, spans, n, flat, values, of_stage, count, rows)
+            blocks = -(-summed // THREADS)
+            backend.launch(stage.settle, blocks, spans, summed, together, totals, flat, of_stage, values)
+            widest = -(-max(n, summed * count) // THREADS)
+            backend.launch(stage.spread, widest, spans, n, together, count, flat, values, of_stage, rows)
             flat, lines = rows, found.by_place
         self._update.launch_on(where, buffers[:end], flat, lines, found.length)
