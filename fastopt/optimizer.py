@@ -66,7 +66,7 @@ class Optimizer:
         maximize: go uphill.
         grad_norm: measure the norm of the gradients in every step, for `StepInfo.grad_norm`.
         members: of a population, how many independent networks the arrays hold along their first axis. Each is updated
-            as by an optimizer of its own, to the bit: norms, clipping, skipped steps, layerwise and other sums are its
+            as by an optimizer of its own, to the bit: norms, clipping, skipped steps and the sums of rules are its
             own, and every number among the hyperparameters may be an array with one for each member, as
             ``lr=rates, betas=(0.9, array)``; a schedule may return such an array. See `hyper`, `copy_member`. Schedules
             follow the steps of the population. `step_rows` is not for populations.

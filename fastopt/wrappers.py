@@ -41,7 +41,7 @@ def lookahead(rule: Rule) -> Rule:
         p = slow
 
     Args:
-        rule: any `Rule` but a layerwise one. The new hyperparameters are lookahead_k = 5, in updates of a parameter
+        rule: any `Rule`. The new hyperparameters are lookahead_k = 5, in updates of a parameter
             from 1, and lookahead_alpha = 0.5, from 0 to 1; the new state "slow" is in units of the parameter, and
             begins there.
 
@@ -115,7 +115,7 @@ def cautious(rule: Rule, *, rescale: bool = True) -> Rule:
         mask = 1 where (p - p_new) g > 0, else 0; its mean is over each parameter tensor
 
     Args:
-        rule: any `Rule` but a layerwise one. `p` is the parameter after decoupled weight decay, and `g` contains L2;
+        rule: any `Rule`. `p` is the parameter after decoupled weight decay, and `g` contains L2;
             the decay of a rule that applies its own is part of its step.
         rescale: whether the step is divided by the mean of the mask, which takes another pass over p, g and the states.
             False for none, and for rules that see norms or matrices (LARS, NovoGrad, Muon).
@@ -182,7 +182,7 @@ def centralized(rule: Rule, *, over: str = "row") -> Rule:
         g = g - mean(g), the mean over each row: over all axes but the first one
 
     Args:
-        rule: any `Rule` that is not layerwise, scaling or matrixwise. `g` is clipped, and contains L2 but no decoupled
+        rule: any `Rule` that is not matrixwise. `g` is clipped, and contains L2 but no decoupled
             weight decay. The new hyperparameter is centralize = True, a flag. It is False by default for parameters of
             fewer than two axes, which keep their gradients; overrides can change it, as
             ``{"embedding": {"centralize": False}}``.
@@ -241,7 +241,7 @@ def averaged(rule: Rule) -> Rule:
         average = average + (p - average) / max(1, t - average_from + 1)
 
     Args:
-        rule: any `Rule` but a layerwise one. The new hyperparameter is average_from = 1, the first update of the mean,
+        rule: any `Rule`. The new hyperparameter is average_from = 1, the first update of the mean,
             from 1; the new state "average" is in units of the parameter. For a mean that forgets, every optimizer has
             ``ema=``.
 
