@@ -747,7 +747,7 @@ DEVICE: Sequence[Fault] = (
         ("FOLD(left, right, i, down, across)", "FOLD(left, right, i, down, 1)"),
         ("partials[PAIR * (tile.row_part + first + i)] =", "partials[PAIR * tile.row_part] ="),
         ("totals[N_TOTALS * (line.first + i) + pair] = s", "totals[N_TOTALS * (line.first + i)] = s"),
-        ("            stop = count\n", ""),
+        ("            stop = together\n", ""),
         ("if N_NUMBERS > 0 and (not GATED or step.proceeds != ZERO):", "if N_NUMBERS > 0:"),
         ("row = element // tile.width", "row = element // tile.columns"),
     ),
@@ -867,15 +867,15 @@ DEVICE: Sequence[Fault] = (
     *faults_of(
         "fastopt/kernels/cuda/sums.py",
         SIMULATED + "tests/test_cuda.py -k settled_one_after_the_other",
-        ("size += Span(*UNPACK_SPAN(spans, N_SPAN * other)).size", "size += 1"),
+        ("size += Span(*UNPACK_SPAN(spans, N_SPAN * (together * k + other))).size", "size += 1"),
         ("PACK_VALUES(values, N_VALUES * k,", "PACK_VALUES(values, k,"),
         ("row = N_ROW * (span.place if OWN_ROWS else span.group)\n        line", "row = 0\n        line"),
-        ("while k < count and (not GATED", "while k < n and (not GATED"),
+        ("while k < n // together * count:", "while k < n:"),
         (
             "if N_NUMBERS > 0 and not OVER_ALL and (not GATED or table[row + PROCEEDS] != ZERO):",
             "if N_NUMBERS > 0 and not OVER_ALL:",
         ),
-        ("found.blocks, made, PAIR * number, totals", "found.blocks, made, 0, totals"),
+        ("together, made, PAIR * number, totals", "together, made, 0, totals"),
     ),
     *faults_of(
         "fastopt/kernels/cuda/decisions.py",
@@ -2314,6 +2314,19 @@ POPULATIONS: Sequence[Fault] = (
         OF_POPULATIONS + "-k all_are_all",
         ("record(Place, places, of_parameter * N_PLACE).network != own_network", "False"),
         ("            network = own_network\n", "            network = 0\n"),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/sums.py",
+        SIMULATED + "tests/test_cuda_population.py -k of_all",
+        ("N_SPAN * (together * k + together - 1)", "N_SPAN * (n - 1)"),
+        ("span.place - span.place % count + k % count", "k"),
+        ("FINISHED(UNPACK_SUMS(totals, N_TOTALS * k))", "FINISHED(UNPACK_SUMS(totals, 0))"),
+        ("line = N_VALUES * (k // together)", "line = 0"),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/lines.py",
+        SIMULATED + "tests/test_cuda_population.py -k of_all",
+        ("SETTLED_AT(line.first, line, totals", "SETTLED_AT(0, line, totals"),
     ),
     *faults_of(
         "fastopt/kernels/cpu/lines.py",

@@ -1207,7 +1207,7 @@ AT_DECLARATION = [
     (
         "a number of no name",
         by_scale(lambda p, g, v, h: (1.0, v), "no name"),
-        r"^Scaling: number: must be the name of one per-tensor state, or None, got 'no name'$",
+        r"^Scaling: number: must be a name, a tuple of names, or None, got 'no name'$",
     ),
     (
         "a pair as range",

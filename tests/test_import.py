@@ -109,7 +109,7 @@ ARROWS = {
     "kernels/contract.py": set(),
     "source.py": set(),
     "closed_forms/*.py": {"closed_forms", "source"},
-    "rule.py": {"scalars", "hyper", "closed_forms"},
+    "rule.py": {"scalars", "hyper", "closed_forms", "source"},
     "wrap.py": {"hyper", "rule", "source"},
     "wrappers.py": {"hyper", "rule", "wrap"},
     "rules/*.py": {"rule", "rules", "hyper", "closed_forms"},

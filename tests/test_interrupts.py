@@ -19,6 +19,7 @@ from test_sums import lined, ruled
 
 import fastopt
 from fastopt.checkpoint import describe
+from fastopt.kernels.contract import N_PLACE
 from fastopt.kernels.driver import DRIVER
 from fastopt.signals import deferred_signals
 
@@ -412,7 +413,7 @@ def test_other_arrays_are_taken_whole_or_not_at_all():
         own, buffer = tree(), np.zeros(34_007, np.float32)
         other = {"E": buffer[:4000].reshape(400, 10), "W": buffer[4000:34_000].reshape(300, 100), "b": buffer[34_000:]}
         flat = fastopt.pack(own, copy=False)
-        assert flat.places.shape == (3, 3)
+        assert flat.places.shape == (3, N_PLACE)
         assert sum(flat.neighbours) == 0
         reached, raised = interrupted_at(lambda: flat.replace(other), moment)  # noqa: B023 called here
         replaced = flat.params["W"] is other["W"]

@@ -639,6 +639,7 @@ def test_state_dict_holds_what_a_resumed_run_needs():
             "maximize": False,
             "grad_norm": False,
             "decoupled_weight_decay": False,
+            "members": None,
         },
         "ema": None,
         "nonfinite": {"consecutive": 0, "total": 0},
