@@ -222,7 +222,7 @@ def test_chunks_in_the_middle_of_parameters_and_rows_whose_gradients_are_elsewhe
     results = []
     for backend, scattered in ((get_backend("cpu"), False), (cuda(), False), (cuda(), True)):
         arrays = [Placed.of(backend, [array], (1,)) for array in (p, g, m, v)]
-        places = np.array([Place(int(arrays[0].addresses[0]), int(arrays[1].addresses[0]), 1)], np.int64)
+        places = np.array([Place(int(arrays[0].addresses[0]), int(arrays[1].addresses[0]), 1, 0)], np.int64)
         kernel = backend.kernel(RULES["adam"], hyper, np.dtype(dtype), Features(scattered=scattered))
         kernel.launch(places, tuple(each.array for each in arrays[2:]), table, np.array(rows, np.int64), 15)
         results.append([vector for each in arrays for vector in each.vectors((each.array.size - 4,))])
@@ -438,7 +438,7 @@ def test_a_kernel_that_reaches_beyond_an_array_fails_and_so_does_one_on_another_
     kernel = cuda().kernel(rule, hyper_of(rule), np.dtype(np.float32), Features())
     table = np.ones((1, len(StepHyper._fields) + len(hyper_of(rule)._fields)), np.float32)
     p, g = (cuda().zeros(8, np.dtype(np.float32)) for _ in range(2))
-    places = np.array([Place(cuda().address(p), cuda().address(g), 0)], np.int64)
+    places = np.array([Place(cuda().address(p), cuda().address(g), 0, 0)], np.int64)
     kernel.launch(places, (), table, np.array([Chunk(0, 0, 8, 0, 0, 0)], np.int64), 8)
     with pytest.raises(IndexError, match="not in the memory of any array"):
         kernel.launch(places, (), table, np.array([Chunk(0, 0, 9, 0, 0, 0)], np.int64), 9)
