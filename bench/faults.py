@@ -2362,11 +2362,11 @@ POPULATIONS: Sequence[Fault] = (
         OF_POPULATIONS + "-k 'every_option or copied_member or overrides'",
         ("                group.missed = group.missed + skipped\n", "                pass\n"),
         ("            missed[target] = missed[source]\n", ""),
-        ("held = count.tobytes()", "held = 0", OF_POPULATIONS + "-k missing_gradients"),
+        ("held = count.tobytes()", "held = 0", OF_POPULATIONS + "-k 'goes_on_from and Adam'"),
     ),
     *faults_of(
         "fastopt/step/matrices.py",
-        OF_POPULATIONS + "-k 'optimizers_of_their_own and (SOAP or Muon)'",
+        OF_POPULATIONS + "-k 'transforms_of_matrices'",
         ("own_part = ... if member is None else member", "own_part = ... if member is None else 0"),
         ("{name: of_member(value, member) for", "{name: of_member(value, 0) for"),
     ),
@@ -2381,7 +2381,7 @@ POPULATIONS: Sequence[Fault] = (
         (
             "matrices.transform(k, views, int(t[member]), values[k], member)",
             "matrices.transform(k, views, self.steps + 1, values[k], member)",
-            OF_POPULATIONS + "-k 'copied_member and SOAP'",
+            OF_POPULATIONS + "-k transforms_of_matrices",
         ),
     ),
     *faults_of(

@@ -196,9 +196,14 @@ def test_every_number_may_differ(name, members):
 
 
 def test_transforms_of_matrices_have_the_numbers_of_their_member():
-    pair = Pair(BY_NAME["SOAP-weight_decay=0.1"], shampoo_beta=np.array([0.5, 0.7, 0.9]), precondition_frequency=1)
-    for step in range(3):
-        pair.step(stacked(step))
+    """Their hyperparameters, and the number of their update: one member has missed a step."""
+    numbers = {"shampoo_beta": np.array([0.5, 0.7, 0.9]), "precondition_frequency": 2}
+    pair = Pair(BY_NAME["SOAP-weight_decay=0.1"], nonfinite="skip", **numbers)
+    for step in range(5):
+        grads = stacked(step)
+        if step == 1:
+            grads["W"][1] = np.nan
+        pair.step(grads)
         pair.check()
 
 
