@@ -39,7 +39,7 @@ def update_(rule: Rule, p: Any, g: Any, *states: Any, t: int = 1, grad_scale: fl
             optimizer. For a rule of further inputs also ``loss=``, and False in the place of one that this update does
             not have.
 
-    A layerwise rule (LAMB) treats the arrays as one parameter, and a rule with sums over rows and columns (Adafactor)
+    A rule with norms (LAMB) treats the arrays as one parameter, and a rule with sums over rows and columns (Adafactor)
     as one row. A matrixwise rule (Muon) refuses them.
 
     Raises:

@@ -26,7 +26,7 @@ from fastopt.step.options import StepOptions
 from fastopt.step.pipeline import Pipeline
 from fastopt.step.population import HyperView
 from fastopt.step.rows import check_indices
-from fastopt.storage.flat import FlatParams, pack
+from fastopt.storage.flat import FlatParams, check_members, pack
 from fastopt.storage.trees import adopt, handed_out
 
 SHARED = frozenset({"rule", "_base", "_overrides"})
@@ -148,10 +148,7 @@ class Optimizer:
             raise TypeError(f"rule: must be a Rule, made by @fastopt.rule(prepare), got {type(rule).__name__}")
         if decoupled_weight_decay is not None:
             rule = rule.decaying(Flag().check("decoupled_weight_decay", decoupled_weight_decay))
-        if members is None and isinstance(params, FlatParams):
-            members = params.members
-        elif members is not None:
-            members = scalars.count("members", members, 1, "the number of networks, an int from 1, or None")
+        members = params.members if members is None and isinstance(params, FlatParams) else check_members(members)
         own: dict[str, Any] = {
             "rule": rule,
             "_members": members,

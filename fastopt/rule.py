@@ -27,8 +27,15 @@ OVER = ("tensor", "row", "column", "all")
 """What `Sums` may go over."""
 SETTLED = ("sums", "numbers", "size", "h")
 """What `Sums.settle` takes."""
-RATIO = "ratio_of_norms"
-"""The field of h of a layerwise rule that receives its ratio."""
+
+
+class _Ratio(NamedTuple):
+    """What a layerwise rule has in h besides the fields of its own."""
+
+    ratio_of_norms: float
+
+
+(RATIO,) = _Ratio._fields
 NOT_PLAIN = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
 
@@ -937,12 +944,6 @@ def checked_domains(where: str, domains: Any) -> Mapping[str, Domain]:
         if not isinstance(domain, Domain):
             raise TypeError(f"{where}: domains[{name!r}]: must be a range, as fastopt.Interval(0, 1), got {domain!r}")
     return domains or {}
-
-
-class _Ratio(NamedTuple):
-    """What a layerwise rule has in h besides the fields of its own."""
-
-    ratio_of_norms: float
 
 
 def _with_ratio(prepare: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -41,9 +41,8 @@ def lookahead(rule: Rule) -> Rule:
         p = slow
 
     Args:
-        rule: any `Rule`. The new hyperparameters are lookahead_k = 5, in updates of a parameter
-            from 1, and lookahead_alpha = 0.5, from 0 to 1; the new state "slow" is in units of the parameter, and
-            begins there.
+        rule: any `Rule`. The new hyperparameters are lookahead_k = 5, in updates of a parameter from 1, and
+            lookahead_alpha = 0.5, from 0 to 1; the new state "slow" is in units of the parameter, and begins there.
 
     Returns:
         A `Rule`, named ``lookahead_`` and that of `rule`.
@@ -115,10 +114,10 @@ def cautious(rule: Rule, *, rescale: bool = True) -> Rule:
         mask = 1 where (p - p_new) g > 0, else 0; its mean is over each parameter tensor
 
     Args:
-        rule: any `Rule`. `p` is the parameter after decoupled weight decay, and `g` contains L2;
-            the decay of a rule that applies its own is part of its step.
+        rule: any `Rule`. `p` is the parameter after decoupled weight decay, and `g` contains L2; the decay of a rule
+            that applies its own is part of its step.
         rescale: whether the step is divided by the mean of the mask, which takes another pass over p, g and the states.
-            False for none, and for rules that see norms or matrices (LARS, NovoGrad, Muon).
+            False for none, and for rules that see matrices (Muon).
 
     Returns:
         A `Rule`, named ``cautious_`` and that of `rule`, with its states and hyperparameters.
@@ -165,9 +164,8 @@ def _gradient(p, g, h):
 
 
 def _mean_of_row(sums: Any, numbers: Any, size: float, h: Any) -> float:
-    mean: float = (
-        sums.gradient / size if h.centralize > 0.0 else 0.0
-    )  # in this form, so that a NaN stays in its element
+    # Not the product with the flag: of a parameter that is left out, a NaN stays in its element.
+    mean: float = sums.gradient / size if h.centralize > 0.0 else 0.0
     return mean
 
 
@@ -182,10 +180,9 @@ def centralized(rule: Rule, *, over: str = "row") -> Rule:
         g = g - mean(g), the mean over each row: over all axes but the first one
 
     Args:
-        rule: any `Rule` that is not matrixwise. `g` is clipped, and contains L2 but no decoupled
-            weight decay. The new hyperparameter is centralize = True, a flag. It is False by default for parameters of
-            fewer than two axes, which keep their gradients; overrides can change it, as
-            ``{"embedding": {"centralize": False}}``.
+        rule: any `Rule` that is not matrixwise. `g` is clipped, and contains L2 but no decoupled weight decay. The new
+            hyperparameter is centralize = True, a flag. It is False by default for parameters of fewer than two axes,
+            which keep their gradients; overrides can change it, as ``{"embedding": {"centralize": False}}``.
         over: ``"row"`` for weights with a row per output, as torch's; ``"column"`` for matrices with a column per
             output, as W in ``X @ W``.
 
@@ -241,9 +238,8 @@ def averaged(rule: Rule) -> Rule:
         average = average + (p - average) / max(1, t - average_from + 1)
 
     Args:
-        rule: any `Rule`. The new hyperparameter is average_from = 1, the first update of the mean,
-            from 1; the new state "average" is in units of the parameter. For a mean that forgets, every optimizer has
-            ``ema=``.
+        rule: any `Rule`. The new hyperparameter is average_from = 1, the first update of the mean, from 1; the new
+            state "average" is in units of the parameter. For a mean that forgets, every optimizer has ``ema=``.
 
     Returns:
         A `Rule`, named ``averaged_`` and that of `rule`.

@@ -290,10 +290,6 @@ class Features:
     scattered: bool = False
     """Chunks are short and far apart: they are prefetched."""
 
-    def of_norm(self) -> Features:
-        """Return the flags that change the norm of the gradients."""
-        return Features(unscale=self.unscale, zero_nonfinite=self.zero_nonfinite, clip_value=self.clip_value)
-
 
 class Kernel(Protocol):
     """The compiled update of one rule."""
@@ -416,7 +412,10 @@ class Backend(Protocol):
         """
 
     def norm(self, dtype: Any, features: Features) -> NormKernel:
-        """Return the norm kernel for `dtype`, compiled once per combination, with flags of `Features.of_norm`."""
+        """Return the norm kernel for `dtype`, compiled once per combination of the flags that change a norm.
+
+        features : none but those before `Features.clip_norm`.
+        """
 
     def add(
         self,

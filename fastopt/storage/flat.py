@@ -766,8 +766,8 @@ def pack(
             )
     if not copy:
         _check_updatable(paths, leaves, arrays, memory)
+    members = check_members(members)
     if members is not None:
-        members = scalars.count("members", members, 1, "the number of networks, an int from 1, or None")
         for path, leaf in zip(paths, arrays, strict=True):
             if leaf.shape[:1] != (members,):
                 raise ValueError(
@@ -775,6 +775,13 @@ def pack(
                     f"stack the networks with np.stack"
                 )
     return FlatParams(arrays, paths, treespec, np.dtype(found), backend, copy=copy, members=members)
+
+
+def check_members(members: Any) -> int | None:
+    """Return the number of networks of a population, or None; refuse others."""
+    if members is None:
+        return None
+    return scalars.count("members", members, 1, "the number of networks, an int from 1, or None")
 
 
 def _check_updatable(paths: Sequence[str], given: Sequence[Any], arrays: Sequence[Any], memory: Backend) -> None:
