@@ -64,7 +64,16 @@ FIELDS = {
 }
 """The fields of a document. ``state_format`` is the format of the fields shared with `Optimizer.state_dict`."""
 
-NAMES = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32"}
+NAMES = {
+    "float32": "F32",
+    "float64": "F64",
+    "int64": "I64",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int8": "I8",
+    "uint8": "U8",
+}
 """The names of dtypes in safetensors."""
 
 MOST_STEPS = 2**53

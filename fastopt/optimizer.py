@@ -26,6 +26,7 @@ from fastopt.step.options import StepOptions
 from fastopt.step.pipeline import Pipeline
 from fastopt.step.population import HyperView
 from fastopt.step.rows import check_indices
+from fastopt.storage.codes import decoded
 from fastopt.storage.flat import FlatParams, check_members, pack
 from fastopt.storage.trees import adopt, handed_out
 
@@ -140,6 +141,11 @@ class Optimizer:
         zero_grad: bool = False,
         maximize: bool = False,
         grad_norm: bool = False,
+        states: str | Mapping[str, str] | None = None,
+        master: bool | None = None,
+        rounding: str = "nearest",
+        compensated: bool = False,
+        seed: int = 0,
         decoupled_weight_decay: bool | None = None,
         members: int | None = None,
         **hyper: Any,
@@ -154,7 +160,8 @@ class Optimizer:
             "_members": members,
             "_names": frozenset(name for name in rule.names() if name == "lr" or not hasattr(type(self), name)),
             "_options": StepOptions.checked(
-                max_norm, clip_norm_per_tensor, clip_value, nonfinite, ema, zero_grad, maximize, grad_norm
+                *(max_norm, clip_norm_per_tensor, clip_value, nonfinite, ema, zero_grad, maximize, grad_norm),
+                *(states, master, rounding, compensated, seed),
             ),
             "_base": rule.check_all(rule.complete(hyper), members=members),
             "_overrides": overrides or {},
@@ -188,7 +195,7 @@ class Optimizer:
         rule, changes = self.rule, match_overrides(flat.paths, self._overrides)
         mark_matrices(rule, changes, flat.member_shapes)
         checked = [
-            check_change(rule, change, f"overrides: {path}: ", flat.dtype, networks=flat.members)
+            check_change(rule, change, f"overrides: {path}: ", flat.compute, networks=flat.members)
             for path, change in zip(flat.paths, changes, strict=True)
         ]
         if rule.matrixwise is not None:
@@ -332,8 +339,11 @@ class Optimizer:
 
     @property
     def states(self) -> Mapping[str, Any]:
-        """The rule's states by name, each as a tree of views. Assigning to an item writes into the view."""
-        arrays = self.state.arrays
+        """The rule's states by name, each as a tree of views. Assigning to an item writes into the view.
+
+        States of 8 bits are copies, decoded and read-only.
+        """
+        arrays = decoded(self.state.arrays)
         names = (*self.rule.states, *self.rule.numbers, *self.rule.matrices)
         trees = {name: handed_out(self.flat.treespec, arrays[name], f"opt.states[{name!r}]") for name in names}
         return MappingProxyType(trees)
@@ -659,7 +669,7 @@ class Optimizer:
         pipeline.refuse_while_held("swap_ema")
         if pipeline.average is None:
             raise RuntimeError("swap_ema(): this optimizer keeps no average; construct it with ema=0.999")
-        views = pipeline.flat.views(pipeline.average)
+        views = pipeline.flat.state_views(pipeline.average)
         with pipeline.elsewhere("swap_ema", lambda: pipeline.put_params(views)):
             yield self.params
 

@@ -353,6 +353,7 @@ class Rule:
             ``"p"``.
         extra: the names of the states that a step is given.
         for_matrices: the names of flags that are False by default for parameters of fewer than two axes.
+        nonnegative: the names of states that are never below 0.
         inputs: the names of the arguments of `prepare` that are none of the hyperparameters: whether one of `extra` is
             given, and the loss.
         idle: the closed form of many zero-gradient steps, a `fastopt.closed_forms.Idle`; None for none, which rules out
@@ -376,6 +377,7 @@ class Rule:
         initial: Mapping[str, float | str] | None = None,
         extra: Sequence[str] = (),
         for_matrices: Sequence[str] = (),
+        nonnegative: Sequence[str] = (),
         idle: Idle | None = None,
         gradients_in: str | None = None,
         evaluated_in: str | None = None,
@@ -440,6 +442,12 @@ class Rule:
                 raise TypeError(
                     f"rule {self.name!r}: for_matrices: must name hyperparameters ({', '.join(self.hyperparameters)}), "
                     f"got {name!r}"
+                )
+        self.nonnegative = several_names(f"rule {self.name!r}: nonnegative", nonnegative)
+        for name in self.nonnegative:
+            if name not in self.states:
+                raise TypeError(
+                    f"rule {self.name!r}: nonnegative: must name states ({', '.join(self.states)}), got {name!r}"
                 )
         self.owns_weight_decay = WEIGHT_DECAY in self.hyperparameters
         if decoupled and ("lr" not in self.hyperparameters or self.owns_weight_decay):
@@ -747,6 +755,7 @@ class Rule:
                 initial=self.initial,
                 extra=self.extra,
                 for_matrices=self.for_matrices,
+                nonnegative=self.nonnegative,
                 idle=self.idle,
                 gradients_in=self.gradients_in,
                 evaluated_in=self.evaluated_in,
@@ -773,6 +782,7 @@ def rule(
     initial: Mapping[str, float | str] | None = None,
     extra: Sequence[str] = (),
     for_matrices: Sequence[str] = (),
+    nonnegative: Sequence[str] = (),
     idle: Idle | None = None,
     gradients_in: str | None = None,
     evaluated_in: str | None = None,
@@ -796,6 +806,8 @@ def rule(
             last one. An argument ``loss`` of `prepare` is the number in ``step(grads, loss=number)``.
         for_matrices: the names of hyperparameters, flags such as ``("centralize",)``, that are False by default for a
             parameter of fewer than two axes; overrides can change that.
+        nonnegative: the names of states that are never below 0, such as second moments ``("v",)``. With
+            ``states="int8"`` they have codes of a wider range, in which what is not 0 does not become 0.
         idle: the closed form of many zero-gradient steps, for `Optimizer.step_rows`: ``fastopt.Linear()`` for a rule
             that maps p and the states linearly where the gradient is 0.
         gradients_in, evaluated_in: for a rule whose gradients are taken, or whose parameters are evaluated, elsewhere
@@ -849,6 +861,7 @@ def rule(
             initial=initial,
             extra=extra,
             for_matrices=for_matrices,
+            nonnegative=nonnegative,
             idle=idle,
             gradients_in=gradients_in,
             evaluated_in=evaluated_in,

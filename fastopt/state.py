@@ -77,7 +77,7 @@ class OptimizerState(NamedTuple):
             for name in rule.matrices:
                 shape = shape_in(self.flat, rule, name, k, chosen=bool(flag))
                 if shape != arrays[name][k].shape:
-                    zeros = np.broadcast_to(np.zeros((), self.flat.dtype), shape)
+                    zeros = np.broadcast_to(np.zeros((), self.flat.compute), shape)
                     arrays[name] = [*arrays[name][:k], zeros, *arrays[name][k + 1 :]]
         return self._replace(arrays=arrays)
 
@@ -417,9 +417,9 @@ def try_step(here: OptimizerState, snapshot: Snapshot) -> None:
     """Raise the error that the next step with these hyperparameters would raise, before they are restored."""
     for change, missed in zip(snapshot.changes, snapshot.missed, strict=True):
         members = here.flat.members
-        group = ParamGroup(here.rule, here.flat.dtype, snapshot.values, change, missed, members)
+        group = ParamGroup(here.rule, here.flat.compute, snapshot.values, change, missed, members)
         point = group.point(snapshot.step)
-        table = Table(here.rule, hyper_of(here.rule, point), here.flat.dtype)
+        table = Table(here.rule, hyper_of(here.rule, point), here.flat.compute)
         for member, count in enumerate(np.broadcast_to(missed, (members or 1,)).tolist()):
             table.write(0, snapshot.step + 1 - count, point.of_member(member), 1.0)
 
@@ -445,7 +445,7 @@ def _values_from(
         if wrong:
             raise ValueError(f"state: {where}{wrong}")
         values[name] = present[name] if isinstance(value, Mapping) else value
-    return check_change(here.rule, values, f"state: {where}", here.flat.dtype, step, here.flat.members)
+    return check_change(here.rule, values, f"state: {where}", here.flat.compute, step, here.flat.members)
 
 
 def _other_schedule(name: str, stored: Any, present: Any) -> str:

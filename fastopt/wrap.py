@@ -128,6 +128,7 @@ def wrap(
         initial={**rule.initial, **(initial or {})},
         extra=rule.extra,
         for_matrices=(*rule.for_matrices, *for_matrices),
+        nonnegative=rule.nonnegative,
         gradients_in=rule.gradients_in,
         evaluated_in=rule.evaluated_in,
     )

@@ -23,6 +23,25 @@ BLOCK = 4096
 """Elements per partial sum of a reduction. It is fixed, so a sum is the same for any chunk size and thread count."""
 
 
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = "float32", "float64", "bfloat16", "float16"
+"""Storage formats of floats. Numbers of 16 bits are computed in float32."""
+INT8, UINT8 = "int8", "uint8"
+"""Codes of 8 bits with a scale for each block of `CODES`: the first for any numbers, the second for none below 0."""
+
+CODES = 256
+"""Numbers with one scale. Blocks are counted from the beginning of each parameter."""
+
+STORED: Mapping[str, np.dtype[Any]] = {
+    FLOAT32: np.dtype(np.float32),
+    FLOAT64: np.dtype(np.float64),
+    BFLOAT16: np.dtype(np.uint16),
+    FLOAT16: np.dtype(np.uint16),
+    INT8: np.dtype(np.int8),
+    UINT8: np.dtype(np.uint8),
+}
+"""By format: the dtype of the arrays that kernels are given."""
+
+
 class Place(NamedTuple):
     """Where one parameter is: a line of the table of places, in int64."""
 
@@ -137,10 +156,12 @@ class StepHyper(NamedTuple):
     """The weight of the new parameters in their moving average."""
     proceeds: float
     """0 where the step is skipped, which changes nothing; else 1. See `Kernel.launch` for what a kernel writes here."""
+    noise: float
+    """Stochastic rounding: a whole number below 2**24, another one in every step."""
 
 
-PROCEEDS = StepHyper._fields.index("proceeds")
-"""The column of `StepHyper.proceeds` in a table of hyperparameters."""
+PROCEEDS, NOISE = StepHyper._fields.index("proceeds"), StepHyper._fields.index("noise")
+"""The columns of `StepHyper.proceeds` and `StepHyper.noise` in a table of hyperparameters."""
 
 N_PLACE, N_CHUNK, N_STEP = len(Place._fields), len(Chunk._fields), len(StepHyper._fields)
 N_TILE, N_LINE = len(Tile._fields), len(Line._fields)
@@ -291,6 +312,27 @@ class Features:
     """Chunks are short and far apart: they are prefetched."""
 
 
+MASTER, REST = "master", "rest"
+
+
+class Storage(NamedTuple):
+    """In which formats the buffers of a kernel are, which computes in the dtype of the table."""
+
+    params: str
+    grads: str
+    states: tuple[str, ...]
+    """Of every buffer: the rule's states, with the feature `ema` the average, and what `keeps` adds.
+
+    After these follow the units of those of 8 bits, in float32: one for each `CODES` elements, as many as there are
+    codes. States whose offset (`Place.state`) is behind the codes have none: their numbers lie behind the units.
+    """
+    keeps: str = ""
+    """What a last buffer of states is for: MASTER holds the parameters in the dtype, and the rule is given these; REST
+    holds what their rounding has left; "" where there is none."""
+    stochastic: bool = False
+    """Whether numbers of 16 bits are rounded at random, by `StepHyper.noise`, and not to the nearest."""
+
+
 class Kernel(Protocol):
     """The compiled update of one rule."""
 
@@ -401,18 +443,22 @@ class Backend(Protocol):
         dtype: Any,
         features: Features,
         first: tuple[Callable[..., Any], type] | None = None,
+        storage: Storage | None = None,
     ) -> Kernel:
         """Return the update of `rule`, whose `prepare` returns the NamedTuple `hyper`; compile once per combination.
 
         first : a scalar function like a rule's, without weight decay, and the NamedTuple of its hyperparameters. The
             kernel applies it before the rule, in the same pass, without reading the gradient. The columns of its
             hyperparameters follow the rule's columns in the table.
+        storage : the formats of the buffers; None where all are of the dtype.
 
         Raises TypeError where the rule's arithmetic leaves `dtype`, or where its return does not match its states.
         """
 
-    def norm(self, dtype: Any, features: Features) -> NormKernel:
+    def norm(self, dtype: Any, features: Features, grads: str | None = None) -> NormKernel:
         """Return the norm kernel for `dtype`, compiled once per combination of the flags that change a norm.
+
+        grads : the format of the gradients; None for that of the dtype.
 
         features : none but those before `Features.clip_norm`.
         """
@@ -427,6 +473,7 @@ class Backend(Protocol):
         partials: Array,
         adder: Adder,
         dtype: Any,
+        grads: str | None = None,
     ) -> None:
         """Add weight times an array to the sum of each parameter.
 
@@ -437,6 +484,7 @@ class Backend(Protocol):
             `Kernel.launch`, a handler of a signal cannot interrupt the adding, and this shows whether it has run.
         chunks : as for `NormKernel`.
         partials : as `NormKernel` returns them. The lines of a parameter that is not present do not change.
+        grads : the format of what is added; None for that of the dtype, which the sums have.
         """
 
     def sum_rows(self, grads: Array, order: Any, starts: Any) -> Array:

@@ -55,6 +55,10 @@ LARGEST: Any
 UNSCALED: Any
 CONDITIONED: Any
 AVERAGED: Any
+ELEMENT: Any
+MASTER: Any
+ROUNDED: Any
+EXACT: Any
 
 
 def unscaled(step, g):
@@ -110,6 +114,29 @@ def element(step, p, g, *rest):
         new = BEFORE(p, g, *rest[:-1], h_first)
         return UPDATE(step, new[0], g, *new[1:], h)
     return UPDATE(step, p, g, *rest)
+
+
+def exact(p, kept):
+    """Return a parameter that is stored in 16 bits, with what is kept of it besides: see `Storage.keeps`."""
+    if MASTER:  # also where somebody has written another p since, as before the first step
+        return kept if ROUNDED(kept) == p else p
+    return p + kept
+
+
+def kept_apart(step, p, g, *rest):
+    """Update one element of a parameter that is stored in 16 bits."""
+    new = ELEMENT(step, EXACT(p, rest[-2]), g, *rest[:-2], rest[-1])
+    if N_STATES == 0:
+        new = (new,)
+    rounded = ROUNDED(new[0])
+    if MASTER:
+        return (rounded, *new[1:], new[0])
+    return (rounded, *new[1:], new[0] - rounded)
+
+
+def terms_of_kept(step, p, g, *rest):
+    """Return the terms of an element of a parameter that is stored in 16 bits."""
+    return ELEMENT(step, EXACT(p, rest[-2]), g, *rest[:-2], rest[-1])
 
 
 def bounds(dtype: np.dtype[Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def prepare(t: int, lr: float, betas: tuple[float, float], eps: float) -> Hyper:
     return Hyper(b1, 1.0 - b1, b2, 1.0 - b2, lr * root / (1.0 - b1**t), eps, root * eps)
 
 
-@rule(prepare, decoupled=True)
+@rule(prepare, decoupled=True, nonnegative=("s",))
 def adabelief(p, g, m, s, h):
     m = h.b1 * m + h.one_minus_b1 * g
     surprise = g - m

@@ -42,7 +42,7 @@ def prepare(t: int, lr: float, betas: tuple[float, float], eps: float, final_lr:
 DOMAINS = {"final_lr": POSITIVE_OR_ZERO, "gamma": Interval(0.0, 1.0, open=True, open_low=True)}
 
 
-@rule(prepare, domains=DOMAINS)
+@rule(prepare, domains=DOMAINS, nonnegative=("v",))
 def adabound(p, g, m, v, h):
     m = h.b1 * m + h.one_minus_b1 * g
     v = h.b2 * v + h.one_minus_b2 * g * g

@@ -28,7 +28,7 @@ def prepare(t: int, lr: float, rho: float, eps: float) -> Hyper:
     return Hyper(lr, rho, 1.0 - rho, eps)
 
 
-@rule(prepare, idle=Linear())
+@rule(prepare, idle=Linear(), nonnegative=("square_avg", "acc_delta"))
 def adadelta(p, g, square_avg, acc_delta, h):
     square_avg = h.rho * square_avg + h.one_minus_rho * g * g
     # Two roots, not the root of the quotient: with eps = 1e-6 and a gradient of 1e-30 the quotient loses every bit.

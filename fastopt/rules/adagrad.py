@@ -33,7 +33,7 @@ def prepare(
 INITIAL = "initial_accumulator_value"
 
 
-@rule(prepare, domains={INITIAL: POSITIVE_OR_ZERO}, initial={"sum_sq": INITIAL}, idle=Linear())
+@rule(prepare, domains={INITIAL: POSITIVE_OR_ZERO}, initial={"sum_sq": INITIAL}, idle=Linear(), nonnegative=("sum_sq",))
 def adagrad(p, g, sum_sq, h):
     sum_sq = sum_sq + g * g
     return p - h.lr * g / (math.sqrt(sum_sq + h.eps_in) + h.eps_out), sum_sq

@@ -47,14 +47,14 @@ def prepare(
     return Hyper(b1, 1.0 - b1, b2, 1.0 - b2, lr * root / bc1, eps_in, eps_out)
 
 
-@rule(prepare, idle=ADAM)
+@rule(prepare, idle=ADAM, nonnegative=("v",))
 def adam(p, g, m, v, h):
     m = h.b1 * m + h.one_minus_b1 * g
     v = h.b2 * v + h.one_minus_b2 * g * g
     return p - h.step_size * m / (math.sqrt(v + h.eps_in) + h.eps_out), m, v
 
 
-@rule(prepare, idle=AMSGRAD)
+@rule(prepare, idle=AMSGRAD, nonnegative=("v", "v_max"))
 def amsgrad(p, g, m, v, v_max, h):
     m = h.b1 * m + h.one_minus_b1 * g
     v = h.b2 * v + h.one_minus_b2 * g * g

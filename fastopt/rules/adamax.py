@@ -29,7 +29,7 @@ def prepare(t: int, lr: float, betas: tuple[float, float], eps: float, eps_insid
     return Hyper(b1, 1.0 - b1, b2, lr / (1.0 - b1**t), eps_in, eps_out)
 
 
-@rule(prepare)
+@rule(prepare, nonnegative=("u",))
 def adamax(p, g, m, u, h):
     m = h.b1 * m + h.one_minus_b1 * g
     decayed, new = h.b2 * u, abs(g) + h.eps_in

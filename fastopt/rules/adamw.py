@@ -12,11 +12,11 @@ from fastopt.rule import rule
 from fastopt.rules.adam import adam, amsgrad, prepare
 
 
-@rule(prepare, decoupled=True, idle=adam.idle)
+@rule(prepare, decoupled=True, idle=adam.idle, nonnegative=("v",))
 def adamw(p, g, m, v, h):
     return adam(p, g, m, v, h)
 
 
-@rule(prepare, decoupled=True, idle=amsgrad.idle)
+@rule(prepare, decoupled=True, idle=amsgrad.idle, nonnegative=("v", "v_max"))
 def adamw_amsgrad(p, g, m, v, v_max, h):
     return amsgrad(p, g, m, v, v_max, h)

@@ -79,7 +79,7 @@ def prepare(
 FORMS = ("paper", "optax")
 
 
-@rule(prepare, domains={"betas": Interval(0.0, 1.0, open=True, length=3), "form": Choice(FORMS)})
+@rule(prepare, domains={"betas": Interval(0.0, 1.0, open=True, length=3), "form": Choice(FORMS)}, nonnegative=("n",))
 def adan(p, g, m, v, n, prev_grad, h):
     difference = h.known * (g - prev_grad)
     m = h.b1 * m + h.one_minus_b1 * g

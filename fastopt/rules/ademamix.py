@@ -49,7 +49,7 @@ DOMAINS = {
 }
 
 
-@rule(prepare, decoupled=True, domains=DOMAINS)
+@rule(prepare, decoupled=True, domains=DOMAINS, nonnegative=("v",))
 def ademamix(p, g, m1, m2, v, h):
     m1 = h.b1 * m1 + h.one_minus_b1 * g
     m2 = h.b3 * m2 + h.one_minus_b3 * g

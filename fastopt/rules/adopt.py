@@ -35,7 +35,7 @@ def prepare(t: int, lr: float, betas: tuple[float, float], eps: float, clip_exp:
     return Hyper(lr, b1, 1.0 - b1, b2, 1.0 - b2, eps, float(t - 1) ** clip_exp)
 
 
-@rule(prepare, domains={"clip_exp": POSITIVE_OR_ZERO})
+@rule(prepare, domains={"clip_exp": POSITIVE_OR_ZERO}, nonnegative=("v",))
 def adopt(p, g, m, v, h):
     root = math.sqrt(v)
     u = g / (h.eps if root < h.eps else root)

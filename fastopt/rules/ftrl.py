@@ -39,7 +39,7 @@ def prepare(
 DOMAINS = dict.fromkeys(("beta", "l1", "l2", INITIAL), POSITIVE_OR_ZERO)
 
 
-@rule(prepare, domains=DOMAINS, initial={"n": INITIAL})
+@rule(prepare, domains=DOMAINS, initial={"n": INITIAL}, nonnegative=("n",))
 def ftrl(p, g, z, n, h):
     g = g + h.weight_decay * p
     before = math.sqrt(n)

@@ -58,7 +58,11 @@ def trust_ratio(sums, numbers, size, h):
     return sums.p / sums.u if sums.p > 0.0 and sums.u > 0.0 else 1.0
 
 
-@rule(prepare, sums=Sums(settle=trust_ratio, results=("ratio",), norms={"p": parameter, "u": proposed}))
+@rule(
+    prepare,
+    sums=Sums(settle=trust_ratio, results=("ratio",), norms={"p": parameter, "u": proposed}),
+    nonnegative=("v",),
+)
 def lamb(p, g, m, v, h):
     m, v = moments(g, m, v, h)
     return p - h.lr * h.ratio * direction(p, m, v, h), m, v

@@ -55,6 +55,7 @@ def bounded(sums, numbers, size, h):
     decoupled=True,
     domains={"gamma": POSITIVE_OR_ZERO},
     sums=Sums({"square": square}, bounded, results=("bound",)),
+    nonnegative=("v",),
 )
 def mars(p, g, m, v, prev_grad, h):
     c = h.bound * corrected(g, prev_grad, h)

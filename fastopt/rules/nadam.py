@@ -36,7 +36,7 @@ def prepare(t: int, lr: float, betas: tuple[float, float], eps: float, momentum_
     return Hyper(b1, 1.0 - b1, b2, 1.0 - b2, lr * root * g_weight, lr * root * m_weight, root * eps)
 
 
-@rule(prepare, domains={"momentum_decay": POSITIVE_OR_ZERO})
+@rule(prepare, domains={"momentum_decay": POSITIVE_OR_ZERO}, nonnegative=("v",))
 def nadam(p, g, m, v, h):
     m = h.b1 * m + h.one_minus_b1 * g
     v = h.b2 * v + h.one_minus_b2 * g * g

@@ -100,6 +100,7 @@ def estimate(sums, numbers, size, h):
             over="all",
         ),
     ),
+    nonnegative=("v",),
 )
 def prodigy(p, g, m, v, s, p0, h):
     m = h.b1 * m + h.one_minus_b1 * (h.d * g)

@@ -44,7 +44,7 @@ def prepare(t: int, lr: float, betas: tuple[float, float], eps: float, eps_hat: 
     return Hyper(b1, 1.0 - b1, b2, 1.0 - b2, plain, adaptive, eps)
 
 
-@rule(prepare)
+@rule(prepare, nonnegative=("v",))
 def radam(p, g, m, v, h):
     m = h.b1 * m + h.one_minus_b1 * g
     v = h.b2 * v + h.one_minus_b2 * g * g

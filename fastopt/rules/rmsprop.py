@@ -41,27 +41,27 @@ def prepare_momentum(
     return Hyper(rate, alpha, 1.0 - alpha, eps_in, eps_out, momentum, weight, 0.0)
 
 
-@rule(prepare, idle=Linear())
+@rule(prepare, idle=Linear(), nonnegative=("square_avg",))
 def rmsprop(p, g, square_avg, h):
     square_avg = mean_square(g, square_avg, h)
     return p - h.lr * normalized(g, square_avg, h), square_avg
 
 
-@rule(prepare, idle=Linear())
+@rule(prepare, idle=Linear(), nonnegative=("square_avg",))
 def rmsprop_centered(p, g, square_avg, grad_avg, h):
     square_avg = mean_square(g, square_avg, h)
     grad_avg = mean(g, grad_avg, h)
     return p - h.lr * normalized(g, variance(square_avg, grad_avg, h), h), square_avg, grad_avg
 
 
-@rule(prepare_momentum, idle=Linear())
+@rule(prepare_momentum, idle=Linear(), nonnegative=("square_avg",))
 def rmsprop_momentum(p, g, square_avg, buf, h):
     square_avg = mean_square(g, square_avg, h)
     buf = h.momentum * buf + h.weight * normalized(g, square_avg, h)
     return p - h.lr * buf, square_avg, buf
 
 
-@rule(prepare_momentum, idle=Linear())
+@rule(prepare_momentum, idle=Linear(), nonnegative=("square_avg",))
 def rmsprop_centered_momentum(p, g, square_avg, grad_avg, buf, h):
     square_avg = mean_square(g, square_avg, h)
     grad_avg = mean(g, grad_avg, h)

@@ -36,7 +36,7 @@ DOMAINS = {
 }
 
 
-@rule(prepare, domains=DOMAINS, initial={"step_size": "lr"})
+@rule(prepare, domains=DOMAINS, initial={"step_size": "lr"}, nonnegative=("step_size",))
 def rprop(p, g, prev_grad, step_size, h):
     product = g * prev_grad
     longer, shorter = h.eta_plus * step_size, h.eta_minus * step_size

@@ -63,7 +63,7 @@ DOMAINS: dict[str, Domain] = {
 }
 
 
-@rule(prepare, domains=DOMAINS, initial={"z": "p"}, evaluated_in="eval_params")
+@rule(prepare, domains=DOMAINS, initial={"z": "p"}, evaluated_in="eval_params", nonnegative=("v",))
 def schedule_free_adamw(p, g, z, v, h):
     v = h.b2 * v + h.one_minus_b2 * g * g
     d = g / (math.sqrt(v) + h.eps) + h.weight_decay * p

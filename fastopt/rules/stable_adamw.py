@@ -55,7 +55,7 @@ def bounded(sums, numbers, size, h):
     return 1.0 if mean <= 1.0 else 1.0 / math.sqrt(mean)
 
 
-@rule(prepare, sums=Sums({"excess": excess}, bounded, results=("bound",)))
+@rule(prepare, sums=Sums({"excess": excess}, bounded, results=("bound",)), nonnegative=("v",))
 def stable_adamw(p, g, m, v, h):
     m = h.b1 * m + h.one_minus_b1 * g
     v = second_moment(g, v, h)

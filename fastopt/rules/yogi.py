@@ -43,7 +43,7 @@ def prepare(
 INITIAL = "initial_accumulator_value"
 
 
-@rule(prepare, domains={INITIAL: POSITIVE_OR_ZERO}, initial={"m": "initial_momentum", "v": INITIAL})
+@rule(prepare, domains={INITIAL: POSITIVE_OR_ZERO}, initial={"m": "initial_momentum", "v": INITIAL}, nonnegative=("v",))
 def yogi(p, g, m, v, h):
     m = h.b1 * m + h.one_minus_b1 * g
     square = g * g

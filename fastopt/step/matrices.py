@@ -77,7 +77,7 @@ class Matrices:
                 if kept is not None and kept[name][k].shape == shape:
                     own.append(kept[name][k])
                 else:
-                    own.append(zeros(math.prod(shape), flat.dtype).reshape(shape))
+                    own.append(zeros(math.prod(shape), flat.compute).reshape(shape))
 
     def fitted(self, chosen: tuple[bool, ...]) -> Matrices:
         """These, for another choice of parameters: matrices of one that is new begin at 0."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fastopt import scalars
 from fastopt.hyper import Choice, Flag, Interval
 from fastopt.kernels.contract import clip_coefficient, rescaling
 
+ROUNDING = Choice(("nearest", "stochastic"))
 NONFINITE = Choice(("propagate", "skip", "zero", "raise"))
 REDUCTION = Choice(("mean", "sum"))
 
@@ -36,6 +39,11 @@ class StepOptions:
     zero_grad: bool = False
     maximize: bool = False
     grad_norm: bool = False
+    states: str | Mapping[str, str] | None = None
+    master: bool | None = None
+    rounding: str = "nearest"
+    compensated: bool = False
+    seed: int = 0
 
     @classmethod
     def checked(
@@ -48,6 +56,11 @@ class StepOptions:
         zero_grad: Any = False,
         maximize: Any = False,
         grad_norm: Any = False,
+        states: Any = None,
+        master: Any = None,
+        rounding: Any = "nearest",
+        compensated: Any = False,
+        seed: Any = 0,
     ) -> StepOptions:
         """These options, checked; TypeError or ValueError, naming the option, where one is out of range."""
         if max_norm is not None and clip_norm_per_tensor is not None:
@@ -64,7 +77,17 @@ class StepOptions:
             Flag().check("zero_grad", zero_grad),
             Flag().check("maximize", maximize),
             Flag().check("grad_norm", grad_norm),
+            dict(states) if isinstance(states, Mapping) else states,
+            None if master is None else Flag().check("master", master),
+            ROUNDING.check("rounding", rounding),
+            Flag().check("compensated", compensated),
+            scalars.count("seed", seed, 0),
         )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether numbers of 16 bits are rounded at random."""
+        return self.rounding == "stochastic"
 
     @property
     def measures(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastopt.hyper import EMA, POSITIVE_OR_ZERO
 from fastopt.kernels import get_backend
-from fastopt.kernels.contract import BLOCK, PROCEEDS, Adder, Decision, Features, sums_per_block
+from fastopt.kernels.contract import BLOCK, PROCEEDS, REST, Adder, Decision, Features, sums_per_block
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
 from fastopt.step.born import Born
@@ -28,8 +28,11 @@ from fastopt.step.norms import Pending, counted, norm_of, norms_of, norms_of_mem
 from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.plan import Plan
 from fastopt.step.rows import RowSteps, check_indices, one_run
+from fastopt.step.storage import StateFormats
 from fastopt.step.table import is_normal
+from fastopt.storage.codes import coded_views, fill, unit_of
 from fastopt.storage.flat import FlatParams
+from fastopt.storage.formats import as_stored
 from fastopt.storage.intake import ALONE, Intake, Taken
 from fastopt.storage.trees import replaced, watched
 
@@ -57,6 +60,8 @@ class Pipeline:
         changes: Sequence[Mapping[str, Any]],
     ):
         self.rule = rule
+        self.formats = StateFormats.of(rule, flat, options)
+        flat = self.formats.laid_out(flat)
         self.names = frozenset((*rule.names(), LR_SCALE, FROZEN))
         """What can be set for some parameters."""
         self.flat = flat
@@ -68,8 +73,8 @@ class Pipeline:
             self.device = DeviceSteps(self.backend, rule, options, flat.members)  # type: ignore[arg-type]
         for name, value in base.items():
             if not callable(value):  # the first plan evaluates schedules
-                rule.check(name, value, dtype=flat.dtype, members=flat.members)
-        self.groups = Groups(rule, flat.dtype, base, changes, [0] * len(flat.paths), flat.members)
+                rule.check(name, value, dtype=flat.compute, members=flat.members)
+        self.groups = Groups(rule, flat.compute, base, changes, [0] * len(flat.paths), flat.members)
         self._check_matrices(self.groups)
         self.steps = 0
         """How many were made; on a device, how many were launched."""
@@ -109,10 +114,22 @@ class Pipeline:
     def _make_states(self) -> None:
         """Make buffers of zeros."""
         flat = self.flat
-        self.states = tuple(flat.new_buffer() for _ in self.rule.states)
+        formats = self.formats
+        self.states = tuple(self._new_state(name) for name in self.rule.states)
+        self.units = tuple(self.backend.zeros(flat.layout.size_of_units, flat.compute) for _ in formats.coded)
+        """Of states of 8 bits: the unit of every block of codes."""
         self.numbers = tuple(flat.new_numbers(over) for over in self.rule.over.values())
-        self.average: Any = None if self.options.ema is None else flat.new_buffer()
+        self.average: Any = None if self.options.ema is None else flat.new_state(formats.dtype(EMA))
+        self.kept: Any = flat.new_state(formats.dtype(formats.keeps)) if formats.keeps else None
+        """What is kept of parameters of 16 bits besides: see `StateFormats`."""
         self.matrices = Matrices(self.rule, flat, self._chosen())
+
+    def _new_state(self, name: str) -> Any:
+        """A buffer of zeros for a state."""
+        dtype = self.formats.dtype(name)
+        if name in self.formats.coded:
+            return self.backend.zeros(self.flat.layout.coded, dtype)
+        return self.flat.new_state(dtype)
 
     def _chosen(self) -> tuple[bool, ...]:
         """For each parameter whether it is treated as a matrix, where the rule keeps matrices."""
@@ -136,7 +153,10 @@ class Pipeline:
                     first = group.at_step(self.steps)[value] if isinstance(value, str) else value
                     if isinstance(first, np.ndarray):  # of a number for each member
                         first = self.backend.adopt(first.reshape(-1, *[1] * (views[name][k].ndim - 1)))
-                    views[name][k][...] = first
+                    if views[name][k].dtype.kind in "iu":
+                        fill(views[name][k], views[unit_of(name)][k], first)
+                    else:
+                        views[name][k][...] = first
         self.born.begin(self.flat, views, parameters)
 
     def _without_updates(self) -> list[int]:
@@ -164,11 +184,16 @@ class Pipeline:
         if self.born.waiting:
             self.born.keep_written(self.flat, self.views(), self._without_updates())
 
+    def kernel_buffers(self) -> tuple[Any, ...]:
+        """The buffers as kernels are given them: states, what is kept of the parameters besides, and numbers."""
+        further = [buffer for buffer in (self.average, self.kept) if buffer is not None]
+        return (*map(as_stored, (*self.states, *further)), *self.units, *self.numbers)
+
     def _collect_buffers(self) -> None:
         self.born.wait(len(self.flat.paths))
-        averages = () if self.average is None else (self.average,)
-        self.buffers = (*self.states, *averages, *self.numbers)
+        self.buffers = self.kernel_buffers()
         self._locate()
+        averages = () if self.average is None else (self.average,)
         self.rows = RowSteps(self.rule, self.flat, (*self.states, *averages), self.options.ema)
         self.clocks = self.rows.clocks  # of the parameters some of whose rows are behind
         self.watched = watched(self.flat.params)
@@ -211,7 +236,9 @@ class Pipeline:
 
     def _planned(self) -> Plan:
         gated = self.device is not None and self.device.gated
-        return Plan(self.rule, self.flat, self.options, self.groups, self.backend, step=self.steps, gated=gated)
+        return Plan(
+            *(self.rule, self.flat, self.options, self.groups, self.backend, self.formats), step=self.steps, gated=gated
+        )
 
     def check_trees(self) -> None:
         """Refuse to go on with a leaf in a tree that was handed out which is not the one that the optimizer uses."""
@@ -332,7 +359,10 @@ class Pipeline:
                     return self._info(norm, skipped=True)
                 plan = self.plan
         # Launch.
-        kernel = plan.usual if own and unscale == self.sign else plan.kernel(scaled=unscale != 1.0, own=own)
+        if own and unscale == self.sign:
+            kernel = plan.usual
+        else:
+            kernel = plan.kernel(scaled=unscale != 1.0, own=own, summed=pending is not None)
         chunks = plan.joined if own and rows is plan.of else plan.chunks(rows, apart=not own)
         table = plan.table.array
         if self.several or present is not None:
@@ -637,7 +667,7 @@ class Pipeline:
         """The partial sums of the squares of the gradients, their chunks, and a factor of the norm not in them."""
         if self.pending is not None and self.options.clip_value is None and not self.groups.frozen:
             return self.pending.partials, plan.chunks(plan.of, whole=True), abs(unscale)
-        kernel = plan.norm_kernel(scaled=unscale != 1.0)
+        kernel = plan.norm_kernel(scaled=unscale != 1.0, summed=self.pending is not None)
         chunks = plan.chunks(rows, whole=True, apart=apart)
         table = plan.table.array if table is None else table
         return kernel.launch(places, table, chunks, self.size), chunks, 1.0
@@ -645,7 +675,7 @@ class Pipeline:
     def _put(self, further: Mapping[str, list[Any]]) -> None:
         """Copy the further inputs of a step into the states that take them, for the parameters that have them."""
         for name, leaves in further.items():
-            views = self.flat.views(self.states[self.rule.states.index(name)])
+            views = self.flat.state_views(self.states[self.rule.states.index(name)])
             for view, leaf in zip(views, leaves, strict=True):
                 if leaf is not None:
                     self.backend.copy(view, leaf)
@@ -663,7 +693,7 @@ class Pipeline:
         kernel = plan.direction_kernel(scaled=scaled)
         kernel.launch(places, self.states, table, plan.dense_chunks(chosen, rows), self.size)
         views = {
-            name: self.flat.views(buffer)
+            name: self.flat.state_views(buffer)
             for name, buffer in zip(self.rule.states, self.states, strict=True)
             if name == whole.state or name in self.rule.handed
         }
@@ -692,7 +722,7 @@ class Pipeline:
     def _refuse_nonfinite(self, finite: bool, present: Sequence[bool] | None, grads: Any, unscale: float) -> None:
         """Raise FloatingPointError where gradients must be finite and are not. grads : as for `_proceeds`."""
         if not finite and self.options.nonfinite == "raise":
-            factor = self.flat.dtype.type(unscale)
+            factor = self.flat.compute.type(unscale)
             found = self.flat.grad_arrays if grads is None else grads
             with np.errstate(over="ignore", invalid="ignore"):
                 for k, grad in enumerate(found):
@@ -753,25 +783,27 @@ class Pipeline:
         if self.device is not None:
             self.device.check_place(self.flat.device)
         number = POSITIVE_OR_ZERO.check("weight", weight)
-        if number != 0.0 and not is_normal(number, self.flat.dtype):
-            raise ValueError(f"weight: must be in the range of {self.flat.dtype}, got {weight!r}")
+        if number != 0.0 and not is_normal(number, self.flat.compute):
+            raise ValueError(f"weight: must be in the range of {self.flat.compute}, got {weight!r}")
         flat, plan = self.flat, self.current_plan()
         given = self.intake.take_to_add(grads)
         places = flat.split.places(self._places_of_sums()[0][:, 1], given.places[:, 1])
         pending = self.pending
         if pending is None:
             blocks = sum(-(-size // BLOCK) for size in flat.split.sizes)
-            width = sums_per_block(flat.dtype)
+            width = sums_per_block(flat.compute)
             partials = self.backend.zeros(width * blocks, np.dtype(np.float64)).reshape(blocks, width)
             pending = Pending(len(flat.paths), partials)
         present = np.ones(len(flat.paths), np.bool_) if given.present is None else np.array(given.present)
         present &= number != 0.0  # 0 times NaN, the mean over no samples, is no part of the sum
-        chunks, factor = plan.chunks(plan.of, whole=True), np.array([number, 0.0], flat.dtype)
+        chunks, factor = plan.chunks(plan.of, whole=True), np.array([number, 0.0], flat.compute)
         adder = Adder(self.measures and self.options.clip_value is None, self.options.nonfinite == "zero")
         overwrite, partials = ~pending.present, pending.partials
         each, written = (np.tile(mask, flat.members or 1) for mask in (present, overwrite))
         try:
-            self.backend.add(places, each, written, factor, chunks, partials, adder, flat.dtype)
+            self.backend.add(
+                *(places, each, written, factor, chunks, partials, adder, flat.compute), self.formats.params
+            )
         finally:  # also after an exception of a signal's handler, as in `step`
             if factor[1] != 0.0:
                 pending.present |= present
@@ -782,7 +814,7 @@ class Pipeline:
         """Where accumulated gradients are, and views of them: in a buffer apart from opt.grads, which is the user's."""
         flat = self.flat
         if self.sums is None:
-            self.sums = flat.new_buffer()
+            self.sums = flat.new_buffer(flat.compute)
         if self._sums_at is None:
             views = flat.views(self.sums)
             self._sums_at = flat.places_of(flat.addresses, flat.addresses_of(views)), views
@@ -806,6 +838,10 @@ class Pipeline:
         """Make a step in which only some rows have a gradient: see `Optimizer.step_rows`."""
         self.refuse_while_held("step_rows")
         self._refuse_members("step_rows")
+        if not self.formats.plain:
+            raise ValueError(
+                "step_rows(): must have parameters and states of float32 or float64, got 16 bits; use step()"
+            )
         if self.gradients_in:
             self._check_context()
         if self.device is not None:
@@ -896,13 +932,13 @@ class Pipeline:
         elif self.device is not None:
             self.collect()
         if name in (LR_SCALE, FROZEN):
-            checked = check_change(self.rule, {name: value}, "", self.flat.dtype)[name]
+            checked = check_change(self.rule, {name: value}, "", self.flat.compute)[name]
         elif callable(value):
             checked = self.rule.check_all(
-                {name: value}, step=self.steps, dtype=self.flat.dtype, members=self.flat.members
+                {name: value}, step=self.steps, dtype=self.flat.compute, members=self.flat.members
             )[name]
         else:
-            checked = self.rule.check(name, value, dtype=self.flat.dtype, members=self.flat.members)
+            checked = self.rule.check(name, value, dtype=self.flat.compute, members=self.flat.members)
         whole = self.rule.matrixwise
         if whole is not None and name == whole.chosen:
             self._refuse_matrices(checked, members)
@@ -957,19 +993,20 @@ class Pipeline:
         self.flush_rows()
         before, old, old_numbers = self.flat, self.views(), {path: k for k, path in enumerate(self.flat.paths)}
         flat = before.extended(params, (*self.buffers, *before.grad_buffers) if before.in_place else ())
+        flat = self.formats.laid_out(flat)
         added = [k for k, path in enumerate(flat.paths) if path not in old_numbers]
         changes, missed = self.groups.changes, self.groups.missed
         new_changes = [changes[old_numbers[path]] if path in old_numbers else dict(hyper) for path in flat.paths]
         mark_matrices(self.rule, [new_changes[k] for k in added], [flat.member_shapes[k] for k in added])
         for k in added:
             new_changes[k] = check_change(
-                self.rule, new_changes[k], f"{flat.paths[k]}: ", flat.dtype, self.steps, flat.members
+                self.rule, new_changes[k], f"{flat.paths[k]}: ", flat.compute, self.steps, flat.members
             )
         if self.rule.matrixwise is not None:
             check_acting(self.rule.matrixwise, flat.paths, new_changes, self.groups.base)
         groups = Groups(
             self.rule,
-            flat.dtype,
+            flat.compute,
             self.groups.base,
             new_changes,
             [missed[old_numbers[path]] if path in old_numbers else self.steps for path in flat.paths],
@@ -1023,6 +1060,8 @@ class Pipeline:
     def ascended(self, rho: float, grads: Any, context: str) -> Iterator[Any]:
         """Hold the parameters a step of length rho further along the gradients: see `Optimizer.ascent`."""
         self.refuse_while_held(context)
+        if self.formats.keeps or self.flat.compute != self.flat.dtype:
+            raise ValueError(f"{context}(): must have parameters of float32 or float64, got {self.flat.dtype}")
         if self.pending is not None:
             raise RuntimeError(f"{context}(): gradients have been accumulated; step() or zero_grad() first")
         if self.device is not None:
@@ -1035,25 +1074,25 @@ class Pipeline:
         here = np.tile(here, flat.members or 1)
         rows = [row if own else -1 for row, own in zip(plan.of, here.tolist(), strict=True)]
         chunks = plan.chunks(rows, whole=True, apart=True)
-        measuring = self.backend.norm(flat.dtype, Features())
+        measuring = self.backend.norm(flat.compute, Features())
         partials = self.backend.host(measuring.launch(taken.places, plan.table.array, chunks, self.size))
         if flat.members is not None:
             norms, _ = norms_of_members(partials, flat.members)
-            weights = np.array([self._length(rho, norm) for norm in norms.tolist()], flat.dtype)
+            weights = np.array([self._length(rho, norm) for norm in norms.tolist()], flat.compute)
             with self.elsewhere(context, lambda: self._move_members(weights, taken, present)):
                 yield flat.params
             return
         norm, _ = norm_of([partials])
-        factor, none = np.array([self._length(rho, norm), 0.0], flat.dtype), np.zeros(len(here), np.bool_)
-        unused = self.backend.empty((1, sums_per_block(flat.dtype)), np.dtype(np.float64))
-        arguments = taken.places, here, none, factor, chunks, unused, Adder(False, False), flat.dtype
+        factor, none = np.array([self._length(rho, norm), 0.0], flat.compute), np.zeros(len(here), np.bool_)
+        unused = self.backend.empty((1, sums_per_block(flat.compute)), np.dtype(np.float64))
+        arguments = taken.places, here, none, factor, chunks, unused, Adder(False, False), flat.compute
         with self.elsewhere(context, lambda: self.backend.add(*arguments)):
             yield flat.params
 
     def _length(self, rho: float, norm: float) -> float:
         """What gradients of this norm are multiplied by, to go a way of length rho."""
         weight = self.sign * rho / norm if norm != 0.0 else 0.0
-        return 0.0 if abs(weight) > np.finfo(self.flat.dtype).max else weight
+        return 0.0 if abs(weight) > np.finfo(self.flat.compute).max else weight
 
     def _move_members(self, weights: np.ndarray, taken: Taken, present: Sequence[bool] | None) -> None:
         """Add to the parameters of each member of a population its own multiple of their gradients."""
@@ -1075,7 +1114,7 @@ class Pipeline:
             self.refuse_while_held(context)
             self.flush_rows()
             self.begin()
-            backup = [array.copy() for array in self.flat.arrays]
+            backup = [array.copy() for array in self._parameters()]
         try:
             try:
                 with deferred_signals:
@@ -1092,8 +1131,13 @@ class Pipeline:
 
     def _put_back(self, backup: Sequence[Any]) -> None:
         with deferred_signals:
-            self.put_params(backup)
+            for own, array in zip(self._parameters(), backup, strict=True):
+                self.backend.copy(own, array)
             self.held = ""
+
+    def _parameters(self) -> list[Any]:
+        """The arrays that hold the parameters: with what is kept of them besides."""
+        return [*self.flat.arrays, *(() if self.kept is None else (self.kept,))]
 
     def _check_context(self) -> None:
         """Warn once where the context of the gradients was not entered since the last step."""
@@ -1112,6 +1156,8 @@ class Pipeline:
         """Write values into the parameters."""
         for own, array in zip(self.flat.arrays, arrays, strict=True):
             self.backend.copy(own, array)
+        if self.formats.keeps == REST:  # MASTER is not used where its rounding is not the parameter
+            self.kept.fill(0)
 
     def set_params(self, params: Any) -> None:
         """Write values into the parameters: see `Optimizer.set_params`."""
@@ -1160,7 +1206,12 @@ class Pipeline:
         buffers = dict(zip(self.rule.states, self.states, strict=True))
         if self.average is not None:
             buffers[EMA] = self.average
-        views = {name: self.flat.views(buffer) for name, buffer in buffers.items()}
+        if self.kept is not None:
+            buffers[self.formats.keeps] = self.kept
+        coded = dict(zip(self.formats.coded, self.units, strict=True))
+        views = {name: self.flat.state_views(own) for name, own in buffers.items() if name not in coded}
+        for name, units in coded.items():
+            views[name], views[unit_of(name)] = coded_views(self.flat.layout, buffers[name], units)
         for (name, over), numbers in zip(self.rule.over.items(), self.numbers, strict=True):
             views[name] = self.flat.number_views(numbers, over)
         return views | self.fit_matrices().arrays
@@ -1201,22 +1252,21 @@ class Pipeline:
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.gate = Gate()
-        twin.flat = copy.deepcopy(self.flat, memo)
+        twin.flat = self.formats.laid_out(copy.deepcopy(self.flat, memo))
         twin._make_states()
-        averages = ((self.average, twin.average),) if self.average is not None else ()
-        mine, theirs = (*self.states, *self.numbers), (*twin.states, *twin.numbers)
-        for own, copied in (*zip(mine, theirs, strict=True), *averages):
+        for own, copied in zip(self.buffers, twin.kernel_buffers(), strict=True):
             copied[...] = own
         for name, matrices in self.fit_matrices().arrays.items():
             for own, copied in zip(matrices, twin.matrices.arrays[name], strict=True):
                 copied[...] = own
         twin.groups = Groups(
-            *(self.rule, self.flat.dtype, self.groups.base, self.groups.changes, self.groups.missed), self.flat.members
+            *(self.rule, self.flat.compute, self.groups.base, self.groups.changes, self.groups.missed),
+            self.flat.members,
         )
         twin.pending = copy.deepcopy(self.pending, memo)
         twin.born = copy.deepcopy(self.born)
         if self.sums is not None:
-            twin.sums = twin.flat.new_buffer()
+            twin.sums = twin.flat.new_buffer(twin.flat.compute)
             twin.sums[...] = self.sums
         if self.device is not None:
             twin.device = DeviceSteps(self.device.backend, self.rule, self.options, self.flat.members)
@@ -1243,6 +1293,6 @@ class Pipeline:
         self.groups.regroup(self.groups.changes, state["missed"])
         self.restore(*state["restored"])
         if state["sums"] is not None:
-            self.sums = self.flat.new_buffer()
+            self.sums = self.flat.new_buffer(self.flat.compute)
             self.backend.copy(self.sums, state["sums"])
         self.__dict__.update(state["rest"])

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastopt.kernels.contract import Backend, Features, Kernel, NormKernel
+from fastopt.kernels.contract import NOISE, Backend, Features, Kernel, NormKernel, Storage
 from fastopt.lazy import lazy
 from fastopt.step.features import features_of
 from fastopt.step.groups import Groups
 from fastopt.step.options import StepOptions
+from fastopt.step.storage import StateFormats
 from fastopt.step.table import Table, hyper_of
 from fastopt.storage.flat import FlatParams
 
@@ -41,11 +42,14 @@ class Plan:
         options: StepOptions,
         groups: Groups,
         backend: Backend,
+        formats: StateFormats,
         *,
         step: int,
         gated: bool,
     ):
         """gated : whether a device decides if there is a step."""
+        self._formats = formats
+        self._seed = options.seed if formats.stochastic else None
         self.version = groups.version
         self.rule = rule
         self.flat = flat
@@ -65,7 +69,7 @@ class Plan:
         self.table = Table(
             rule,
             self.hyper,
-            flat.dtype,
+            flat.compute,
             len(groups.list) * members,
             clip_value=options.clip_value,
             ema=options.ema,
@@ -75,9 +79,9 @@ class Plan:
         """For parameters that are there the row of the table, and -1 for the others; in a population of each member."""
         self._chunks: dict[tuple[int, bool, bool], tuple[Sequence[int], Any]] = {}
         self._dense: dict[tuple[int, tuple[bool, ...]], tuple[Sequence[int], np.ndarray]] = {}
-        self._kernels: dict[tuple[bool, bool], Kernel] = {}
+        self._kernels: dict[tuple[bool, bool, bool], Kernel] = {}
         self._many: ManyGroups | None = None
-        self._norms: dict[bool, NormKernel] = {}
+        self._norms: dict[tuple[bool, bool], NormKernel] = {}
         self.usual = self.kernel(scaled=options.maximize)
         """The kernel of steps without grad_scale, for gradients in our buffer."""
 
@@ -99,6 +103,8 @@ class Plan:
             self._many.write(t, unscale)
         if self._per_tensor:
             self.table.spread()
+        if self._seed is not None:
+            self.table.array[:, NOISE] = noise_of(self._seed, t)
 
     @lazy
     def joined(self) -> Any:
@@ -146,36 +152,55 @@ class Plan:
             found = self._dense[key] = (rows, self.flat.split.chunks(only, whole=True))
         return found[1]
 
-    def kernel(self, *, scaled: bool, own: bool = True) -> Kernel:
-        """The update. scaled : gradients are multiplied by `StepHyper.unscale`. own : they are in our buffer."""
-        kernel = self._kernels.get((scaled, own))
+    def kernel(self, *, scaled: bool, own: bool = True, summed: bool = False) -> Kernel:
+        """The update.
+
+        scaled : gradients are multiplied by `StepHyper.unscale`. own : they are in our buffer. summed : they are
+        accumulated ones, which are of the dtype that is computed in.
+        """
+        kernel = self._kernels.get((scaled, own, summed))
         if kernel is None:
             flags = {**self.options.flags, "zero_grad": self.options.zero_grad and own}
-            kernel = self._kernels[scaled, own] = self._made(None, unscale=scaled, gated=self._gated, **flags)
+            storage = self._formats.storage(self.rule, self._format_of_sums if summed else None)
+            kernel = self._made(None, storage, unscale=scaled, gated=self._gated, **flags)
+            self._kernels[scaled, own, summed] = kernel
         return kernel
+
+    @property
+    def _format_of_sums(self) -> str:
+        return str(self.flat.compute.name)
 
     def row_kernel(self, flags: Mapping[str, bool], first: tuple[Any, type] | None) -> Kernel:
         """The update of scattered rows."""
-        return self._made(first, scattered=True, **flags)
+        return self._made(first, None, scattered=True, **flags)
 
     def moved_kernel(self, shift: Rule) -> Kernel:
         """The update by `shift`, a rule of the same states and hyperparameters, without options."""
-        return self.backend.kernel(shift, self.hyper, self.flat.dtype, Features())
+        storage = self._formats.storage(self.rule, ema=False)
+        return self.backend.kernel(shift, self.hyper, self.flat.compute, Features(), storage=storage)
 
     def direction_kernel(self, *, scaled: bool) -> Kernel:
         """The update that leaves the direction of matrices in a state."""
         assert self.rule.matrixwise is not None
         features = Features(unscale=scaled, **self.options.conditioning, clip_norm=self.options.clips)
-        return self.backend.kernel(self.rule.matrixwise.direction, self.hyper, self.flat.dtype, features)
+        return self.backend.kernel(self.rule.matrixwise.direction, self.hyper, self.flat.compute, features)
 
-    def norm_kernel(self, *, scaled: bool) -> NormKernel:
-        """The pass over gradients that measures them."""
-        kernel = self._norms.get(scaled)
+    def norm_kernel(self, *, scaled: bool, summed: bool = False) -> NormKernel:
+        """The pass over gradients that measures them. scaled, summed : as for `kernel`."""
+        kernel = self._norms.get((scaled, summed))
         if kernel is None:
             features = Features(unscale=scaled, **self.options.conditioning)
-            kernel = self._norms[scaled] = self.backend.norm(self.flat.dtype, features)
+            grads = self._format_of_sums if summed else self._formats.params
+            kernel = self._norms[scaled, summed] = self.backend.norm(self.flat.compute, features, grads)
         return kernel
 
-    def _made(self, first: tuple[Any, type] | None, **flags: bool) -> Kernel:
+    def _made(self, first: tuple[Any, type] | None, storage: Storage | None, **flags: bool) -> Kernel:
         features = features_of(self.rule, decays=self._decays, **flags)
-        return self.backend.kernel(self.rule, self.hyper, self.flat.dtype, features, first)
+        return self.backend.kernel(self.rule, self.hyper, self.flat.compute, features, first, storage)
+
+
+def noise_of(seed: int, t: int) -> int:
+    """The number of a step from which stochastic rounding draws: a whole one below 2**24, which float32 holds."""
+    word = (seed * 0x9E3779B97F4A7C15 + t * 0xD1B54A32D192ED03) & 0xFFFFFFFFFFFFFFFF
+    word = ((word ^ (word >> 32)) * 0xD6E8FEB86659FD93) & 0xFFFFFFFFFFFFFFFF
+    return word >> 40

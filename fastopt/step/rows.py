@@ -94,7 +94,7 @@ class RowSteps:
             count, width = self._flat.shapes[k]
             indices = check_indices(f"rows[{path!r}]: indices", pair[0], count, self._backend)
             shape = (indices.size, width)
-            row_grads = check_row_grads(f"rows[{path!r}]: row_grads", pair[1], shape, self._flat.dtype, self._backend)
+            row_grads = check_row_grads(f"rows[{path!r}]: row_grads", pair[1], shape, self._flat.compute, self._backend)
             if any(self._backend.overlap(row_grads, own) for own in (self._flat.arrays[k], *self._buffers)):
                 row_grads = row_grads.copy()  # the kernel reads the gradients while it writes these buffers
             if k not in self._scratch:
@@ -129,10 +129,10 @@ class RowSteps:
         history = clock.history
         form = form_of(history.scalar, history.hyper)
         features = Features(still=True, scattered=True)
-        kernel = self._backend.kernel(form, history.hyper, self._flat.dtype, features)
+        kernel = self._backend.kernel(form, history.hyper, self._flat.compute, features)
         with deferred_signals:
             lines, coefficients = self._coefficients(k, indices, plan)
-            table = np.zeros((len(coefficients), len(StepHyper._fields) + coefficients.shape[1]), self._flat.dtype)
+            table = np.zeros((len(coefficients), len(StepHyper._fields) + coefficients.shape[1]), self._flat.compute)
             table[:, len(StepHyper._fields) :] = coefficients
             self._launch(k, kernel, indices, lines, table)
             clock.last[indices] = clock.now
@@ -155,7 +155,7 @@ class RowSteps:
             return
         history = self.clocks[k].history
         lines, coefficients = self._coefficients(k, indices, plan)
-        table = np.empty((len(coefficients), line.size + coefficients.shape[1]), self._flat.dtype)
+        table = np.empty((len(coefficients), line.size + coefficients.shape[1]), self._flat.compute)
         table[:, : line.size] = line
         table[:, line.size :] = coefficients
         kernel = plan.row_kernel(flags, (history.scalar, history.hyper))

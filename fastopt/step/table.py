@@ -117,6 +117,7 @@ class Table:
                 keep,
                 self._ema_weight,
                 1.0,
+                0.0,
                 *prepared,
             )
         except OverflowError:
@@ -131,7 +132,7 @@ class Table:
         members : of a population, each of which has a line for each of `points`.
         """
         heads = np.empty((len(points), members or 1, N_STEP))
-        heads[:] = (1.0, self._clip_value, 1.0, 0.0, 0.0, self._ema_weight, 1.0)
+        heads[:] = (1.0, self._clip_value, 1.0, 0.0, 0.0, self._ema_weight, 1.0, 0.0)
         if members is None:
             heads[:, 0, WEIGHT_DECAY_COLUMN] = [point.weight_decay for point in points]
             heads[:, 0, KEEP] = [point.keep for point in points]

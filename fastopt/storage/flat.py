@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -12,7 +13,7 @@ import optree
 
 from fastopt import scalars
 from fastopt.kernels import backend_of, check_device, get_backend
-from fastopt.kernels.contract import Backend
+from fastopt.kernels.contract import BFLOAT16, Backend
 from fastopt.lazy import lazy
 from fastopt.signals import deferred_signals
 from fastopt.storage.door import (
@@ -28,6 +29,7 @@ from fastopt.storage.door import (
     sharing,
     usable_array,
 )
+from fastopt.storage.formats import FORMATS, compute_dtype, dtype_of, format_of
 from fastopt.storage.layout import Layout
 from fastopt.storage.trees import containers, flatten, handed_out, leaves_like, plain
 
@@ -49,7 +51,8 @@ class FlatParams:
         paths: the parameters' names, such as ``"bn.gamma"``, in buffer order.
         shapes, offsets: the shape of each parameter, and its offset in a buffer, in elements.
         size: the elements of a buffer, including padding.
-        dtype, backend: float32 or float64; ``"cpu"`` or ``"cuda"``.
+        dtype, backend: float32, float64, float16 or bfloat16; ``"cpu"`` or ``"cuda"``.
+        compute: the dtype in which updates are computed: float32 for parameters of 16 bits, otherwise `dtype`.
         device: the number of the device on which the arrays are; None on the CPU.
         members: of a population, the number of networks, which is the length of the first axis of every array; None for
             one network.
@@ -74,6 +77,7 @@ class FlatParams:
         self.split = self.layout if members is None else self.layout.split(members)
         self.paths = tuple(paths)
         self.dtype = dtype
+        self.compute = compute_dtype(dtype)
         self.backend = backend
         self.treespec = treespec
         self.in_place = not copy
@@ -216,14 +220,67 @@ class FlatParams:
         where += "" if self.members is None else f", of {self.members} networks"
         return f"<FlatParams: {len(self.paths)} parameters, {count:,} elements of {self.dtype}, on {where}>"
 
-    def new_buffer(self) -> np.ndarray:
+    def new_buffer(self, dtype: Any = None) -> np.ndarray:
         """Return a new buffer of zeros with this layout, for a state.
+
+        Args:
+            dtype: of its elements; None for that of the parameters.
 
         >>> import numpy as np, fastopt
         >>> fastopt.pack({"w": np.ones(3)}).new_buffer()
         array([0., 0., 0., 0., 0., 0., 0., 0.])
         """
-        return self._backend.zeros(self.layout.size, self.dtype)
+        return self._backend.zeros(self.layout.size, self.dtype if dtype is None else np.dtype(dtype))
+
+    def with_codes(self) -> FlatParams:
+        """Return these parameters, with room for codes in buffers of states: see `Layout.with_codes`.
+
+        Returns:
+            A `FlatParams` that shares its arrays with this one.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"b": np.ones(3), "w": np.ones(5000)}).with_codes()
+        >>> flat.layout.states, flat.layout.coded
+        ((5120, 0), 5120)
+        """
+        twin = copy.copy(self)
+        twin.layout = twin.split = self.layout.with_codes()
+        for name in ("places", "neighbours"):
+            twin.__dict__.pop(name, None)
+        return twin
+
+    def new_state(self, dtype: Any = None) -> np.ndarray:
+        """Return a new buffer of zeros for a state.
+
+        Args:
+            dtype: of its elements; None for that of the parameters.
+
+        >>> import numpy as np, fastopt
+        >>> fastopt.pack({"w": np.ones(3)}).new_state(np.float32).dtype
+        dtype('float32')
+        """
+        return self._backend.zeros(self.layout.size_of_states, self.dtype if dtype is None else np.dtype(dtype))
+
+    def state_views(self, buffer: np.ndarray) -> list[np.ndarray]:
+        """Return the parameters' parts of a buffer of a state.
+
+        Args:
+            buffer: 1-D, as `new_state` returned it.
+
+        Returns:
+            A list of views of the buffer in the parameters' shapes, in the order of `paths`.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.ones(2), "b": np.zeros(1)})
+        >>> [view.shape for view in flat.state_views(flat.new_state())]
+        [(1,), (2,)]
+        """
+        layout = self.layout
+        offsets = layout.offsets if layout.states is None else layout.states
+        return [
+            buffer[offset : offset + size].reshape(shape)
+            for offset, size, shape in zip(offsets, layout.sizes, layout.shapes, strict=True)
+        ]
 
     def new_numbers(self, over: str = "tensor") -> np.ndarray:
         """Return a buffer of zeros in float64: a sum of squares may leave the range of float32.
@@ -705,9 +762,11 @@ def pack(
 
     Args:
         params: any tree (dict, list, tuple, NamedTuple, dataclass, any type known to optree) whose leaves are NumPy
-            arrays of one dtype, float32 or float64. Arrays may be empty or 0-d. No two may share memory.
+            arrays of one dtype: float32, float64, float16, or bfloat16 of the package ml_dtypes. Arrays may be empty or
+            0-d. No two may share memory.
         backend: ``"cpu"``, ``"cuda"``, or ``"auto"``, the backend of the arrays.
-        dtype: float32 or float64 to convert to; None keeps the arrays' dtype.
+        dtype: what to convert to, as a dtype or by its name; None keeps the arrays' dtype. With ``"bfloat16"``, arrays
+            of uint16 are taken for the bits of such numbers.
         copy: False keeps the parameters in the given arrays, which are then updated in place. They must be
             C-contiguous, aligned and writeable.
         members: of a population, the number of networks, from 1: the length of the first axis of every array.
@@ -743,18 +802,15 @@ def pack(
                 f"parameters {first_use[id(leaf)]!r} and {path!r}: must be two arrays, got one and the same (tied); "
                 f"keep it in the tree once, or pass a copy"
             )
-    try:
-        wanted = None if dtype is None else np.dtype(dtype)
-    except TypeError:
-        wanted = np.dtype(object)
-    if wanted is not None and wanted not in DTYPES:
-        raise TypeError(f"dtype: must be float32 or float64, got {dtype!r}")
+    wanted = None if dtype is None else _wanted(dtype)
     if backend == "auto":
         backend = "cuda" if "cuda" in map(backend_of, leaves) else "cpu"
     memory = get_backend(backend)
     arrays = [_check_leaf(path, leaf, memory, wanted) for path, leaf in zip(paths, leaves, strict=True)]
     _refuse_sharing(leaves, memory, paths)
     found = arrays[0].dtype if wanted is None else wanted
+    if found.itemsize == 2 and memory.name != "cpu":
+        raise TypeError(f"parameter {paths[0]!r}: must be float32 or float64 on a device, got {found}")
     for path, leaf in zip(paths, arrays, strict=True):
         if leaf.dtype != found and (wanted is None or not copy):
             raise TypeError(
@@ -775,6 +831,19 @@ def pack(
                     f"stack the networks with np.stack"
                 )
     return FlatParams(arrays, paths, treespec, np.dtype(found), backend, copy=copy, members=members)
+
+
+def _wanted(dtype: Any) -> np.dtype[Any]:
+    """The dtype that parameters are to have."""
+    if isinstance(dtype, str) and dtype in FORMATS:
+        return dtype_of(dtype, "dtype")
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = np.dtype(object)
+    if format_of(found) is None:
+        raise TypeError(f"dtype: must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {dtype!r}")
+    return found
 
 
 def check_members(members: Any) -> int | None:
@@ -833,12 +902,17 @@ def _check_leaf(path: str, given: Any, memory: Backend, wanted: np.dtype[Any] | 
         raise TypeError(f"parameter {path!r}: must be a NumPy array, got {type(given).__name__}{hint}")
     check_device(f"parameter {path!r}", leaf, memory, memory.device, "the current one")
     found = scalars.dtype_name(leaf.dtype)
-    floating = leaf.dtype.kind == "f" or found == "bfloat16"
-    if leaf.dtype in DTYPES or (wanted is not None and floating and leaf.dtype.isnative):
+    if wanted is not None and found == "uint16" and scalars.dtype_name(wanted) == BFLOAT16:
+        return leaf.view(wanted)
+    floating = leaf.dtype.kind == "f" or found == BFLOAT16
+    if format_of(leaf.dtype) is not None or (wanted is not None and floating and leaf.dtype.isnative):
         return leaf
+    hint = "param.astype('float32')"
+    if found == "uint16":
+        hint = f"{hint}, or fastopt.pack(params, dtype='bfloat16') where it holds the bits of such numbers"
     raise TypeError(
-        f"parameter {path!r}: must have dtype float32 or float64 in native byte order, got {found}; "
-        f"use param.astype('float32')"
+        f"parameter {path!r}: must have dtype float32, float64, float16 or bfloat16 in native byte order, got {found}; "
+        f"use {hint}"
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
 
-from fastopt.kernels.contract import ALIGNMENT, BLOCK, N_CHUNK, N_LINE, N_PLACE, N_TILE, Tiles
+from fastopt.kernels.contract import ALIGNMENT, BLOCK, CODES, N_CHUNK, N_LINE, N_PLACE, N_TILE, Tiles
 from fastopt.lazy import lazy
 
 MIN_CHUNK = 1024
@@ -17,6 +17,9 @@ MAX_CHUNK = 32_768
 CHUNKS = 64
 """The elements of all parameters are cut into about CHUNKS chunks of MIN_CHUNK to MAX_CHUNK elements: enough of them to
 share out evenly among threads, each long enough to hide the cost of starting a loop (10-20 ns)."""
+
+LEAST_CODED = 4096
+"""The smallest parameters whose states have codes of 8 bits: biases and the gains of norms are few and matter."""
 
 TILE = 32_768
 """The most elements of a tile of a matrix ..."""
@@ -37,6 +40,10 @@ class Layout:
     sizes: tuple[int, ...]
     offsets: tuple[int, ...]
     size: int
+    states: tuple[int, ...] | None = None
+    """Where each parameter is in buffers of states, where that is elsewhere: see `with_codes`."""
+    coded: int = 0
+    """How many elements of these buffers have codes: the first ones."""
     networks: int = 1
     """How many networks the parameters belong to: those of the first one come first, as many as of every other."""
 
@@ -61,14 +68,39 @@ class Layout:
             for member in range(members)
             for offset, size in zip(self.offsets, sizes, strict=True)
         )
-        return Layout(shapes * members, sizes * members, offsets, self.size, members)
+        return Layout(shapes * members, sizes * members, offsets, self.size, networks=members)
+
+    def with_codes(self) -> Layout:
+        """The same, with the states of parameters of `LEAST_CODED` elements or more before the others, in whole blocks.
+
+        Those of the other parameters have no codes.
+        """
+        end, offsets = 0, [0] * len(self.sizes)
+        large = [size >= LEAST_CODED for size in self.sizes]
+        for k in sorted(range(len(self.sizes)), key=lambda k: not large[k]):
+            offsets[k] = end
+            step = CODES if large[k] else ALIGNMENT // 4
+            end += -(-self.sizes[k] // step) * step
+        coded = sum(-(-size // CODES) * CODES for size, own in zip(self.sizes, large, strict=True) if own)
+        return replace(self, states=tuple(offsets), coded=coded)
+
+    @property
+    def size_of_states(self) -> int:
+        """The elements of a buffer of states, including padding."""
+        ends = [end + -(-size // 16) * 16 for end, size in zip(self.states or (), self.sizes, strict=False)]
+        return max(ends, default=self.size)
+
+    @property
+    def size_of_units(self) -> int:
+        """The numbers of a buffer of units: one for each block of codes, and the states that have no codes."""
+        return self.coded // CODES + self.size_of_states - self.coded
 
     def places(self, p: int | np.ndarray, g: int | np.ndarray) -> np.ndarray:
         """A table of `fastopt.kernels.contract.Place`: the addresses of parameters and gradients, and these offsets."""
         table = np.empty((len(self.sizes), N_PLACE), np.int64)
         table[:, 0] = p
         table[:, 1] = g
-        table[:, 2] = self.offsets
+        table[:, 2] = self.offsets if self.states is None else self.states
         table[:, 3] = np.repeat(np.arange(self.networks), len(self.sizes) // self.networks)
         return table
 
@@ -97,7 +129,7 @@ class Layout:
         """
         if longest is None:
             longest = min(max(self.size // CHUNKS, MIN_CHUNK), MAX_CHUNK)
-        unit = BLOCK if whole else ALIGNMENT // 4
+        unit = BLOCK if whole else (CODES if self.coded else ALIGNMENT // 4)
         longest = max(unit, longest // unit * unit)
         lines: list[tuple[int, int, int, int, int, int]] = []
         block = 0

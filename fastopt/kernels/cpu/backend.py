@@ -12,7 +12,22 @@ import numpy as np
 from numba import types
 
 from fastopt.kernels.bind import bind, compile_loop, inlined
-from fastopt.kernels.contract import ALIGNMENT, LEVEL, N_STEP, Adder, Array, Features, Kernel, KernelRule, StepHyper
+from fastopt.kernels.contract import (
+    ALIGNMENT,
+    FLOAT32,
+    LEVEL,
+    MASTER,
+    N_STEP,
+    STORED,
+    Adder,
+    Array,
+    Features,
+    Kernel,
+    KernelRule,
+    StepHyper,
+    Storage,
+)
+from fastopt.kernels.cpu.coded import KINDS, coded, functions_of
 from fastopt.kernels.cpu.elementwise import ElementwiseKernel, elementwise, hyperparameters
 from fastopt.kernels.cpu.lines import LinedKernel, LinedStage, sum_tile
 from fastopt.kernels.cpu.lines import settle as settle_lines
@@ -26,15 +41,20 @@ from fastopt.kernels.elements import (
     adding_scaled,
     check_rule,
     conditioning,
+    exact,
     fields_of,
+    kept_apart,
     of_terms,
     reads_of,
     scalar,
     settling,
     surrounded,
+    terms_of_kept,
 )
+from fastopt.kernels.formats import dithering, reading, rounding, stored_type, writing
 from fastopt.kernels.intrinsics import fetching, replacing
 from fastopt.kernels.threads import COMPILING, get_num_threads
+from fastopt.source import written
 
 if TYPE_CHECKING:
     from fastopt.kernels.cpu.batchnorm import BatchNormCPU
@@ -101,18 +121,20 @@ class CPU:
         dtype: np.dtype[Any],
         features: Features,
         first: tuple[Callable[..., Any], type] | None = None,
+        storage: Storage | None = None,
     ) -> Kernel:
         """The compiled update of `rule`, whose `prepare` returns the NamedTuple `hyper`, on buffers of `dtype`.
 
         Raises TypeError where the rule's arithmetic leaves `dtype` or its return does not match its states.
         """
-        key = (rule, hyper, dtype, features, first)
+        key = (rule, hyper, dtype, features, first, storage)
         kernel: Kernel = self._once(key, lambda: self._compile(*key))
         return kernel
 
-    def norm(self, dtype: np.dtype[Any], features: Features) -> SquaresKernel:
+    def norm(self, dtype: np.dtype[Any], features: Features, grads: str | None = None) -> SquaresKernel:
         """The pass over gradients of `dtype` that measures them."""
-        kernel: SquaresKernel = self._once(("norm", dtype, features), lambda: self._compile_norm(dtype, features))
+        key = (dtype, features, grads or dtype.name)
+        kernel: SquaresKernel = self._once(("norm", *key), lambda: self._compile_norm(*key))
         return kernel
 
     def add(
@@ -125,9 +147,11 @@ class CPU:
         partials: Array,
         adder: Adder,
         dtype: np.dtype[Any],
+        grads: str | None = None,
     ) -> None:
         """As `fastopt.kernels.contract.Backend.add`."""
-        loop: Loop = self._once(("add", dtype, adder), lambda: self._compile_add(dtype, adder))
+        key = (dtype, adder, grads or dtype.name)
+        loop: Loop = self._once(("add", *key), lambda: self._compile_add(*key))
         elements = int(chunks[:, 2].sum() - chunks[:, 1].sum())
         loop.run(places, present, overwrite, weight, chunks, partials, elements=elements, units=chunks.shape[0])
 
@@ -163,6 +187,7 @@ class CPU:
         dtype: np.dtype[Any],
         features: Features,
         first: tuple[Callable[..., Any], type] | None,
+        storage: Storage | None,
     ) -> Kernel:
         if numba.config.DISABLE_JIT:
             raise RuntimeError("NUMBA_DISABLE_JIT is set: fastopt has no interpreted kernels; unset it")
@@ -171,7 +196,7 @@ class CPU:
         # not kept: its signature holds the user's NamedTuple, which another process does not recognise if it cannot
         # import it.
         check = cache(lambda: check_rule(rule, compiled_rule, hyper, dtype))
-        return self._bind_loops(rule, compiled_rule, hyper, dtype, features, first, check)
+        return self._bind_loops(rule, compiled_rule, hyper, dtype, features, first, storage, check)
 
     def _bind_loops(
         self,
@@ -181,21 +206,27 @@ class CPU:
         dtype: np.dtype[Any],
         features: Features,
         first: tuple[Callable[..., Any], Any] | None,
+        storage: Storage | None,
         check: Callable[[], None],
     ) -> ElementwiseKernel | SummedKernel | LinedKernel:
-        number = numba.from_dtype(dtype)
-        table = types.Array(number, 2, "C")
-        buffers = len(rule.states) + features.ema
-        states = types.UniTuple(types.Array(number, 1, "C"), buffers) if buffers else types.Tuple(())
+        storage = storage or Storage(dtype.name, dtype.name, (dtype.name,) * (len(rule.states) + features.ema))
+        table = types.Array(numba.from_dtype(dtype), 2, "C")
+        scales = [dtype.name for name in storage.states if name in KINDS]
+        states = types.Tuple([types.Array(stored_type(name), 1, "C") for name in (*storage.states, *scales)])
         arguments = (INTEGERS, states, table, INTEGERS)
 
         constants, label = surrounded(rule, compiled_rule, hyper, dtype, features, first, scalar)
-        constants |= {"DTYPE": dtype.type, "SCATTERED": features.scattered}
+        constants |= {"SCATTERED": features.scattered, **_stored(storage, len(rule.states))}
+        if storage.keeps:
+            constants["ELEMENT"] = bind(kept_apart, constants, label="kept_apart", scalar=scalar)
         constants["HYPERPARAMETERS"] = bind(hyperparameters, constants, label="hyperparameters", scalar=scalar)
 
         if rule.lined:
             return self._bind_lines(rule, hyper, dtype, features, constants, arguments, label, check)
-        kernel = ElementwiseKernel(Loop(elementwise, constants, arguments, label=label, check=check))
+        function: Callable[..., Any] = elementwise
+        if scales:
+            function, constants, label = coded, {**constants, **functions_of(storage, constants)}, f"coded_{label}"
+        kernel = ElementwiseKernel(Loop(function, constants, arguments, label=label, check=check))
         if rule.sums:
             return self._bind_sums(rule, hyper, dtype, features, constants, arguments, label, check, kernel)
         return kernel
@@ -225,8 +256,7 @@ class CPU:
             loop = None
             if terms:
                 of_sums, of_label = of_terms(rule, terms, hyper, dtype, features, scalar)
-                of_sums |= {
-                    "DTYPE": dtype.type,
+                of_sums = _of_kept(constants, of_sums) | {
                     "HYPERPARAMETERS": constants["HYPERPARAMETERS"],
                     "N_TERMS": len(terms),
                     "N_NORMS": norms,
@@ -287,7 +317,7 @@ class CPU:
             loop = None
             if terms:
                 of_sums, of_label = of_terms(rule, terms, hyper, dtype, features, scalar)
-                of_sums = {**of_stage, **of_sums, "N_NORMS": norms, "WIDE": wide}
+                of_sums = {**of_stage, **_of_kept(constants, of_sums), "N_NORMS": norms, "WIDE": wide}
                 loop = Loop(
                     sum_terms_of_lines,
                     {
@@ -324,39 +354,79 @@ class CPU:
         )
         return LinedKernel(tuple(stages), loop, dtype, len(names))
 
-    def _compile_norm(self, dtype: np.dtype[Any], features: Features) -> SquaresKernel:
+    def _compile_norm(self, dtype: np.dtype[Any], features: Features, grads: str) -> SquaresKernel:
         # A sum of squares of float32 is itself finite just where they are; otherwise a second sum has to find out.
         apart = features.zero_nonfinite or features.clip_value or dtype.itemsize == 8
-        measure = self._measure(dtype, features, apart=apart)
+        measure = self._measure(dtype, features, grads, apart=apart)
         return SquaresKernel(
             Loop(
                 squares,
-                {"DTYPE": dtype.type, "MEASURE_BLOCK": measure},
+                {"G_TYPE": STORED[grads].type, "MEASURE_BLOCK": measure},
                 (INTEGERS, types.Array(numba.from_dtype(dtype), 2, "C"), INTEGERS, PARTIALS),
-                label=f"squares_{dtype.name}",
+                label=f"squares_{grads}",
                 fastmath={"reassoc", "contract"},  # for the sums alone
             ),
             dtype,
         )
 
-    def _measure(self, dtype: np.dtype[Any], features: Features, *, apart: bool) -> Any:
-        """`measure_block`, to be inlined into a loop; apart: whether what is not finite is summed apart."""
+    def _measure(self, dtype: np.dtype[Any], features: Features, stored: str, *, apart: bool) -> Any:
+        """`measure_block`, to be inlined into a loop.
+
+        stored : the format of what is measured. apart : whether what is not finite is summed apart.
+        """
         constants = {"APART": apart, "WIDE": dtype.itemsize == 8, **conditioning(dtype, features, scalar)}
+        constants["READ"] = reading((stored,))
         return inlined(bind(measure_block, constants, label="measure_block", scalar=scalar))
 
-    def _compile_add(self, dtype: np.dtype[Any], adder: Adder) -> Loop:
+    def _compile_add(self, dtype: np.dtype[Any], adder: Adder, grads: str) -> Loop:
+        features = Features(zero_nonfinite=adder.zero_nonfinite)
         return Loop(
             add,
             {
                 "DTYPE": dtype.type,
+                "G_TYPE": STORED[grads].type,
+                "READ_GRAD": reading((grads,)),
                 "MEASURE": adder.measure,
-                "MEASURE_BLOCK": self._measure(dtype, Features(zero_nonfinite=adder.zero_nonfinite), apart=True),
+                "MEASURE_BLOCK": self._measure(dtype, features, dtype.name, apart=True),
                 "STEP": StepHyper(*[0.0] * N_STEP),  # not looked at: none of its features is on
             },
             (INTEGERS, FLAGS, FLAGS, types.Array(numba.from_dtype(dtype), 1, "C"), INTEGERS, PARTIALS),
-            label=f"add_{dtype.name}",
+            label=f"add_{grads}",
             fastmath={"reassoc"},  # for the two sums alone: g + weight * more can be read in one way only
         )
+
+
+def _stored(storage: Storage, count: int) -> dict[str, Any]:
+    """What a loop reads and writes buffers by. count : how many states the rule has."""
+    in_room = [FLOAT32 if name in KINDS else name for name in storage.states]
+    formats = (storage.params, *in_room)
+    own = [f"states[{k}]" for k in range(count)]
+    own += [f"states[{len(storage.states) - 1}]"] if storage.keeps else []
+    of_terms = ", ".join([*own, ""]) if own else ""
+    kept = storage.states[-1:] if storage.keeps else ()
+    of_kept = {"MASTER": storage.keeps == MASTER, "ROUNDED": rounding(storage.params) if storage.keeps else None}
+    return {
+        **of_kept,
+        "P_TYPE": STORED[storage.params].type,
+        "G_TYPE": STORED[storage.grads].type,
+        "READ": reading(formats),
+        "READ_GRAD": reading((storage.grads,)),
+        "READ_TERMS": reading((storage.params, *in_room[:count], *kept)),
+        "OF_TERMS": written("of_terms", ["states"], [f"return ({of_terms})"], {}, __name__),
+        "WRITE": writing(formats),
+        "STOCHASTIC": storage.stochastic,
+        "DITHERED": dithering(formats) if storage.stochastic else None,
+        "KEPT": bool(storage.keeps),
+        "EXACT": bind(exact, of_kept, label="exact", scalar=scalar) if storage.keeps else None,
+    }
+
+
+def _of_kept(constants: dict[str, Any], of_sums: dict[str, Any]) -> dict[str, Any]:
+    """The constants of a loop over terms, for the storage in those of the update."""
+    found = {**constants, **of_sums}
+    if constants["KEPT"]:
+        found["ELEMENT"] = bind(terms_of_kept, found, label="terms_of_kept", scalar=scalar)
+    return found
 
 
 def _adding(summing: Callable[..., Any], of_sums: dict[str, Any], added: FunctionType, count: int) -> Any:

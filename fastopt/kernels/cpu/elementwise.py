@@ -7,12 +7,21 @@ from typing import Any
 
 from fastopt.kernels.contract import N_CHUNK, N_PLACE, N_STEP, PROCEEDS, Array, Chunk, Place, StepHyper
 from fastopt.kernels.driver import Loop
-from fastopt.kernels.intrinsics import at_address, fetch, put_values, record, values_at, windows
+from fastopt.kernels.intrinsics import at_address, fetch, record, windows
 
 # --- what `bind` supplies ---------------------------------------------------------------------------------------------
 
-DTYPE: Any
-"""That of parameters, gradients and states."""
+P_TYPE: Any
+G_TYPE: Any
+"""What parameters and gradients are stored as."""
+READ: Callable[..., Any]
+READ_GRAD: Callable[..., Any]
+WRITE: Callable[..., Any]
+"""``reading`` and ``writing`` of formats.py: for a parameter and its states; for a gradient alone."""
+DITHERED: Callable[..., Any]
+"""``dithering`` of formats.py, for the same as WRITE."""
+STOCHASTIC: bool
+"""Whether what is written is rounded at random."""
 HYPER: type
 """The NamedTuple of the rule's hyperparameters."""
 FIRST_HYPER: type
@@ -60,7 +69,7 @@ def elementwise(places, states, table, chunks, first, last):
             to_come = record(Chunk, chunks, (c - AHEAD if backwards else c + AHEAD) * N_CHUNK)
             its_place = record(Place, places, to_come.place * N_PLACE)
             size = to_come.stop - to_come.start
-            fetch(at_address(DTYPE, its_place.p, to_come.start, size), 0, size)
+            fetch(at_address(P_TYPE, its_place.p, to_come.start, size), 0, size)
             if N_STATES > 0:  # an empty tuple has no type to go over
                 for state in states:
                     fetch(state, its_place.state + to_come.start, its_place.state + to_come.stop)
@@ -68,14 +77,19 @@ def elementwise(places, states, table, chunks, first, last):
         place = record(Place, places, chunk.place * N_PLACE)
         step, h = HYPERPARAMETERS(table, chunk.group)
         size = chunk.stop - chunk.start
-        p = at_address(DTYPE, place.p, chunk.start, size)
-        g = at_address(DTYPE, place.g, chunk.grad, size)
-        updated = (p, *windows(states, place.state + chunk.start, size))
+        p = at_address(P_TYPE, place.p, chunk.start, size)
+        g = (at_address(G_TYPE, place.g, chunk.grad, size),)
+        start = place.state + chunk.start
+        updated = (p, *windows(states, start, size))
         for i in range(size):
-            values = values_at(updated, i)
-            put_values(updated, i, ELEMENT(step, values[0], g[i], *values[1:], h))
+            values = READ(updated, i)
+            new = ELEMENT(step, values[0], READ_GRAD(g, i)[0], *values[1:], h)
+            if STOCHASTIC:
+                WRITE(updated, i, DITHERED(new, step.noise, start + i))
+            else:
+                WRITE(updated, i, new)
             if ZERO_GRAD:
-                g[i] = ZERO
+                g[0][i] = G_TYPE(0)
 
 
 class ElementwiseKernel:

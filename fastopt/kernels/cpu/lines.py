@@ -33,8 +33,18 @@ from fastopt.signals import deferred_signals
 
 # --- what `bind` supplies ---------------------------------------------------------------------------------------------
 
-DTYPE: Any
-"""That of parameters, gradients and states."""
+P_TYPE: Any
+G_TYPE: Any
+READ: Callable[..., Any]
+READ_GRAD: Callable[..., Any]
+WRITE: Callable[..., Any]
+DITHERED: Callable[..., Any]
+STOCHASTIC: bool
+"""As in elementwise.py."""
+READ_TERMS: Callable[..., Any]
+"""``reading`` of formats.py, for a parameter and the states that terms are given."""
+OF_TERMS: Callable[..., Any]
+"""Of the tuple of all buffers: those states."""
 ELEMENT: Callable[..., Any]
 """``element`` of elements.py, bound to the rule, or to the terms, and the features."""
 HYPERPARAMETERS: Callable[..., Any]
@@ -88,19 +98,23 @@ def sum_tile(step, h, tile, place, states, of_rows, columns, parts):
     totals = NO_SUMS
     for row in range(tile.rows):
         start = (tile.row + row) * tile.columns + tile.column
-        p = at_address(DTYPE, place.p, start, tile.width)
-        g = at_address(DTYPE, place.g, start, tile.width)
-        own = windows(states[:N_STATES], place.state + start, tile.width)
+        p = at_address(P_TYPE, place.p, start, tile.width)
+        g = (at_address(G_TYPE, place.g, start, tile.width),)
+        own = (p, *windows(OF_TERMS(states), place.state + start, tile.width))
         of_row = OF_ROW(h, of_rows, tile.row_line + row)
         if BY_COLUMN:
             for j in range(tile.width):
-                terms = ADDED(ELEMENT(step, p[j], g[j], *values_at(own, j), OF_COLUMN(of_row, columns, j)))
+                values = READ_TERMS(own, j)
+                own_h = OF_COLUMN(of_row, columns, j)
+                terms = ADDED(ELEMENT(step, values[0], READ_GRAD(g, j)[0], *values[1:], own_h))
                 put_values(by_column, j, add_values(values_at(by_column, j), terms))
         else:
             if BY_ROW:
                 totals = NO_SUMS
             for j in range(tile.width):
-                terms = ADDED(ELEMENT(step, p[j], g[j], *values_at(own, j), OF_COLUMN(of_row, columns, j)))
+                values = READ_TERMS(own, j)
+                own_h = OF_COLUMN(of_row, columns, j)
+                terms = ADDED(ELEMENT(step, values[0], READ_GRAD(g, j)[0], *values[1:], own_h))
                 totals = add_values(totals, terms)
             if BY_ROW:
                 put_values(parts, tile.row_part + row, totals)
@@ -200,15 +214,20 @@ def update(places, states, table, tiles, of_tensors, of_rows, of_columns, first,
         columns = windows(of_columns, tile.column_line, tile.width)
         for row in range(tile.rows):
             start = (tile.row + row) * tile.columns + tile.column
-            p = at_address(DTYPE, place.p, start, tile.width)
-            g = at_address(DTYPE, place.g, start, tile.width)
+            p = at_address(P_TYPE, place.p, start, tile.width)
+            g = (at_address(G_TYPE, place.g, start, tile.width),)
             updated = (p, *windows(states, place.state + start, tile.width))
             of_row = OF_ROW(h, of_rows, tile.row_line + row)
             for j in range(tile.width):
-                values = values_at(updated, j)
-                put_values(updated, j, ELEMENT(step, values[0], g[j], *values[1:], OF_COLUMN(of_row, columns, j)))
+                values = READ(updated, j)
+                own_h = OF_COLUMN(of_row, columns, j)
+                new = ELEMENT(step, values[0], READ_GRAD(g, j)[0], *values[1:], own_h)
+                if STOCHASTIC:
+                    WRITE(updated, j, DITHERED(new, step.noise, place.state + start + j))
+                else:
+                    WRITE(updated, j, new)
                 if ZERO_GRAD:
-                    g[j] = ZERO
+                    g[0][j] = G_TYPE(0)
 
 
 # --- the launches -----------------------------------------------------------------------------------------------------

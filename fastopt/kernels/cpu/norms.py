@@ -28,7 +28,13 @@ from fastopt.kernels.intrinsics import at_address, record
 # --- what `bind` supplies ---------------------------------------------------------------------------------------------
 
 DTYPE: Any
-"""That of parameters and gradients."""
+"""What is computed in, and what accumulated gradients are stored as."""
+G_TYPE: Any
+"""What gradients are stored as."""
+READ: Callable[..., Any]
+"""``reading`` of formats.py, for what is measured ..."""
+READ_GRAD: Callable[..., Any]
+"""... and for a gradient."""
 UNSCALED: Callable[..., Any]
 """``unscaled`` of elements.py, bound to the features."""
 CONDITIONED: Callable[..., Any]
@@ -53,10 +59,11 @@ def measure_block(step, x, partials, block):
     total = 0.0
     bad = ZERO
     for i in range(x.size):
-        value = np.float64(CONDITIONED(step, x[i]))
+        element = READ((x,), i)[0]
+        value = np.float64(CONDITIONED(step, element))
         total += value * value
         if APART:
-            bad += UNSCALED(step, x[i]) - UNSCALED(step, x[i])
+            bad += UNSCALED(step, element) - UNSCALED(step, element)
     partials[block, 0] = total
     partials[block, 1] = bad if APART else total - total
     if WIDE:
@@ -65,7 +72,7 @@ def measure_block(step, x, partials, block):
             up = 0.0
             down = 0.0
             for i in range(x.size):
-                value = np.float64(CONDITIONED(step, x[i]))
+                value = np.float64(CONDITIONED(step, READ((x,), i)[0]))
                 up += scaled_square(value, SCALE_UP)
                 down += scaled_square(value, SCALE_DOWN)
         partials[block, 2] = up
@@ -81,7 +88,7 @@ def squares(places, table, chunks, partials, first, last):
         block = chunk.block
         for start in range(chunk.start, chunk.stop, BLOCK):
             size = min(BLOCK, chunk.stop - start)
-            x = at_address(DTYPE, place.g, chunk.grad + start - chunk.start, size)
+            x = at_address(G_TYPE, place.g, chunk.grad + start - chunk.start, size)
             MEASURE_BLOCK(step, x, partials, block)
             block += 1
 
@@ -97,13 +104,13 @@ def add(places, present, overwrite, weight, chunks, partials, first, last):
             for start in range(chunk.start, chunk.stop, BLOCK):
                 size = min(BLOCK, chunk.stop - start)
                 total = at_address(DTYPE, place.p, start, size)
-                more = at_address(DTYPE, place.g, start, size)
+                more = (at_address(G_TYPE, place.g, start, size),)
                 if overwrite[chunk.place]:
                     for i in range(size):
-                        total[i] = weight[0] * more[i]
+                        total[i] = weight[0] * READ_GRAD(more, i)[0]
                 else:
                     for i in range(size):
-                        total[i] = total[i] + weight[0] * more[i]
+                        total[i] = total[i] + weight[0] * READ_GRAD(more, i)[0]
                 if MEASURE:  # in a loop of its own: the block is in L1
                     MEASURE_BLOCK(STEP, total, partials, block)
                 block += 1

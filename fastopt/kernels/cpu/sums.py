@@ -31,15 +31,19 @@ from fastopt.kernels.intrinsics import (
     record,
     rooms_for,
     values_at,
-    window,
     windows,
 )
 from fastopt.signals import deferred_signals
 
 # --- what `bind` supplies ---------------------------------------------------------------------------------------------
 
-DTYPE: Any
-"""That of parameters, gradients and states."""
+P_TYPE: Any
+G_TYPE: Any
+READ_GRAD: Callable[..., Any]
+"""As in elementwise.py."""
+READ_TERMS: Callable[..., Any]
+OF_TERMS: Callable[..., Any]
+"""As in lines.py."""
 ELEMENT: Callable[..., Any]
 """``element`` of elements.py, bound to the terms and the features."""
 HYPERPARAMETERS: Callable[..., Any]
@@ -95,16 +99,18 @@ def sum_block(step, p, g, states, h):
 
     What is added up waits in the cache: a loop that adds up float64 computes half as many float32 at a time.
     """
-    values = ROOMS(ELEMENT(step, p[0], g[0], *values_at(states, 0), h))
+    given = READ_TERMS((p, *states), 0)
+    values = ROOMS(ELEMENT(step, given[0], READ_GRAD((g,), 0)[0], *given[1:], h))
     totals = ROOMS(NO_SUMS)
     for i in range(RUN):
         put_values(totals, i, NO_SUMS)
     for start in range(0, p.size, RUN):
         size = min(RUN, p.size - start)
-        own_p, own_g, own = window(p, start, size), window(g, start, size), windows(states, start, size)
+        own_g, own = windows((g,), start, size), windows((p, *states), start, size)
         FETCH((p, g, *states), start + AHEAD, start + AHEAD + RUN)
         for i in range(size):
-            put_rounded(values, i, ELEMENT(step, own_p[i], own_g[i], *values_at(own, i), h))
+            given = READ_TERMS(own, i)
+            put_rounded(values, i, ELEMENT(step, given[0], READ_GRAD(own_g, i)[0], *given[1:], h))
         for i in range(size):
             put_values(totals, i, add_values(values_at(totals, i), ADDED(values_at(values, i))))
     total = NO_SUMS
@@ -124,9 +130,9 @@ def sum_terms(places, states, table, chunks, partials, first, last):
         block = chunk.block
         for start in range(chunk.start, chunk.stop, BLOCK):
             size = min(BLOCK, chunk.stop - start)
-            p = at_address(DTYPE, place.p, start, size)
-            g = at_address(DTYPE, place.g, chunk.grad + start - chunk.start, size)
-            own = windows(states[:N_STATES], place.state + start, size)
+            p = at_address(P_TYPE, place.p, start, size)
+            g = at_address(G_TYPE, place.g, chunk.grad + start - chunk.start, size)
+            own = windows(OF_TERMS(states), place.state + start, size)
             totals = SUM_BLOCK(step, p, g, own, h)
             for k in range(N_TERMS):
                 partials[block, k] = totals[k]

@@ -34,6 +34,7 @@ from fastopt.kernels.contract import (
     Kernel,
     KernelRule,
     StepHyper,
+    Storage,
     SumsFunctions,
     Tiles,
     clip_coefficient,
@@ -356,15 +357,18 @@ class CUDA:
         dtype: np.dtype[Any],
         features: Features,
         first: tuple[Callable[..., Any], type] | None = None,
+        storage: Storage | None = None,
     ) -> Kernel:
-        """As `fastopt.kernels.contract.Backend`."""
+        """As `fastopt.kernels.contract.Backend`; buffers must be of the dtype."""
+        if storage is not None:
+            raise ValueError(f"storage: must be None on a device, got {storage}")
         key = (rule, hyper, dtype, features, first)
         if key not in self._kernels:
             self._kernels[key] = self._bind(rule, hyper, dtype, features, first)
         kernel: Kernel = self._kernels[key]
         return kernel
 
-    def norm(self, dtype: np.dtype[Any], features: Features) -> SquaresKernel:
+    def norm(self, dtype: np.dtype[Any], features: Features, grads: str | None = None) -> SquaresKernel:
         """As `fastopt.kernels.contract.Backend`."""
         key = ("norm", dtype, features)
         if key not in self._kernels:
@@ -444,6 +448,7 @@ class CUDA:
         partials: Array,
         adder: Adder,
         dtype: np.dtype[Any],
+        grads: str | None = None,
     ) -> None:
         """As `fastopt.kernels.contract.Backend`: a launch for what is added to, and one for what is overwritten."""
         found, where = self.chunks(chunks), self.places(places)
