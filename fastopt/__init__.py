@@ -15,6 +15,7 @@ from fastopt.kernels.threads import get_num_threads, set_num_threads
 from fastopt.optimizer import Optimizer
 from fastopt.random import uniform
 from fastopt.rule import Layerwise, Matrixwise, Rule, Scaling, Sums, rule
+from fastopt.scaling import LossScaler
 from fastopt.step.info import StepInfo
 from fastopt.storage.flat import FlatParams, pack
 from fastopt.version import __version__ as __version__
@@ -68,6 +69,7 @@ __all__ = [
     "Interval",
     "Layerwise",
     "Linear",
+    "LossScaler",
     "Matrixwise",
     "Optimizer",
     "Rule",

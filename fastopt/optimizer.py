@@ -26,6 +26,7 @@ from fastopt.step.options import StepOptions
 from fastopt.step.pipeline import Pipeline
 from fastopt.step.population import HyperView
 from fastopt.step.rows import check_indices
+from fastopt.step.storage import Memory
 from fastopt.storage.codes import decoded
 from fastopt.storage.flat import FlatParams, check_members, pack
 from fastopt.storage.trees import adopt, handed_out
@@ -38,8 +39,8 @@ class Optimizer:
     """Updates a tree of parameters in place by a rule: one launch, whatever the number of tensors and groups.
 
     Args:
-        params: a tree of NumPy arrays (float32 or float64), which is copied into one flat buffer, or a `FlatParams`,
-            which is used as it is. Work with ``opt.params`` from then on: the same tree, whose leaves are views of the
+        params: a tree of NumPy arrays (float32, float64, float16, or bfloat16 of ml_dtypes), which is copied into one
+            flat buffer, or a `FlatParams`, which is used as it is. Work with ``opt.params`` from then on: the same tree, whose leaves are views of the
             buffer. None leaves the parameters to the first call of `update`.
         rule: a `Rule`, made by `fastopt.rule`. The named optimizers (`fastopt.Adam`, ...) bring their own.
         backend: ``"auto"``, ``"cpu"`` or ``"cuda"``.
@@ -66,6 +67,17 @@ class Optimizer:
             that are passed to `step` are not written.
         maximize: go uphill.
         grad_norm: measure the norm of the gradients in every step, for `StepInfo.grad_norm`.
+        states: in which format the states are stored, which are computed in float32: ``"bfloat16"``, ``"float16"`` or
+            ``"int8"``, or a dict of these by the names of states, as ``{"m": "int8", "v": "bfloat16"}``; None for the
+            dtype that is computed in. ``"int8"`` has blocks of 256 codes with a float32 unit, for parameters of 4,096
+            elements or more; those of smaller ones stay float32.
+        master: for parameters of 16 bits, whether a state holds them in float32 as well, and p is its rounding; None
+            for True, unless one of the next two is asked for.
+        rounding: ``"nearest"``, or ``"stochastic"``: numbers of 16 and 8 bits are rounded up or down at random, in
+            proportion to how near they are, so that small updates count on average. What is drawn depends on `seed`,
+            the step and the element alone, for any number of threads.
+        compensated: for parameters of 16 bits, whether a second number of 16 bits holds what their rounding leaves.
+        seed: of ``rounding="stochastic"``, an int from 0.
         members: of a population, how many independent networks the arrays hold along their first axis. Each is updated
             as by an optimizer of its own, to the bit: norms, clipping, skipped steps and the sums of rules are its
             own, and every number among the hyperparameters may be an array with one for each member, as
@@ -347,6 +359,17 @@ class Optimizer:
         names = (*self.rule.states, *self.rule.numbers, *self.rule.matrices)
         trees = {name: handed_out(self.flat.treespec, arrays[name], f"opt.states[{name!r}]") for name in names}
         return MappingProxyType(trees)
+
+    @property
+    def nbytes(self) -> Memory:
+        """What this optimizer holds, in bytes: ``parameters``, ``gradients``, ``states``, ``scratch`` and ``total``.
+
+        >>> import numpy as np, fastopt
+        >>> params = {"w": np.zeros(2**20, np.float32)}
+        >>> fastopt.Adam(params).nbytes.states / 2**20, fastopt.Adam(params, states="bfloat16").nbytes.states / 2**20
+        (8.0, 4.0)
+        """
+        return self._running.nbytes
 
     @property
     def ema(self) -> Any:

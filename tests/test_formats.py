@@ -29,7 +29,7 @@ WHOLE = [case for case in PER_RULE if case.rule.matrixwise is None]
 KINDS = [case for case in OF_EACH_KIND if case.rule.name in ("adam", "lamb", "adafactor")]
 COMBINED = [(case, WAYS[k % len(WAYS)], True) for k, case in enumerate(WHOLE)]
 """Every rule in one of these ways, with all step options."""
-COMBINED += [(case, way, False) for case in KINDS for way in WAYS]
+COMBINED += [(case, way, False) for case in KINDS for way in (WAYS if case.rule.name == "adam" else WAYS[1:6:2])]
 
 
 def tree(dtype: str, seed: int = 0) -> dict[str, np.ndarray]:
@@ -60,7 +60,11 @@ def put(twin: fastopt.Optimizer, opt: fastopt.Optimizer) -> None:
     """Give a float32 optimizer the decoded parameters and states of one of other formats."""
     arrays, own = opt.state.arrays, twin.state.arrays
     for k, path in enumerate(opt.flat.paths):
-        exact = arrays["master"][k] if "master" in arrays else wide(opt.params[path])
+        exact = wide(opt.params[path])
+        if "master" in arrays:  # not where another parameter was written since
+            with np.errstate(over="ignore"):
+                known = arrays["master"][k].astype(opt.flat.dtype) == opt.params[path]
+            exact = np.where(known, arrays["master"][k], exact)
         if "rest" in arrays:
             exact = exact + wide(arrays["rest"][k])
         twin.params[path][...] = exact
@@ -101,7 +105,7 @@ def test_a_step_is_that_of_float32_rounded(case, way, everything):
         opt.states, twin.states  # noqa: B018 states that begin at the parameters do
         put(twin, opt)
         for optimizer, given in ((opt, grads), (twin, exact)):
-            if t == 2:
+            if t == 2 and not everything:
                 optimizer.accumulate(given)
                 optimizer.accumulate(given, weight=0.5)
                 info = optimizer.step(**loss)

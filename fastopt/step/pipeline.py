@@ -28,7 +28,7 @@ from fastopt.step.norms import Pending, counted, norm_of, norms_of, norms_of_mem
 from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.plan import Plan
 from fastopt.step.rows import RowSteps, check_indices, one_run
-from fastopt.step.storage import StateFormats
+from fastopt.step.storage import Memory, StateFormats
 from fastopt.step.table import is_normal
 from fastopt.storage.codes import coded_views, fill, unit_of
 from fastopt.storage.flat import FlatParams
@@ -1198,6 +1198,18 @@ class Pipeline:
             for array in (*self.flat.arrays, *arrays):
                 array[here] = array[there]
             self.groups.copy_missed(source, target)
+
+    @property
+    def nbytes(self) -> Memory:
+        """What is held: see `Optimizer.nbytes`."""
+        flat = self.flat
+        arrays = self.fit_matrices().arrays.values()
+        return Memory(
+            sum(buffer.nbytes for buffer in flat._buffers or flat.arrays),
+            sum(buffer.nbytes for buffer in flat.grad_buffers),
+            sum(buffer.nbytes for buffer in (*self.buffers, *[array for own in arrays for array in own])),
+            0 if self.sums is None else self.sums.nbytes,
+        )
 
     # --- state --------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,23 @@ from fastopt.storage.formats import HALF, dtype_of, format_of
 
 OF_STATES = (FLOAT32, BFLOAT16, FLOAT16, INT8)
 """The formats that states can have where the parameters are not float64."""
+
+
+class Memory(NamedTuple):
+    """What an optimizer holds, in bytes, padding included."""
+
+    parameters: int
+    gradients: int
+    """Of ``opt.grads``, once somebody has asked for it."""
+    states: int
+    """Those of the rule, the average, and what is kept of parameters of 16 bits besides."""
+    scratch: int
+    """Of gradients that are accumulated."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ def numbers_of(dtype: Any) -> np.ndarray:
     if np.dtype(dtype) == np.int8:
         k = np.arange(-MOST_SIGNED, MOST_SIGNED + 1, dtype=np.float32)
         return k * np.abs(k)
-    k = np.arange(MOST_UNSIGNED + 1)
-    found = np.ldexp(1.0 + (k % 8) / 8.0, k // 8 - 31)
+    code = np.arange(MOST_UNSIGNED + 1)
+    found = np.ldexp(1.0 + (code % 8) / 8.0, code // 8 - 31)
     found[0] = 0.0
     return found.astype(np.float32)
 
