@@ -30,6 +30,7 @@ from fastopt.step.storage import Memory
 from fastopt.storage.codes import decoded
 from fastopt.storage.flat import FlatParams, check_members, pack
 from fastopt.storage.trees import adopt, handed_out
+from fastopt.warned import warn_caller
 
 SHARED = frozenset({"rule", "_base", "_overrides"})
 """Attributes that hold rules or schedules, which a deep copy shares."""
@@ -40,8 +41,8 @@ class Optimizer:
 
     Args:
         params: a tree of NumPy arrays (float32, float64, float16, or bfloat16 of ml_dtypes), which is copied into one
-            flat buffer, or a `FlatParams`, which is used as it is. Work with ``opt.params`` from then on: the same tree, whose leaves are views of the
-            buffer. None leaves the parameters to the first call of `update`.
+            flat buffer, or a `FlatParams`, which is used as it is. Work with ``opt.params`` from then on: the same
+            tree, whose leaves are views of the buffer. None leaves the parameters to the first call of `update`.
         rule: a `Rule`, made by `fastopt.rule`. The named optimizers (`fastopt.Adam`, ...) bring their own.
         backend: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         copy: False leaves the parameters in their own arrays, which are updated in place: C-contiguous, aligned and
@@ -213,6 +214,11 @@ class Optimizer:
         if rule.matrixwise is not None:
             check_acting(rule.matrixwise, flat.paths, checked, self._base)
         self._pipeline = Pipeline(rule, flat, self._options, self._base, checked)
+        if self._pipeline.formats.loses:
+            warn_caller(
+                f"parameters of {flat.dtype} are rounded to the nearest: updates below half of their last place vanish. "
+                f"Use master=True, rounding='stochastic' or compensated=True"
+            )
         return self._pipeline
 
     # --- attributes: hyperparameters are alive, and what does not exist is refused ------------------------------------

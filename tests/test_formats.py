@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import ml_dtypes
@@ -10,6 +12,7 @@ import pytest
 from cases import OF_EACH_KIND, PER_RULE
 
 import fastopt
+from fastopt.storage.codes import decode, numbers_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HALF = (BFLOAT16, np.dtype(np.float16))
@@ -119,3 +122,417 @@ def test_a_step_is_that_of_float32_rounded(case, way, everything):
                 for offset, size in zip(opt.flat.offsets, opt.flat.layout.sizes, strict=True):
                     padding[offset : offset + size] = False
                 assert not buffer[padding].any(), "padding"
+
+
+# --- threads, chunks --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads():
+    before = fastopt.get_num_threads()
+    yield fastopt.set_num_threads
+    fastopt.set_num_threads(before)
+
+
+CODED = {"states": "int8", "rounding": "stochastic"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [("bfloat16", {"rounding": "stochastic", "states": "bfloat16"}), ("float32", CODED), ("float16", {**CODED})],
+    ids=["bfloat16", "int8", "float16-int8"],
+)
+def test_the_bits_do_not_depend_on_threads_or_chunks(dtype, options, threads, monkeypatch):
+    shapes = {"a": 70_001, "b": 300, "c": 5000, "d": 5120}
+    rng = np.random.default_rng(0)
+    start = {name: rng.standard_normal(size).astype(np.float32).astype(dtype) for name, size in shapes.items()}
+    grads = [{name: rng.standard_normal(size).astype(dtype) for name, size in shapes.items()} for _ in range(3)]
+
+    def run() -> list[bytes]:
+        opt = fastopt.AdamW(fastopt.pack(start, dtype=dtype), lr=0.01, **options)
+        for g in grads:
+            opt.step(g)
+        return [bits(buffer) for buffer in (*opt.flat.arrays, *opt._pipeline.buffers)]
+
+    threads(1)
+    expected = run()
+    threads(2)
+    monkeypatch.setattr("fastopt.storage.layout.MAX_CHUNK", 4096)
+    monkeypatch.setattr("fastopt.storage.layout.CHUNKS", 3000)
+    assert run() == expected
+
+
+# --- stochastic rounding ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("target", [1.0 + 0.3 / 256, -1.0 - 0.3 / 2048, 3.1e-6, -7.7e-8, 0.0, 1000.3])
+def test_stochastic_rounding_is_right_on_average(dtype, target):
+    """Over 10,000 elements of one step, over steps and over seeds: the mean is the number, within 4 deviations."""
+    kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(np.float16)
+    below, above = around(np.float32(target), kind)
+    count = 10_000
+    for seed in (0, 1, 12345):
+        opt = fastopt.SGD(
+            fastopt.pack({"w": np.zeros(count, kind)}), lr=1.0, rounding="stochastic", seed=seed, master=False
+        )
+        # The gradient is of the format, too: the step is lr times it.
+        opt.lr = abs(float(np.float32(target))) or 1.0
+        grad = np.full(count, -np.sign(target), kind)
+        found = []
+        for _ in range(3):
+            opt.set_params({"w": np.zeros(count, kind)})
+            opt.step({"w": grad})
+            found.append(opt.params["w"].astype(np.float64))
+        values = np.concatenate(found)
+        assert set(values.tolist()) <= {below, above}
+        if above > below:
+            share = (float(np.float32(target)) - below) / (above - below)
+            deviation = (share * (1.0 - share) / values.size) ** 0.5
+            assert abs((values == above).mean() - share) <= 4.0 * deviation
+            assert len({bits(array) for array in found}) == 3  # another step draws anew
+
+
+def around(number: np.float32, kind: np.dtype) -> tuple[float, float]:
+    """The numbers of a format on both sides of a number."""
+    with np.errstate(invalid="ignore"):
+        grid = np.arange(2**16, dtype=np.uint16).view(kind).astype(np.float64)
+    grid = grid[np.isfinite(grid)]
+    return float(grid[grid <= number].max()), float(grid[grid >= number].min())
+
+
+def test_small_updates_vanish_without_help_and_count_with_it():
+    """1,000 steps of a hundredth of the last place of 1 in bfloat16."""
+    grads = {"w": np.full(64, 1.0, BFLOAT16)}
+    moved = {}
+    for name, options in {
+        "nearest": {"master": False},
+        "master": {"master": True},
+        "compensated": {"compensated": True},
+        "stochastic": {"rounding": "stochastic"},
+    }.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            opt = fastopt.SGD(fastopt.pack({"w": np.ones(64, BFLOAT16)}), lr=2.0**-14, **options)
+        assert [str(each.message)[:20] for each in caught] == (["parameters of bfloat"] if name == "nearest" else [])
+        for _ in range(1000):
+            opt.step(grads)
+        moved[name] = float(1.0 - opt.params["w"].astype(np.float32).mean())
+    exact = 1000 * 2.0**-14
+    assert moved["nearest"] == 0.0
+    assert moved["master"] == pytest.approx(exact, rel=0.05)  # the last place of 0.94 is a fifteenth of it
+    assert moved["compensated"] == pytest.approx(exact, rel=0.05)
+    assert moved["stochastic"] == pytest.approx(exact, rel=0.2)
+
+
+# --- 8 bits -----------------------------------------------------------------------------------------------------------
+
+
+def encoded(numbers: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """The codes and units of numbers, one after the other: as the page of the format says, and not as kernels do it."""
+    codes, units = [], []
+    table = numbers_of(kind).astype(np.float64)
+    for start in range(0, numbers.size, 256):
+        block = numbers[start : start + 256]
+        unit = np.abs(block).max() * np.float32(1.0 / table[-1])
+        units.append(unit)
+        with np.errstate(invalid="ignore"):
+            inverse = np.float32(1.0) / unit if unit > 0 else np.float32(0.0)
+        share = np.abs(block) * inverse
+        if kind == "int8":
+            roots = np.minimum(np.floor(np.sqrt(share) + np.float32(0.5)), 127)
+            codes.append((np.sign(block) * roots).astype(np.int8))
+        else:
+            places = np.abs(share.astype(np.float64)[:, None] - table[None, :])
+            nearest = places.argmin(axis=1)  # of two, the smaller one
+            later = np.minimum(nearest + 1, 255)
+            tie = places[np.arange(block.size), nearest] == places[np.arange(block.size), later]
+            nearest = np.where(tie & (nearest % 2 == 1), later, nearest)
+            codes.append(np.where(block > 0, np.maximum(nearest, 1), 0).astype(np.uint8))
+    return np.concatenate(codes), np.array(units, np.float32)
+
+
+ELEMENTWISE = [case for case in WHOLE if not case.rule.sums and case.rule.states and not case.rule.extra]
+
+
+@pytest.mark.parametrize("case", ELEMENTWISE, ids=str)
+def test_a_step_with_codes_is_that_of_float32_encoded(case):
+    """Of the decoded numbers, for parameters of whole and of broken blocks; small ones stay float32."""
+    rng = np.random.default_rng(1)
+    sizes = {"a": 4096, "b": 5003, "small": 100, "edge": 4095}
+    start = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+    formats = {name: "int8" for name in case.rule.states if case.rule.initial.get(name) != "p"}
+    opt, twin = case.make(start, states=formats), case.make(start)
+    for t in range(3):
+        grads = {
+            name: (rng.standard_normal(size) * np.exp(2 * rng.standard_normal(size))).astype(np.float32)
+            for name, size in sizes.items()
+        }
+        for name in case.rule.states:
+            for path in sizes:
+                twin.states[name][path][...] = opt.states[name][path]
+                twin.params[path][...] = opt.params[path]
+        opt.step(grads)
+        twin.step(grads)
+        arrays = opt.state.arrays
+        for path in sizes:
+            assert bits(opt.params[path]) == bits(twin.params[path]), (t, path)
+        for name in formats:
+            kind = "uint8" if name in case.rule.nonnegative else "int8"
+            for k, path in enumerate(opt.flat.paths):
+                exact = twin.states[name][path]
+                if sizes[path] < 4096:
+                    assert bits(arrays[name][k]) == bits(exact)
+                    continue
+                codes, units = encoded(exact, kind)
+                assert bits(arrays[f"{name}.unit"][k]) == bits(units), (t, name, path)
+                assert (arrays[name][k] == codes).all(), (t, name, path)
+                assert (opt.states[name][path] == decode(codes, units)).all()
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=str)
+def test_states_declared_nonnegative_are_and_no_others(case):
+    """A state that is never below 0 has codes for that, and a state that is has not."""
+    rule = case.rule
+    opt, rng = case.make({"w": rng_normal(0, (20, 30)).astype(np.float64)}), np.random.default_rng(2)
+    lowest = dict.fromkeys(rule.states, 0.0)
+    loss = {"loss": 0.5} if "loss" in rule.inputs else {}
+    for _ in range(12):
+        grads = {"w": rng.standard_normal((20, 30)) * 10.0 ** rng.integers(-3, 3)}
+        extra = {"extra": {name: {"w": rng.standard_normal((20, 30))} for name in rule.extra}} if rule.extra else {}
+        opt.step(grads, **loss, **extra)
+        for name in rule.states:
+            lowest[name] = min(lowest[name], float(opt.states[name]["w"].min()))
+    assert {name for name, value in lowest.items() if value >= 0.0} == set(rule.nonnegative)
+
+
+def rng_normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_what_is_not_finite_stays_in_its_block(rounding):
+    size = 4096
+    opt = fastopt.Adam({"w": np.zeros(size, np.float32)}, states="int8", rounding=rounding)
+    grad = np.full(size, 0.5, np.float32)
+    grad[300], grad[1000], grad[2000] = np.nan, np.inf, 1e-42
+    opt.step({"w": grad})
+    finite = np.isfinite(opt.states["m"]["w"]).reshape(-1, 256).all(axis=1)
+    assert finite.tolist() == [k not in (1, 3) for k in range(16)]
+    assert np.isfinite(opt.params["w"].reshape(-1, 256)[finite]).all()
+    opt.step({"w": np.zeros(size, np.float32)})  # zero gradients in a block of NaN
+    assert np.isfinite(opt.params["w"].reshape(-1, 256)[finite]).all()
+
+
+def test_a_second_moment_that_is_not_zero_never_becomes_zero():
+    size = 4096
+    opt = fastopt.Adam({"w": np.zeros(size, np.float32)}, states="int8", eps=0.0)
+    grad = np.full(size, 1e-12, np.float32)
+    grad[::256] = 1.0
+    opt.step({"w": grad})
+    assert (opt.states["v"]["w"] > 0.0).all()
+    assert np.isfinite(opt.params["w"]).all()
+
+
+def test_numbers_beyond_float16_become_infinite_and_denormals_stay():
+    opt = fastopt.SGD(fastopt.pack({"w": np.zeros(3, np.float16)}), lr=1.0)
+    opt.step({"w": np.array([-6e4, 6e-8, 1.0], np.float16)})
+    assert opt.params["w"].tolist() == [np.float16(6e4), -np.float16(6e-8), -1.0]
+    opt.step({"w": np.array([-6e4, 0.0, np.nan], np.float16)})
+    assert opt.params["w"][0] == np.inf
+    assert np.isnan(opt.params["w"][2])
+    opt.step({"w": np.array([1.2e4, 0.0, 0.0], np.float16)})
+    assert float(opt.state.arrays["master"][0][0]) == pytest.approx(1.08e5, rel=1e-3)  # the copy has not overflowed
+
+
+# --- copies, files, what is written from outside ----------------------------------------------------------------------
+
+ALL_WAYS = [*WAYS, ("float32", {"states": "int8"}), ("bfloat16", {"rounding": "stochastic", "states": "int8"})]
+
+
+def trained(dtype: str, options: dict, steps: int = 3, **more) -> fastopt.Optimizer:
+    rng = np.random.default_rng(3)
+    start = {"W": rng.standard_normal((80, 60)).astype(np.float32), "b": np.ones(7, np.float32)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = fastopt.Adam(fastopt.pack(start, dtype=dtype), lr=0.01, ema=0.9, **options, **more)
+    for t in range(steps):
+        opt.step(gradients(opt, t))
+    return opt
+
+
+def gradients(opt: fastopt.Optimizer, t: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(100 + t)
+    return {name: rng.standard_normal(own.shape).astype(opt.flat.dtype) for name, own in opt.params.items()}
+
+
+def everything_of(opt: fastopt.Optimizer) -> list[bytes]:
+    return [bits(array) for array in (*opt.flat.arrays, *[each for own in opt.state.arrays.values() for each in own])]
+
+
+@pytest.mark.parametrize(("dtype", "options"), ALL_WAYS, ids=str)
+def test_copies_and_files_continue_bit_for_bit(dtype, options, tmp_path):
+    opt = trained(dtype, options)
+    opt.save(tmp_path / "run.safetensors")
+    loaded, from_dict = trained(dtype, options, steps=0), trained(dtype, options, steps=0)
+    loaded.load(tmp_path / "run.safetensors")
+    from_dict.set_params(opt.params)
+    from_dict.load_state_dict(opt.state_dict())
+    twins = [copy.deepcopy(opt), pickle.loads(pickle.dumps(opt)), loaded]
+    if "compensated" not in options:  # what rounding left is no part of a state without parameters
+        twins.append(from_dict)
+    for t in range(3, 5):
+        for each in (opt, *twins):
+            each.step(gradients(opt, t))
+    for each in twins:
+        assert everything_of(each) == everything_of(opt)
+
+
+@pytest.mark.parametrize("options", [{}, {"compensated": True}, {"rounding": "stochastic"}], ids=str)
+def test_a_parameter_that_is_written_is_what_the_next_step_begins_at(options):
+    opt = trained("bfloat16", options)
+    opt.params["W"][...] = 4.0
+    opt.lr = 2.0**-20
+    opt.step(gradients(opt, 9))
+    assert np.abs(opt.params["W"].astype(np.float32) - 4.0).max() <= 2.0**-6
+
+
+@pytest.mark.parametrize("options", [{}, {"compensated": True}], ids=str)
+def test_parameters_that_were_held_elsewhere_come_back_exactly(options):
+    opt = trained("bfloat16", options)
+    before = everything_of(opt)
+    with opt.swap_ema() as params:
+        assert bits(params["W"]) == bits(opt.ema["W"].astype(BFLOAT16))
+    assert everything_of(opt) == before
+    ahead = fastopt.Nesterov(fastopt.pack({"w": np.ones(33, BFLOAT16)}), form="lookahead", **options)
+    for _ in range(2):
+        with ahead.lookahead() as params:
+            g = {"w": (params["w"].astype(np.float32) * 0.3).astype(BFLOAT16)}
+        ahead.step(g)
+    before = everything_of(ahead)
+    with ahead.lookahead() as params:
+        assert bits(params["w"]) != before[0]
+    assert everything_of(ahead) == before
+
+
+def test_uint16_is_taken_for_bits_where_it_is_said():
+    numbers = np.array([1.5, -2.0], BFLOAT16)
+    flat = fastopt.pack({"w": numbers.view(np.uint16)}, dtype="bfloat16")
+    assert flat.params["w"].tolist() == [1.5, -2.0]
+    with pytest.raises(TypeError, match=r"parameter 'w': must have dtype .* got uint16; use .*dtype='bfloat16'"):
+        fastopt.pack({"w": numbers.view(np.uint16)})
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+W32, W64, W16 = (np.ones((4, 4), dtype) for dtype in (np.float32, np.float64, np.float16))
+BAD = {
+    "unknown": (lambda: fastopt.Adam({"w": W32}, states="fp8"), ValueError, "states: must be one of .*got 'fp8'"),
+    "no text": (lambda: fastopt.Adam({"w": W32}, states=8), TypeError, r"states: must be one of .*got 8 \(int\)"),
+    "of one": (lambda: fastopt.Adam({"w": W32}, states={"m": "int4"}), ValueError, "states: m: must be .*'int4'"),
+    "no state": (lambda: fastopt.Adam({"w": W32}, states={"u": "int8"}), ValueError, "states: must name states of"),
+    "float64": (lambda: fastopt.Adam({"w": W64}, states="bfloat16"), ValueError, "states: must be None for .*float64"),
+    "master": (lambda: fastopt.Adam({"w": W64}, master=True), ValueError, "master: must be False .*float64"),
+    "master 32": (lambda: fastopt.Adam({"w": W32}, master=True), ValueError, "master: must be False .*float32"),
+    "rounding": (lambda: fastopt.Adam({"w": W32}, rounding="up"), ValueError, "rounding: must be .*got 'up'"),
+    "nothing to round": (
+        lambda: fastopt.Adam({"w": W32}, rounding="stochastic"),
+        ValueError,
+        "rounding: must be 'nearest' where no buffer",
+    ),
+    "both": (
+        lambda: fastopt.Adam({"w": W16}, master=True, compensated=True),
+        ValueError,
+        "compensated: must be False together with master",
+    ),
+    "both kinds": (
+        lambda: fastopt.Adam({"w": W16}, rounding="stochastic", compensated=True),
+        ValueError,
+        "compensated: must be False together with rounding",
+    ),
+    "seed": (lambda: fastopt.Adam({"w": W16}, seed=-1), ValueError, "seed: must be an int >= 0, got -1"),
+    "sums": (lambda: fastopt.LAMB({"w": W32}, states="int8"), ValueError, "states: m: must not be 'int8'.*sums"),
+    "matrices": (lambda: fastopt.Muon({"w": W32}, states="bfloat16"), ValueError, "states: must be None, .*'muon'"),
+    "members": (
+        lambda: fastopt.Adam({"w": W32}, states="int8", members=4),
+        ValueError,
+        "states: m: must not be 'int8', because .*members",
+    ),
+    "int8 parameters": (lambda: fastopt.pack({"w": W32}, dtype="int8"), TypeError, "dtype: must be .*got 'int8'"),
+    "mixed": (
+        lambda: fastopt.Adam({"w": W32, "v": W16}),
+        TypeError,
+        "must have dtype float16 as|must have dtype float",
+    ),
+    "gradient": (
+        lambda: fastopt.Adam({"w": W16}).step({"w": W32}),
+        TypeError,
+        "gradient 'w': must have dtype float16 .*got float32",
+    ),
+    "rows": (
+        lambda: fastopt.Adam({"w": W16}).step_rows({"w": (np.array([0]), W16[:1])}),
+        ValueError,
+        r"step_rows\(\): must have parameters and states of float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_by_name(name):
+    make, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        make()
+
+
+def test_another_format_is_not_loaded_unasked(tmp_path):
+    trained("float32", {"states": "bfloat16"}).save(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"states: .*|must be saved with states=None"):
+        trained("float32", {}).load(tmp_path / "a.safetensors")
+
+
+# --- memory, loss scaling ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "options"), ALL_WAYS, ids=str)
+def test_bytes_are_those_of_the_buffers(dtype, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = fastopt.Adam(fastopt.pack({"w": np.zeros(2**16, np.float32)}, dtype=dtype), **options)
+    found, formats = opt.nbytes, opt._pipeline.formats
+    assert found.states == 2**16 * formats.bytes_per_element
+    assert found.parameters == 2**16 * opt.flat.dtype.itemsize
+    assert found.gradients == 0
+    assert found.scratch == 0
+    opt.accumulate({"w": np.ones(2**16, opt.flat.dtype)})
+    assert opt.nbytes.scratch == 4 * 2**16
+    assert opt.nbytes.total == sum(opt.nbytes)
+
+
+def test_the_loss_scale_grows_and_backs_off_and_leaves_the_update_as_it_is():
+    scaler = fastopt.LossScaler(init_scale=8.0, growth_interval=2)
+    opt = fastopt.SGD(fastopt.pack({"w": np.ones(3, np.float16)}), lr=0.5, nonfinite="skip")
+    scales = []
+    for t in range(6):
+        grad = np.full(3, scaler.scale, np.float16)
+        if t == 3:
+            grad[1] = np.inf
+        info = scaler.step(opt, {"w": grad})
+        assert bool(info.skipped) == (t == 3)
+        scales.append(scaler.scale)
+    assert scales == [8.0, 16.0, 16.0, 8.0, 8.0, 16.0]
+    assert opt.params["w"].tolist() == [1.0 - 5 * 0.5] * 3
+    twin = fastopt.LossScaler()
+    twin.load_state_dict(scaler.state_dict())
+    assert (twin.scale, twin.growth_tracker, twin.growth_interval) == (16.0, 0, 2)
+    with pytest.raises(ValueError, match=r"state: must have .*, got no scale"):
+        twin.load_state_dict({})
+    with pytest.raises(ValueError, match="optimizer: must have nonfinite='skip', got nonfinite='propagate'"):
+        scaler.step(fastopt.SGD({"w": W32}), {"w": W32})
+    with pytest.raises(ValueError, match=r"backoff_factor: must be .*< 1, got 2"):
+        fastopt.LossScaler(backoff_factor=2)
+
+
+def test_the_loss_scale_stays_where_its_inverse_is_normal():
+    scaler = fastopt.LossScaler(init_scale=2.0**126, growth_interval=1)
+    scaler.update(skipped=False)
+    assert scaler.scale == 2.0**126

@@ -15,13 +15,16 @@ from rich.text import Text
 
 import fastopt
 from fastopt.cli.cache import facts as cache_facts
-from fastopt.cli.output import STDOUT, check_files, console, one_line, write_json, writing
+from fastopt.cli.memory import bytes_of, parameters_of, table_of
+from fastopt.cli.output import STDOUT, blame, check_files, console, one_line, write_json, writing
 from fastopt.kernels import find_cuda
 from fastopt.kernels.driver import DRIVER
 from fastopt.kernels.threads import get_num_threads, processors, source
 from fastopt.measure.machine import cpu_name, version_of
 
-EXAMPLES = "\n\n".join(["[bold]Examples[/bold]", "fastopt info", "fastopt info --json -"])
+EXAMPLES = "\n\n".join(
+    ["[bold]Examples[/bold]", "fastopt info", "fastopt info --json -", "fastopt info --memory 125M --optimizer lion"]
+)
 
 PACKAGES = ("numba", "llvmlite", "numpy", "optree", "safetensors", "numba-cuda")
 VARIABLES = ("FASTOPT_", "NUMBA_", "OMP_", "OPENBLAS_", "MKL_", "CUDA_")
@@ -34,15 +37,29 @@ def info(
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report as JSON; - is standard output.")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL_SIZE", help="Show instead what so many parameters take in each format: 125M, 7B."),
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="The optimizer of --memory.")] = "adamw",
 ) -> None:
     """Show what fastopt finds on this machine: versions, CPU, threads, cache of compiled kernels, CUDA.
 
     The command changes nothing, and a missing part is not an error: if CUDA cannot work, the reason is printed.
     """
     check_files({"--json": json})
-    found = gather()
+    if memory is not None:
+        with blame("--memory"):
+            count = parameters_of(memory)
+        with blame("--optimizer"):
+            rows = bytes_of(optimizer)
+        found: dict[str, Any] = {"parameters": count, "optimizer": optimizer, "formats": rows}
+        shown = table_of(count, rows, optimizer)
+    else:
+        found = gather()
+        shown = _table(found)
     if json != STDOUT:
-        console().print(_table(found))
+        console().print(shown)
     if json is not None:
         with writing("--json"):
             write_json(json, found)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +33,7 @@ from fastopt.storage.flat import FlatParams
 from fastopt.storage.formats import as_stored
 from fastopt.storage.intake import ALONE, Intake, Taken
 from fastopt.storage.trees import replaced, watched
+from fastopt.warned import warn_caller
 
 NOTHING: Mapping[str, list[Any]] = {}
 """The further inputs of most steps."""
@@ -184,9 +183,9 @@ class Pipeline:
         if self.born.waiting:
             self.born.keep_written(self.flat, self.views(), self._without_updates())
 
-    def kernel_buffers(self) -> tuple[Any, ...]:
-        """The buffers as kernels are given them: states, what is kept of the parameters besides, and numbers."""
-        further = [buffer for buffer in (self.average, self.kept) if buffer is not None]
+    def kernel_buffers(self, *, ema: bool = True) -> tuple[Any, ...]:
+        """The buffers as kernels are given them: those of `StateFormats.storage`, then the rule's numbers."""
+        further = [buffer for buffer in (self.average if ema else None, self.kept) if buffer is not None]
         return (*map(as_stored, (*self.states, *further)), *self.units, *self.numbers)
 
     def _collect_buffers(self) -> None:
@@ -1052,7 +1051,7 @@ class Pipeline:
         plan.write_table(self.groups, self.steps + 1, 1.0)
         kernel = plan.moved_kernel(shift)
         chunks = plan.chunks(plan.of, whole=True)
-        arguments = self.places_of_params, self.states, plan.table.array, chunks, self.size
+        arguments = self.places_of_params, self.kernel_buffers(ema=False), plan.table.array, chunks, self.size
         with self.elsewhere(context, lambda: kernel.launch(*arguments)):
             yield self.flat.params
 
@@ -1142,13 +1141,9 @@ class Pipeline:
     def _check_context(self) -> None:
         """Warn once where the context of the gradients was not entered since the last step."""
         if 0 < self.steps != self.entered_at:  # in the first step the velocity is 0: both are one
-            level, frame = 1, sys._getframe()
-            while frame.f_back is not None and frame.f_globals["__name__"].startswith("fastopt."):
-                level, frame = level + 1, frame.f_back
-            warnings.warn(
+            warn_caller(
                 f"step(): gradients must be computed inside `with opt.{self.gradients_in}():`, which was not entered "
-                f"since the last step; otherwise rule {self.rule.name!r} is another algorithm",
-                stacklevel=level,
+                f"since the last step; otherwise rule {self.rule.name!r} is another algorithm"
             )
             self.gradients_in = None
 
@@ -1156,8 +1151,6 @@ class Pipeline:
         """Write values into the parameters."""
         for own, array in zip(self.flat.arrays, arrays, strict=True):
             self.backend.copy(own, array)
-        if self.formats.keeps == REST:  # MASTER is not used where its rounding is not the parameter
-            self.kept.fill(0)
 
     def set_params(self, params: Any) -> None:
         """Write values into the parameters: see `Optimizer.set_params`."""
@@ -1166,6 +1159,8 @@ class Pipeline:
         with self.gate.take("set_params"), deferred_signals:
             self.flush_rows()
             self.put_params(arrays)
+            if self.formats.keeps == REST:  # MASTER is not used where its rounding is not the parameter
+                self.kept.fill(0)
             self.born.shown.clear()
             self.born.begin(self.flat, self.views(), range(len(arrays)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from fastopt.hyper import EMA
 from fastopt.kernels.contract import (
     BFLOAT16,
+    CODES,
     FLOAT16,
     FLOAT32,
     INT8,
@@ -98,6 +98,17 @@ class StateFormats:
         """The states that have codes of 8 bits."""
         return tuple([name for name, form in self.states.items() if form in (INT8, UINT8)])
 
+    @property
+    def loses(self) -> bool:
+        """Whether updates below half of the last place of a parameter vanish."""
+        return self.params in HALF and not self.keeps and not self.stochastic
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Of all states, for a large parameter."""
+        units = len(self.coded) * STORED[FLOAT32].itemsize / CODES
+        return sum(STORED[form].itemsize for form in self.states.values()) + units
+
     def laid_out(self, flat: FlatParams) -> FlatParams:
         """The parameters, with room for the states in these formats."""
         return flat.with_codes() if self.coded else flat
@@ -172,12 +183,6 @@ def _kept(params: str, options: StepOptions) -> str:
         return REST
     if options.master is None:
         return "" if options.stochastic else MASTER
-    if not options.master and not options.stochastic:
-        warnings.warn(
-            f"parameters of {params} are rounded to the nearest: updates below half of their last place vanish. Use "
-            f"master=True, rounding='stochastic' or compensated=True",
-            stacklevel=6,
-        )
     return MASTER if options.master else ""
 
 
