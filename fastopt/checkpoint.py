@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fastopt.storage.conversion import STORAGE, converted
 from fastopt.files import file_at, replace_file
 from fastopt.hyper import EMA
 from fastopt.kernels import get_backend
@@ -132,18 +133,22 @@ def load(
     *,
     strict: bool = True,
     keep: Collection[str] = (),
+    convert: bool = False,
 ) -> Loaded:
     """Read a file and check all of it: see `Optimizer.load`. optimizer : the name of its class."""
     paths, keep = here.flat.paths, check_keep(keep, here)
+    if convert:
+        keep |= STORAGE
     with _opened(path) as (where, file):
         document = _document_of(where, file)
         own = _arrays_of(here.expecting(document, keep))
-        _check_kind(where, document, here, optimizer, strict=strict)
+        _check_kind(where, document, here, optimizer, strict=strict, convert=convert)
         if strict:
             for _, wrong in other_options(document["options"], here, keep):
                 raise ValueError(f"{where}: {wrong}")
             _check_tree(where, document["paths"], paths)
-            _check_arrays(where, file, own)
+            if not convert:
+                _check_arrays(where, file, own)
         there, mine = _places(set(file.keys()), document["paths"]), _places(set(own), paths)
         if set(file.keys()) != set(there):
             key = sorted(set(file.keys()) ^ set(there))[0]
@@ -151,7 +156,7 @@ def load(
         fitting = [
             key
             for key, place in there.items()
-            if mine.get(key) == place and _kind(file, key) == (NAMES[own[key].dtype.name], own[key].shape)
+            if convert or (mine.get(key) == place and _kind(file, key) == (NAMES[own[key].dtype.name], own[key].shape))
         ]
         # Copies, so that nothing can change them between the check and the use.
         arrays = {key: file.get_tensor(key) for key in fitting}
@@ -161,6 +166,15 @@ def load(
     for key, array in arrays.items():
         if document["sha256"].get(key) != _digest(_bytes_of(np.require(array, requirements="C"))):
             raise ValueError(f"{where}: {key!r}: must have the SHA-256 stored in the file, got another; it is damaged")
+    if convert:
+        own_arrays: dict[str, dict[str, np.ndarray]] = {}
+        for key, (name, of) in mine.items():
+            own_arrays.setdefault(name, {})[of] = own[key]
+        try:
+            held = converted(held, own_arrays, paths)
+        except KeyError as error:
+            raise ValueError(f"{where}: must hold {error} for every parameter of this optimizer") from None
+        arrays = dict(held[""])
     saved = held.pop("")
     params = {path: arrays[path] for path in paths if path in arrays}
     if not params and paths:
@@ -386,19 +400,19 @@ def _no_constant(name: str) -> Any:
 
 
 def _check_kind(
-    where: str, document: Mapping[str, Any], state: OptimizerState, optimizer: str, *, strict: bool
+    where: str, document: Mapping[str, Any], state: OptimizerState, optimizer: str, *, strict: bool, convert: bool
 ) -> None:
-    """Refuse another dtype, and, where `strict`, another rule."""
+    """Refuse another dtype, but to `convert` it, and, where `strict`, another rule."""
     there, here = (document["optimizer"], document["rule"]), (optimizer, state.rule.name)
     if strict and there[1] != here[1]:
         raise ValueError(
             f"{where}: must be saved by {here[0]} (rule {here[1]!r}), as this optimizer, got {there[0]} (rule "
             f"{there[1]!r})"
         )
-    if document["dtype"] != state.flat.dtype.name:
+    if document["dtype"] != state.flat.dtype.name and not convert:
         raise ValueError(
             f"{where}: must hold {state.flat.dtype.name} parameters, as this optimizer, got {document['dtype']}; "
-            f"construct the optimizer with fastopt.pack(params, dtype={document['dtype']!r})"
+            f"construct the optimizer with fastopt.pack(params, dtype={document['dtype']!r}), or load with convert=True"
         )
 
 

@@ -216,8 +216,8 @@ class Optimizer:
         self._pipeline = Pipeline(rule, flat, self._options, self._base, checked)
         if self._pipeline.formats.loses:
             warn_caller(
-                f"parameters of {flat.dtype} are rounded to the nearest: updates below half of their last place vanish. "
-                f"Use master=True, rounding='stochastic' or compensated=True"
+                f"parameters of {flat.dtype} are rounded to the nearest, and updates below half of their last place "
+                f"vanish: use master=True, rounding='stochastic' or compensated=True"
             )
         return self._pipeline
 
@@ -977,16 +977,31 @@ class Optimizer:
 
     @overload
     def load(
-        self, path: str | os.PathLike[str], *, strict: Literal[True] = True, keep: Collection[str] = ()
+        self,
+        path: str | os.PathLike[str],
+        *,
+        strict: Literal[True] = True,
+        keep: Collection[str] = (),
+        convert: bool = False,
     ) -> dict[str, Any]: ...
 
     @overload
     def load(
-        self, path: str | os.PathLike[str], *, strict: Literal[False], keep: Collection[str] = ()
+        self,
+        path: str | os.PathLike[str],
+        *,
+        strict: Literal[False],
+        keep: Collection[str] = (),
+        convert: bool = False,
     ) -> LoadReport: ...
 
     def load(
-        self, path: str | os.PathLike[str], *, strict: bool = True, keep: Collection[str] = ()
+        self,
+        path: str | os.PathLike[str],
+        *,
+        strict: bool = True,
+        keep: Collection[str] = (),
+        convert: bool = False,
     ) -> dict[str, Any] | LoadReport:
         """Continue from a file that `save` wrote: parameters, states, average, step count and hyperparameters.
 
@@ -1000,6 +1015,9 @@ class Optimizer:
                 loaded ones. From another rule no hyperparameters are loaded, and states where both rules have the same
                 names of states (Adam and AdamW: ``m``, ``v``).
             keep: the names of hyperparameters and options that stay as they are here, such as ``{"lr"}``.
+            convert: True loads parameters and states of other storage formats, rounded to the formats of this
+                optimizer: from float32 to ``states="int8"``, say, or from bfloat16 with its copy in float32 to float32.
+                Only with ``strict=True``.
 
         Returns:
             The `extra` that `save` was given; without one, an empty dict. With ``strict=False`` a `LoadReport`, which
@@ -1030,7 +1048,11 @@ class Optimizer:
         pipeline = self._running
         with pipeline.gate.take("load"):
             pipeline.refuse_while_held("load")
-            found = checkpoint.load(self.state, type(self).__name__, path, strict=strict, keep=keep)
+            convert = Flag().check("convert", convert)
+            if convert and not strict:
+                raise ValueError("convert: must be False with strict=False, got True")
+            kind = type(self).__name__
+            found = checkpoint.load(self.state, kind, path, strict=strict, keep=keep, convert=convert)
             with deferred_signals:
                 self.restore(found.snapshot)
                 pipeline.put_params(found.params)

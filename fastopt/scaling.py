@@ -83,6 +83,11 @@ class LossScaler:
         Raises:
             TypeError, ValueError: the optimizer does not skip steps, or is a population, whose members share a loss
                 scale; and as `Optimizer.step`.
+
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.SGD({"w": np.ones(1, np.float32)}, lr=1.0, nonfinite="skip")
+        >>> fastopt.LossScaler(init_scale=4.0).step(opt, {"w": np.array([2.0], np.float32)}).step
+        1
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer: must be a fastopt.Optimizer, got {type(optimizer).__name__}")
@@ -128,6 +133,9 @@ class LossScaler:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned.
+
+        Args:
+            state: a mapping of numbers, by name.
 
         Raises:
             TypeError, ValueError: naming the entry that is missing or out of range. The scaler is then as it was.

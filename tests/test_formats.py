@@ -306,6 +306,14 @@ def test_states_declared_nonnegative_are_and_no_others(case):
     assert {name for name, value in lowest.items() if value >= 0.0} == set(rule.nonnegative)
 
 
+@pytest.mark.parametrize("size", [4095, 4096, 4097, 5003, 70_001])
+def test_a_parameter_alone_has_room_for_its_last_block(size):
+    opt = fastopt.Adam({"w": np.zeros(size, np.float32)}, states="int8")
+    opt.step({"w": np.linspace(-1.0, 1.0, size, dtype=np.float32)})
+    assert opt.states["m"]["w"] == pytest.approx(np.linspace(-0.1, 0.1, size), abs=1.5e-3)
+    assert opt.nbytes.states >= (2 * size if size >= 4096 else 8 * size)
+
+
 def rng_normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
@@ -488,6 +496,50 @@ def test_another_format_is_not_loaded_unasked(tmp_path):
     trained("float32", {"states": "bfloat16"}).save(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"states: .*|must be saved with states=None"):
         trained("float32", {}).load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("there", ALL_WAYS, ids=str)
+@pytest.mark.parametrize("here", ALL_WAYS, ids=str)
+def test_another_format_is_converted_where_it_is_asked_for(there, here, tmp_path):
+    """Every number is the rounding of the saved one."""
+    saved, opt = trained(*there), trained(*here, steps=0)
+    saved.save(tmp_path / "a.safetensors")
+    opt.load(tmp_path / "a.safetensors", convert=True)
+    assert opt.step_count == 3
+    before, after = saved.state.arrays, opt.state.arrays
+    for k, path in enumerate(opt.flat.paths):
+        exact = wide(saved.params[path])
+        if "master" in before:
+            exact = before["master"][k]
+        if "rest" in before:
+            exact = exact + wide(before["rest"][k])
+        assert bits(opt.params[path]) == bits(exact.astype(opt.flat.dtype))
+        if "master" in after:
+            assert bits(after["master"][k]) == bits(exact)
+        for name in ("m", "v"):
+            numbers = wide(saved.states[name][path])
+            if after[name][k].dtype.kind in "iu":
+                codes, units = encoded(numbers.reshape(-1), after[name][k].dtype.name)
+                assert (codes == after[name][k].reshape(-1)).all()
+                assert bits(units) == bits(after[f"{name}.unit"][k])
+            else:
+                with np.errstate(over="ignore"):
+                    assert bits(after[name][k]) == bits(numbers.astype(after[name][k].dtype))
+    opt.step(gradients(opt, 5))
+
+
+def test_float64_is_converted_as_well(tmp_path):
+    start = {"w": np.linspace(0.1, 1.0, 50)}
+    opt = fastopt.Adam(start)
+    opt.step({"w": np.full(50, 0.3)})
+    opt.save(tmp_path / "a.safetensors")
+    half = fastopt.Adam(fastopt.pack(start, dtype="float32"))
+    with pytest.raises(ValueError, match=r"must hold float32 parameters.*or load with convert=True"):
+        half.load(tmp_path / "a.safetensors")
+    half.load(tmp_path / "a.safetensors", convert=True)
+    assert bits(half.params["w"]) == bits(opt.params["w"].astype(np.float32))
+    with pytest.raises(ValueError, match="convert: must be False with strict=False"):
+        half.load(tmp_path / "a.safetensors", convert=True, strict=False)
 
 
 # --- memory, loss scaling ---------------------------------------------------------------------------------------------

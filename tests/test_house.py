@@ -23,7 +23,7 @@ FLOORS = [
     ("fastopt.torch",),
     ("fastopt",),
     ("fastopt.interop",),
-    ("fastopt.optimizers", "fastopt.batchnorm", "fastopt.curvature", "fastopt.batches"),
+    ("fastopt.optimizers", "fastopt.batchnorm", "fastopt.curvature", "fastopt.batches", "fastopt.scaling"),
     ("fastopt.optimizer", "fastopt.bare"),
     ("fastopt.checkpoint",),
     ("fastopt.state",),
@@ -42,7 +42,7 @@ FLOORS = [
         "fastopt.lazy",
         "fastopt.files",
     ),
-    ("fastopt.scalars", "fastopt.signals", "fastopt.source"),
+    ("fastopt.scalars", "fastopt.signals", "fastopt.source", "fastopt.warned"),
 ]
 """From the top down: a module imports from its own floor and from those below, never from above."""
 

@@ -11,6 +11,8 @@ from fastopt.kernels.contract import CODES
 from fastopt.storage.layout import Layout
 
 MOST_SIGNED, MOST_UNSIGNED = 127, 255
+BASE = (127 - 31) << 3
+"""As in coded.py."""
 
 
 def unit_of(name: str) -> str:
@@ -48,6 +50,39 @@ def decode(codes: np.ndarray, units: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         found: np.ndarray = numbers * np.repeat(units, CODES)[: codes.size]
     return found.reshape(codes.shape)
+
+
+def encode(numbers: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of numbers, of any shape, and their units: those that a kernel would write, to the nearest.
+
+    Args:
+        numbers: float32.
+        dtype: int8 or uint8.
+
+    >>> import numpy as np
+    >>> codes, units = encode(np.array([0.25, -1.0], np.float32), "int8")
+    >>> codes, decode(codes, units)
+    (array([  64, -127], dtype=int8), array([ 0.2539525, -1.        ], dtype=float32))
+    """
+    kind, flat = np.dtype(dtype), np.asarray(numbers, np.float32).reshape(-1)
+    padded = np.zeros(-(-flat.size // CODES) * CODES, np.float32)
+    padded[: flat.size] = flat
+    blocks = padded.reshape(-1, CODES)
+    table = numbers_of(kind)
+    with np.errstate(all="ignore"):
+        units = np.abs(blocks).max(axis=1, initial=0.0) * np.float32(1.0 / table[-1])
+        inverse = np.where(units > 0.0, np.float32(1.0) / units, np.float32(0.0))
+        units = np.where(np.isinf(inverse), np.float32(0.0), units)
+        share = np.abs(blocks) * np.where(np.isinf(inverse), np.float32(0.0), inverse)[:, None]
+        share = np.where(share > 0.0, share, np.float32(0.0))
+        if kind == np.int8:
+            roots = np.minimum(np.floor(np.sqrt(share) + np.float32(0.5)), MOST_SIGNED)
+            codes = np.where(np.signbit(blocks), -roots, roots)
+        else:
+            bits = share.view(np.int32)
+            moved = (bits + ((bits >> 20) & 1) + 0x7FFFF) >> 20
+            codes = np.where(blocks > 0.0, np.clip(moved - BASE, 1, MOST_UNSIGNED), 0)
+    return codes.astype(kind).reshape(-1)[: flat.size].reshape(np.shape(numbers)), units
 
 
 def fill(codes: np.ndarray, units: np.ndarray, number: Any) -> None:

@@ -226,6 +226,9 @@ class FlatParams:
         Args:
             dtype: of its elements; None for that of the parameters.
 
+        Returns:
+            A 1-D buffer of the backend.
+
         >>> import numpy as np, fastopt
         >>> fastopt.pack({"w": np.ones(3)}).new_buffer()
         array([0., 0., 0., 0., 0., 0., 0., 0.])
@@ -254,6 +257,9 @@ class FlatParams:
 
         Args:
             dtype: of its elements; None for that of the parameters.
+
+        Returns:
+            A 1-D buffer of the backend.
 
         >>> import numpy as np, fastopt
         >>> fastopt.pack({"w": np.ones(3)}).new_state(np.float32).dtype

@@ -87,8 +87,10 @@ class Layout:
     @property
     def size_of_states(self) -> int:
         """The elements of a buffer of states, including padding."""
-        ends = [end + -(-size // 16) * 16 for end, size in zip(self.states or (), self.sizes, strict=False)]
-        return max(ends, default=self.size)
+        if self.states is None:
+            return self.size
+        ends = [end + -(-size // 16) * 16 for end, size in zip(self.states, self.sizes, strict=True)]
+        return max(self.coded, *ends)
 
     @property
     def size_of_units(self) -> int:
