@@ -1,8 +1,9 @@
-"""What the site is built with besides its pages: pictures made by their own commands, and what the code tells.
+"""What the site is built with besides its pages: pictures made by their own commands, and tables made from the code.
 
-A command that stands in a table of `pictures.md`, with ``--plot FILE`` or ``--animate FILE``, is run, and what it has
-drawn is shown beside it: a new row is a new picture. Two run at a time. Pictures are kept under build/pictures, and are
-made again when the command, or anything in the package, has changed. A command that fails ends the build.
+A command with ``--plot FILE`` or ``--animate FILE`` is run if it stands in a table of a page, or behind a prompt in a
+code block (``$ fastopt ...``). Its pictures are shown beside it, or below the block: a new row is a new picture. A
+command may stand on several pages. Two run at a time. Pictures are kept under build/pictures, and are made again when
+the command, or anything in the package, has changed. A command that fails ends the build.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "build" / "pictures"
-PAGE = "pictures.md"
 COMMAND = re.compile(r"`(fastopt [^`]+)`")
+PROMPT = re.compile(r"\$ (fastopt .+)")
 DRAWN = re.compile(r"--(?:plot|animate)[ =](\S+)")
 AT_ONCE = 2
 LONGEST = 300
@@ -30,9 +31,11 @@ LONGEST = 300
 
 
 def commands_in(text: str) -> list[str]:
-    """The commands in the tables of a page that draw something."""
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    return [command for row in rows for command in COMMAND.findall(row) if DRAWN.search(command)]
+    """The commands of a page that draw something, each once: in its tables, and behind the prompts of its blocks."""
+    lines = text.splitlines()
+    found = [command for line in lines if line.startswith("|") for command in COMMAND.findall(line)]
+    found += [match.group(1) for match in map(PROMPT.fullmatch, lines) if match]
+    return [command for command in dict.fromkeys(found) if DRAWN.search(command)]
 
 
 def pictures_of(command: str) -> list[str]:
@@ -49,7 +52,7 @@ def make(commands: Sequence[str], folder: Path) -> list[str]:
     names = [name for command in commands for name in pictures_of(command)]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise RuntimeError(f"{PAGE}: two commands draw {', '.join(sorted(twice))}; give each picture a name of its own")
+        raise RuntimeError(f"docs: two commands draw {', '.join(sorted(twice))}; give each picture a name of its own")
     due = [command for command in commands if not is_made(command, folder)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(lambda command: run(command, folder), due))
@@ -73,11 +76,11 @@ def run(command: str, folder: Path) -> None:
             timeout=LONGEST,
         )
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{PAGE}: {command}\ntook longer than {LONGEST} s") from None
+        raise RuntimeError(f"docs: {command}\ntook longer than {LONGEST} s") from None
     missing = [name for name in pictures_of(command) if not (folder / name).is_file()]
     if finished.returncode != 0 or missing:
         said = finished.stderr.strip() or finished.stdout.strip()
-        raise RuntimeError(f"{PAGE}: {command}\nended with {finished.returncode}, without {missing}:\n{said}")
+        raise RuntimeError(f"docs: {command}\nended with {finished.returncode}, without {missing}:\n{said}")
     stamp(command, folder).write_text(key(command))
 
 
@@ -106,16 +109,22 @@ def sources() -> str:
 
 
 def with_pictures(text: str) -> str:
-    """A page in which every row of a table ends with the pictures of the command in it."""
-
-    def row(line: str) -> str:
-        found = COMMAND.search(line) if line.startswith("|") else None
-        if found is None or not DRAWN.search(found.group(1)):
-            return line
-        shown = [f"[![{name}](images/{name})](images/{name})" for name in pictures_of(found.group(1))]
-        return f"{line.rstrip()} {' '.join(shown)} |"
-
-    return "\n".join(map(row, text.split("\n")))
+    """The page with the pictures of each command: at the end of its row of a table, or below its block."""
+    lines: list[str] = []
+    waiting: list[str] = []  # pictures of the block that has not ended yet
+    for line in text.split("\n"):
+        found = COMMAND.search(line) if line.startswith("|") else PROMPT.fullmatch(line)
+        names = pictures_of(found.group(1)) if found else []
+        pictures = [f"[![{name}](images/{name})](images/{name})" for name in names]
+        if line.startswith("|") and pictures:
+            lines.append(f"{line.rstrip()} {' '.join(pictures)} |")
+            continue
+        lines.append(line)
+        waiting += pictures
+        if line == "```" and waiting:
+            lines += ["", *waiting]
+            waiting = []
+    return "\n".join(lines)
 
 
 def optimizers() -> str:
@@ -159,7 +168,8 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     sources.cache_clear()
-    commands = commands_in((Path(config.docs_dir) / PAGE).read_text(encoding="utf-8"))
+    pages = [path.read_text(encoding="utf-8") for path in sorted(Path(config.docs_dir).glob("*.md"))]
+    commands = list(dict.fromkeys(command for page in pages for command in commands_in(page)))
     try:
         make(commands, PICTURES)
     except RuntimeError as error:
@@ -173,8 +183,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put the pictures beside their commands, and what is generated in the place of its mark."""
-    if page.file.src_uri == PAGE:
-        markdown = with_pictures(markdown)
+    markdown = with_pictures(markdown)
     for mark, make_text in GENERATED.items():
         if mark in markdown:
             markdown = markdown.replace(mark, make_text())

@@ -218,6 +218,14 @@ TABLE = """
 `fastopt train --plot not-in-a-table.png`
 """
 
+BLOCK = """
+```console
+$ fastopt contour --plot a.png --animate a.gif
+```
+
+And then:
+"""
+
 
 def test_every_command_of_the_pictures_page_has_a_picture_beside_it():
     text = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
@@ -226,6 +234,22 @@ def test_every_command_of_the_pictures_page_has_a_picture_beside_it():
     assert len(rows) == len(found) >= 10
     for row, command in zip(rows, found, strict=True):
         assert re.findall(r"!\[[^]]*\]\(images/([^)]+)\)", row) == hooks.pictures_of(command)
+
+
+def test_a_command_behind_a_prompt_has_its_pictures_below_the_block():
+    (command,) = hooks.commands_in(BLOCK)
+    assert command == "fastopt contour --plot a.png --animate a.gif"
+    shown = hooks.with_pictures(BLOCK)
+    below = "```\n\n[![a.png](images/a.png)](images/a.png)\n[![a.gif](images/a.gif)](images/a.gif)\n\nAnd then:\n"
+    assert shown == BLOCK.replace("```\n\nAnd then:\n", below)
+    assert hooks.commands_in(BLOCK + BLOCK) == [command]
+
+
+def test_no_two_commands_of_the_site_draw_one_picture():
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    commands = {command for page in pages for command in hooks.commands_in(page)}
+    names = [name for command in commands for name in hooks.pictures_of(command)]
+    assert len(names) == len(set(names)) >= 20
 
 
 def test_a_picture_is_made_by_its_command_once(tmp_path, monkeypatch):
