@@ -25,7 +25,7 @@ from fastopt.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OPTIONAL = {"torch", "cupy"}
+OPTIONAL = {"cupy", "jax", "keras", "optax", "torch"}
 
 
 def load(path: Path) -> Any:
@@ -57,7 +57,7 @@ def units(page: Path) -> Iterator[tuple[str, list[str], set[str]]]:
     together = []
     for number, block in enumerate(blocks):
         if page.name == "README.md" or needs(block):
-            yield f"{where} {number}", [block], needs(block)
+            yield " ".join([where, str(number), *sorted(needs(block))]), [block], needs(block)
         else:
             together.append(block)
     if together:
