@@ -8,6 +8,7 @@ where that is there. A line with ``print`` tells what is printed, in a comment a
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib.util
 import os
 import re
@@ -84,6 +85,24 @@ def test_code_blocks_run_and_print_what_they_say(name, capsys, tmp_path, monkeyp
         assert all("  # " in line for line in said), said
         promised += [line.split("  # ")[1].strip() for line in said]
     assert capsys.readouterr().out.split("\n")[:-1] == promised
+
+
+SESSIONS = {
+    page.relative_to(ROOT).as_posix(): "\n".join(found)
+    for page in PAGES
+    if (found := re.findall(r"^```pycon\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE))
+}
+
+
+@pytest.mark.parametrize("name", SESSIONS)
+def test_sessions_print_what_they_show(name, tmp_path, monkeypatch):
+    """Of each page, its sessions in their order, as one doctest; ``...`` stands for any text."""
+    monkeypatch.chdir(tmp_path)
+    session = doctest.DocTestParser().get_doctest(SESSIONS[name], {"__name__": "page"}, name, name, 0)
+    assert len(session.examples) > 10
+    failures: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(session, out=failures.append)
+    assert not failures, "".join(failures)
 
 
 def test_there_is_code_to_run():
