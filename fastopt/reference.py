@@ -1144,8 +1144,9 @@ def prodigy(
         p = p - eta weight_decay p - eta m / (sqrt(v) + d' eps)
         d = d'
 
-    lr no unit; betas and d_coef no unit; d0 [p]; eps [g]; weight_decay 1/[p]. States: "m" [p][g]; "v" ([p][g])^2; "s"
-    [p][g]; "p0" [p], which starts as a copy of p; the numbers "d" [p], which starts at d0, and "numerator", r [p]^2[g].
+    lr no unit; betas and d_coef no unit; d0 [p]; eps [g]; weight_decay 1/[p]. States: "m" and "s" [p] times [g]; "v"
+    [p]^2 [g]^2; "p0" [p], which starts as a copy of p; the numbers "d" [p], which starts at d0, and "numerator", r
+    [p]^2 [g].
 
     Source: K. Mishchenko, A. Defazio, Prodigy: an expeditiously adaptive parameter-free learner, ICML 2024,
     https://arxiv.org/abs/2306.06101, Algorithm 4, with r and s divided by d0, as in the authors' prodigyopt.
@@ -1470,7 +1471,7 @@ def ftrl(
 
     The z of the paper is z / lr, the same for a constant lr, and begins at 0, the same for p = 0.
 
-    lr [p]; beta and l1 [g]; l2 [g]/[p]; weight_decay [g]/[p]. States: "z" [p][g]; "n" [g]^2, which starts at
+    lr [p]; beta and l1 [g]; l2 [g]/[p]; weight_decay [g]/[p]. States: "z" [p] times [g]; "n" [g]^2, which starts at
     initial_accumulator_value: the function uses that argument at t = 1 alone.
 
     Source: H. B. McMahan et al., Ad click prediction: a view from the trenches, KDD 2013,
