@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,9 @@ def optimizers() -> str:
             state for rule in optimizer.rules for state in rule.states + rule.numbers + rule.matrices
         )
         cells = ", ".join(f"{state}" if state in always else f"({state})" for state in states) or "none"
-        formula = paragraph(doc, "Formula:").replace("``", "`").replace("|", r"\|")
+        # A bar would end the cell on some sites, and be shown with its backslash on others.
+        formula = re.sub(r"\|(\w+)\|", r"abs(\1)", paragraph(doc, "Formula:").replace("``", "`"))
+        assert "|" not in formula, f"{name}: the formula must be without bars, for the table; write abs(x)"
         rows.append(f"| `{name}` | {formula} | {cells} | {paragraph(doc, 'Source:')} |")
     return "\n".join(rows) + "\n\nStates in brackets exist only if an option requires them."
 

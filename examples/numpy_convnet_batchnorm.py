@@ -2,10 +2,11 @@
 
     python examples/numpy_convnet_batchnorm.py
 
-One sees the test accuracy reach about 97 % within 6 epochs. A convolution is a product of matrices:
-the windows of the image, one per row, times the kernel. Its result, one row per pixel and one column per channel, is
-what BatchNorm with ``axis=-1`` takes as it is. ReLU is part of BatchNorm's pass; gamma and beta lie in the optimizer's
-buffer with all other parameters (``attach``), and ``bn.backward`` writes their gradients there.
+One sees the test accuracy reach about 97 % within 6 epochs. A convolution is a product of matrices: the windows of the
+image, one per row, times the kernel. Its result, one row per pixel and one column per channel, is what BatchNorm with
+``axis=-1`` takes as it is. ReLU is part of BatchNorm's pass. gamma and beta are in the optimizer's buffer with all
+other parameters (``attach``), and ``bn.backward`` writes their gradients there. The data come with scikit-learn:
+``pip install 'fastopt[cli]'``.
 """
 
 from __future__ import annotations

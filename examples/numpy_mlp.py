@@ -3,7 +3,8 @@
     python examples/numpy_mlp.py
 
 One sees the test accuracy rise from 10 % (guessing) to about 97 % within 20 epochs. The mathematics of the network is
-in `forward` and `backward`; fastopt makes the mini-batches, the first weights, the schedule and the step.
+in `forward` and `backward`; fastopt makes the mini-batches, the first weights, the schedule and the step. The data come
+with scikit-learn: ``pip install 'fastopt[cli]'``.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_the_rule_has_numpys_bits_and_damps_momentum():
     assert aggregated < 0.1 * slow
 
 
-def test_actor_and_critic_balance_the_pole():
+def test_actor_and_critic_balance_the_pole_in_torch():
     pytest.importorskip("torch", reason="torch is not installed; the example is for its users")
     lengths = numbers_after("last 50 episodes", printed_by("torch_actor_critic.py"))
     assert len(lengths) == 5
