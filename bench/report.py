@@ -128,6 +128,11 @@ SECTIONS = {
         "Adam on stacked networks, each with a learning rate of its own. `one rate` is a step of the stack as one "
         "network, and `a loop` an optimizer for each.",
     ),
+    "formats": (
+        "Storage formats",
+        "AdamW with parameters and gradients, or states, in 16 and 8 bits, beside float32; and torch's, whose parameters "
+        "are bfloat16.",
+    ),
 }
 
 

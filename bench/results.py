@@ -21,6 +21,7 @@ FILES = (
     "startup",
     "torch",
     "population",
+    "formats",
 )
 BUSY = 0.5
 """Load per core before the run above which the machine counts as busy."""

@@ -21,7 +21,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fastopt.storage.conversion import STORAGE, converted
 from fastopt.files import file_at, replace_file
 from fastopt.hyper import EMA
 from fastopt.kernels import get_backend
@@ -37,6 +36,7 @@ from fastopt.state import (
     other_options,
     try_step,
 )
+from fastopt.storage.conversion import STORAGE, converted
 from fastopt.version import __version__
 
 __all__ = ["describe"]

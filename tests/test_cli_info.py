@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numba
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -30,6 +31,36 @@ def report(**environment):
     result = invoke("--json", "-", **environment)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+def test_memory_shows_what_an_optimizer_really_holds():
+    result = invoke("--memory", "2M", "--json", "-")
+    found = json.loads(result.stdout)
+    assert (found["parameters"], found["optimizer"]) == (2e6, "adamw")
+    rows = {(row["parameters"], row["options"]): row for row in found["formats"]}
+    assert len(rows) == 9
+    for (dtype, _), row in rows.items():
+        assert row["bytes"]["parameters"] == row["bytes"]["gradients"] == (4 if dtype == "float32" else 2)
+    opt = fastopt.AdamW({"w": np.zeros(2**16, np.float32)}, states="int8")
+    assert rows["float32", "states='int8'"]["bytes"]["states"] == opt.nbytes.states / 2**16
+    table = invoke("--memory", "7B", "--optimizer", "lamb")
+    assert "GiB for 7,000,000,000 parameters" in table.output
+    assert "int8" not in table.output  # which a rule of sums has not
+    assert "104.31" in table.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--memory", "7x"), "--memory: must be a number of parameters, such as 125M, 7B or 350000, got '7x'"),
+        (("--memory", "-3"), "must be a number of parameters"),
+        (("--memory", "1M", "--optimizer", "adm"), "--optimizer: optimizer: must be one of"),
+    ],
+)
+def test_memory_of_what_is_no_size_or_no_optimizer(arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
 
 
 def test_versions_match_the_installed_packages():

@@ -588,3 +588,60 @@ def test_the_loss_scale_stays_where_its_inverse_is_normal():
     scaler = fastopt.LossScaler(init_scale=2.0**126, growth_interval=1)
     scaler.update(skipped=False)
     assert scaler.scale == 2.0**126
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_nan_of_any_bits_stays_one(dtype):
+    """Rounding its bits could make it infinite, or zero."""
+    patterns = np.array([0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF, 0xFF800001, 0x7FC00000, 0x7F80FFFF], np.uint32)
+    for options in ({"states": dtype}, {"states": dtype, "rounding": "stochastic"}):
+        opt = fastopt.Momentum({"w": np.zeros(48, np.float32)}, **options)
+        opt.step({"w": np.resize(patterns, 48).view(np.float32)})
+        assert np.isnan(opt.states["velocity"]["w"].astype(np.float32)).all()
+
+
+def test_numbers_of_one_element_are_drawn_apart():
+    """m and v, p and both: what is rounded up in one says nothing about the others."""
+    count = 20_000
+    opt = fastopt.Adam(
+        fastopt.pack({"w": np.ones(count, BFLOAT16)}),
+        lr=0.3,
+        betas=(0.7, 0.7),
+        rounding="stochastic",
+        states="bfloat16",
+    )
+    opt.step({"w": np.full(count, 0.7001, BFLOAT16)})
+    up = [array["w"].astype(np.float64) for array in (opt.params, opt.states["m"], opt.states["v"])]
+    up = [array - array.mean() for array in up]
+    for k in range(3):
+        assert up[k].std() > 0.0
+        for j in range(k):
+            correlation = float((up[k] * up[j]).mean() / (up[k].std() * up[j].std()))
+            assert abs(correlation) < 4.0 / count**0.5
+
+
+def test_codes_are_right_on_average():
+    """Over the elements of a block whose largest number stands in the last one, and over steps."""
+    size, found = 4096, {"m": [], "v": []}
+    grad = np.full(size, 0.37, np.float32)
+    grad[255::256] = 10.0
+    for seed in range(40):
+        opt = fastopt.Adam({"w": np.zeros(size, np.float32)}, states="int8", rounding="stochastic", seed=seed)
+        opt.step({"w": grad})
+        for name, arrays in found.items():
+            arrays.append(opt.states[name]["w"].reshape(-1, 256)[:, :255].astype(np.float64).reshape(-1))
+    for name, exact in (("m", 0.1 * 0.37), ("v", 0.001 * 0.37**2)):
+        values = np.concatenate(found[name])
+        assert len(set(values.round(9).tolist())) == 2
+        assert values.mean() == pytest.approx(exact, abs=4.0 * values.std() / values.size**0.5, rel=1e-4)
+        assert len({array.tobytes() for array in found[name]}) == 40
+        blocks = found[name][0].reshape(-1, 255)
+        assert len({block.tobytes() for block in blocks}) == len(blocks)  # no block draws as another does
+
+
+def test_set_params_forgets_what_rounding_had_left():
+    opt = fastopt.SGD(fastopt.pack({"w": np.ones(4, BFLOAT16)}), lr=2.0**-10, compensated=True)
+    opt.step({"w": np.ones(4, BFLOAT16)})
+    assert opt.state.arrays["rest"][0].astype(np.float32).all()
+    opt.set_params({"w": np.full(4, 2.0**-12, BFLOAT16)})
+    assert not opt.state.arrays["rest"][0].astype(np.float32).any()
