@@ -211,7 +211,7 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
         for of_task in found.values():
             own, base = np.array(of_task[way]), np.array(of_task["float32"])
             cell = f"{own.mean():.4g} ({own.min():.3g} to {own.max():.3g})"
-            cells.append(f"**{cell}**" if own.mean() > base.max() + 0.5 * (base.max() - base.min()) else cell)
+            cells.append(f"**{cell}**" if own.mean() > base.max() else cell)
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

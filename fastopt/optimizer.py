@@ -214,11 +214,8 @@ class Optimizer:
         if rule.matrixwise is not None:
             check_acting(rule.matrixwise, flat.paths, checked, self._base)
         self._pipeline = Pipeline(rule, flat, self._options, self._base, checked)
-        if self._pipeline.formats.loses:
-            warn_caller(
-                f"parameters of {flat.dtype} are rounded to the nearest, and updates below half of their last place "
-                f"vanish: use master=True, rounding='stochastic' or compensated=True"
-            )
+        for advice in self._pipeline.formats.advice(rule):
+            warn_caller(advice)
         return self._pipeline
 
     # --- attributes: hyperparameters are alive, and what does not exist is refused ------------------------------------

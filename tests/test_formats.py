@@ -201,6 +201,13 @@ def around(number: np.float32, kind: np.dtype) -> tuple[float, float]:
     return float(grid[grid <= number].max()), float(grid[grid >= number].min())
 
 
+def test_second_moments_in_float16_are_advised_against():
+    with pytest.warns(UserWarning, match="states: v: float16 ends at 6e-8") as caught:
+        fastopt.Adam({"w": W32}, states="float16")
+    assert caught[0].filename == __file__
+    fastopt.Adam({"w": W32}, states={"m": "float16"})
+
+
 def test_small_updates_vanish_without_help_and_count_with_it():
     """1,000 steps of a hundredth of the last place of 1 in bfloat16."""
     grads = {"w": np.full(64, 1.0, BFLOAT16)}

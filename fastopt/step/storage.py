@@ -98,10 +98,21 @@ class StateFormats:
         """The states that have codes of 8 bits."""
         return tuple([name for name, form in self.states.items() if form in (INT8, UINT8)])
 
-    @property
-    def loses(self) -> bool:
-        """Whether updates below half of the last place of a parameter vanish."""
-        return self.params in HALF and not self.keeps and not self.stochastic
+    def advice(self, rule: Rule) -> list[str]:
+        """What is allowed here and seldom works, for warnings."""
+        found = []
+        if self.params in HALF and not self.keeps and not self.stochastic:
+            found.append(
+                f"parameters of {self.params} are rounded to the nearest, and updates below half of their last place "
+                f"vanish: use master=True, rounding='stochastic' or compensated=True"
+            )
+        small = [name for name in rule.nonnegative if self.states[name] == FLOAT16]
+        if small:
+            found.append(
+                f"states: {', '.join(small)}: float16 ends at 6e-8, and squares of gradients are often smaller: use "
+                f"'bfloat16' or 'int8'"
+            )
+        return found
 
     @property
     def bytes_per_element(self) -> float:
