@@ -2193,6 +2193,7 @@ MATHEMATICS: Sequence[Fault] = (
 
 IN_TORCH = "tests/test_torch_optim.py "
 IN_BATCHNORM = "tests/test_torch_batchnorm.py "
+ON_DEVICE = SIMULATED + "tests/test_cuda_torch.py "
 
 TORCH: Sequence[Fault] = (
     *faults_of(
@@ -2219,7 +2220,45 @@ TORCH: Sequence[Fault] = (
             IN_TORCH + "-k conjugated",
         ),
         ("            shadow.copy_(self.params[k].detach())\n", "            pass\n", IN_TORCH + "-k any_strides"),
-        ("                if given.is_shared():", "                if False:", IN_TORCH + "-k shared_one_by_one"),
+        ("if self.on_host and given.is_shared():", "if False:", IN_TORCH + "-k shared_one_by_one"),
+        ("            self.places = self.places.copy()\n", "", ON_DEVICE + "-k sent_again"),
+        (
+            "            if device_of(p) != self.memory.device or p.shape",
+            "            if p.shape",
+            ON_DEVICE + "-k another_device",
+        ),
+        ("if device_of(g) != self.memory.device and", "if False and", ON_DEVICE + "-k gradient_of_another"),
+        ("self.by_rows = sparse and self.on_host", "self.by_rows = sparse", ON_DEVICE + "-k sparse"),
+        (
+            "            with self.memory.current():  # torch's",
+            "            if True:  # torch's",
+            ON_DEVICE + "-k is_left_on",
+        ),
+    ),
+    *faults_of(
+        "fastopt/torch/memory.py",
+        ON_DEVICE,
+        (
+            "self._xp.cuda.Device(self.device.index), stream:",
+            "self._xp.cuda.Device(self.device.index):",
+            ON_DEVICE + "-k work_of",
+        ),
+        ("with self._xp.cuda.Device(self.device.index), stream:", "with stream:", ON_DEVICE + "-k several_devices"),
+        ("            if stream.is_capturing():", "            if False:", ON_DEVICE + "-k captures"),
+    ),
+    *faults_of(
+        "fastopt/step/pipeline.py",
+        ON_DEVICE,
+        (
+            "own = type(grads) is not Taken if device is not None else",
+            "own = True if device is not None else",
+            ON_DEVICE + "-k 'the_cpu and AdamW'",
+        ),
+        (
+            "or not self.options.skips) and beside is ALONE",
+            "or not self.options.skips)",
+            ON_DEVICE + "-k several_devices",
+        ),
     ),
     *faults_of(
         "fastopt/torch/optimizer.py",

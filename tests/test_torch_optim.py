@@ -984,7 +984,11 @@ def parameter(**options: Any) -> Any:
         ),
         (lambda: ft.AdamW([parameter(dtype=torch.bfloat16)]), TypeError, "got torch.bfloat16"),
         (lambda: ft.AdamW([parameter(dtype=torch.complex64)]), TypeError, "got torch.complex64"),
-        (lambda: ft.AdamW([parameter(device="meta")]), TypeError, "must be on the CPU, got a tensor on meta"),
+        (
+            lambda: ft.AdamW([parameter(device="meta")]),
+            TypeError,
+            "must be on the CPU or a CUDA device, got a tensor on meta",
+        ),
         (lambda: ft.AdamW([torch.zeros(1).expand(3).requires_grad_()]), ValueError, "expanded"),
         (lambda: ft.AdamW([torch.eye(3).to_sparse().requires_grad_()]), TypeError, "must be a dense tensor"),
         (lambda: ft.AdamW([parameter()], nonfinite="hope"), ValueError, "nonfinite: must be"),
@@ -1063,6 +1067,15 @@ def test_weight_decay_is_refused_with_sparse_gradients_as_in_torch():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="weight_decay must be 0 with sparse gradients"):
         opt.step()
+
+
+def test_an_empty_parameter_of_any_strides_is_taken():
+    empty = torch.nn.Parameter(torch.from_numpy(np.zeros((0, 2), np.float32)))
+    assert empty.stride() == (0, 0)
+    empty.grad = torch.zeros(0, 2)
+    opt = ft.AdamW([empty])
+    opt.step()
+    assert opt.state[empty]["step"].item() == 1.0
 
 
 def test_a_failed_constructor_leaves_nothing_to_fail_later(monkeypatch):

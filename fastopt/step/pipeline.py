@@ -204,6 +204,7 @@ class Pipeline:
         counts : how many updates each parameter has had. changes : its hyperparameters that differ from those of the
         optimizer, checked. beginning : the parameters whose states have their first values.
         """
+        self.collect()
         with deferred_signals:
             self.steps = max(counts, default=0)
             self.groups.regroup(changes, [self.steps - count for count in counts])
@@ -306,7 +307,7 @@ class Pipeline:
         # Check.
         kept = present = None
         beside = ALONE
-        own = device is not None or (grads is None and pending is None)
+        own = type(grads) is not Taken if device is not None else grads is None and pending is None
         if grads is None:
             if pending is None:
                 places = self.flat.places
@@ -344,7 +345,7 @@ class Pipeline:
             self.begin(present)
         if device is not None:
             return self._step_on_device(
-                device, plan, places, present, rows, unscale, kept, further, capturing=capturing
+                device, plan, places, present, rows, unscale, kept, further, own=own, beside=beside, capturing=capturing
             )
         plan.write_table(self.groups, self.steps + 1, unscale)
         norm, coefficient, nonfinite = None, 1.0, self.nonfinite
@@ -495,6 +496,7 @@ class Pipeline:
 
     def measure(self, taken: Taken) -> tuple[float, bool]:
         """The norm of these gradients, and whether all of them are finite: `Taken.beside` of another pipeline."""
+        self.collect()
         plan = self.current_plan()
         rows: Sequence[int] = plan.of
         if taken.present is not None:
@@ -546,10 +548,12 @@ class Pipeline:
         grads: Any,
         further: Mapping[str, list[Any]],
         *,
+        own: bool,
+        beside: tuple[float, bool],
         capturing: bool,
     ) -> StepInfo:
-        """From the table of hyperparameters on, where the device decides."""
-        decides = device.decides and (present is None or not self.options.skips)
+        """From the table of hyperparameters on, where the device decides. own, beside : as for `decide`."""
+        decides = device.decides and (present is None or not self.options.skips) and beside is ALONE
         if device.in_flight and not decides:
             self.collect()
         candidates = None
@@ -564,24 +568,25 @@ class Pipeline:
         with deferred_signals:  # a device that decides counts skipped steps
             table = device.backend.table(plan.table.array)
             if self.measures and decides:
-                partials, _, factor = self._partials(plan, places, rows, unscale, table=table)
+                partials, _, factor = self._partials(plan, places, rows, unscale, apart=not own, table=table)
                 decision = device.decide(table, candidates, partials, factor)
             elif self.measures:
                 norm, coefficient, proceeds, nonfinite = self.decide(
-                    plan, places, rows, unscale, present, grads, own=True
+                    plan, places, rows, unscale, present, grads, own=own, beside=beside
                 )
                 if proceeds is not True:
-                    rows, moving = self._moving(plan, present, proceeds, own=True)
+                    rows, moving = self._moving(plan, present, proceeds, own=own)
                     if moving is None:
                         return self._info(norm, skipped=True)
                 table = plan.table.array
             self._put(further)
             self._transform(plan, places, rows, table, scaled=scaled)
-            plan.kernel(scaled=scaled).launch(places, self.buffers, table, plan.chunks(rows), self.size)
+            kernel, chunks = plan.kernel(scaled=scaled, own=own), plan.chunks(rows, apart=not own)
+            kernel.launch(places, self.buffers, table, chunks, self.size)
             if capturing:
                 device.recorded = Recorded(table, rows, scaled, decision)
                 return self._info(norm, coefficient)
-            info = self.commit(present, norm, coefficient, nonfinite, moving, zero=True)
+            info = self.commit(present, norm, coefficient, nonfinite, moving, zero=own)
             return info if decision is None else self._in_flight(info, decision)
 
     @through_gate

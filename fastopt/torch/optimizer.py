@@ -17,8 +17,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 import fastopt
 from fastopt.step.info import StepInfo
 from fastopt.step.options import StepOptions
+from fastopt.torch.memory import device_of, memory_of
 from fastopt.torch.parameters import check_param
-from fastopt.torch.part import Member, Part, StaleError, increment_version
+from fastopt.torch.part import DevicePart, Member, Part, StaleError, increment_version
 from fastopt.torch.signatures import ALSO, IMPLEMENTATION, OPTIONS, documented, full_signature
 from fastopt.torch.states import Mark, States
 
@@ -34,7 +35,8 @@ class Optimizer(torch.optim.Optimizer):
     ``state_dict()``, which torch's class of the same name loads, as this one loads torch's.
 
     Args:
-        params: an iterable of float32 or float64 tensors on the CPU, of named ones, or of dicts of param groups.
+        params: an iterable of float32 or float64 tensors on the CPU or on CUDA devices, of named ones, or of dicts of
+            param groups.
         *args, **kwargs: those of the optimizer; and, for all param groups together, ``max_norm``,
             ``clip_norm_per_tensor``, ``clip_value``, ``nonfinite``, ``ema`` and ``grad_norm`` as for
             `fastopt.Optimizer`. ``foreach`` and ``fused`` have no effect.
@@ -45,7 +47,8 @@ class Optimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError, ValueError: naming the argument or the parameter: a hyperparameter out of range, ``capturable`` or
-            ``differentiable``; float16, bfloat16 and complex parameters, those of a GPU, sparse ones.
+            ``differentiable``; float16, bfloat16 and complex parameters, sparse ones, those of other devices.
+        RuntimeError: a parameter is on a CUDA device, and the CUDA backend cannot work here.
 
     >>> import torch, fastopt.torch
     >>> w = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
@@ -273,7 +276,7 @@ class Optimizer(torch.optim.Optimizer):
                     seen.add(id(p))
                     name = self._name(number, i)
                     check_param(name, p)
-                    key = (own.rule, p.dtype, bool(group.get("maximize")))
+                    key = (own.rule, p.dtype, bool(group.get("maximize")), device_of(p))
                     members.setdefault(key, []).append(Member(p, number, name))
         values = [{name: getattr(own, name) for name in own.rule.names()} for own in made]
         parts = []
@@ -282,9 +285,11 @@ class Optimizer(torch.optim.Optimizer):
                 {**self._arguments(groups[own_members[0].group]), **options},
                 made[own_members[0].group].rule,
             )
+            memory = memory_of(device_of(own_members[0].param))
             parts.append(
-                Part(
+                (Part if memory.on_host else DevicePart)(
                     own_members,
+                    memory,
                     partial(self.ours, copy=False, **arguments),
                     values,
                     self.state,  # type: ignore[arg-type]
@@ -381,7 +386,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.info = part.advance(own)
             return
         # The norm is that of all parts. A part whose gradients are not finite raises the error, before others change.
-        measured = [part.pipeline.measure(own) for part, own in found]
+        measured = [part.measure(own) for part, own in found]
         for k in sorted(range(len(found)), key=lambda k: measured[k][1]):
             others = [own for j, own in enumerate(measured) if j != k]
             beside = math.hypot(*[norm for norm, _ in others]), all(finite for _, finite in others)
@@ -399,7 +404,8 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError, ValueError: a hyperparameter was set out of range, a parameter or state replaced by another kind.
-            RuntimeError: a gradient is sparse, other than for SGD and Adagrad, as in torch.
+            RuntimeError: a gradient is sparse, other than for SGD and Adagrad, as in torch; it is on another device
+                than its parameter; torch captures a CUDA graph on the current stream of a parameter's device.
             FloatingPointError: with ``nonfinite="raise"``. Nothing was updated.
 
         >>> import torch, fastopt.torch
@@ -462,8 +468,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             with ExitStack() as stack:
                 for part in parts:
-                    stack.enter_context(getattr(part.opt, context)())
-                    increment_version(part.params)
+                    stack.enter_context(part.hold(context))
                 yield
         finally:
             for part in parts:
@@ -496,6 +501,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError, ValueError: as `step`.
+            RuntimeError: a parameter is on a CUDA device. Nothing was moved.
 
         >>> import torch, fastopt.torch
         >>> w = torch.zeros(2, requires_grad=True)
@@ -504,7 +510,10 @@ class Optimizer(torch.optim.Optimizer):
         >>> opt.state[w]["exp_avg"].is_shared()
         True
         """
-        for part in self._current():
+        parts = self._current()
+        for part in parts:
+            part.check_shareable()
+        for part in parts:
             part.share_memory()
         self._rebuilt()
 

@@ -7,25 +7,38 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastopt.torch.memory import device_of, memory_of
+
 DTYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 
 def check_param(name: str, p: torch.Tensor) -> None:
-    """Refuse a parameter that kernels of the CPU cannot update.
+    """Refuse a parameter that our kernels cannot update.
 
-    Raises TypeError that names it: another dtype (float16, bfloat16, complex), device or layout, a wrapper of tensors.
+    Raises TypeError that names it: another dtype (float16, bfloat16, complex), device or layout, a wrapper of tensors;
+    RuntimeError where it is on a CUDA device, and the CUDA backend cannot work.
     """
     if torch.nn.parameter.is_lazy(p):
         return  # it has its dtype and device from the first forward pass on
     if p.dtype not in DTYPES:
         remedy = "use torch.optim for it, or model.float()"
         raise TypeError(f"{name}: must have dtype torch.float32 or torch.float64, got {p.dtype}; {remedy}")
-    if p.device.type != "cpu":
-        raise TypeError(f"{name}: must be on the CPU, got a tensor on {p.device}; use torch.optim for it")
+    device = device_of(p)
+    if device.type not in ("cpu", "cuda"):
+        raise TypeError(
+            f"{name}: must be on the CPU or a CUDA device, got a tensor on {device}; use torch.optim for it"
+        )
+    try:
+        memory_of(device)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{name}: must be on the CPU where the CUDA backend cannot work, got a tensor on {device} ({error}); use "
+            f"torch.optim for it"
+        ) from None
     if p.layout is not torch.strided or torch.utils._python_dispatch.is_traceable_wrapper_subclass(p):
         found = p.layout if p.layout is not torch.strided else type(p).__name__
         raise TypeError(f"{name}: must be a dense tensor, got {found}; use torch.optim for it")
-    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+    if p.numel() and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         raise ValueError(
             f"{name}: must have memory of its own for every element, got an expanded tensor; use {name}.clone()"
         )
@@ -56,7 +69,7 @@ def same_strides(g: torch.Tensor, p: torch.Tensor) -> bool:
 
 
 class Arrays:
-    """Gradients as NumPy arrays, for errors: made when somebody looks at them."""
+    """Gradients as NumPy arrays, for errors: made when somebody looks at them. Those of a device are copied then."""
 
     __slots__ = ("_tensors",)
 
@@ -64,4 +77,4 @@ class Arrays:
         self._tensors = tensors
 
     def __iter__(self) -> Any:
-        return (None if tensor is None else tensor.detach().numpy() for tensor in self._tensors)
+        return (None if tensor is None else tensor.detach().cpu().numpy() for tensor in self._tensors)

@@ -1,9 +1,12 @@
-"""`Part`: parameters that share a rule and a dtype, updated where they are by one of our optimizers."""
+"""`Part`: parameters that share a rule, a dtype and a device, updated where they are by one of our optimizers."""
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +20,7 @@ from fastopt.rules.nadam import product
 from fastopt.step.gate import through_gate
 from fastopt.step.info import StepInfo
 from fastopt.storage.intake import ALONE, Taken
+from fastopt.torch.memory import HostMemory, device_of
 from fastopt.torch.parameters import Arrays, dense_view, rows_of, same_strides
 from fastopt.torch.states import States, one_buffer
 
@@ -39,7 +43,7 @@ FOLLOWING: Mapping[str, Mapping[str, Callable[[int, Mapping[str, Any]], float]]]
 
 
 class StaleError(Exception):
-    """A parameter is not what it was: another dtype or shape. The parts have to be made again."""
+    """A parameter is not what it was: another dtype, shape or device. The parts have to be made again."""
 
 
 class Member(NamedTuple):
@@ -56,8 +60,9 @@ class Part:
     """The parameters of a torch optimizer that one of our optimizers updates, in one launch.
 
     Args:
-        members: the parameters, all of one dtype.
-        make: called with a tree of NumPy arrays: makes our optimizer of these arrays, which stay where they are.
+        members: the parameters, all of one dtype, on one device.
+        memory: of this device.
+        make: called with a tree of arrays: makes our optimizer of these arrays, which stay where they are.
         values: for each param group of torch the hyperparameters of the rule, by name, checked.
         states: the states of all parameters, as torch shows them.
         names: torch's name of each state, by ours.
@@ -70,7 +75,8 @@ class Part:
     def __init__(
         self,
         members: Sequence[Member],
-        make: Callable[[Mapping[str, np.ndarray]], fastopt.Optimizer],
+        memory: HostMemory,
+        make: Callable[[Mapping[str, Any]], fastopt.Optimizer],
         values: Sequence[Mapping[str, Any]],
         states: States,
         names: Mapping[str, str],
@@ -80,8 +86,12 @@ class Part:
         sparse: bool,
         by_matrix: bool,
     ):
+        self.memory, self.on_host = memory, memory.on_host
         self.by_matrix = by_matrix
-        self.sparse = self.by_rows = sparse
+        self.sparse = sparse
+        self.by_rows = sparse and self.on_host
+        self.seen = False
+        """Whether gradients were seen to be where their parameters are. They can only move together."""
         self.params = [member.param for member in members]
         self.names = [member.name for member in members]
         self.of = [member.group for member in members]
@@ -110,18 +120,17 @@ class Part:
 
     # --- where things are ---------------------------------------------------------------------------------------------
 
-    def _array(self, k: int, p: torch.Tensor) -> np.ndarray:
-        """A NumPy array over the memory of a parameter, or of a copy where it has gaps."""
+    def _array(self, k: int, p: torch.Tensor) -> Any:
+        """An array over the memory of a parameter, or of a copy where it has gaps."""
         view = self._view(p)
         if view is None:
             shadow = self.shadows.get(k)
             if shadow is None:
-                shadow = self.shadows[k] = torch.empty(p.shape, dtype=p.dtype)
+                shadow = self.shadows[k] = self.memory.empty(p.shape, p.dtype)
             view = shadow.copy_(p.detach())
         elif not p.is_contiguous():
             self.dense[k] = p.stride()
-        array: np.ndarray = view.numpy()
-        return array
+        return self.memory.array(view)
 
     def _view(self, p: torch.Tensor) -> torch.Tensor | None:
         """A contiguous view of a parameter; None where a copy has its place. A matrix keeps its rows and columns."""
@@ -136,12 +145,14 @@ class Part:
         self.at = [p.data_ptr() for p in self.params]
         flat = self.pipeline.flat
         self.places = flat.layout.places(flat.addresses, 0)
-        self._plain = not self.shadows and not self.dense
+        self._plain = self.seen and not self.shadows and not self.dense
 
     def _follow(self) -> None:
         """Update the parameters where they are now."""
         for k, p in enumerate(self.params):
-            if p.device.type != "cpu" or p.shape != self.shapes[k] or (self._view(p) is None) != (k in self.shadows):
+            if device_of(p) != self.memory.device or p.shape != self.shapes[k]:
+                raise StaleError
+            if (self._view(p) is None) != (k in self.shadows):
                 raise StaleError
             if k not in self.shadows and self.dense.get(k) != (None if p.is_contiguous() else p.stride()):
                 raise StaleError
@@ -164,11 +175,11 @@ class Part:
                 own[name] = buffer.as_strided(shape, strides, offset)
             for name, views in zip(self._numbers, self._per_tensor, strict=True):
                 own[name] = views[k]
-            own.update({name: torch.from_numpy(array) for name, array in self._matrices(k).items()})
+            own.update({name: self.memory.tensor(array) for name, array in self._matrices(k).items()})
             found.append(own)
         return found
 
-    def _matrices(self, k: int) -> dict[str, np.ndarray]:
+    def _matrices(self, k: int) -> dict[str, Any]:
         """The matrices that the rule keeps for a parameter, by torch's names; none where it is not treated as one."""
         matrices = self.pipeline.matrices
         if not matrices.arrays or not matrices.chosen[k]:
@@ -190,19 +201,21 @@ class Part:
         self._counts = counts
         self._torchs = names
         self._following = FOLLOWING.get(rule.name, {})
-        self._extra = {name: torch.ones(len(self.params), dtype=torch.float32) for name in self._following}
+        self._extra = {
+            name: torch.ones(len(self.params), dtype=torch.float32, device="cpu") for name in self._following
+        }
         self._shown = [names.get(name, name) for name in (*rule.states, *averages)]
         self._numbers = [names.get(name, name) for name in rule.numbers]
         self._per_tensor = [
-            [torch.from_numpy(view) for view in pipeline.flat.number_views(numbers, over)]
+            [self.memory.tensor(view) for view in pipeline.flat.number_views(numbers, over)]
             for over, numbers in zip(rule.over.values(), pipeline.numbers, strict=True)
         ]
         old = [dict(states[p]) if p in states else {} for p in self.params]
         self._check(old)
         numbers = [self._count(k, entry) for k, entry in enumerate(old)]
-        self.counts = torch.tensor(numbers, dtype=torch.float32)
+        self.counts = torch.tensor(numbers, dtype=torch.float32, device="cpu")  # as torch's, which are there, too
         own = (*pipeline.states, *(() if pipeline.average is None else (pipeline.average,)))
-        self.buffers = [torch.from_numpy(buffer) for buffer in own]
+        self.buffers = [self.memory.tensor(buffer) for buffer in own]
         views = self._views(self.buffers, self.counts)
         if shares:
             self._adopt(old, views)
@@ -225,7 +238,7 @@ class Part:
                 given = entry.get(name)
                 if name == "step" or given is None or view.data_ptr() == given.data_ptr():
                     continue
-                if given.is_shared():
+                if self.on_host and given.is_shared():  # which torch says of every tensor on a device
                     raise ValueError(
                         f"state of {self.names[k]}: {name}: must not be in shared memory by itself, because states lie "
                         f"in one buffer here; call share_memory() of the optimizer"
@@ -281,13 +294,20 @@ class Part:
         ]
         if self.buffers and all(buffer is not None for buffer in found):
             self.buffers = [buffer for buffer in found if buffer is not None]
-            self.pipeline.hold_states_in([buffer.numpy() for buffer in self.buffers])
+            self.pipeline.hold_states_in([self.memory.array(buffer) for buffer in self.buffers])
         if self._counts:
             counts = one_buffer([entry.get("step") for entry in old], [view["step"] for view in views], self.counts)
             self.counts = self.counts if counts is None else counts
 
     def _note_buffers(self) -> None:
         self._buffers_at = [buffer.data_ptr() for buffer in (*self.buffers, self.counts)]
+
+    def check_shareable(self) -> None:
+        """Refuse to move states of a device to shared memory."""
+        if not self.on_host:
+            raise RuntimeError(
+                f"share_memory(): {self.names[0]}: must be on the CPU, got a tensor on {self.memory.device}"
+            )
 
     def share_memory(self) -> None:
         """Move the states to shared memory, and show all of them."""
@@ -333,6 +353,23 @@ class Part:
             self._extra[name].numpy()[:] = [found[number] for number in groups.of]
 
     # --- a step -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hold(self, context: str) -> Iterator[None]:
+        """Hold the parameters elsewhere, inside a context of our optimizer."""
+        held = getattr(self.opt, context)()
+        with self.memory.current():
+            held.__enter__()
+        increment_version(self.params)
+        try:
+            yield
+        finally:
+            with self.memory.current():  # torch's current stream may be another one by now
+                held.__exit__(*sys.exc_info())
+
+    def measure(self, taken: Taken) -> tuple[float, bool]:
+        """The norm of gradients that were taken, and whether all of them are finite."""
+        return self.pipeline.measure(taken)
 
     def set_hyper(self, name: str, value: Any, group: int) -> None:
         """Set a hyperparameter of a param group of torch."""
@@ -404,14 +441,25 @@ class Part:
                         return self._take_each(optimizer)
                     if at != self.at:
                         self._follow()
-                    self.places[:, 1] = grads_at
+                    if self.on_host:
+                        self.places[:, 1] = grads_at
+                    else:
+                        self._place(grads_at)
                     return Taken(self.places, None, grads)
             except RuntimeError:  # of a sparse gradient, which has no address
                 pass
         return self._take_each(optimizer)
 
+    def _place(self, grads_at: Sequence[int]) -> None:
+        """Note where the gradients are. A device keeps a table of places that it was sent, so another one is made."""
+        if self.on_host:
+            self.places[:, 1] = grads_at
+        elif self.places[:, 1].tolist() != grads_at:
+            self.places = self.places.copy()
+            self.places[:, 1] = grads_at
+
     def _take_each(self, optimizer: str) -> Taken:
-        """As `take`, where something is not as usual: no gradient, other strides, another dtype."""
+        """As `take`, where something is not as usual: no gradient, other strides, another dtype, the first step."""
         grads: list[torch.Tensor | None] = []
         moved = False
         for k, p in enumerate(self.params):
@@ -420,6 +468,11 @@ class Part:
             g = p.grad
             if g is not None:
                 moved = moved or p.data_ptr() != self.at[k]
+                if device_of(g) != self.memory.device and device_of(p) == self.memory.device:
+                    raise RuntimeError(
+                        f"{self.names[k]}.grad: must be on {self.memory.device} as its parameter, got a tensor on "
+                        f"{device_of(g)}"
+                    )
                 if g.layout is not STRIDED:
                     g = self._from_sparse(k, g, optimizer)
             if g is not None:
@@ -427,15 +480,16 @@ class Part:
                     raise StaleError if p.shape != self.shapes[k] else _misshapen(self.names[k], p, g)
                 like = self.shadows.get(k, p)
                 if g.dtype is not self.dtype or g.is_neg() or not same_strides(g, like):
-                    copy = torch.empty_strided(like.shape, like.stride(), dtype=self.dtype)
-                    g = copy.copy_(g.detach())
+                    g = self.memory.empty(like.shape, self.dtype, like.stride()).copy_(g.detach())
             grads.append(g)
         if moved:
             self._follow()
         for k, shadow in self.shadows.items():
             shadow.copy_(self.params[k].detach())
-        self.places[:, 1] = [0 if g is None else g.data_ptr() for g in grads]
+        self._place([0 if g is None else g.data_ptr() for g in grads])
         present = [g is not None for g in grads]
+        self.seen = self.seen or all(present)
+        self._plain = self.seen and not self.shadows and not self.dense
         return Taken(self.places, None if all(present) else present, grads)
 
     @through_gate
@@ -449,7 +503,7 @@ class Part:
             present = [g is not None or name in rows for name, g in zip(self.names, grads, strict=True)]
         else:
             info = self.pipeline.step(given, 1.0, "mean")
-        if info.skipped:
+        if self.pipeline.options.skips and info.skipped:  # a device is waited for
             return info
         self._counted(present)
         for k, shadow in self.shadows.items():
@@ -462,6 +516,31 @@ class Part:
         updated = self.params if present is None else [p for p, here in zip(self.params, present, strict=True) if here]
         increment_version(updated)
         return info
+
+
+def _there(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `Part` whose work is done on the device."""
+
+    @wraps(method)
+    def working(self: DevicePart, *args: Any, **kwargs: Any) -> Any:
+        with self.memory.current():
+            return method(self, *args, **kwargs)
+
+    return working
+
+
+class DevicePart(Part):
+    """The same on a CUDA device: all work is ordered with torch's."""
+
+    def __init__(self, members: Sequence[Member], memory: HostMemory, *args: Any, **kwargs: Any):
+        with memory.current():
+            super().__init__(members, memory, *args, **kwargs)
+
+    take = _there(Part.take)
+    advance = _there(Part.advance)
+    measure = _there(Part.measure)
+    set_hyper = _there(Part.set_hyper)
+    recount = _there(Part.recount)
 
 
 increment_version = torch.autograd.graph.increment_version

@@ -94,10 +94,12 @@ def one_buffer(tensors: Sequence[Any], like: Sequence[torch.Tensor], buffer: tor
         if (
             not isinstance(tensor, torch.Tensor)
             or tensor.dtype is not own.dtype
+            or tensor.device != own.device
             or tensor.shape != own.shape
             or tensor.stride() != own.stride()
             or tensor.storage_offset() != own.storage_offset()
             or tensor.untyped_storage().data_ptr() != storage.data_ptr()
         ):
             return None
-    return torch.empty(0, dtype=buffer.dtype).set_(storage, 0, buffer.shape, buffer.stride())
+    empty = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
+    return empty.set_(storage, 0, buffer.shape, buffer.stride())

@@ -177,8 +177,8 @@ class PendingDecision:
 
     def read(self) -> tuple[float, float, bool]:
         """As `fastopt.kernels.contract.Decision`."""
+        self._slot.event.synchronize()  # on whichever stream: it need not be the current one
         if self._sent and self._slot.numbers is not None:
-            self._slot.event.synchronize()
             found = self._slot.numbers
         else:
             found = self._backend.host(self._slot.result)

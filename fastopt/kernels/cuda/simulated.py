@@ -216,6 +216,10 @@ class ndarray(np.ndarray):  # noqa: N801 CuPy's name
         return out
 
 
+STREAMS: weakref.WeakValueDictionary[int, cuda.Stream] = weakref.WeakValueDictionary()
+"""By pointer: the streams that are there."""
+
+
 class cuda:  # noqa: N801 CuPy's name
     """What of ``cupy.cuda`` is used: devices, streams, and events."""
 
@@ -252,6 +256,7 @@ class cuda:  # noqa: N801 CuPy's name
 
         def __init__(self, non_blocking: bool = False):
             self.ptr = id(self)
+            STREAMS[self.ptr] = self
             self._waiting: list[Callable[[], None]] = []
             self._captured: list[Callable[[], None]] | None = None
             self._outer: list[cuda.Stream] = []
@@ -298,11 +303,17 @@ class cuda:  # noqa: N801 CuPy's name
         def __init__(self) -> None:
             super().__init__()
             self.ptr = 0
+            STREAMS[0] = self
 
         def submit(self, work: Callable[[], None]) -> None:
             """Do some work, or record it."""
             super().submit(work)
             self.synchronize()
+
+    @staticmethod
+    def ExternalStream(ptr: int, device_id: int = -1) -> cuda.Stream:  # noqa: N802 CuPy's name
+        """The stream that has this pointer. (CuPy makes another object of it.)"""
+        return STREAMS[ptr]
 
     class runtime:  # noqa: N801 CuPy's name
         """What of CUDA's runtime is called directly."""
