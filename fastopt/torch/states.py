@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fastopt.torch.memory import device_of
+
 
 class Mark:
     """Whether somebody has replaced an entry of a state since it was last read."""
@@ -94,7 +96,7 @@ def one_buffer(tensors: Sequence[Any], like: Sequence[torch.Tensor], buffer: tor
         if (
             not isinstance(tensor, torch.Tensor)
             or tensor.dtype is not own.dtype
-            or tensor.device != own.device
+            or device_of(tensor) != device_of(own)
             or tensor.shape != own.shape
             or tensor.stride() != own.stride()
             or tensor.storage_offset() != own.storage_offset()
