@@ -554,6 +554,8 @@ LOOPS: Sequence[Fault] = (
         "tests/test_rule_kinds.py -k adafactor_equals",
         ("lr=min(lr, 1.0 / math.sqrt(t))", "lr=lr"),
         ("/ (1.0 if excess < 1.0 else excess)", "/ excess"),
+        ("max(eps, SMALLEST) if bound_mean", "SMALLEST if bound_mean"),
+        ('    for_matrices=("bound_mean",),\n', ""),
         ("keep=1.0 - lr * weight_decay", "keep=1.0 - min(lr, 1.0 / math.sqrt(t)) * weight_decay"),
     ),
     *faults_of(

@@ -1322,14 +1322,14 @@ def adafactor(
 
         b2 = 1 - t^beta2_decay
         row_var = b2 row_var + (1 - b2) mean(g^2 over a row);   col_var likewise over a column
-        v_ij = max(row_var_i / mean(row_var) col_var_j, eps^2)
+        v_ij = max(row_var_i / max(mean(row_var), eps) col_var_j, eps^2)
         u = g / sqrt(v)
         step = min(lr, 1/sqrt(t)) max(min_rms, rms(p)) / max(1, rms(u) / clip_threshold)
         p = (1 - lr weight_decay) p - step u
 
     rms(x) = sqrt(mean(x^2)) over all of p, before the decay. The rows of p are those of p.reshape(p.shape[0], -1); p of
-    fewer than two axes is one row. row_var = col_var = 0 before the first update. Means are taken in float64. v and
-    mean(row_var) are not smaller than eps^2, and than 1.2e-38.
+    fewer than two axes is one row, whose mean is not bounded by eps: v is then col_var. row_var = col_var = 0 before
+    the first update. Means are taken in float64. v and mean(row_var) are not smaller than 1.2e-38.
 
     lr no unit; eps [g]; min_rms [p]; weight_decay no unit. States: "row_var", "col_var" [g]^2, of the lengths of a
     column and a row.
@@ -1352,7 +1352,8 @@ def adafactor(
     for state_of, axis in ((row_var, 1), (col_var, 0)):
         state_of[...] = b2 * state_of + (1 - b2) * squares.mean(axis=axis).astype(p.dtype)
     least = max(eps**2, 1.2e-38)
-    mean = p.dtype.type(max(float(np.asarray(row_var.astype(np.float64)).mean()), least))
+    least_mean = max(eps, 1.2e-38) if p.ndim > 1 else 1.2e-38
+    mean = p.dtype.type(max(float(np.asarray(row_var.astype(np.float64)).mean()), least_mean))
     v = np.maximum((row_var / mean)[:, None] * col_var, p.dtype.type(least))
     u = g / np.sqrt(v).reshape(p.shape)
     rms_p, rms_u = (_norm(x) / math.sqrt(p.size) for x in (p, np.asarray(u)))

@@ -310,10 +310,12 @@ def test_muon_equals_torchs_except_for_its_bfloat16_loop(
     [{}, {"lr": 0.5, "beta2_decay": -0.5, "clip_threshold": 1.25, "min_rms": 2.0, "weight_decay": 0.1}],
     ids=str,
 )
-def test_adafactor_equals_torchs(shape: tuple[int, ...], hyper: dict[str, Any], torch64: Any) -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-6], ids=["large", "of-the-size-of-eps"])
+def test_adafactor_equals_torchs(shape: tuple[int, ...], hyper: dict[str, Any], scale: float, torch64: Any) -> None:
     torch = torch64
     p, gradients = data(seed=1, shape=shape)
     hyper = {"eps": 1e-9, "min_rms": 1e-3, "clip_threshold": 1.0, **hyper}
+    gradients = [g * scale for g in gradients]
     state = init_state("adafactor", p, **hyper)
     tensor = torch.tensor(p.copy(), requires_grad=True)
     same = {name: value for name, value in hyper.items() if name in ("lr", "beta2_decay", "weight_decay")}

@@ -577,10 +577,11 @@ def test_the_states_of_adafactor_are_a_row_and_a_column():
     assert sum(buffer.nbytes for buffer in adafactor._pipeline.buffers) == 8 * 2000
 
 
-def test_adafactor_equals_the_reference_on_matrices_at_any_rate():
+@pytest.mark.parametrize("eps", [1e-30, 0.9])
+def test_adafactor_equals_the_reference_on_matrices_at_any_rate(eps):
     """A rate that 1/sqrt(t) bounds from the second update on, and that the weights decay by all the same."""
     rng = np.random.default_rng(3)
-    options = {"lr": 0.9, "clip_threshold": 0.75, "min_rms": 0.5, "weight_decay": 0.1}
+    options = {"lr": 0.9, "clip_threshold": 0.75, "min_rms": 0.5, "weight_decay": 0.1, "eps": eps}
     leaves = [rng.normal(size=shape) for shape in ((7, 5), (4, 3, 2, 2), (6,), ())]
     opt = fastopt.Adafactor(leaves, **options)
     expected = [(leaf.copy(), reference.init_state("adafactor", leaf)) for leaf in leaves]

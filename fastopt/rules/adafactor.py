@@ -3,12 +3,13 @@ r"""Adafactor (Shazeer, Stern 2018, https://arxiv.org/abs/1804.04235, algorithms
     b2 = 1 - t^beta2_decay
     row_var = b2 row_var + (1 - b2) mean(g^2 over each row)
     col_var = b2 col_var + (1 - b2) mean(g^2 over each column)
-    v = max(row_var col_var / mean(row_var), eps^2)
+    v = max(row_var col_var / max(mean(row_var), eps), eps^2)
     u = g / sqrt(v)
     step = min(lr, 1/sqrt(t)) max(min_rms, rms(p)) / max(1, rms(u) / clip_threshold)
     p = (1 - lr weight_decay) p - step u
 
-rms is the root of the mean square over a parameter. A parameter of one axis is a single row: v is then col_var.
+rms is the root of the mean square over a parameter. A parameter of fewer than two axes is a single row, and its v is
+col_var: there the mean is not bounded by eps (``bound_mean``).
 
 States: row_var and col_var, in units of the square of the gradient: a number per row and per column.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from fastopt.hyper import Domain, Interval
+from fastopt.hyper import Domain, Flag, Interval
 from fastopt.rule import Sums, rule
 
 SMALLEST = 1.2e-38
@@ -31,6 +32,7 @@ class Hyper(NamedTuple):
     lr: float  # not larger than 1/sqrt(t)
     keep: float  # decoupled weight decay
     least: float  # of v
+    least_mean: float  # of row_var's mean
     min_rms: float
     inverse_threshold: float
     row: float  # these four are filled in by the backend
@@ -40,7 +42,14 @@ class Hyper(NamedTuple):
 
 
 def prepare(
-    t: int, lr: float, beta2_decay: float, eps: float, min_rms: float, clip_threshold: float, weight_decay: float
+    t: int,
+    lr: float,
+    beta2_decay: float,
+    eps: float,
+    min_rms: float,
+    clip_threshold: float,
+    weight_decay: float,
+    bound_mean: bool = True,
 ) -> Hyper:
     one_minus_b2 = t**beta2_decay
     return Hyper(
@@ -49,6 +58,7 @@ def prepare(
         lr=min(lr, 1.0 / math.sqrt(t)),
         keep=1.0 - lr * weight_decay,
         least=max(eps * eps, SMALLEST),
+        least_mean=max(eps, SMALLEST) if bound_mean else SMALLEST,
         min_rms=min_rms,
         inverse_threshold=1.0 / clip_threshold,
         row=0.0,
@@ -62,6 +72,7 @@ DOMAINS: dict[str, Domain] = {
     "beta2_decay": Interval(-math.inf, 0.0),
     "min_rms": Interval(0.0),
     "clip_threshold": Interval(0.0, open=True),
+    "bound_mean": Flag(),
 }
 
 
@@ -85,7 +96,7 @@ def row(p, g, h):
 
 def mean_of_rows(sums, numbers, size, h):
     mean = sums.row / size
-    return h.least if mean < h.least else mean  # in this form, so that a NaN stays one
+    return h.least_mean if mean < h.least_mean else mean  # in this form, so that a NaN stays one
 
 
 def normalised(g, h):
@@ -118,6 +129,7 @@ def step(sums, numbers, size, h):
         Sums({"p": square_of_p, "u": square_of_u}, step, ("step",)),
     ),
     domains=DOMAINS,
+    for_matrices=("bound_mean",),
 )
 def adafactor(p, g, h):
     return h.keep * p - h.step * normalised(g, h)
