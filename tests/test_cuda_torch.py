@@ -182,6 +182,7 @@ FORMS = [
     ("Adagrad", {"initial_accumulator_value": 0.1}),
     ("RMSprop", {"momentum": 0.9, "centered": True}),
     ("Rprop", {}),
+    ("Adafactor", {"d": 1.5}),
 ]
 
 

@@ -121,7 +121,10 @@ def test_twenty_steps_and_all_states_are_torchs(name, options, dtype):
             torch.testing.assert_close(found["state"][k][state], tensor, **close)
 
 
-@by_form
+ADAFACTOR = [("Adafactor", {}), ("Adafactor", {"lr": 0.5, "eps": (1e-3, 0.1), "d": 1.5, "weight_decay": 0.1})]
+
+
+@pytest.mark.parametrize(("name", "options"), [*FORMS, *ADAFACTOR], ids=str)
 @pytest.mark.parametrize("theirs_first", [True, False], ids=["torch-ours", "ours-torch"])
 def test_a_run_begun_in_one_continues_in_the_other(name, options, theirs_first):
     expected = network()
@@ -141,15 +144,11 @@ def test_a_run_begun_in_one_continues_in_the_other(name, options, theirs_first):
 
 @pytest.mark.parametrize("name", [name for name in ft.__all__ if name in fastopt.Optimizer.classes])
 def test_every_optimizer_makes_the_steps_of_ours(name):
-    options = {"lr": 0.02}
     mine, expected = network(), network()
-    opt = getattr(ft, name)(mine.parameters(), **options)
+    opt = getattr(ft, name)(mine.parameters(), lr=0.02)
     paths = [name for name, _ in expected.named_parameters()]
     arrays = [p.detach().numpy() for p in expected.parameters()]
-    defaults = {
-        key: value for key, value in opt.defaults.items() if key in fastopt.Optimizer.classes[name].rules[0].names()
-    }
-    other = getattr(fastopt, name)(arrays, copy=False, **{**defaults, **options})
+    other = getattr(fastopt, name)(arrays, copy=False, **opt._arguments(opt.param_groups[0]))
     for step in range(5):
         opt.zero_grad()
         loss_of(mine, step).backward()
@@ -159,6 +158,60 @@ def test_every_optimizer_makes_the_steps_of_ours(name):
         other.step([p.grad.numpy() for p in expected.parameters()])
     for path, p, q in zip(paths, mine.parameters(), expected.parameters(), strict=True):
         assert torch.equal(p, q), path
+
+
+@pytest.mark.parametrize(("name", "options"), ADAFACTOR, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-5], ids=["large", "small"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adafactor_and_its_states_are_torchs(name, options, scale, dtype):
+    """Also where the mean of the squares is below eps, which a matrix of one row and a vector tell apart."""
+    torch.manual_seed(0)
+    shapes = [(3, 4), (1, 6), (5, 1), (7,), ()]
+    mine = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    ours, other = (getattr(kind, name)(params, **options) for kind, params in ((ft, mine), (torch.optim, theirs)))
+    close = {"rtol": 1e-10, "atol": 1e-12} if dtype is torch.float64 else CLOSE
+    for step in range(8):
+        for p, q in zip(mine, theirs, strict=True):
+            g = scale * torch.randn(p.shape, dtype=dtype)
+            p.grad, q.grad = g.clone(), g.clone()
+        if step == 3:
+            mine[0].grad = theirs[0].grad = None
+        ours.step()
+        other.step()
+        for p, q in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(p.detach(), q.detach(), **close)
+            assert set(ours.state[p]) == set(other.state[q])
+            for state, tensor in other.state[q].items():
+                torch.testing.assert_close(ours.state[p][state].to(tensor.dtype), tensor, rtol=close["rtol"], atol=0.0)
+    ours.state[mine[0]]["row_var"] = torch.zeros(4, 1)
+    with pytest.raises(ValueError, match="row_var: must be a tensor of shape"):
+        ours.step()
+
+
+def test_adafactor_takes_its_eps_from_the_dtype_and_refuses_more_axes():
+    for dtype in (torch.float32, torch.float64):
+        opt = ft.Adafactor([parameter(dtype=dtype)])
+        assert opt._arguments(opt.param_groups[0])["eps"] == torch.finfo(dtype).eps
+    p = torch.nn.Parameter(torch.ones(2, 2, 2))
+    with pytest.raises(ValueError, match=r"must have at most two axes, .* got shape \(2, 2, 2\); use from_rule"):
+        ft.Adafactor([p])
+    opt = ft.from_rule(fastopt.rules.adafactor)(
+        [p], lr=0.1, beta2_decay=-0.8, eps=1e-30, min_rms=1e-3, clip_threshold=1
+    )
+    p.grad = torch.ones(2, 2, 2)
+    opt.step()
+    assert opt.state[p]["col_var"].shape == (4,)
+
+
+def test_the_arguments_of_adafactor_are_read_in_every_step():
+    (model, opt), (other, theirs) = both("Adafactor")
+    for eps, d in (((1e-2, 0.5), 2.0), ((None, 1.0), 1.0)):
+        for each in (opt, theirs):
+            each.param_groups[0].update(eps=eps, d=d)
+        train(model, opt, 4)
+        train(other, theirs, 4)
+    assert_same(model, other)
 
 
 def test_a_rule_of_ones_own_becomes_a_torch_optimizer():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import fastopt
 from fastopt.interop.torch import FORMS
 from fastopt.rule import Rule
 from fastopt.torch.optimizer import Optimizer
+from fastopt.torch.signatures import EPS_PAIR
 
 
 def _as(rule: str) -> dict[str, str]:
@@ -161,6 +162,57 @@ class AdamW(Optimizer, ours=fastopt.AdamW, theirs=torch.optim.AdamW, names=_as("
     >>> sorted(opt.state[model.bias])
     ['ema', 'exp_avg', 'exp_avg_sq', 'step']
     """
+
+
+class Adafactor(
+    Optimizer,
+    ours=fastopt.Adafactor,
+    theirs=torch.optim.Adafactor,
+    renamed={"d": "clip_threshold", "eps": EPS_PAIR},
+):
+    """`torch.optim.Adafactor`, by the rule of `fastopt.Adafactor`, for parameters of up to two axes.
+
+    ``state[p]`` has torch's ``row_var`` and ``col_var`` for a matrix, ``variance`` for others, in float64.
+
+    Args:
+        params: an iterable of tensors, of named tensors, or of param groups.
+        *args, **kwargs: those of `torch.optim.Adafactor`, and those of `Optimizer`.
+
+    Raises:
+        TypeError, ValueError: as `Optimizer`; a parameter has more than two axes. Torch's class factors the last two of
+            them, our rule the first and the others: ``from_rule(fastopt.rules.adafactor)`` takes such parameters.
+
+    Source: Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235
+
+    >>> import torch, fastopt.torch
+    >>> w = torch.ones(2, 3, requires_grad=True)
+    >>> opt = fastopt.torch.Adafactor([w], lr=0.1)
+    >>> w.sum().backward()
+    >>> opt.step()
+    >>> w.data[0], opt.state[w]["row_var"].shape, opt.state[w]["col_var"].shape
+    (tensor([0.9000, 0.9000, 0.9000]), torch.Size([2, 1]), torch.Size([1, 3]))
+    """
+
+    def _arguments(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        found = super()._arguments(group)
+        eps, min_rms = found.pop(EPS_PAIR)
+        if eps is None:
+            dtype = next((p.dtype for p in group["params"]), torch.float32)
+            eps = torch.finfo(dtype).eps
+        return {**found, "eps": eps, "min_rms": min_rms}
+
+    def _numbered(self, name: str, shape: torch.Size, number: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+        if len(shape) == 2:
+            return name, number.unsqueeze(1 if name == "row_var" else 0)
+        return ("variance", number.view(shape)) if name == "col_var" else None
+
+    def _check_param(self, name: str, p: torch.Tensor) -> None:
+        super()._check_param(name, p)
+        if not torch.nn.parameter.is_lazy(p) and p.ndim > 2:
+            raise ValueError(
+                f"{name}: must have at most two axes, of which torch's states are, got shape {tuple(p.shape)}; use "
+                f"from_rule(fastopt.rules.adafactor)"
+            )
 
 
 class NAdam(Optimizer, ours=fastopt.NAdam, theirs=torch.optim.NAdam, names=_as("nadam")):

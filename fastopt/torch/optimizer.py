@@ -143,7 +143,7 @@ class Optimizer(torch.optim.Optimizer):
             param_group: a dict of ``params`` and of hyperparameters that differ from the optimizer's.
 
         Raises:
-            TypeError, ValueError: as the constructor, also as torch's. The optimizer is then as it was.
+            TypeError, ValueError, RuntimeError: as the constructor, also as torch's. The optimizer is then as it was.
 
         >>> import torch, fastopt.torch
         >>> opt = fastopt.torch.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
@@ -156,7 +156,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             self._checked(group)
             for i, p in enumerate(group["params"]):
-                check_param(self._name(len(self.param_groups) - 1, i), p)
+                self._check_param(self._name(len(self.param_groups) - 1, i), p)
             self._options()
         except BaseException:
             self.param_groups.pop()
@@ -187,6 +187,14 @@ class Optimizer(torch.optim.Optimizer):
             for name in self.defaults
             if name not in IMPLEMENTATION and name not in OPTIONS and name in group
         }
+
+    def _numbered(self, name: str, shape: torch.Size, number: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+        """How ``state[p]`` shows a number per tensor, row or column: see `Part`."""
+        return self.names.get(name, name), number
+
+    def _check_param(self, name: str, p: torch.Tensor) -> None:
+        """Refuse a parameter that this optimizer cannot update. Raises as `check_param`."""
+        check_param(name, p)
 
     def _options(self) -> dict[str, Any]:
         """What surrounds the rule in a step; ValueError where param groups differ."""
@@ -239,6 +247,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: it does not fit, in the number or size of groups, the names or shapes of states, the
                 hyperparameters. The optimizer is then as it was.
+            RuntimeError: as the constructor.
 
         >>> import torch, fastopt.torch
         >>> w = torch.ones(2, requires_grad=True)
@@ -275,7 +284,7 @@ class Optimizer(torch.optim.Optimizer):
                 if id(p) not in seen:  # a parameter that is there twice is one
                     seen.add(id(p))
                     name = self._name(number, i)
-                    check_param(name, p)
+                    self._check_param(name, p)
                     key = (own.rule, p.dtype, bool(group.get("maximize")), device_of(p))
                     members.setdefault(key, []).append(Member(p, number, name))
         values = [{name: getattr(own, name) for name in own.rule.names()} for own in made]
@@ -294,6 +303,7 @@ class Optimizer(torch.optim.Optimizer):
                     values,
                     self.state,  # type: ignore[arg-type]
                     self.names,
+                    numbered=self._numbered,
                     counts=self.counts,
                     shares=self._shares,
                     sparse=self.sparse,

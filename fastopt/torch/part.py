@@ -66,6 +66,8 @@ class Part:
         values: for each param group of torch the hyperparameters of the rule, by name, checked.
         states: the states of all parameters, as torch shows them.
         names: torch's name of each state, by ours.
+        numbered: what is shown of a number per tensor, row or column: called with our name of it, the shape of the
+            parameter and a tensor, it returns torch's name and a view of the tensor, or None.
         counts: whether torch's state has a `step`.
         shares: whether states that already lie as ours would may be used where they are.
         sparse: whether gradients may be sparse.
@@ -81,11 +83,13 @@ class Part:
         states: States,
         names: Mapping[str, str],
         *,
+        numbered: Callable[[str, torch.Size, torch.Tensor], tuple[str, torch.Tensor] | None],
         counts: bool,
         shares: bool,
         sparse: bool,
         by_matrix: bool,
     ):
+        self._numbered = numbered
         self.memory, self.on_host = memory, memory.on_host
         self.by_matrix = by_matrix
         self.sparse = sparse
@@ -173,8 +177,7 @@ class Part:
             strides = self._strides(k)
             for name, buffer in zip(self._shown, buffers, strict=True):
                 own[name] = buffer.as_strided(shape, strides, offset)
-            for name, views in zip(self._numbers, self._per_tensor, strict=True):
-                own[name] = views[k]
+            own.update(self._numbers[k])
             own.update({name: self.memory.tensor(array) for name, array in self._matrices(k).items()})
             found.append(own)
         return found
@@ -205,11 +208,12 @@ class Part:
             name: torch.ones(len(self.params), dtype=torch.float32, device="cpu") for name in self._following
         }
         self._shown = [names.get(name, name) for name in (*rule.states, *averages)]
-        self._numbers = [names.get(name, name) for name in rule.numbers]
-        self._per_tensor = [
-            [self.memory.tensor(view) for view in pipeline.flat.number_views(numbers, over)]
-            for over, numbers in zip(rule.over.values(), pipeline.numbers, strict=True)
-        ]
+        self._numbers: list[dict[str, torch.Tensor]] = [{} for _ in self.params]
+        for (name, over), buffer in zip(rule.over.items(), pipeline.numbers, strict=True):
+            for k, array in enumerate(pipeline.flat.number_views(buffer, over)):
+                shown = self._numbered(name, self.shapes[k], self.memory.tensor(array))
+                if shown is not None:
+                    self._numbers[k][shown[0]] = shown[1]
         old = [dict(states[p]) if p in states else {} for p in self.params]
         self._check(old)
         numbers = [self._count(k, entry) for k, entry in enumerate(old)]
@@ -258,6 +262,7 @@ class Part:
         for k, entry in enumerate(old):
             shapes = dict.fromkeys(self._shown, self.shapes[k]) | dict.fromkeys(self._extra, torch.Size())
             matrices = {name: torch.Size(array.shape) for name, array in self._matrices(k).items()}
+            matrices |= {name: view.shape for name, view in self._numbers[k].items()}
             known = ["step", *shapes, *matrices]
             for name, shape in (shapes | matrices).items():
                 value = entry.get(name)

@@ -26,12 +26,18 @@ IMPLEMENTATION = {
 }
 """Arguments of torch that select an implementation. Ours has one."""
 
+EPS_PAIR = "eps and min_rms"
+"""For torch's ``eps`` of two numbers, which are two arguments of ours."""
+
 HERE = {
     **IMPLEMENTATION,
     "clip_norm_per_tensor": "> 0. Each parameter's gradient is multiplied by ``c / max(norm, c)``, `norm` being that "
     "of this gradient and c the option. Not together with `max_norm`.",
     "ema": "decay rate, in (0, 1), of a moving average of the parameters: it begins at each parameter as it is at its "
     "first update, and `swap_ema` evaluates with it.",
+    EPS_PAIR: "a pair, each >= 0. The second moment is at least the square of the first, and the mean of ``row_var`` "
+    "at least the first; None is the eps of the dtype of the group's first parameter. The second is the least scale of "
+    "a step, in units of the parameter.",
     "grad_norm": "measure the norm of the gradients in every step, for ``opt.info.grad_norm``.",
 }
 """What is said of arguments here, in the place of what `fastopt.Optimizer` says."""
