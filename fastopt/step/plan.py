@@ -136,7 +136,7 @@ class Plan:
         key = (id(rows), whole, apart)
         found = self._chunks.get(key)
         if found is None:  # the list is kept, so that its id is not given to another
-            layout, neighbours = self.flat.split, None if whole else self.flat.neighbours
+            layout, neighbours = self.flat.split, None if whole or tiled else self.flat.neighbours
             made = layout.tiles(rows) if tiled else layout.chunks(rows, neighbours=neighbours, whole=whole)
             found = self._chunks[key] = (rows, made)
         return found[1]
