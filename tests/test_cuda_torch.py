@@ -526,6 +526,7 @@ def test_a_context_is_left_on_the_stream_that_is_current_then():
     with pair.on_device.swap_ema():
         average = pair.mine[0].detach().clone()
         CURRENT.stream = stream
+    assert torch.equal(pair.mine[0], average)  # restoring it waits in the stream
     stream.synchronize()
     assert not torch.equal(average, before[0])
     assert all(torch.equal(p, q) for p, q in zip(pair.mine, before, strict=True))
