@@ -201,7 +201,8 @@ class Adafactor(
             eps = torch.finfo(dtype).eps
         return {**found, "eps": eps, "min_rms": min_rms}
 
-    def _numbered(self, name: str, shape: torch.Size, number: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+    @classmethod
+    def _numbered(cls, name: str, shape: torch.Size, number: torch.Tensor) -> tuple[str, torch.Tensor] | None:
         if len(shape) == 2:
             return name, number.unsqueeze(1 if name == "row_var" else 0)
         return ("variance", number.view(shape)) if name == "col_var" else None

@@ -188,9 +188,10 @@ class Optimizer(torch.optim.Optimizer):
             if name not in IMPLEMENTATION and name not in OPTIONS and name in group
         }
 
-    def _numbered(self, name: str, shape: torch.Size, number: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+    @classmethod  # a part that held the optimizer would keep it alive until the garbage collector runs
+    def _numbered(cls, name: str, shape: torch.Size, number: torch.Tensor) -> tuple[str, torch.Tensor] | None:
         """How ``state[p]`` shows a number per tensor, row or column: see `Part`."""
-        return self.names.get(name, name), number
+        return cls.names.get(name, name), number
 
     def _check_param(self, name: str, p: torch.Tensor) -> None:
         """Refuse a parameter that this optimizer cannot update. Raises as `check_param`."""
