@@ -10,8 +10,10 @@ NUMBA_ENABLE_CUDASIM=1 pytest tests/test_cuda_torch.py
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
+import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -473,6 +475,22 @@ def test_a_sparse_gradient_is_made_dense(monkeypatch):
             patch.setattr(torch.Tensor, "to_dense", lambda g: there(dense(g)))
             pair.on_device.step()
         pair.check()
+
+
+def test_memory_is_freed_without_the_garbage_collector():
+    params = [parameter(torch.ones(3))]
+    opt = ft.NAdam(params, nonfinite="skip", ema=0.5)
+    give(params, 0)
+    opt.step()
+    with opt.swap_ema():
+        pass
+    pipeline = weakref.ref(opt._parts[0].pipeline)
+    gc.disable()
+    try:
+        del opt
+        assert pipeline() is None
+    finally:
+        gc.enable()
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
