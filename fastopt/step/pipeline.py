@@ -214,14 +214,17 @@ class Pipeline:
             self._initialise(beginning)
 
     def hold_states_in(self, buffers: Sequence[np.ndarray]) -> None:
-        """Use these buffers from now on, with the values that they hold: those of the rule's states, then the average.
+        """Use these buffers from now on, with the values that they hold.
 
-        buffers : 1-D, contiguous, aligned and writeable, of the size and dtype of the parameters' layout.
+        buffers : those of the rule's states, the average, what is kept of the parameters besides: 1-D, contiguous,
+            aligned and writeable, of the sizes and dtypes of those that there are.
         """
         count = len(self.rule.states)
-        self.states = tuple(buffers[:count])
+        self.states, further = tuple(buffers[:count]), list(buffers[count:])
         if self.average is not None:
-            (self.average,) = buffers[count:]
+            self.average = further.pop(0)
+        if self.kept is not None:
+            self.kept = further.pop(0)
         self._collect_buffers()
 
     def _locate(self) -> None:

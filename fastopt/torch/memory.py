@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastopt.kernels import get_backend
+from fastopt.kernels.contract import BFLOAT16
+from fastopt.storage.formats import dtype_of
 
 
 class HostMemory:
@@ -19,10 +22,14 @@ class HostMemory:
 
     def array(self, tensor: torch.Tensor) -> Any:
         """An array over the memory of a contiguous tensor that requires no gradient."""
+        if tensor.dtype is torch.bfloat16:
+            return tensor.view(torch.uint16).numpy().view(dtype_of(BFLOAT16, "parameters"))
         return tensor.numpy()
 
     def tensor(self, array: Any) -> torch.Tensor:
         """A tensor over the memory of an array of ours."""
+        if array.dtype.name == BFLOAT16:
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> torch.Tensor:

@@ -15,10 +15,11 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import fastopt
+from fastopt.kernels.contract import INT8
 from fastopt.step.info import StepInfo
 from fastopt.step.options import StepOptions
 from fastopt.torch.memory import device_of, memory_of
-from fastopt.torch.parameters import check_param
+from fastopt.torch.parameters import HALF, check_param
 from fastopt.torch.part import DevicePart, Member, Part, StaleError, increment_version
 from fastopt.torch.signatures import ALSO, IMPLEMENTATION, OPTIONS, documented, full_signature
 from fastopt.torch.states import Mark, States
@@ -208,6 +209,9 @@ class Optimizer(torch.optim.Optimizer):
                         f"in group {k}"
                     )
         StepOptions.checked(**found)
+        states = found["states"]
+        if INT8 in (states.values() if isinstance(states, dict) else (states,)):
+            raise ValueError("states: must be 'bfloat16' or 'float16' here, whose states are tensors, got 'int8'")
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -262,11 +266,22 @@ class Optimizer(torch.optim.Optimizer):
         before = dict(self.__dict__)
         try:
             super().load_state_dict(state_dict)
+            self._take_exactly(state_dict)
             self._shares = False
             self._rebuilt()
         except BaseException:
             self.__dict__.update(before)
             raise
+
+    def _take_exactly(self, state_dict: dict[str, Any]) -> None:
+        """Take states of parameters of 16 bits as they were saved: torch has rounded them to the parameters' dtype."""
+        for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, key in zip(mine["params"], saved["params"], strict=True):
+                if p.dtype not in HALF:
+                    continue
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, torch.Tensor) and value.is_floating_point():
+                        self.state[p][name] = value.detach().clone()
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -296,6 +311,10 @@ class Optimizer(torch.optim.Optimizer):
                 made[own_members[0].group].rule,
             )
             memory = memory_of(device_of(own_members[0].param))
+            if own_members[0].param.dtype not in HALF:  # which keeps nothing besides
+                arguments |= {"master": None, "compensated": False}
+                if options["states"] is None:
+                    arguments["rounding"] = "nearest"
             parts.append(
                 (Part if memory.on_host else DevicePart)(
                     own_members,

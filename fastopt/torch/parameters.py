@@ -10,6 +10,8 @@ import torch
 from fastopt.torch.memory import device_of, memory_of
 
 DTYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+HALF = (torch.bfloat16, torch.float16)
+"""Those of 16 bits, which are updated on the CPU alone."""
 
 
 def check_param(name: str, p: torch.Tensor) -> None:
@@ -20,10 +22,11 @@ def check_param(name: str, p: torch.Tensor) -> None:
     """
     if torch.nn.parameter.is_lazy(p):
         return  # it has its dtype and device from the first forward pass on
-    if p.dtype not in DTYPES:
-        remedy = "use torch.optim for it, or model.float()"
-        raise TypeError(f"{name}: must have dtype torch.float32 or torch.float64, got {p.dtype}; {remedy}")
     device = device_of(p)
+    if p.dtype not in (*DTYPES, *(HALF if device.type == "cpu" else ())):
+        expected = "torch.float32 or torch.float64, or on the CPU torch.bfloat16 or torch.float16"
+        remedy = "use torch.optim for it, or model.float()"
+        raise TypeError(f"{name}: must have dtype {expected}, got {p.dtype}; {remedy}")
     if device.type not in ("cpu", "cuda"):
         raise TypeError(
             f"{name}: must be on the CPU or a CUDA device, got a tensor on {device}; use torch.optim for it"
@@ -77,4 +80,9 @@ class Arrays:
         self._tensors = tensors
 
     def __iter__(self) -> Any:
-        return (None if tensor is None else tensor.detach().cpu().numpy() for tensor in self._tensors)
+        for tensor in self._tensors:
+            if tensor is None:
+                yield None
+            else:
+                own = tensor.detach().cpu()
+                yield (own.float() if own.dtype in HALF else own).numpy()

@@ -15,13 +15,14 @@ import torch
 import fastopt
 from fastopt.hyper import EMA, WEIGHT_DECAY
 from fastopt.interop.torch import check_product
+from fastopt.kernels.contract import MASTER, REST
 from fastopt.rules.asgd import asgd
 from fastopt.rules.nadam import product
 from fastopt.step.gate import through_gate
 from fastopt.step.info import StepInfo
 from fastopt.storage.intake import ALONE, Taken
 from fastopt.torch.memory import HostMemory, device_of
-from fastopt.torch.parameters import Arrays, dense_view, rows_of, same_strides
+from fastopt.torch.parameters import HALF, Arrays, dense_view, rows_of, same_strides
 from fastopt.torch.states import States, one_buffer
 
 
@@ -40,6 +41,10 @@ FOLLOWING: Mapping[str, Mapping[str, Callable[[int, Mapping[str, Any]], float]]]
     "asgd": {"eta": lambda n, values: next_of(n, values).eta, "mu": lambda n, values: next_of(n, values).new},
 }
 """By rule: numbers that torch keeps as states, and that follow from the number of updates and the hyperparameters."""
+
+
+OURS = (EMA, MASTER, REST)
+"""States that torch's class of the same name has not."""
 
 
 class StaleError(Exception):
@@ -93,7 +98,7 @@ class Part:
         self.memory, self.on_host = memory, memory.on_host
         self.by_matrix = by_matrix
         self.sparse = sparse
-        self.by_rows = sparse and self.on_host
+        self.by_rows = sparse and self.on_host and members[0].param.dtype not in HALF
         self.seen = False
         """Whether gradients were seen to be where their parameters are. They can only move together."""
         self.params = [member.param for member in members]
@@ -207,7 +212,8 @@ class Part:
         self._extra = {
             name: torch.ones(len(self.params), dtype=torch.float32, device="cpu") for name in self._following
         }
-        self._shown = [names.get(name, name) for name in (*rule.states, *averages)]
+        kept = () if pipeline.kept is None else (pipeline.formats.keeps,)
+        self._shown = [names.get(name, name) for name in (*rule.states, *averages, *kept)]
         self._numbers: list[dict[str, torch.Tensor]] = [{} for _ in self.params]
         for (name, over), buffer in zip(rule.over.items(), pipeline.numbers, strict=True):
             for k, array in enumerate(pipeline.flat.number_views(buffer, over)):
@@ -218,7 +224,7 @@ class Part:
         self._check(old)
         numbers = [self._count(k, entry) for k, entry in enumerate(old)]
         self.counts = torch.tensor(numbers, dtype=torch.float32, device="cpu")  # as torch's, which are there, too
-        own = (*pipeline.states, *(() if pipeline.average is None else (pipeline.average,)))
+        own = (*pipeline.states, *[each for each in (pipeline.average, pipeline.kept) if each is not None])
         self.buffers = [self.memory.tensor(buffer) for buffer in own]
         views = self._views(self.buffers, self.counts)
         if shares:
@@ -274,8 +280,8 @@ class Part:
                         f"state of {self.names[k]}: {name}: must be a tensor of shape {tuple(shape)}, got {found}"
                     )
             required = (*self._shown, *matrices)
-            lacking = [name for name in required if name not in entry and name != EMA]
-            if lacking and any(name in entry for name in known if name != EMA):
+            lacking = [name for name in required if name not in entry and name not in OURS]
+            if lacking and any(name in entry for name in known if name not in OURS):
                 raise ValueError(
                     f"state of {self.names[k]}: must have {', '.join(required)}, as the optimizer has, got "
                     f"{', '.join(map(str, entry))}"

@@ -12,7 +12,10 @@ import torch
 
 import fastopt
 
-OPTIONS = ("max_norm", "clip_norm_per_tensor", "clip_value", "nonfinite", "ema", "grad_norm")
+OPTIONS = (
+    *("max_norm", "clip_norm_per_tensor", "clip_value", "nonfinite", "ema", "grad_norm"),
+    *("states", "master", "rounding", "compensated", "seed"),
+)
 """Arguments of ours that torch has not: what surrounds the rule in a step. They are the same for all param groups."""
 
 ALSO = ("maximize", "decoupled_weight_decay")
@@ -38,6 +41,8 @@ HERE = {
     EPS_PAIR: "a pair, each >= 0. The second moment is at least the square of the first, and the mean of ``row_var`` "
     "at least the first; None is the eps of the dtype of the group's first parameter. The second is the least scale of "
     "a step, in units of the parameter.",
+    "states": 'the format of states, ``"bfloat16"`` or ``"float16"``, or a dict of these by our names of '
+    "states; None for float32. They are computed in float32.",
     "grad_norm": "measure the norm of the gradients in every step, for ``opt.info.grad_norm``.",
 }
 """What is said of arguments here, in the place of what `fastopt.Optimizer` says."""
