@@ -85,7 +85,7 @@ class StateFormats:
             if options.stochastic:
                 raise ValueError("rounding: must be 'nearest' where no buffer has 16 bits, got 'stochastic'")
         else:
-            _check_possible(rule, flat)
+            _check_possible(rule, flat, formats)
         return formats
 
     @property
@@ -197,11 +197,13 @@ def _kept(params: str, options: StepOptions) -> str:
     return MASTER if options.master else ""
 
 
-def _check_possible(rule: Rule, flat: FlatParams) -> None:
+def _check_possible(rule: Rule, flat: FlatParams, formats: StateFormats) -> None:
     """Refuse formats where kernels of the rule or of the backend do not know them."""
-    if flat.device is not None:
+    if flat.device is not None and (formats.coded or formats.stochastic or rule.lined):
+        got = "states of 8 bits" if formats.coded else "rounding='stochastic'" if formats.stochastic else rule.name
         raise ValueError(
-            "states: must be None for parameters on a device, whose kernels compute in the dtype they read"
+            f"states: must be 'bfloat16' or 'float16', rounded to the nearest, for parameters on a device and a rule "
+            f"without sums over rows or columns, got {got}"
         )
     if rule.matrixwise is not None:
         raise ValueError(

@@ -50,6 +50,14 @@ static inline b32 load32(const Thread *thread, const uint8_t *at, b32 site) {
     if (x == UNWRITTEN32) thread->unwritten(thread, site);
     return x;
 }
+/* Of 16 bits no pattern is free to tell what was not written. */
+static inline b16 load16(const Thread *thread, const uint8_t *at, b32 site) {
+    b16 x;
+    memcpy(&x, at, 2);
+    (void)thread, (void)site;
+    return x;
+}
+static inline void store16(uint8_t *at, b16 x) { memcpy(at, &x, 2); }
 static inline void store64(uint8_t *at, b64 x) { memcpy(at, &x, 8); }
 static inline void store32(uint8_t *at, b32 x) { memcpy(at, &x, 4); }
 
@@ -149,6 +157,27 @@ LOGICAL(b64, b64, ~)
 static inline b32 shl_b32(b32 a, b32 n) { return n < 32 ? a << n : 0; }
 static inline b64 shl_b64(b64 a, b32 n) { return n < 64 ? a << n : 0; }
 
+/* --- 16 bits --- */
+
+static inline float of_half(b16 x) {
+    int e = x >> 10 & 31, m = x & 1023;
+    float size = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024 + m, e - 25) : ldexpf(m, -24);
+    return x & 0x8000 ? -size : size;
+}
+static inline b16 to_half(float x) { /* to the nearest, ties to even */
+    b16 sign = bits32(x) >> 16 & 0x8000;
+    float size = fabsf(x);
+    int e;
+    if (isnan(x)) return 0x7fff;
+    if (size >= 65520) return sign | 0x7c00;
+    frexpf(size, &e);
+    if (e < -13) return sign | (b16)nearbyintf(ldexpf(size, 24));
+    return sign | (b16)(((e + 14) << 10) + (int)nearbyintf(ldexpf(size, 11 - e)) - 1024);
+}
+CONVERSION(f32_f16, b32, b16, bits32(of_half(a)))
+CONVERSION(f16_f32, b16, b32, to_half(real32(a)))
+CONVERSION(u32_u16, b32, b16, a)
+CONVERSION(u16_u32, b16, b32, a)
 CONVERSION(s64_s32, b64, b32, (int64_t)(int32_t)a)
 CONVERSION(u64_u32, b64, b32, a)
 CONVERSION(s64_u32, b64, b32, a)

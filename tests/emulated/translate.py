@@ -164,6 +164,8 @@ const Kernel kernel = {{body, sizeof(Registers), {self.shared_size}, {min(self.u
             return self._wait("0")
         if words == ["bar", "red", "or", "pred"] and operands[1] == "0":
             return f"{self._wait(self._operand(operands[2]))} {self._register(operands[0])} = thread->vote;"
+        if words == ["mov", "b32"] and "{" in operands[0] + operands[1]:  # two halves of a register
+            return self._halves(operands)
         if name == "cvta":  # one address space holds all memory
             words = ["mov", f"b{_bits(words[-1])}"]
         words = [word for word in words if word != "rn"]  # what all that is in machine.h does
@@ -173,6 +175,14 @@ const Kernel kernel = {{body, sizeof(Registers), {self.shared_size}, {min(self.u
             words[-1] = f"u{_bits(words[-1])}"
         given = ", ".join(map(self._operand, operands[1:]))
         return f"{self._register(operands[0])} = {'_'.join(words)}({given});"
+
+    def _halves(self, operands: list[str]) -> str:
+        to, given = ([half.strip() for half in operand.strip("{}").split(",")] for operand in operands[:2])
+        if len(given) == 2:
+            low, high = map(self._operand, given)
+            return f"{self._register(to[0])} = (b32){low} | (b32){high} << 16;"
+        whole = self._operand(given[0])
+        return f"{{ b32 both = {whole}; {self._register(to[0])} = (b16)both; {self._register(to[1])} = both >> 16; }}"
 
     def _wait(self, brought: str) -> str:
         self.barriers += 1

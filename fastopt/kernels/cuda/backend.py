@@ -20,7 +20,9 @@ import numpy as np
 from fastopt.kernels import elements
 from fastopt.kernels.bind import bind
 from fastopt.kernels.contract import (
+    BFLOAT16,
     BLOCK,
+    FLOAT16,
     LEVEL,
     N_LINE,
     N_STEP,
@@ -359,12 +361,10 @@ class CUDA:
         first: tuple[Callable[..., Any], type] | None = None,
         storage: Storage | None = None,
     ) -> Kernel:
-        """As `fastopt.kernels.contract.Backend`; buffers must be of the dtype."""
-        if storage is not None:
-            raise ValueError(f"storage: must be None on a device, got {storage}")
-        key = (rule, hyper, dtype, features, first)
+        """As `fastopt.kernels.contract.Backend`. Only states may be of other formats, of 16 bits."""
+        key = (rule, hyper, dtype, features, first, storage)
         if key not in self._kernels:
-            self._kernels[key] = self._bind(rule, hyper, dtype, features, first)
+            self._kernels[key] = self._bind(rule, hyper, dtype, features, first, storage)
         kernel: Kernel = self._kernels[key]
         return kernel
 
@@ -509,8 +509,10 @@ class CUDA:
         dtype: np.dtype[Any],
         features: Features,
         first: tuple[Callable[..., Any], Any] | None,
+        storage: Storage | None,
     ) -> Kernel:
         teach()
+        formats = _formats_of(storage, dtype, lined=rule.lined)
         # What numba infers for the host holds for the device; this needs no device.
         on_host = elements.scalar(bind(rule.scalar, {}, label=f"{rule.name}_{dtype}", scalar=elements.scalar))
         elements.check_rule(rule, on_host, hyper, dtype)
@@ -522,7 +524,8 @@ class CUDA:
             return self._bind_lines(rule, hyper, dtype, features, constants, label)
         constants["READS_GRADIENT"] = features.zero_grad or not features.still
         buffers = 1 + constants["N_STATES"] + constants["READS_GRADIENT"]
-        updating = {**constants, **looping(updated, constants, dtype, buffers, in_order=False)}
+        every = (dtype.name, *formats, dtype.name)[:buffers] if formats else ()
+        updating = {**constants, **looping(updated, constants, dtype, buffers, in_order=False, formats=every)}
         blocks = at_once(buffers, dtype)
         if features.gated and buffers == 4:  # the old values are kept until the new ones are written
             blocks = min(blocks, 3)
@@ -531,7 +534,7 @@ class CUDA:
         kernel = self.compiled(elementwise, updating, label, blocks)
         update = ElementwiseKernel(self, kernel, features.scattered)
         if rule.sums:
-            return self._bind_sums(rule, hyper, dtype, features, constants, label, update)
+            return self._bind_sums(rule, hyper, dtype, features, constants, label, update, formats)
         return update
 
     def _bind_sums(
@@ -543,8 +546,9 @@ class CUDA:
         constants: dict[str, Any],
         label: str,
         update: ElementwiseKernel,
+        formats: tuple[str, ...],
     ) -> SummedKernel:
-        """constants, label : of the update."""
+        """constants, label, formats : of the update."""
         stages: list[Stage] = []
         names = list(rule.numbers)
         for sums in rule.sums:
@@ -554,7 +558,8 @@ class CUDA:
             def passing(kernel: Any, pair: tuple[Any, ...], of_pairs: dict[str, Any] = of_pairs) -> Any:
                 adding, of_pair = elements.of_terms(rule, pair, hyper, dtype, features, device)
                 adding |= of_pairs
-                adding |= looping(termed, adding, dtype, 2 + len(rule.states), in_order=True)
+                every = (*formats[: len(rule.states)], dtype.name, dtype.name) if formats else ()
+                adding |= looping(termed, adding, dtype, 2 + len(rule.states), in_order=True, formats=every)
                 return self.compiled(kernel, adding, f"{kernel.__name__}_{of_pair}")
 
             found = elements.settling(rule, sums, hyper, device, PAIR * len(pairs) if again else None)
@@ -843,6 +848,17 @@ def _of_dtype(dtype: np.dtype[Any]) -> dict[str, Any]:
         "UNPACK_STEP": unpacking(N_STEP),
         **UNPACKING,
     }
+
+
+def _formats_of(storage: Storage | None, dtype: np.dtype[Any], *, lined: bool) -> tuple[str, ...]:
+    """The formats of the buffers of states; none where all are of the dtype."""
+    if storage is None:
+        return ()
+    given = {storage.params, storage.grads}
+    known = {dtype.name, BFLOAT16, FLOAT16}
+    if given != {dtype.name} or storage.keeps or storage.stochastic or not {*storage.states} <= known or lined:
+        raise ValueError(f"storage: must have states of 16 bits alone on a device, got {storage}")
+    return storage.states
 
 
 def _of_rows(hyper: Any, first: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastopt.kernels.bind import bind
-from fastopt.kernels.contract import N_CHUNK, N_PLACE
+from fastopt.kernels.contract import N_CHUNK, N_PLACE, STORED
 from fastopt.kernels.cuda import simulated
 from fastopt.kernels.cuda.target import SIMULATED, cuda, device, extending
 
@@ -77,13 +77,19 @@ def loop(buffers, first, size, context, s, t):
 
 
 def looping(
-    element: Callable[..., Any], constants: dict[str, Any], dtype: np.dtype[Any], buffers: int, *, in_order: bool
+    element: Callable[..., Any],
+    constants: dict[str, Any],
+    dtype: np.dtype[Any],
+    buffers: int,
+    *,
+    in_order: bool,
+    formats: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """What a kernel needs to call `loop`: the loops over elements of `buffers` buffers of a dtype.
 
     element : the element function, ``(values, context) -> (new, s, t)``, bound here to the constants. `values` has an
         element of each buffer; `new` is written back to the first buffers, as many as it has values.
-    in_order : as IN_ORDER.
+    in_order : as IN_ORDER. formats : as for `memory`.
     """
     bound = bind(element, constants, label=element.__name__, scalar=device)
     vector = WIDE_BYTES // dtype.itemsize
@@ -94,7 +100,7 @@ def looping(
         "OPAQUE": opaque(),
     }
     for name, width, at_once in (("VECTORS", vector, True), ("SPLIT", vector, False), ("SINGLES", 1, True)):
-        load, store = memory(dtype, width, at_once)
+        load, store = memory(dtype, width, at_once, formats)
         own = {"LOAD": load, "STORE": store, "ELEMENTS": several(width, bound)}
         found[name] = bind(strided, own, label=f"{element.__name__}_{name.lower()}", scalar=device)
     return found
@@ -220,8 +226,11 @@ def _same_bits(number, numbers):
 # --- loads and stores -------------------------------------------------------------------------------------------------
 
 
-def memory(dtype: np.dtype[Any], width: int, at_once: bool) -> tuple[Any, Any]:
+def memory(dtype: np.dtype[Any], width: int, at_once: bool, formats: tuple[str, ...] = ()) -> tuple[Any, Any]:
     """LOAD and STORE of the `width` elements at byte i of the buffers that begin at a tuple of addresses.
+
+    formats : those of the buffers, where some are not of the dtype. One of 16 bits begins so that the elements are at
+        byte i / 2 of it, and is decoded and rounded in registers.
 
     LOAD returns a tuple for each element, with a value of each buffer. STORE takes the like, and writes to as many
     buffers as the tuples are long.
@@ -229,24 +238,35 @@ def memory(dtype: np.dtype[Any], width: int, at_once: bool) -> tuple[Any, Any]:
     at_once : in one access of width * itemsize bytes, of which every address is then a multiple.
     """
     if SIMULATED:
-        return simulated.memory(dtype, width, at_once)
-    return _intrinsics(dtype, width, at_once)
+        return simulated.memory(dtype, width, at_once, formats)
+    return _intrinsics(dtype, width, at_once, formats)
 
 
 @cache
-def _intrinsics(dtype: np.dtype[Any], width: int, at_once: bool) -> tuple[Any, Any]:
+def _intrinsics(dtype: np.dtype[Any], width: int, at_once: bool, formats: tuple[str, ...]) -> tuple[Any, Any]:
     """`memory` on a device."""
     from llvmlite import ir
 
+    from fastopt.kernels.formats import emit_decoded, emit_encoded
+
     types, intrinsic = extending()
     number = getattr(types, dtype.name)
-    alignment = width * dtype.itemsize if at_once else dtype.itemsize
+
+    def format_of(k):
+        return formats[k] if formats else dtype.name
+
+    def alignment(k):
+        itemsize = STORED[format_of(k)].itemsize
+        return width * itemsize if at_once else itemsize
 
     def pointers(context, builder, addresses, i, count):
         """Where the elements of the first buffers are, as vectors in global memory."""
-        vector = ir.VectorType(context.get_data_type(number), width)
         for k in range(count):
-            address = builder.add(builder.extract_value(addresses, k), i)
+            half = STORED[format_of(k)].itemsize == 2
+            stored = ir.IntType(16) if half else context.get_data_type(number)
+            vector = ir.VectorType(stored, width)
+            offset = builder.ashr(i, ir.Constant(i.type, 1)) if half else i
+            address = builder.add(builder.extract_value(addresses, k), offset)
             yield builder.inttoptr(address, vector.as_pointer(addrspace=1)), vector
 
     def index(k):
@@ -257,10 +277,16 @@ def _intrinsics(dtype: np.dtype[Any], width: int, at_once: bool) -> tuple[Any, A
         def build(context, builder, signature, arguments):
             where, i = arguments
             found = [
-                builder.load(pointer, align=alignment)
-                for pointer, _ in pointers(context, builder, where, i, addresses.count)
+                builder.load(pointer, align=alignment(buffer))
+                for buffer, (pointer, _) in enumerate(pointers(context, builder, where, i, addresses.count))
             ]
-            elements = [[builder.extract_element(vector, index(k)) for vector in found] for k in range(width)]
+            elements = [
+                [
+                    emit_decoded(builder, format_of(buffer), builder.extract_element(vector, index(k)))
+                    for buffer, vector in enumerate(found)
+                ]
+                for k in range(width)
+            ]
             made = [context.make_tuple(builder, signature.return_type.dtype, element) for element in elements]
             return context.make_tuple(builder, signature.return_type, made)
 
@@ -276,8 +302,9 @@ def _intrinsics(dtype: np.dtype[Any], width: int, at_once: bool) -> tuple[Any, A
                 for k in range(width):
                     one = builder.extract_value(builder.extract_value(given, k), buffer)
                     one = context.cast(builder, one, elements[k][buffer], number)
+                    one = emit_encoded(builder, format_of(buffer), one)
                     value = builder.insert_element(value, one, index(k))
-                builder.store(value, pointer, align=alignment)
+                builder.store(value, pointer, align=alignment(buffer))
             return context.get_dummy_value()
 
         return types.void(addresses, types.int64, elements), build

@@ -11,11 +11,13 @@ from __future__ import annotations
 import ctypes
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+
+from fastopt.kernels.contract import BFLOAT16
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
@@ -93,21 +95,38 @@ class Memory:
 MEMORY = Memory()
 
 
-def memory(dtype: np.dtype[Any], width: int, at_once: bool) -> tuple[Callable[..., Any], Callable[..., None]]:
+def _dtype_of(form: str) -> np.dtype[Any]:
+    """NumPy's dtype of a storage format."""
+    if form == BFLOAT16:
+        import ml_dtypes  # which those have who use the format
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(form)
+
+
+def memory(
+    dtype: np.dtype[Any], width: int, at_once: bool, formats: tuple[str, ...]
+) -> tuple[Callable[..., Any], Callable[..., None]]:
     """As ``memory`` of memory.py, for threads that run Python."""
-    alignment = dtype.itemsize * (width if at_once else 1)
+
+    def numbers_of(addresses: tuple[int, ...], i: int) -> Iterator[np.ndarray]:
+        """The numbers at byte i of each buffer."""
+        for k, address in enumerate(addresses):
+            stored = _dtype_of(formats[k]) if formats else dtype
+            offset = i // 2 if stored.itemsize == 2 else i
+            alignment = stored.itemsize * (width if at_once else 1)
+            numbers, first = MEMORY.numbers_at(int(address + offset), stored, width, alignment)
+            yield numbers[first : first + width]
 
     def load(addresses: tuple[int, ...], i: int) -> tuple[tuple[Any, ...], ...]:
-        values = []
-        for address in addresses:
-            numbers, first = MEMORY.numbers_at(int(address + i), dtype, width, alignment)
-            values.append(tuple(numbers[first : first + width]))
+        values = [tuple(numbers.astype(dtype, copy=False)) for numbers in numbers_of(addresses, i)]
         return tuple(zip(*values, strict=True))
 
     def store(addresses: tuple[int, ...], i: int, elements: tuple[tuple[Any, ...], ...]) -> None:
-        for address, values in zip(addresses, zip(*elements, strict=True), strict=False):
-            numbers, first = MEMORY.numbers_at(int(address + i), dtype, width, alignment)
-            numbers[first : first + width] = values
+        written = tuple(zip(*elements, strict=True))
+        with np.errstate(over="ignore"):
+            for numbers, values in zip(numbers_of(addresses[: len(written)], i), written, strict=True):
+                numbers[...] = np.array(values, dtype) if formats else values
 
     return load, store
 
