@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import platform
+import re
 import warnings
 
 import ml_dtypes
@@ -12,10 +14,14 @@ import pytest
 from cases import OF_EACH_KIND, PER_RULE
 
 import fastopt
+from fastopt.kernels.contract import BFLOAT16 as BF
+from fastopt.kernels.contract import FLOAT16 as F16
+from fastopt.kernels.contract import Features, Storage
+from fastopt.kernels.cpu.backend import CPU
+from fastopt.step.table import Point, hyper_of
 from fastopt.storage.codes import decode, numbers_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-HALF = (BFLOAT16, np.dtype(np.float16))
 SIZES = (0, 1, 7, 15, 16, 17, 33, 1000)
 EVERYTHING = {"max_norm": 0.5, "clip_value": 0.5, "nonfinite": "zero", "ema": 0.9, "maximize": True}
 WAYS = (
@@ -652,3 +658,32 @@ def test_set_params_forgets_what_rounding_had_left():
     assert opt.state.arrays["rest"][0].astype(np.float32).all()
     opt.set_params({"w": np.full(4, 2.0**-12, BFLOAT16)})
     assert not opt.state.arrays["rest"][0].astype(np.float32).any()
+
+
+CONVERSIONS = re.compile(r"\b(vpmovzxwd|vpackusdw|vcvtph2ps|vcvtps2ph|vpmovzxbd|vpmovsxbd|vpackuswb|vpshufb)\b")
+"""Of vectors of 16 and 8 bits, on x86-64 with AVX2."""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the names of instructions of x86-64")
+def test_float32_pays_nothing_and_formats_are_vectorised(monkeypatch):
+    """The loop over float32 has none of the conversions, and those of formats are of whole vectors."""
+    monkeypatch.setattr("fastopt.kernels.cache.load", lambda name: None)  # only compiled code can be shown
+    monkeypatch.setattr("fastopt.kernels.cache.save", lambda name, result: False)
+    backend, rule = CPU(), fastopt.rules.adamw
+    point = Point.of(rule, rule.complete({"lr": 1e-3}))
+    found = {}
+    for name, states in {
+        "float32": None,
+        "bfloat16": (BF, BF),
+        "float16": (F16, F16),
+        "int8": ("int8", "uint8"),
+    }.items():
+        storage = None if states is None else Storage("float32", "float32", states)
+        kernel = backend.kernel(rule, hyper_of(rule, point), np.dtype(np.float32), Features(), None, storage)
+        text = kernel._loop.compiled.assembly()
+        found[name] = set(CONVERSIONS.findall(text))
+        assert "vsqrtps" in text
+    assert found["float32"] == set()
+    assert {"vpmovzxwd", "vpackusdw"} <= found["bfloat16"]
+    assert {"vcvtph2ps", "vcvtps2ph"} <= found["float16"]
+    assert found["int8"]
