@@ -2458,7 +2458,7 @@ FORMATS: Sequence[Fault] = (
         ),
         ("builder.lshr(noise, INT32(3))", "noise", OF_FORMATS + "-k average"),
         ('builder.icmp_unsigned("<", size, INT32(0x38800000))', "ir.IntType(1)(0)", OF_FORMATS + "-k average"),
-        ("INT32(drawn // 2)", "INT32(0)", OF_FORMATS + "-k drawn_apart"),
+        ("seed, index, drawn // 2)", "seed, index, 0)", OF_FORMATS + "-k drawn_apart"),
     ),
     *faults_of(
         "fastopt/kernels/elements.py",
@@ -2478,6 +2478,7 @@ FORMATS: Sequence[Fault] = (
         ("units[first // CODES] = unit", "units[first // CODES] = of_bits(largest)"),
         ("INT32(0x7FFFF)", "INT32(0)"),
         ("builder.fadd(root, FLOAT(0.5))", "root"),
+        ("MAX_STATES + place", "0", OF_FORMATS + "-k drawn_apart"),
         (
             'builder.select(builder.icmp_signed("<", code, INT32(1)), INT32(1), code)',
             "code",
@@ -2487,7 +2488,7 @@ FORMATS: Sequence[Fault] = (
             "window(units, first - codes.size + codes.size // CODES, size)\n        for i in range(size):\n            stored[i]",
             "window(units, first - codes.size, size)\n        for i in range(size):\n            stored[i]",
         ),
-        ("noise_at(seed, first + i)", "noise_at(seed, i)", OF_FORMATS + "-k codes_are_right_on_average"),
+        ("NOISE(seed, first + i)", "NOISE(seed, i)", OF_FORMATS + "-k codes_are_right_on_average"),
         (
             'builder.fcmp_ordered("<", builder.fmul(drawn, width), over)',
             'builder.fcmp_ordered("<", drawn, over)',

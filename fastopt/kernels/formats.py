@@ -124,6 +124,13 @@ def emit_mixed(builder: Any, word: Any) -> Any:
     return builder.xor(word, builder.lshr(word, INT32(16)))
 
 
+def emit_counted(builder: Any, seed: Any, index: Any, draw: int) -> Any:
+    """Emit what is to be mixed for a draw: of the number of a step, in a float, of an index, and of others there."""
+    word = builder.mul(builder.trunc(index, INT32), INT32(0x9E3779B9))
+    word = builder.xor(word, emit_mixed(builder, builder.fptoui(seed, INT32)))
+    return builder.add(word, INT32(draw))
+
+
 def emit_dithered(builder: Any, name: str, number: Any, noise: Any) -> Any:
     """Emit the rounding of a number to a neighbour in a format, to the one above in proportion to how near it is.
 
@@ -159,13 +166,11 @@ def dithering(names: tuple[str, ...]) -> Callable[..., Any]:
 
         def build(context, builder, signature, arguments):
             given, seed, index = arguments
-            word = builder.mul(builder.trunc(index, INT32), INT32(0x9E3779B9))
-            word = builder.xor(word, emit_mixed(builder, builder.fptoui(seed, INT32)))
             found, drawn = [], 0
             for k, name in enumerate(names):
                 value = builder.extract_value(given, k) if several else given
                 if name in (BFLOAT16, FLOAT16):
-                    mixed = emit_mixed(builder, builder.add(word, INT32(drawn // 2)))
+                    mixed = emit_mixed(builder, emit_counted(builder, seed, index, drawn // 2))
                     noise = builder.lshr(mixed, INT32(16)) if drawn % 2 else builder.and_(mixed, INT32(0xFFFF))
                     value = emit_dithered(builder, name, value, noise)
                     drawn += 1

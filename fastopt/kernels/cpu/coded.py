@@ -22,8 +22,8 @@ from numba.extending import intrinsic
 
 from fastopt.kernels.bind import bind
 from fastopt.kernels.contract import CODES, INT8, N_CHUNK, N_PLACE, PROCEEDS, UINT8, Chunk, Place, Storage
-from fastopt.kernels.elements import scalar
-from fastopt.kernels.formats import emit_mixed
+from fastopt.kernels.elements import MAX_STATES, scalar
+from fastopt.kernels.formats import emit_counted, emit_mixed
 from fastopt.kernels.intrinsics import at_address, record, rooms_for, window
 from fastopt.source import written
 
@@ -48,6 +48,7 @@ OPENED: Callable[..., Any]
 CLOSED: Callable[..., Any]
 BUFFERS: Callable[..., Any]
 """What `functions_of` returns."""
+NOISE: Callable[..., Any]
 NOISY: bool
 """Whether codes are rounded at random."""
 CODE: Callable[..., Any]
@@ -97,16 +98,22 @@ def larger(typing_context, a, b):
     return types.int32(types.int32, types.int32), build
 
 
-@intrinsic
-def noise_at(typing_context, seed, index):
-    """Return 32 random bits, as an int32, for a whole number below 2**24 and an index."""
+@cache
+def noise(place: int) -> Any:
+    """Return an intrinsic ``(seed, index)``: 32 random bits, as an int32, for a whole number below 2**24 and an index.
 
-    def build(context, builder, signature, arguments):
-        seed = emit_mixed(builder, builder.fptoui(arguments[0], INT32))
-        word = builder.mul(builder.trunc(arguments[1], INT32), INT32(0x9E3779B9))
-        return emit_mixed(builder, builder.xor(word, seed))
+    place : of the state among those with codes, each of which draws for itself, apart from numbers of 16 bits.
+    """
 
-    return types.int32(seed, types.int64), build
+    @intrinsic
+    def noise_at(typing_context, seed, index):
+        def build(context, builder, signature, arguments):
+            seed, index = arguments
+            return emit_mixed(builder, emit_counted(builder, seed, index, MAX_STATES + place))
+
+        return types.int32(seed, types.int64), build
+
+    return noise_at
 
 
 @intrinsic
@@ -230,7 +237,7 @@ def closed(codes, units, room, first, size, seed):
         for i in range(size):
             share = of_bits(size_bits(room[i])) * inverse
             if NOISY:
-                stored[i] = CODE(room[i], share, noise_at(seed, first + i))
+                stored[i] = CODE(room[i], share, NOISE(seed, first + i))
             else:
                 stored[i] = CODE(room[i], share, 0)
     else:
@@ -256,7 +263,7 @@ def functions_of(storage: Storage, constants: dict[str, Any]) -> dict[str, Any]:
     for place, k in enumerate(coded):
         number, code, largest = KINDS[storage.states[k]]
         own = {**constants, "NUMBER": number, "NOISY": storage.stochastic, "CODE": code(storage.stochastic)}
-        own["SHARE"] = np.float32(1.0 / largest)
+        own |= {"SHARE": np.float32(1.0 / largest), "NOISE": noise(place)}
         functions[f"OPEN_{place}"] = bind(opened, own, label="opened", scalar=scalar)
         functions[f"CLOSE_{place}"] = bind(closed, own, label="closed", scalar=scalar)
         arguments = f"states[{k}], states[{len(storage.states) + place}], rooms[{place}], first, size"
