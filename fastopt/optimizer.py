@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, overload
 
 import numpy as np
 
-from fastopt import scalars
+from fastopt import scalars, suggest
 from fastopt.hyper import EMA, POSITIVE_OR_ZERO, Flag, Interval, differs
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
@@ -124,6 +124,9 @@ class Optimizer:
         if rules:
             cls.conventions = conventions or {}
             signature = inspect.signature(cls.__init__)
+            cls._arguments = tuple(
+                name for name, parameter in signature.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD
+            )[1:]
             cls.__init__ = _conventional(cls.__init__, signature)  # type: ignore[method-assign]
             Optimizer.classes[cls.__name__] = cls
             for name, parameter in signature.parameters.items():
@@ -133,6 +136,8 @@ class Optimizer:
             cls.rules = rules
 
     rules: ClassVar[tuple[Rule, ...]] = ()
+    _arguments: ClassVar[tuple[str, ...]] = ("params", "rule")
+    """Arguments of the constructor besides the options of every optimizer."""
 
     rule: Rule
     _members: int | None
@@ -176,7 +181,7 @@ class Optimizer:
                 *(max_norm, clip_norm_per_tensor, clip_value, nonfinite, ema, zero_grad, maximize, grad_norm),
                 *(states, master, rounding, compensated, seed),
             ),
-            "_base": rule.check_all(rule.complete(hyper), members=members),
+            "_base": rule.check_all(rule.complete(hyper, also=(*self._arguments, *OPTIONS)), members=members),
             "_overrides": overrides or {},
             "_backend": backend,
             "_pipeline": None,
@@ -226,7 +231,15 @@ class Optimizer:
             return self.rule.check(name, value(self.step_count), members=self._members) if callable(value) else value
         if hasattr(type(self), name):  # a property raised it
             return object.__getattribute__(self, name)
-        raise AttributeError(f"{name}: {type(self).__name__} has no such attribute")
+        raise AttributeError(f"{name}: {type(self).__name__} has no such attribute{self._meant(name)}")
+
+    def _meant(self, name: str) -> str:
+        """The end of an error about an attribute that does not exist: what to use instead, where that is known."""
+        if name.startswith("_"):
+            return ""
+        here = [*self.__dict__.get("_names", ()), *(each for each in dir(type(self)) if not each.startswith("_"))]
+        meant = suggest.attribute(name, here)
+        return f"; use {meant}" if meant else ""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_names", ()):
@@ -236,7 +249,7 @@ class Optimizer:
         else:
             raise AttributeError(
                 f"{name}: must be a hyperparameter of rule {self.rule.name!r} ({', '.join(self.rule.names())}), to be "
-                f"set; options such as max_norm are given at construction"
+                f"set; options such as max_norm are given at construction{self._meant(name)}"
             )
 
     def _set_hyper(self, name: str, value: Any) -> None:
@@ -471,6 +484,13 @@ class Optimizer:
             if gate.taken:
                 gate.wait()
             return pipeline.step(grads, grad_scale, reduction, extra, loss)
+        except (TypeError, ValueError):
+            if _is_tree(grad_scale):
+                raise TypeError(
+                    "step: must be given gradients alone, as in opt.step(grads), got a second tree in the place of "
+                    "grad_scale; parameters are given to the constructor, or in opt.update(params, grads)"
+                ) from None
+            raise
         finally:
             gate.stepping = 0
 
@@ -1055,6 +1075,21 @@ class Optimizer:
                 pipeline.put_params(found.params)
                 pipeline.keep_written()
         return dict(found.report.extra) if strict else found.report
+
+
+OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(Optimizer.__init__).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+"""The options that every optimizer has."""
+
+
+def _is_tree(value: Any) -> bool:
+    """Whether a value is a tree of arrays, not a number."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_tree, value))
+    return isinstance(value, Mapping) or bool(getattr(value, "shape", ()))
 
 
 def _conventional(init: Callable[..., None], signature: inspect.Signature) -> Callable[..., None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from types import FunctionType
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastopt import scalars
+from fastopt import scalars, suggest
 from fastopt.closed_forms import Idle
 from fastopt.hyper import DOMAINS, EMA, EPS, LOSS, WEIGHT_DECAY, Domain, Flag, Interval, check_each
 from fastopt.source import written
@@ -693,11 +693,12 @@ class Rule:
                 checked[name] = self.check(name, value, where, dtype, members)
         return checked
 
-    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def complete(self, given: Mapping[str, Any], also: Iterable[str] = ()) -> dict[str, Any]:
         """Return the given hyperparameters, and the defaults of the others.
 
         Args:
             given: hyperparameters by name.
+            also: other arguments of the caller, which an unknown name may have been meant to be.
 
         Returns:
             A dict of all hyperparameters, in the order of `names`.
@@ -711,16 +712,25 @@ class Rule:
         """
         unknown = [name for name in given if name not in self.names()]
         if unknown:
-            raise TypeError(self._unknown(unknown[0], given[unknown[0]]))
+            raise TypeError(self._unknown(unknown[0], given[unknown[0]], also))
         values = {WEIGHT_DECAY: 0.0, **self.defaults, **given}
         missing = [name for name in self.names() if name not in values]
         if missing:
             raise TypeError(f"{missing[0]}: must be given, rule {self.name!r} has no default; pass {missing[0]}=")
         return {name: values[name] for name in self.names()}
 
-    def _unknown(self, name: str, value: Any) -> str:
-        """Return the message for a hyperparameter that the rule does not have."""
-        return f"{name}: must be a hyperparameter of {self.name!r} ({', '.join(self.names())}), got {name}={value!r}"
+    def _unknown(self, name: str, value: Any, also: Iterable[str] = ()) -> str:
+        """Return the message for a hyperparameter that the rule does not have. also : as for `complete`."""
+        expected = f"a hyperparameter of {self.name!r} ({', '.join(self.names())})"
+        meant = suggest.argument(name, [*self.names(), *also])
+        hint = ""
+        if meant is not None:
+            number, before = scalars.real(value), self.defaults.get(meant)
+            spelled = "" if number is None else f"{number!r}"
+            if number is not None and isinstance(before, tuple) and name[-1:].isdigit():  # one of betas
+                spelled = str(tuple([number if k == int(name[-1]) else item for k, item in enumerate(before, 1)]))
+            hint = f"; did you mean {meant}={spelled}?"
+        return f"{name}: must be {expected}, got {name}={scalars.shown(value)}{hint}"
 
     def decaying(self, decoupled: bool) -> Rule:
         """Return this rule with decoupled weight decay, or with L2.

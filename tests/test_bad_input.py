@@ -312,8 +312,34 @@ NUMBERS = [
         "unknown",
         lambda: adam(learning_rate=0.1),
         T,
-        r"^learning_rate: must be a hyperparameter of 'adam' \(lr, .*\), got learning_rate=0\.1",
+        r"^learning_rate: must be a hyperparameter of 'adam' \(lr, .*, got learning_rate=0\.1; did you mean lr=0\.1\?$",
     ),
+    *[
+        (
+            f"of elsewhere {name}",
+            lambda name=name, value=value: adam(**{name: value}),
+            T,
+            rf"^{name}: must be a hyperparameter of 'adam' .*, got {name}=.*; did you mean {re.escape(meant)}\?$",
+        )
+        for name, value, meant in (
+            ("alpha", 0.1, "lr=0.1"),
+            ("beta1", 0.8, "betas=(0.8, 0.999)"),
+            ("beta_2", 0.99, "betas=(0.9, 0.99)"),
+            ("b1", 0.8, "betas=(0.8, 0.999)"),
+            ("b2", None, "betas="),
+            ("epsilon", 1e-7, "eps=1e-07"),
+            ("clipnorm", 1.0, "clip_norm_per_tensor=1.0"),
+            ("global_clipnorm", 1, "max_norm=1"),
+            ("decay", 0.1, "weight_decay=0.1"),
+            ("wieght_decay", 0.1, "weight_decay=0.1"),
+            ("max_nrom", 1.0, "max_norm=1.0"),
+            ("LR", 0.1, "lr=0.1"),
+            ("amsgard", True, "amsgrad="),
+        )
+    ],
+    ("rho of torch", lambda: fastopt.RMSprop([W], rho=0.9), T, r"^rho: .*; did you mean alpha=0\.9\?$"),
+    ("like nothing", lambda: adam(hyperdrive=1), T, r"^hyperdrive: must be .*, got hyperdrive=1$"),
+    ("an array", lambda: adam(extra_=np.ones((200, 3))), T, r"^extra_: .*, got extra_=an array of shape \(200, 3\)$"),
     (
         "of another rule",
         lambda: fastopt.Optimizer([W], rules.sgd, momentum=0.9),
@@ -338,7 +364,7 @@ OVERRIDES = [
         "unknown key",
         {"w": {"learning_rate": 0.1}},
         T,
-        r"^overrides: w: learning_rate: must be a hyperparameter of 'adam' \(lr, ",
+        r"^overrides: w: learning_rate: must be a hyperparameter of 'adam' \(lr, .*; did you mean lr=0\.1\?$",
     ),
     ("matches nothing", {"*.bias": {"lr": 0.1}}, V, r"^overrides\['\*\.bias'\]: must match a .*; the paths are b, w"),
     ("other case", {"W": {"lr": 0.1}}, V, r"^overrides\['W'\]: must match a parameter"),
@@ -428,15 +454,28 @@ GRADIENTS = [
         "list",
         lambda opt: [np.ones(3, np.float32)],
         V,
-        r"^grads: must have the structure of the parameters \(b, layer\.w\)",
+        r"^grads: must have the structure of the parameters, got a list instead of a dict with the keys 'b', 'layer'$",
     ),
-    ("bare array", lambda opt: np.ones(9, np.float32), V, r"^grads: must have the structure of the parameters"),
-    ("empty", lambda opt: {}, V, r"^grads: must have the structure of the parameters"),
-    ("missing key", lambda opt: {"b": np.ones(3, np.float32)}, V, r"^grads: must have the structure"),
-    ("missing deep key", lambda opt: {**tree(9.0), "layer": {}}, V, r"^grads: must have the structure"),
-    ("one more key", lambda opt: {**tree(9.0), "c": np.ones(3, np.float32)}, V, r"^grads: must have the structure"),
-    ("an object", lambda opt: object(), V, r"^grads: must have the structure"),
-    ("a number", lambda opt: 1.0, V, r"^grads: must have the structure"),
+    ("bare array", lambda opt: np.ones(9, np.float32), V, r"^grads: must have .*, got a NumPy array instead of a dict"),
+    ("empty", lambda opt: {}, V, r"^grads: must have the structure .*, got a tree without 'b', 'layer'$"),
+    ("missing key", lambda opt: {"b": np.ones(3, np.float32)}, V, r"^grads: .*, got a tree without 'layer'$"),
+    ("missing deep key", lambda opt: {**tree(9.0), "layer": {}}, V, r"^grads: .*, got a tree without 'layer\.w'$"),
+    ("one more key", lambda opt: {**tree(9.0), "c": W}, V, r"^grads: .*, got a tree with 'c' in excess$"),
+    (
+        "other deep key",
+        lambda opt: {**tree(9.0), "layer": {"w_grad": W}},
+        V,
+        r"without 'layer\.w' and with 'layer\.w_grad' in excess; pass {'w': grads\['layer'\]\['w_grad'\], ...}$",
+    ),
+    (
+        "keys with d",
+        lambda opt: {"db": np.ones(3), "dlayer": tree(9.0)["layer"]},
+        V,
+        r"without 'b', 'layer' and with 'db', 'dlayer' in excess; pass {'b': grads\['db'\], 'layer': grads\[",
+    ),
+    ("list below", lambda opt: {**tree(9.0), "layer": [W]}, V, r"a list at 'layer', where the parameters have a dict"),
+    ("an object", lambda opt: object(), V, r"^grads: must have the structure .*, got an object instead of a dict"),
+    ("a number", lambda opt: 1.0, V, r"^grads: must have the structure .*, got a float instead of a dict"),
     *[
         (
             f"leaf {type(value).__name__}",
@@ -662,6 +701,41 @@ def test_attributes_that_do_not_exist(name):
     assert_refuses(trained, lambda opt: getattr(opt, name), AttributeError, rf"^{name}: Adam has no such attribute")
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("apply_gradients", "opt.step(grads)"),
+        ("zero_grad_", "opt.zero_grad()"),
+        ("parameters", "opt.params"),
+        ("param_groups", "opt.groups"),
+        ("learning_rate", "opt.lr"),
+        ("beta1", "opt.betas"),
+        ("iterations", "opt.step_count"),
+        ("step_cuont", "opt.step_count"),
+        ("acumulate", "opt.accumulate"),
+    ],
+)
+def test_attributes_of_other_libraries(name, ours):
+    with pytest.raises(AttributeError, match=rf"^{name}: Adam has no such attribute; use {re.escape(ours)}$"):
+        getattr(adam(), name)
+    with pytest.raises(AttributeError, match=rf"^{name}: must be a hyperparameter.*; use {re.escape(ours)}$"):
+        setattr(adam(), name, 0.5)
+
+
+@pytest.mark.parametrize("name", ["_repr_html_", "__array__", "flux"])
+def test_attributes_that_resemble_nothing(name):
+    assert not hasattr(adam(), name)
+    with pytest.raises(AttributeError, match=rf"^{name}: Adam has no such attribute$"):
+        getattr(adam(), name)
+
+
+@pytest.mark.parametrize("more", [(), (None,), ({},)], ids=["optax", "None", "a state"])
+def test_a_step_of_parameters_and_gradients(more):
+    message = r"^step: must be given gradients alone, .*; parameters are given to the constructor, or in opt\.update"
+    assert_refuses(trained, lambda opt: opt.step(opt.params, tree(9.0), *more), TypeError, message)
+    assert_refuses(trained, lambda opt: opt.step(tree(9.0), np.ones(3)), TypeError, message)
+
+
 HYPERS = [
     ("betas", "betas", (0.9, 1.0), V, rf"^betas\[1\]: {BELOW_ONE}"),
     ("betas number", "betas", 0.9, T, rf"^betas: {PAIR}"),
@@ -786,7 +860,7 @@ def of_the_caller() -> dict[str, Any]:
 
 
 UPDATES = [
-    ("list", lambda: [np.ones(3), W.copy()], V, r"^params: must have the structure of the parameters \(b, w\)"),
+    ("list", lambda: [np.ones(3), W.copy()], V, r"^params: must have .*, got a list instead of a dict with the k"),
     ("missing", lambda: {"b": np.ones(3)}, V, r"^params: must have the structure of the parameters"),
     ("one more", lambda: {**of_the_caller(), "c": W.copy()}, V, r"^params: must have the structure of the parameters"),
     ("None", lambda: None, V, r"^params: must have the structure of the parameters"),

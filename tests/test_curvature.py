@@ -342,7 +342,7 @@ ONES = {"w": np.ones(3)}
             TypeError,
             "gradient 'w': must be a NumPy array or None, got float",
         ),
-        ({"grad": lambda p: {"v": np.ones(3)}}, ValueError, r"must have the structure of the parameters \(w\)"),
+        ({"grad": lambda p: {"v": np.ones(3)}}, ValueError, r"got a tree without 'w' and with 'v' in excess"),
         ({"grad": lambda p: p}, ValueError, "^gradient 'w': must not overlap the parameters in memory; pass a copy"),
     ],
 )

@@ -42,7 +42,7 @@ FLOORS = [
         "fastopt.lazy",
         "fastopt.files",
     ),
-    ("fastopt.scalars", "fastopt.signals", "fastopt.source", "fastopt.warned"),
+    ("fastopt.scalars", "fastopt.signals", "fastopt.source", "fastopt.suggest", "fastopt.warned"),
 ]
 """From the top down: a module imports from its own floor and from those below, never from above."""
 

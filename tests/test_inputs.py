@@ -188,7 +188,7 @@ STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "another structure": (
         {"extra": {"weights": {"w": np.ones(3)}}, "loss": 1.0},
         ValueError,
-        r"extra\['weights'\]: must have the structure of the parameters \(b, w\)",
+        r"extra\['weights'\]: must have the structure of the parameters, got a tree without 'b'",
     ),
     "another shape": (
         {"extra": {"weights": {**WEIGHTS, "b": np.ones(3)}}, "loss": 1.0},

@@ -271,7 +271,7 @@ def test_set_params_converts_and_may_be_given_its_own_arrays():
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        ({"a": np.ones(2)}, ValueError, r"params: must have the structure of the parameters \(a, b\)"),
+        ({"a": np.ones(2)}, ValueError, r"params: must have the structure of the parameters, got a tree without 'b'"),
         ({"a": np.ones(2), "b": np.ones(1)}, ValueError, r"parameter 'b': must have shape \(2,\), got \(1,\)"),
         ({"a": np.ones(2), "b": None}, TypeError, r"parameter 'b': must be a NumPy array, got NoneType"),
         ({"a": np.ones(2), "b": np.ones(2, int)}, TypeError, r"parameter 'b': must have dtype float32, float64"),

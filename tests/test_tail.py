@@ -984,9 +984,9 @@ BAD_CALLS = [
     (
         lambda opt: opt.accumulate({"a": GOOD["a"]}),
         ValueError,
-        r"^grads: must have the structure of the parameters \(a, b\)",
+        r"^grads: must have the structure of the parameters, got a tree without 'b'$",
     ),
-    (lambda opt: opt.accumulate([1, 2]), ValueError, r"^grads: must have the structure of the parameters \(a, b\)"),
+    (lambda opt: opt.accumulate([1, 2]), ValueError, r"^grads: must have the structure .* a list instead of a dict"),
     (
         lambda opt: opt.accumulate({**GOOD, "b": np.ones(3, np.float32)}),
         ValueError,

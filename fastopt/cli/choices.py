@@ -9,13 +9,13 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastopt import SGD, Momentum, Nesterov, Optimizer, init, pack, schedules
+from fastopt.suggest import near_misses
 
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
@@ -332,7 +332,6 @@ def one_of(name: str, names: Iterable[str], what: str, also: str = "") -> str:
     allowed: Sequence[str] = list(names)
     if name in allowed:
         return name
-    near = get_close_matches(name, allowed, n=3)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     other = f", or {also}" if also else ""
+    hint = near_misses(name, allowed)
     raise ValueError(f"{what}: must be one of {', '.join(allowed)}{other}, got {name!r}{hint}")

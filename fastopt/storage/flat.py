@@ -31,7 +31,7 @@ from fastopt.storage.door import (
 )
 from fastopt.storage.formats import FORMATS, compute_dtype, dtype_of, format_of
 from fastopt.storage.layout import Layout
-from fastopt.storage.trees import containers, flatten, handed_out, leaves_like, plain
+from fastopt.storage.trees import containers, difference, flatten, handed_out, leaves_like, plain
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -697,10 +697,10 @@ class FlatParams:
         try:
             return leaves_like(self.treespec, tree)
         except (ValueError, TypeError) as error:
-            found = re.sub(r"; \w+: .*", "", str(error), flags=re.DOTALL)[:500]  # without the arrays themselves
-            raise ValueError(
-                f"{what}: must have the structure of the parameters ({', '.join(self.paths)}): {found}"
-            ) from None
+            found = difference(self.treespec, tree, what)
+            if not found:  # of a registered class: optree's words, without the arrays themselves
+                found = re.sub(r"; \w+: .*", "", str(error), flags=re.DOTALL)[:500]
+            raise ValueError(f"{what}: must have the structure of the parameters, got {found}") from None
 
 
 def _is_given(array: Any) -> bool:

@@ -36,6 +36,8 @@ NAMESPACE = "fastopt"
 
 SHOWN = 8
 """The number of keys that an error lists."""
+MOST_NAMED = 10
+"""The number of missing keys, and of extra ones, that an error about another structure lists."""
 
 
 # --- flattening -------------------------------------------------------------------------------------------------------
@@ -116,6 +118,80 @@ def _spread(node: Any, tree: Any, leaves: list[Any]) -> bool:
     parts, theirs = _parts(node) or [], {part.suffix: part.child for part in _parts(tree) or []}
     alike = (len(kinds) == 1 or kinds <= MAPPINGS) and {part.suffix for part in parts} == theirs.keys()
     return alike and all(_spread(part.child, theirs[part.suffix], leaves) for part in parts)
+
+
+def difference(treespec: Any, tree: Any, what: str) -> str:
+    """How a tree differs from the structure of a treespec, for an error: which keys are missing, and which are extra.
+
+    Args:
+        treespec: as `flatten` returned it.
+        tree: of another structure.
+        what: the code that reads the tree, such as ``grads``.
+
+    Returns:
+        What the tree is, to follow "got"; "" where no container differs in its kind or keys.
+
+    >>> _, treespec, _ = flatten({"W": 0.0, "b": 0.0})
+    >>> difference(treespec, {"dW": 1.0, "b": 2.0}, "grads")
+    "a tree without 'W' and with 'dW' in excess; pass {'W': grads['dW'], ...}"
+    """
+    found = Difference([], [], [], [])
+    found.compare(treespec.unflatten(range(treespec.num_leaves)), plain(tree), "", what)
+    if found.kinds:
+        return found.kinds[0]
+    sides = (("without", found.missing, ""), ("with", found.extra, " in excess"))
+    parts = [f"{side} {_quoted(names)}{end}" for side, names, end in sides if names]
+    hint = f"; pass {{{', '.join(found.renamed[:2])}, ...}}" if found.renamed else ""
+    return f"a tree {' and '.join(parts)}{hint}" if parts else ""
+
+
+class Difference(NamedTuple):
+    """What `difference` found."""
+
+    missing: list[str]
+    extra: list[str]
+    """Paths of keys."""
+    kinds: list[str]
+    """Containers of another kind, in words."""
+    renamed: list[str]
+    """Items of a dict that turn keys such as ``dW`` into those of the parameters."""
+
+    def compare(self, node: Any, tree: Any, path: str, code: str) -> None:
+        """Compare a tree with a node whose leaves are ints. path : of both. code : what reads the tree."""
+        if type(node) is int or node is None or tree is None:
+            return
+        parts, theirs = _parts(node) or [], _parts(tree)
+        kinds = {type(node), type(tree)}
+        if theirs is None or not (len(kinds) == 1 or kinds <= MAPPINGS):
+            keys = f" with the keys {_quoted([str(part.key) for part in parts])}" if type(node) in MAPPINGS else ""
+            place = f" at {path!r}, where the parameters have" if path else " instead of"
+            self.kinds.append(f"{_kind(tree)}{place} {_kind(node)}{keys}")
+            return
+        own = {part.suffix: part for part in parts}
+        given = {part.suffix: part for part in theirs}
+        lost = [part for suffix, part in own.items() if suffix not in given]
+        added = {part.key: part for suffix, part in given.items() if suffix not in own}
+        self.missing.extend(_joined(path, part.key) for part in lost)
+        self.extra.extend(_joined(path, key) for key in added)
+        for part in lost:
+            for name in (f"d{part.key}", f"{part.key}_grad", f"grad_{part.key}"):
+                if name in added:
+                    self.renamed.append(f"{part.key!r}: {code}[{name!r}]")
+        for suffix, part in own.items():
+            if suffix in given:
+                inner = f"{code}[{part.key!r}]" if type(node) in MAPPINGS else f"{code}{suffix}"
+                self.compare(part.child, given[suffix].child, _joined(path, part.key), inner)
+
+
+def _joined(path: str, key: Any) -> str:
+    """The path of a child, as `path_of` writes it. key : of a `Part`."""
+    name = getattr(key, "field", getattr(key, "entry", key)) if isinstance(key, optree.PyTreeEntry) else key
+    return f"{path}.{name}" if path else str(name)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(map(repr, names[:MOST_NAMED])) + more
 
 
 def _register_dataclass(kind: type) -> None:
