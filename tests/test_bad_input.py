@@ -1377,6 +1377,85 @@ def calls_a_literal(p, g, h):
     return p - h.lr * hidden_literal(g, h)
 
 
+TAU = 0.5
+
+
+def global_literal(p, g, h):
+    return p - TAU * h.lr * g
+
+
+def branch_literal(p, g, h):
+    step = 0.0
+    if g > 0.5:
+        step = g
+    return p - step
+
+
+def looped_literal(p, g, h):
+    for _ in range(2):
+        p = p / 3
+    return p
+
+
+def clips(p, g, h):
+    return p - h.lr * np.clip(g, p, p)
+
+
+def clipped(x, h):
+    return np.clip(x, h.lr, h.lr)
+
+
+def calls_what_clips(p, g, h):
+    return p - clipped(g, h)
+
+
+def selects(p, g, h):
+    return np.where(g, p, g)
+
+
+def averages(p, g, h):
+    return p - np.median(g)
+
+
+def of_no_name(p, g, h):
+    return p - h.lr * undefined_here(g)  # noqa: F821
+
+
+def of_no_local_name(p, g, h):
+    scaled = h.lr * g
+    return p - scalde  # noqa: F821
+
+
+def of_no_module_name(p, g, h):
+    return p - np.klip(g, p, p)
+
+
+def of_no_field(p, g, h):
+    return p - h.lrr * g
+
+
+def of_a_method(p, g, h):
+    return p - g.clip(p)
+
+
+def of_wrong_arity(p, g, h):
+    return p - hidden_literal(g, h, h)
+
+
+def of_text(p, g, h):
+    return p + "a"
+
+
+def of_a_builtin(p, g, h):
+    return p - sorted(g)
+
+
+def of_an_import(p, g, h):
+    import math
+
+    return p - math.exp(g)
+
+
 def wide_state(p, g, m, h):
     return p - h.lr * g, np.float64(m)
 
@@ -1418,10 +1497,56 @@ def fourteen_states(p, g, a, b, c, d, e, i, j, k, l, m, n, o, q, r, h):  # noqa:
 
 
 BODIES = [
-    (literal, r"^rule 'literal' on float32: must return float32, got p as float64; an arithmetic literal promotes"),
-    (literal_state, r"^rule 'literal_state' on float32: must return float32, got m as float64"),
-    (calls_a_literal, r"^rule 'calls_a_literal' on float32: must return float32, got p as float64"),
-    (wide_state, r"^rule 'wide_state' on float32: must return float32, got m as float64"),
+    (
+        literal,
+        r"^rule 'literal' on float32: must return float32, got p as float64; the literal 0\.5 in line \d+ of "
+        r"test_bad_input\.py \(`return p - 0\.5 \* h\.lr \* g`\) promotes float32 to float64: compute the constant in",
+    ),
+    (literal_state, r"must return float32, got m as float64; the literal 1\.0 in line \d+ .*`return p - .* m \+ 1\.0`"),
+    (calls_a_literal, r"got p as float64; the literal 2\.0 in line \d+ of test_bad_input\.py \(`return x \* 2\.0`\)"),
+    (global_literal, r"got p as float64; the literal TAU = 0\.5 in line \d+ .*`return p - TAU \* h\.lr \* g`"),
+    (branch_literal, r"got p as float64; the literal 0\.0 in line \d+ .*`step = 0\.0`"),
+    (looped_literal, r"got p as float64; the literal 3 in line \d+ .*`p = p / 3`"),
+    (
+        wide_state,
+        r"^rule 'wide_state' on float32: must return float32, got m as float64; line \d+ of test_bad_input\.py "
+        r"\(`return p - h\.lr \* g, np\.float64\(m\)`\) leaves float32$",
+    ),
+    (selects, r"^rule 'selects' on float32: must return float32, got p as array.*; line \d+ .* leaves float32$"),
+    (
+        clips,
+        r"^rule 'clips' on float32: must call what numba compiles for numbers, got clip\(float32, float32, float32\) in "
+        r"line \d+ of test_bad_input\.py \(`return p - h\.lr \* np\.clip\(g, p, p\)`\); write min\(max\(x, low\), high\)$",
+    ),
+    (calls_what_clips, r"got clip\(float32, .*\) in line \d+ .*\(`return np\.clip\(x, h\.lr, h\.lr\)`\); write min"),
+    (averages, r"must call what numba compiles .*, got median\(float32\) in line \d+ .*; declare it by fastopt\.Sums"),
+    (
+        of_no_name,
+        r"must use names that are defined, got 'undefined_here' in line \d+ .*`return p - h\.lr \* undefined_h",
+    ),
+    (of_no_local_name, r"must use names that are defined, got 'scalde' in line \d+ .*`return p - scalde"),
+    (
+        of_no_module_name,
+        r"must use names that are defined, got numpy\.klip in line \d+ .*`return p - np\.klip\(g, p, p\)`",
+    ),
+    (of_no_field, r"must read fields of Hyper \(lr\), got h\.lrr in line \d+ .*; did you mean h\.lr\?$"),
+    (
+        of_a_method,
+        r"must use numbers as numbers, got the attribute \.clip of float32 in line \d+ .*`return p - g\.clip",
+    ),
+    (of_wrong_arity, r"must call functions with their arguments, \(x, h\), got 3 in line \d+ .*`return p - hidden_l"),
+    (
+        of_text,
+        r"must call what numba compiles for numbers, got add\(float32, .*\) in line \d+ .*\(`return p \+ \"a\"`\)",
+    ),
+    (
+        of_a_builtin,
+        r"^rule 'of_a_builtin' on float32: must be compiled by numba, got AssertionError: .* in line \d+ of t",
+    ),
+    (
+        of_an_import,
+        r"^rule 'of_an_import' on float32: must be compiled by numba, got Unsupported\w+: .* in line \d+ of",
+    ),
     (forgets_a_state, r"^rule 'forgets_a_state': must return the tuple \(p, m, v\), .*, got a tuple of 2"),
     (forgets_all_states, r"^rule 'forgets_all_states': must return the tuple \(p, m\), as .*, got one value"),
     (
@@ -1432,7 +1557,7 @@ BODIES = [
         alone_in_a_tuple,
         r"^rule 'alone_in_a_tuple': must return p alone, not in a tuple, as .*, got a tuple of 1",
     ),
-    (returns_nothing, r"^rule 'returns_nothing' on .*: must return .*, got p as none"),
+    (returns_nothing, r"^rule 'returns_nothing' on .*: must return .*, got p as none; end it with return$"),
     (endless, r"^scalar function 'endless': must not be recursive, got a self-call"),
     (ping, r"^scalar function '(ping|pong)': must not be recursive"),
     (fourteen_states, r"^rule 'fourteen_states': must have at most 13 states, got 14"),
@@ -1449,6 +1574,43 @@ def test_bodies_of_rules(function, message):
     assert all((array == 1.0).all() for array in arrays)
     with pytest.raises(TypeError, match=message):
         fastopt.Optimizer({"w": np.ones(5, np.float32)}, made)
+
+
+def clamps(p, g, h):
+    return p - h.lr * min(max(g, p), p)
+
+
+def test_an_error_of_numba_is_one_line_and_what_it_recommends_works():
+    with pytest.raises(TypeError) as caught:
+        fastopt.Optimizer({"w": np.ones(3, np.float32)}, rule(prepare)(clips))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value.__cause__).count("\n") > 20
+    opt = fastopt.Optimizer({"w": np.ones(3, np.float32)}, rule(prepare)(clamps), lr=0.5)
+    opt.step({"w": np.full(3, 9.0, np.float32)})
+    assert (opt.params["w"] == 0.5).all()
+
+
+def test_an_error_in_a_term_or_in_settle_names_it():
+    def term(p, g, h):
+        return np.clip(g, p, p)
+
+    def settle(sums, numbers, size, h):
+        return sums.q + h.lrr
+
+    for terms, message in (
+        ({"q": term}, r"^rule 'descent': sums: terms\['q'\] must call what numba .*`return np\.clip\(g, p, p\)`"),
+        (
+            {"q": lambda p, g, h: p},
+            r"^rule 'descent': sums: settle must read fields of Hyper \(lr\), got h\.lrr in line",
+        ),
+    ):
+
+        @rule(prepare, sums=fastopt.Sums(terms=terms, settle=settle, results=("lr",)))
+        def descent(p, g, h):
+            return p - h.lr * g
+
+        with pytest.raises(TypeError, match=message):
+            fastopt.Optimizer({"w": np.ones(3, np.float32)}, descent)
 
 
 def plain_tuple(t: int, lr: float = 0.1) -> Any:
@@ -1678,5 +1840,5 @@ def test_a_literal_in_apply_of_a_layerwise_rule():
     def literal(p, g, m, h):
         return g, g
 
-    with pytest.raises(TypeError, match=r"'literal' on float32: must return float32, got p as float64"):
+    with pytest.raises(TypeError, match=r"got p as float64; the literal 0\.5 in line \d+ .*`return p - 0\.5 \* m`"):
         fastopt.Optimizer({"w": np.ones(3, np.float32)}, literal)

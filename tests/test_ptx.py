@@ -493,7 +493,7 @@ def test_so_are_the_scattered_kernels_of_rows_and_an_update_after_a_first(ema, d
 def on_host(rule: Rule, function: Any) -> tuple[bool, bool]:
     """Whether a scalar function of this rule divides, and whether it takes roots: as LLVM sees it, for the CPU."""
     scalar = elements.scalar(bind(function, {}, label=rule.name, scalar=elements.scalar))
-    elements.returned_dtypes(scalar, len(rule.states) + 2, hyper_of(rule), np.dtype(np.float32))
+    elements.returned_dtypes(scalar, len(rule.states) + 2, hyper_of(rule), np.dtype(np.float32), "")
     llvm = scalar.inspect_llvm(scalar.signatures[0])
     return " fdiv " in llvm, re.search(r" call .*sqrt", llvm) is not None
 

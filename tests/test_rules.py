@@ -36,7 +36,7 @@ def test_a_compiled_rule_returns_the_dtype_it_was_given(rule, dtype):
     values = rule.complete({})
     hyper = type(rule.prepared(1, [values[name] for name in rule.hyperparameters], rule.sample_inputs))
     compiled = elements.scalar(bind(rule.scalar, {}, label="r", scalar=elements.scalar))
-    returned = elements.returned_dtypes(compiled, 2 + len(rule.states), hyper, np.dtype(dtype))
+    returned = elements.returned_dtypes(compiled, 2 + len(rule.states), hyper, np.dtype(dtype), "")
     name = np.dtype(dtype).name
     assert returned == ([name] * (1 + len(rule.states)) if rule.states else name)
 

@@ -184,21 +184,43 @@ def check_rule(rule: KernelRule, compiled: Any, hyper: Any, dtype: np.dtype[Any]
     if len(rule.states) > MAX_STATES:
         raise TypeError(f"rule {rule.name!r}: must have at most {MAX_STATES} states, got {len(rule.states)}")
     names = ("p", *rule.states)
-    check_returns(rule, names, returned_dtypes(compiled, len(names) + 1, hyper, dtype), dtype)
+    where = f"rule {rule.name!r} on {dtype}:"
+    returned = returned_dtypes(compiled, len(names) + 1, hyper, dtype, where)
+    check_returns(rule, names, returned, dtype, lambda: promotion_in(compiled, len(names) + 1, hyper, dtype))
     for sums in rule.sums:
         check_sums(rule, sums, hyper, dtype)
 
 
-def returned_dtypes(compiled: Any, arguments: int, hyper: Any, dtype: np.dtype[Any]) -> list[str] | str:
+def returned_dtypes(compiled: Any, arguments: int, hyper: Any, dtype: np.dtype[Any], where: str) -> list[str] | str:
     """Return the numba type, or list of types, that a scalar function of `arguments` numbers and h returns, by name."""
-    number = numba.from_dtype(dtype)
-    returned = returned_type(compiled, (*[number] * arguments, record_type(hyper, number)))
+    returned = returned_type(compiled, signature_of(arguments, hyper, dtype), hyper, where)
     return [str(kind) for kind in returned] if isinstance(returned, types.BaseTuple) else str(returned)
 
 
-def returned_type(compiled: Any, signature: tuple[Any, ...]) -> Any:
-    """Return the numba type that a scalar function returns for arguments of these types."""
-    compiled.compile(signature)
+def promotion_in(compiled: Any, arguments: int, hyper: Any, dtype: np.dtype[Any]) -> str:
+    """Return which line of a function, compiled for these arguments, leaves the dtype; see `explain.promotion`."""
+    from fastopt.kernels.explain import promotion
+
+    return promotion(compiled, signature_of(arguments, hyper, dtype), numba.from_dtype(dtype))
+
+
+def signature_of(arguments: int, hyper: Any, dtype: np.dtype[Any]) -> tuple[Any, ...]:
+    """Return the numba types of `arguments` numbers and h."""
+    number = numba.from_dtype(dtype)
+    return (*[number] * arguments, record_type(hyper, number))
+
+
+def returned_type(compiled: Any, signature: tuple[Any, ...], hyper: Any, where: str) -> Any:
+    """Return the numba type that a scalar function returns for arguments of these types.
+
+    Raises TypeError, which begins with `where`, where numba does not compile the function.
+    """
+    try:
+        compiled.compile(signature)
+    except Exception as error:  # numba and its passes fail with errors of many types
+        from fastopt.kernels.explain import refusal
+
+        raise TypeError(f"{where} {refusal(compiled, hyper, error)}") from error
     return compiled.overloads[signature].signature.return_type
 
 
@@ -208,8 +230,16 @@ def record_type(kind: Any, number: Any) -> Any:
     return types.NamedUniTuple(number, fields, kind) if fields else types.Tuple(())
 
 
-def check_returns(rule: KernelRule, names: tuple[str, ...], returned: list[str] | str, dtype: np.dtype[Any]) -> None:
+def check_returns(
+    rule: KernelRule,
+    names: tuple[str, ...],
+    returned: list[str] | str,
+    dtype: np.dtype[Any],
+    explained: Callable[[], str],
+) -> None:
     """Check what a rule returns against `names`, the values that its signature requires.
+
+    explained : gives the end of the error about a value of another dtype.
 
     A literal (``1 - b1``) turns float32 into float64, which is three times slower and has no other symptom.
     """
@@ -220,10 +250,7 @@ def check_returns(rule: KernelRule, names: tuple[str, ...], returned: list[str] 
         raise TypeError(f"rule {rule.name!r}: must return {expected}, as its signature requires, got {what}")
     wrong = [f"{name} as {kind}" for name, kind in zip(names, found, strict=True) if kind != dtype.name]
     if wrong:
-        raise TypeError(
-            f"rule {rule.name!r} on {dtype}: must return {dtype}, got {', '.join(wrong)}; an arithmetic literal "
-            f"promotes float32 to float64: compute the constant in `prepare` and read it from h"
-        )
+        raise TypeError(f"rule {rule.name!r} on {dtype}: must return {dtype}, got {', '.join(wrong)}{explained()}")
 
 
 def records_of(sums: SumsFunctions) -> tuple[Any, Any]:
@@ -237,14 +264,14 @@ def check_sums(rule: KernelRule, sums: SumsFunctions, hyper: Any, dtype: np.dtyp
     for kind, functions in (("terms", sums.terms), ("norms", sums.norms)):
         for name, term in functions.items():
             compiled = scalar(bind(term, {}, label=f"{rule.name}_{dtype}_{name}", scalar=scalar))
-            found = returned_dtypes(compiled, len(rule.states) + 2, hyper, dtype)
+            found = returned_dtypes(compiled, len(rule.states) + 2, hyper, dtype, f"{where} {kind}[{name!r}]")
             if not isinstance(found, str) or found == "none":
                 what = found if isinstance(found, str) else f"a tuple of {len(found)}"
                 raise TypeError(f"{where} {kind}[{name!r}] must return a number, got {what}")
     of_sums, of_numbers = (record_type(kind, types.float64) for kind in records_of(sums))
     compiled = scalar(bind(sums.settle, {}, label=f"{rule.name}_{dtype}_settle", scalar=scalar))
     h = record_type(hyper, numba.from_dtype(dtype))
-    returned = returned_type(compiled, (of_sums, of_numbers, types.float64, h))
+    returned = returned_type(compiled, (of_sums, of_numbers, types.float64, h), hyper, f"{where} settle")
     names = (*map(str, sums.results), *sums.numbers)
     kinds = list(returned) if isinstance(returned, types.BaseTuple) else [returned]
     if any(not isinstance(kind, types.Number | types.Boolean) for kind in kinds):
