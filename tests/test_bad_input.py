@@ -1423,7 +1423,7 @@ def of_no_name(p, g, h):
 
 def of_no_local_name(p, g, h):
     scaled = h.lr * g
-    return p - scalde  # noqa: F821
+    return scaled - scalde  # noqa: F821
 
 
 def of_no_module_name(p, g, h):
@@ -1515,8 +1515,9 @@ BODIES = [
     (selects, r"^rule 'selects' on float32: must return float32, got p as array.*; line \d+ .* leaves float32$"),
     (
         clips,
-        r"^rule 'clips' on float32: must call what numba compiles for numbers, got clip\(float32, float32, float32\) in "
-        r"line \d+ of test_bad_input\.py \(`return p - h\.lr \* np\.clip\(g, p, p\)`\); write min\(max\(x, low\), high\)$",
+        r"^rule 'clips' on float32: must call what numba compiles for numbers, got clip\(float32, float32, float32\) "
+        r"in line \d+ of test_bad_input\.py \(`return p - h\.lr \* np\.clip\(g, p, p\)`\); write min\(max\(x, low\), "
+        r"high\)$",
     ),
     (calls_what_clips, r"got clip\(float32, .*\) in line \d+ .*\(`return np\.clip\(x, h\.lr, h\.lr\)`\); write min"),
     (averages, r"must call what numba compiles .*, got median\(float32\) in line \d+ .*; declare it by fastopt\.Sums"),
@@ -1524,7 +1525,7 @@ BODIES = [
         of_no_name,
         r"must use names that are defined, got 'undefined_here' in line \d+ .*`return p - h\.lr \* undefined_h",
     ),
-    (of_no_local_name, r"must use names that are defined, got 'scalde' in line \d+ .*`return p - scalde"),
+    (of_no_local_name, r"must use names that are defined, got 'scalde' in line \d+ .*`return scaled - scalde"),
     (
         of_no_module_name,
         r"must use names that are defined, got numpy\.klip in line \d+ .*`return p - np\.klip\(g, p, p\)`",

@@ -13,17 +13,18 @@ from test_cli_train import invoke, plain, run_json, small_problem, without_times
 from typer.testing import CliRunner
 
 import fastopt
-from fastopt.cli import data
+from fastopt.cli import data, runs
 from fastopt.cli.app import app
 from fastopt.cli.choices import SCHEDULES, parse_optimizer
 from fastopt.cli.compare import COMPARISONS, LR_FACTORS, OPTIMIZERS
 from fastopt.cli.network import ACTIVATIONS, backward, forward, new_layers, new_norms, softmax_cross_entropy
+from fastopt.cli.runs import SCANNED, Plan, Setting, make_run, scan_rates
 from fastopt.curvature import dominant_eigenvalue
 
 CANCER = ("--data", "breast-cancer")
 SHORT = {
     "batch-sizes": (*CANCER, "--epochs", "4"),
-    "optimizers": ("--epochs", "3"),
+    "optimizers": (*CANCER, "--epochs", "3"),
     "schedules": ("--epochs", "2"),
     "inits": ("--epochs", "4"),
     "batch-norm": ("--epochs", "3"),
@@ -117,10 +118,49 @@ def test_batch_sizes_use_the_same_rows_in_more_or_fewer_steps(compared):
     assert settings["optimizer"] == "sgd"
 
 
-def test_optimizers_equal_those_of_plain_training(compared, tmp_path):
+def test_optimizers_equal_those_of_plain_training(tmp_path):
     alone = run_json(tmp_path, "-o", ",".join(OPTIMIZERS), *SHORT["optimizers"])
-    assert without_times(alone)["runs"] == without_times(compared("optimizers")[1])["runs"]
+    usual = run_json(tmp_path, "--compare", "optimizers", "--rates", "defaults", *SHORT["optimizers"])
+    assert without_times(alone)["runs"] == without_times(usual)["runs"]
     assert [run["optimizer"] for run in alone["runs"]] == list(OPTIMIZERS)
+
+
+def test_the_rate_of_each_optimizer_is_the_best_of_a_scan(compared, tmp_path):
+    output, report, _, _ = compared("optimizers")
+    for run in report["runs"]:
+        usual = parse_optimizer(run["optimizer"]).lr(32)
+        tried = {trial["lr"]: trial["loss"] for trial in run["lr_scan"]}
+        assert list(tried) == pytest.approx([factor * usual for factor in SCANNED], rel=0.05)
+        assert run["lr"] == min(tried, key=tried.get)
+        assert len(set(tried.values())) == len(SCANNED)
+        assert f"{run['optimizer']} {run['lr']:.4g}" in plain(output)
+    assert "of 8 rates each, the one with the lowest training loss after one epoch: sgd " in plain(output)
+    for name, trial in ((run["optimizer"], run["lr_scan"][k]) for k, run in enumerate(report["runs"])):
+        arguments = ("-o", name, "--lr", trial["lr"], *CANCER, "--epochs", 1)
+        (alone,) = run_json(tmp_path, *arguments)["runs"]
+        assert alone["loss"] == trial["loss"]  # the same weights and mini-batches, to the bit
+
+
+def test_scanned_rates_lower_the_loss_and_tell_sgd_from_momentum(tmp_path):
+    arguments = ("--compare", "optimizers", "--epochs", 3)
+    scanned, usual = (run_json(tmp_path, *arguments, "--rates", rates)["runs"] for rates in ("scan", "defaults"))
+    for chosen, given in zip(scanned, usual, strict=True):
+        assert chosen["loss"] < given["loss"]
+        assert "lr_scan" not in given
+    steps = {run["optimizer"]: run["lr"] for run in scanned}
+    assert 10 * steps["momentum"] != pytest.approx(steps["sgd"], rel=0.2)
+
+
+def test_a_rate_is_chosen_where_some_or_all_diverge(monkeypatch):
+    setting = Setting("breast-cancer", [4], 1, "cpu", 0)
+    run = make_run(Plan("sgd", parse_optimizer("sgd"), 32, "constant", "he_normal", "relu"), setting)
+    monkeypatch.setattr(runs, "SCANNED", (1e30, 1.0, 1e31))
+    (chosen,) = scan_rates([run], setting)
+    assert chosen.lr == 0.1
+    assert [math.isfinite(trial.loss) for trial in chosen.plan.scan] == [False, True, False]
+    monkeypatch.setattr(runs, "SCANNED", (1e30, 1e31))
+    (chosen,) = scan_rates([run], setting)
+    assert chosen.lr == 0.1  # the usual one
 
 
 def test_schedules_equal_those_of_plain_training_at_a_large_rate(compared, tmp_path):
@@ -308,6 +348,9 @@ def test_help_names_the_comparisons_and_their_defaults():
         ("batch-norm", ("--hidden", "none"), "--hidden: must name at least one layer"),
         ("batch-norm", ("--batch-size", "1"), "--batch-size: must leave no batch of one of the 1438 rows"),
         ("inits", ("--lr", "auto"), "--lr: must be a number for this comparison, got auto; some of its initial"),
+        ("schedules", ("--rates", "scan"), "--rates: must be given with --compare optimizers, whose learning rates"),
+        ("optimizers", ("--rates", "scn"), "--rates: rates: must be one of scan, defaults, got 'scn'; did you mean"),
+        ("optimizers", ("--rates", "scan", "--lr", "1"), "--rates: must be defaults with --lr 1, got scan; drop"),
         ("optimizers", ("--lr", "auto"), "'adagrad': lr must be a number, got auto: auto is 1/lambda"),
         ("optimizers", ("--plot", "x.txt"), "x.txt: must end in one of ."),
     ],

@@ -322,13 +322,28 @@ def test_the_table_fits_eighty_columns():
     assert "momentum:lr_inside" in result.output
 
 
-@pytest.mark.parametrize("size", ["1", "7", "full", "5000"])
+@pytest.mark.parametrize("size", ["1", "7", "full", "455"])
 def test_every_batch_size_learns(tmp_path, size):
     epochs = 2 if size == "1" else 40
     report = run_json(tmp_path, "-o", "sgd,adam", "--data", "breast-cancer", "--batch-size", size, "--epochs", epochs)
     for run in report["runs"]:
         assert run["test_accuracy"] > 0.9, run["optimizer"]
-        assert run["steps"] == epochs * {"1": 455, "7": 65, "full": 1, "5000": 1}[size]
+        assert run["steps"] == epochs * {"1": 455, "7": 65, "full": 1, "455": 1}[size]
+
+
+def test_a_batch_of_more_rows_than_there_are_is_refused():
+    result = invoke("--data", "breast-cancer", "--batch-size", 456)
+    assert result.exit_code == 2
+    message = "--batch-size: must be at most the 455 training rows of breast-cancer, or full, got 456"
+    assert message in plain(result.output)
+
+
+def test_rprop_on_mini_batches_is_explained():
+    note = "needs full batches: it follows the signs of gradients"
+    arguments = ("--data", "breast-cancer", "--epochs", 1)
+    assert f"rprop {note}" in plain(invoke("-o", "adam,rprop", *arguments).output)
+    assert note not in plain(invoke("-o", "adam,rprop", "--batch-size", "full", *arguments).output)
+    assert note not in plain(invoke("-o", "adam", *arguments).output)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

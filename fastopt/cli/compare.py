@@ -60,6 +60,8 @@ class Comparison:
     """Return what to report about the network before training."""
     rules: bool = False
     """Whether a result has several lines in the table."""
+    scans: bool = False
+    """Whether the learning rate of each run is chosen by a scan, if none is given."""
 
     def check(self, given: Iterable[str], choices: Sequence[Choice], hidden: Sequence[int]) -> None:
         """Refuse options that the comparison sets itself or does not support, and more than one optimizer."""
@@ -261,6 +263,7 @@ COMPARISONS: dict[str, Comparison] = {
         draw=_draw_optimizers,
         picture="loss curves and accuracies",
         defaults={"optimizer": ["sgd"]},
+        scans=True,
     ),
     "schedules": Comparison(
         what=f"{', '.join(SCHEDULES)}, at {TOO_LARGE:g} times the usual learning rate if none is given",

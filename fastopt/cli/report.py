@@ -132,6 +132,17 @@ def print_results(
                 f"{run.plan.label} diverged: its loss after epoch {outcome.diverged_in_epoch} is not finite; "
                 f"try a learning rate below {run.lr:.4g}."
             )
+    for run, _, _ in results:
+        if isinstance(run.optimizer, fastopt.Rprop) and run.steps_per_epoch > 1:
+            out.print(
+                f"{run.plan.label} needs full batches: it follows the signs of gradients, which change from mini-batch "
+                f"to mini-batch; use --batch-size full."
+            )
+    scanned = [run for run, _, _ in results if run.plan.scan]
+    if scanned:
+        chosen = ", ".join(f"{run.plan.label} {run.lr:.4g}" for run in scanned)
+        count = len(scanned[0].plan.scan)
+        out.print(f"lr: of {count} rates each, the one with the lowest training loss after one epoch: {chosen}.")
     eigenvalues = dict.fromkeys(run.eigenvalue for run, _, _ in results if run.eigenvalue is not None)
     if eigenvalues:
         out.print(
@@ -178,6 +189,7 @@ def _reported(settings: dict[str, Any], result: Result) -> dict[str, Any]:
         "options": run.plan.choice.options,
         "lr": run.lr,
         "dominant_eigenvalue": run.eigenvalue,
+        **({"lr_scan": [trial._asdict() for trial in run.plan.scan]} if run.plan.scan else {}),
         "status": "trained" if outcome.diverged_in_epoch is None else "diverged",
         "diverged_in_epoch": outcome.diverged_in_epoch,
         "loss": outcome.losses[-1],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +25,13 @@ from fastopt.cli.resume import OPTIONS, Keeper
 from fastopt.cli.trainer import Outcome, train_network
 
 
+class Trial(NamedTuple):
+    """A learning rate that was tried, and the mean loss over the training rows after it."""
+
+    lr: float
+    loss: float
+
+
 class Plan(NamedTuple):
     """One requested run: the settings that may differ between the runs of one command."""
 
@@ -36,6 +44,8 @@ class Plan(NamedTuple):
     batch_norm: bool = False
     lr_factor: float = 1.0
     """Factor on the learning rate of `choice`."""
+    scan: tuple[Trial, ...] = ()
+    """The learning rates that were tried to choose the one of `choice`."""
 
 
 @dataclass
@@ -130,6 +140,39 @@ def attach(norms: Sequence[fastopt.BatchNorm], flat: fastopt.FlatParams) -> None
         norm.attach(params.bn, grads.bn)
 
 
+SCANNED = (0.1, 0.3, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0)
+"""Multiples of the usual learning rate that `scan_rates` tries. With gaps of 3, the best rates of SGD and of momentum
+would be the same effective step, and their curves one."""
+
+
+def scan_rates(runs: Sequence[Run], setting: Setting) -> list[Run]:
+    """Return the runs with the best of a few learning rates each; show a progress bar for each.
+
+    Each rate trains a new network for one epoch, without a schedule, from the weights and over the mini-batches of the
+    comparison. The rate with the lowest loss over the training rows wins.
+    """
+    chosen = []
+    with progress("learning rates {task.fields[best]}") as bar:
+        for given in runs:
+            plan = given.plan
+            task = bar.add_task(plan.label, total=len(SCANNED), best="")
+            trials: list[Trial] = []
+            for factor in SCANNED:
+                rate = float(f"{factor * given.lr:.2g}")
+                run = make_run(_with_rate(plan._replace(schedule="constant"), rate), setting)
+                trials.append(Trial(rate, train(run, setting, epochs=1).losses[-1]))
+                best = min(trials, key=lambda trial: trial.loss if math.isfinite(trial.loss) else math.inf)
+                bar.update(task, advance=1, best=f"best {best.lr:g}")
+            rate = best.lr if math.isfinite(best.loss) else given.lr
+            run = make_run(_with_rate(plan, rate)._replace(scan=tuple(trials)), setting)
+            chosen.append(run._replace(compile_seconds=given.compile_seconds))
+    return chosen
+
+
+def _with_rate(plan: Plan, lr: float) -> Plan:
+    return plan._replace(choice=replace(plan.choice, given_lr=lr))
+
+
 def make_runs(plans: Sequence[Plan], setting: Setting, checkpoint: Path | None, show: Callable[..., None]) -> list[Run]:
     """Return the runs of `plans`, as `make_run`; `show` is the function of `fastopt.cli.output.waiting`."""
     runs = []
@@ -192,21 +235,24 @@ def train_all(runs: Sequence[Run], setting: Setting, begun: Sequence[Outcome | N
         for run, before in zip(runs, begun, strict=True):
             done = 0 if before is None else before.epochs
             task = bar.add_task(run.plan.label, total=setting.epochs, completed=done, loss="")
-            outcomes.append(
-                train_network(
-                    run.optimizer,
-                    setting.rows,
-                    epochs=setting.epochs,
-                    batch_size=run.plan.batch_size,
-                    rng=setting.rng("batches"),
-                    norms=run.norms,
-                    activation=run.plan.activation,
-                    looks_ahead=run.plan.choice.looks_ahead,
-                    begun=before,
-                    after_epoch=partial(_after_epoch, bar, task, run.keeper),
-                )
-            )
+            after_epoch = partial(_after_epoch, bar, task, run.keeper)
+            outcomes.append(train(run, setting, epochs=setting.epochs, begun=before, after_epoch=after_epoch))
     return outcomes
+
+
+def train(run: Run, setting: Setting, *, epochs: int, **options: Any) -> Outcome:
+    """Train a run for some epochs; `options` are those of `train_network`."""
+    return train_network(
+        run.optimizer,
+        setting.rows,
+        epochs=epochs,
+        batch_size=run.plan.batch_size,
+        rng=setting.rng("batches"),
+        norms=run.norms,
+        activation=run.plan.activation,
+        looks_ahead=run.plan.choice.looks_ahead,
+        **options,
+    )
 
 
 def _after_epoch(bar: Progress, task: TaskID, keeper: Keeper | None, outcome: Outcome) -> None:

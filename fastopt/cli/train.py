@@ -26,7 +26,9 @@ from fastopt.cli.network import ACTIVATIONS
 from fastopt.cli.output import STDOUT, blame, check_files, console, waiting, write_json, writing
 from fastopt.cli.report import Result, print_results, report, settings_of, title_of
 from fastopt.cli.resume import Keeper
-from fastopt.cli.runs import Plan, Setting, beside, make_runs, train_all
+from fastopt.cli.runs import SCANNED, Plan, Setting, beside, make_runs, scan_rates, train_all
+
+RATES = ("scan", "defaults")
 
 INTERRUPTED = 130
 """The exit code of shells after Ctrl-C: 128 + SIGINT."""
@@ -83,6 +85,15 @@ def train(
             show_default="depends on the optimizer and the batch size",
         ),
     ] = None,
+    rates: Annotated[
+        str,
+        typer.Option(
+            metavar="scan|defaults",
+            help="How --compare optimizers chooses the learning rate of each optimizer without --lr: scan trains one "
+            f"epoch at each of {', '.join(f'{factor:g}' for factor in SCANNED)} times its usual rate, and takes the "
+            "one with the lowest training loss; defaults takes the usual rate.",
+        ),
+    ] = "scan",
     schedule: Annotated[
         str,
         typer.Option(
@@ -216,6 +227,12 @@ def train(
     with blame("--compare"):
         if compare is not None:
             comparison.check(given, choices, widths)
+    with blame("--rates"):
+        one_of(rates, RATES, "rates")
+        if "rates" in given and not comparison.scans:
+            raise ValueError("must be given with --compare optimizers, whose learning rates it chooses")
+        if rates == "scan" and "rates" in given and rate is not None:
+            raise ValueError(f"must be defaults with --lr {lr}, got scan; drop --rates or --lr")
     second = {"--checkpoint with --batch-norm": beside(checkpoint)} if checkpoint is not None and batch_norm else {}
     check_files({"--plot": plot, "--json": json, "--checkpoint": checkpoint, **second})
     with blame("--resume"):
@@ -228,6 +245,12 @@ def train(
     with waiting() as show:
         show(f"loading {dataset}")
         setting = Setting(dataset, widths, chosen("epochs"), backend, seed)
+        with blame("--batch-size"):
+            rows = len(setting.rows.x_train)
+            if rows_per_batch != "full" and rows_per_batch > rows:
+                raise ValueError(
+                    f"must be at most the {rows} training rows of {dataset}, or full, got {rows_per_batch}"
+                )
         with blame("--optimizer"):
             plans = [
                 plan
@@ -242,6 +265,8 @@ def train(
                     _check_batch_norm(widths, len(setting.rows.x_train), setting.batch_rows(plan))
         with blame("--optimizer"):  # make all runs before training: a value out of range ends the command here
             runs = make_runs(plans, setting, checkpoint, show)
+    if comparison.scans and rates == "scan" and rate is None:
+        runs = scan_rates(runs, setting)
     with blame("--resume"):
         begun = [
             run.keeper.resume() if resume and run.keeper is not None and run.keeper.path.exists() else None
