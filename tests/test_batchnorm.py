@@ -618,6 +618,62 @@ def test_backward_may_overwrite_what_it_read(name, target, activation, residual)
         np.testing.assert_array_equal(alone, over)
 
 
+STRIDED = {
+    "Fortran order": np.asfortranarray,
+    "channels last in memory": lambda x: np.moveaxis(np.moveaxis(x, 1, -1).copy(), -1, 1),
+    "every second row": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "inside of padding": lambda x: np.pad(x, ((0, 0), (0, 0), (1, 1), (2, 2)))[:, :, 1:-1, 2:-2],
+    "backwards": lambda x: x[:, :, ::-1].copy()[:, :, ::-1],
+}
+
+
+@pytest.mark.parametrize("strided", STRIDED.values(), ids=STRIDED)
+@pytest.mark.parametrize("training", [True, False])
+@every_flag
+def test_strided_arrays_give_the_bits_of_their_copies(strided, training, activation, residual):
+    arrays = case((6, 3, 4, 5), 1, np.float32)
+    whole = {name: arrays[name] for name in ("x", "residual", "dy") if name != "residual" or residual}
+    given = {name: strided(array) for name, array in whole.items()}
+    assert not any(array.flags.c_contiguous for array in given.values())
+    kept = {name: array.tobytes() for name, array in given.items()}
+    found = []
+    for some in (whole, given):
+        bn = BatchNorm(3, activation=activation)
+        for _ in range(2):  # the second pass is checked by compiled code
+            y = bn.forward(some["x"], training, residual=some.get("residual"))
+            grads = bn.backward(some["dy"])
+        parts = [y, *(grads if residual else [grads]), bn.running_mean, bn.running_var, *bn.grads.values()]
+        assert all(part.flags.c_contiguous for part in parts if part is not some["dy"])
+        found.append([part.tobytes() for part in parts])
+    assert found[0] == found[1]
+    assert {name: array.tobytes() for name, array in given.items()} == kept
+
+
+def test_a_strided_x_may_change_before_the_backward_pass_and_out_may_lie_beside_it():
+    arrays = case((6, 3, 4, 5), 1, np.float32)
+    whole = np.repeat(arrays["x"], 2, axis=0)
+    y, saved = batchnorm_forward(arrays["x"])
+    expected = batchnorm_backward(arrays["dy"], saved)
+    out = np.empty_like(y)
+    found, saved = batchnorm_forward(whole[::2], out=out)
+    whole[...] = 0.0
+    assert found is out
+    assert found.tobytes() == y.tobytes()
+    dx = np.empty_like(y)
+    grads = batchnorm_backward(np.asfortranarray(arrays["dy"]), saved, out=dx)
+    assert grads.dx is dx
+    assert dx.tobytes() == expected.dx.tobytes()
+
+
+def test_a_broadcast_gradient_is_copied():
+    x = case((6, 3, 4, 5), 1, np.float32)["x"]
+    y, saved = batchnorm_forward(x)
+    twin = saved.twin()
+    ones = batchnorm_backward(np.ones_like(y), twin)
+    spread = batchnorm_backward(np.broadcast_to(np.float32(1.0), y.shape), saved)
+    assert spread.dx.tobytes() == ones.dx.tobytes()
+
+
 def test_inputs_are_not_written_to():
     a = case((9, 4, 25, 29), 1)
     copies = {name: array.copy() for name, array in a.items()}

@@ -294,8 +294,9 @@ def batchnorm_forward(
     number of threads.
 
     Args:
-        x: float32 or float64, C-contiguous, of shape (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), or (N, ..., C)
-            with ``axis=-1``. It is kept, not copied: leave it unchanged until the backward pass.
+        x: float32 or float64, of shape (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), or (N, ..., C) with
+            ``axis=-1``. It is kept, not copied: leave it unchanged until the backward pass. A transpose, a slice or
+            another array that is not C-contiguous is copied first, as are such a residual and such a dy.
         gamma, beta: shape (C,), dtype of x; None for 1 and 0. [y]
         running_mean, running_var: shape (C,), dtype of x, written in place in training; both or neither. A variance
             that float32 cannot hold is stored as the largest number of the dtype. [x], [x]^2
@@ -305,8 +306,8 @@ def batchnorm_forward(
         axis: 1 or -1: where the channels are.
         activation: None or ``"relu"``.
         residual: added before the activation; shape and dtype of x.
-        out: array to write y to; shape and dtype of x. It may be `residual`. With training=False it may be x; there
-            is then no backward pass, which needs x.
+        out: C-contiguous array to write y to; shape and dtype of x. It may be `residual`. With training=False it may be
+            x; there is then no backward pass, which needs x.
 
     Returns:
         (y, saved): y, and the argument of `batchnorm_backward`.
@@ -398,6 +399,24 @@ def forward_pass(
     shape = _check_x(x, axis)
     channels = shape[1]
     backend = get_backend(backend_of(x))
+    if is_strided(x, backend) or is_strided(residual, backend):
+        scalars.refuse_masked("residual", residual)
+        return forward_pass(
+            _contiguous(x, backend),
+            gamma,
+            beta,
+            running_mean,
+            running_var,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            axis=axis,
+            activation=activation,
+            residual=_contiguous(residual, backend),
+            out=out,
+            count=count,
+        )
+    _check_memory("x", x)
     for name, array in (("gamma", gamma), ("beta", beta)):
         _check_channelwise(name, array, x, channels, backend)
     if (running_mean is None) != (running_var is None):
@@ -588,9 +607,9 @@ def batchnorm_backward(
     unchanged until the backward pass.
 
     Args:
-        dy: gradient of the loss with respect to y; shape and dtype of x, C-contiguous.
+        dy: gradient of the loss with respect to y; shape and dtype of x. It is copied if it is not C-contiguous.
         saved: what `batchnorm_forward` returned. It serves one call.
-        out: array to write dx to; shape and dtype of x. It may be dy or x.
+        out: C-contiguous array to write dx to; shape and dtype of x. It may be dy or x.
         dgamma, dbeta: arrays of shape (C,) to write these gradients to, which replace their content.
 
     Returns:
@@ -646,6 +665,9 @@ def batchnorm_backward(
         )
     kind = saved._kind
     backend = kind.backend
+    if is_strided(dy, backend):
+        scalars.refuse_masked("dy", dy)
+        return batchnorm_backward(_contiguous(dy, backend), saved, out=out, dgamma=dgamma, dbeta=dbeta)
     check_like("dy", dy, saved.shape, saved.dtype, backend)
     y = saved._y
     if out is not None:
@@ -740,7 +762,6 @@ def _check_x(x: Any, axis: int) -> tuple[int, int, int]:
     if x.ndim < 2:
         layout = "(N, C) or (N, C, ...)" if axis == 1 else "(N, ..., C)"
         raise ValueError(f"x: must have shape {layout}, got {x.shape}")
-    _check_memory("x", x)
     view = _view(x.shape, axis)
     if view[1] == 0:
         raise ValueError(f"x: must have at least one channel, got shape {x.shape} with axis={axis}")
@@ -754,13 +775,20 @@ def _view(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:
     return shape[0], shape[1], math.prod(shape[2:])
 
 
+def is_strided(array: Any, backend: Backend) -> bool:
+    """Whether an array of the backend has other strides than the kernels read: a transpose, a slice, a broadcast."""
+    return isinstance(array, backend.array_type) and not array.flags.c_contiguous
+
+
+def _contiguous(array: Any, backend: Backend) -> Any:
+    """The array, or its copy if it is strided."""
+    return array.copy("C") if is_strided(array, backend) else array
+
+
 def _check_memory(name: str, array: np.ndarray, written: bool = False) -> None:
     flags = array.flags
     if not flags.c_contiguous:
-        hint = "np.ascontiguousarray(" + name + ")"
-        if name == "x":
-            hint += ", or pass data that is channels-last in memory as (N, ..., C) with axis=-1"
-        raise ValueError(f"{name}: must be C-contiguous, got strides {array.strides}; use {hint}")
+        raise ValueError(f"{name}: must be C-contiguous, got strides {array.strides}; use np.ascontiguousarray({name})")
     if not getattr(flags, "aligned", True):  # CuPy's always are
         raise ValueError(
             f"{name}: must be aligned, got an address that is not a multiple of {array.itemsize} bytes; pass a copy"

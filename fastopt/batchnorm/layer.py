@@ -245,8 +245,8 @@ class BatchNorm:
         A batch with a NaN or an infinity is not recorded: the running statistics and their count stay.
 
         Args:
-            x: of shape (N, C), (N, C, ...), or (N, ..., C) with ``axis=-1``, of the layer's dtype, C-contiguous. Kept,
-                not copied, for `backward`.
+            x: of shape (N, C), (N, C, ...), or (N, ..., C) with ``axis=-1``, of the layer's dtype. Kept for `backward`,
+                not copied; an array that is not C-contiguous is copied.
             training: which statistics to use.
             residual: added before the activation; shape of x.
             out: array to write y to, shape of x; see `batchnorm_forward`.
