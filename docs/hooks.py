@@ -3,7 +3,8 @@
 A command with ``--plot FILE`` or ``--animate FILE`` is run if it stands in a table of a page, or behind a prompt in a
 code block (``$ fastopt ...``). Its pictures are shown beside it, or below the block: a new row is a new picture. A
 command may stand on several pages. Two run at a time. Pictures are kept under build/pictures, and are made again when
-the command, or anything in the package, has changed. A command that fails ends the build.
+the command, or anything in the package, has changed. A command that fails ends the build. With FASTOPT_DOCS_PICTURES=0
+no command is run, and the pages show no pictures of commands.
 """
 
 from __future__ import annotations
@@ -30,12 +31,27 @@ LONGEST = 300
 """Seconds that a command may take."""
 
 
+def pictures_wanted() -> bool:
+    """Whether pictures are drawn and shown: FASTOPT_DOCS_PICTURES, 0 or 1; 1 if it is not set."""
+    value = os.environ.get("FASTOPT_DOCS_PICTURES") or "1"
+    if value not in ("0", "1"):
+        raise RuntimeError(f"FASTOPT_DOCS_PICTURES: must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
 def commands_in(text: str) -> list[str]:
     """The commands of a page that draw something, each once: in its tables, and behind the prompts of its blocks."""
     lines = text.splitlines()
     found = [command for line in lines if line.startswith("|") for command in COMMAND.findall(line)]
     found += [match.group(1) for match in map(PROMPT.fullmatch, lines) if match]
     return [command for command in dict.fromkeys(found) if DRAWN.search(command)]
+
+
+def commands_of(pages: Sequence[str]) -> list[str]:
+    """The commands of all pages whose pictures are wanted, each once."""
+    if not pictures_wanted():
+        return []
+    return list(dict.fromkeys(command for page in pages for command in commands_in(page)))
 
 
 def pictures_of(command: str) -> list[str]:
@@ -169,8 +185,8 @@ def on_files(files: Any, config: Any) -> Any:
 
     sources.cache_clear()
     pages = [path.read_text(encoding="utf-8") for path in sorted(Path(config.docs_dir).glob("*.md"))]
-    commands = list(dict.fromkeys(command for page in pages for command in commands_in(page)))
     try:
+        commands = commands_of(pages)
         make(commands, PICTURES)
     except RuntimeError as error:
         raise PluginError(str(error)) from None
@@ -183,7 +199,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put the pictures beside their commands, and what is generated in the place of its mark."""
-    markdown = with_pictures(markdown)
+    if pictures_wanted():
+        markdown = with_pictures(markdown)
     for mark, make_text in GENERATED.items():
         if mark in markdown:
             markdown = markdown.replace(mark, make_text())

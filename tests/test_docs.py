@@ -302,6 +302,19 @@ def test_two_commands_do_not_draw_one_picture(tmp_path):
         hooks.make(["fastopt train --plot a.png", "fastopt contour --plot a.png"], tmp_path)
 
 
+def test_a_site_can_be_built_without_pictures(monkeypatch):
+    monkeypatch.setenv("FASTOPT_DOCS_PICTURES", "0")
+    assert hooks.commands_of([TABLE, BLOCK]) == []
+    assert hooks.on_page_markdown(TABLE, page=None) == TABLE
+    for value in ("1", ""):
+        monkeypatch.setenv("FASTOPT_DOCS_PICTURES", value)
+        assert hooks.commands_of([TABLE, BLOCK, TABLE]) == [*hooks.commands_in(TABLE), *hooks.commands_in(BLOCK)]
+        assert hooks.on_page_markdown(TABLE, page=None) == hooks.with_pictures(TABLE)
+    monkeypatch.setenv("FASTOPT_DOCS_PICTURES", "no")
+    with pytest.raises(RuntimeError, match="FASTOPT_DOCS_PICTURES: must be 0 or 1, got 'no'"):
+        hooks.commands_of([TABLE])
+
+
 def test_two_commands_run_at_a_time(tmp_path, monkeypatch):
     running, most = [], []
 
