@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -1089,7 +1090,7 @@ def _is_tree(value: Any) -> bool:
     """Whether a value is a tree of arrays, not a number."""
     if isinstance(value, list | tuple):
         return any(map(_is_tree, value))
-    return isinstance(value, Mapping) or bool(getattr(value, "shape", ()))
+    return isinstance(value, Mapping) or math.prod(getattr(value, "shape", None) or ()) > 1
 
 
 def _conventional(init: Callable[..., None], signature: inspect.Signature) -> Callable[..., None]:

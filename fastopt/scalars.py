@@ -11,6 +11,9 @@ import sys
 from numbers import Integral, Real
 from typing import Any
 
+LONGEST = 200
+"""The most characters of a refused value that an error shows."""
+
 PLAIN = (float, int, bool, str, complex, type(None))
 
 
@@ -125,7 +128,8 @@ def shown(value: Any) -> str:
         return type(value).__name__
     held = unwrap(value)
     kind = f" ({type(held).__name__})" if isinstance(held, bool | str | bytes | complex) else ""
-    return f"{value!r}{kind}"
+    text = " ".join(f"{value!r}".split())
+    return f"{text if len(text) <= LONGEST else text[:LONGEST] + ' ...'}{kind}"
 
 
 def dtype_name(dtype: Any) -> str:

@@ -729,6 +729,13 @@ def test_attributes_that_resemble_nothing(name):
         getattr(adam(), name)
 
 
+def test_a_tree_in_the_place_of_grad_scale_is_not_printed_whole():
+    params, grads = ({f"layer{k}": np.ones(100) for k in range(100)} for _ in range(2))
+    with pytest.raises(TypeError, match=r"^grad_scale: must be a positive finite number, got {.* \.\.\.$") as caught:
+        fastopt.Adam().update(params, grads, {"state": params})
+    assert len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize("more", [(), (None,), ({},)], ids=["optax", "None", "a state"])
 def test_a_step_of_parameters_and_gradients(more):
     message = r"^step: must be given gradients alone, .*; parameters are given to the constructor, or in opt\.update"
