@@ -17,7 +17,7 @@ from fastopt.measure import Result, compare
 
 CASES = {"1M": 2**20, "30M": 30_000_000}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "float32": ("float32", {}),
+    "fastopt": ("float32", {}),
     "bfloat16 states": ("float32", {"states": "bfloat16"}),
     "float16 states": ("float32", {"states": "float16"}),
     "8-bit states": ("float32", {"states": "int8"}),
@@ -26,7 +26,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "bfloat16, compensated": ("bfloat16", {"states": "bfloat16", "compensated": True}),
     "bfloat16, 8-bit states": ("bfloat16", {"states": "int8", "rounding": "stochastic"}),
 }
-"""The dtype of parameters and gradients, and the arguments of the optimizer."""
+"""The dtype of parameters and gradients, and the arguments of the optimizer; `fastopt` is all in float32."""
 TORCH = "torch foreach bfloat16"
 
 

@@ -130,8 +130,8 @@ SECTIONS = {
     ),
     "formats": (
         "Storage formats",
-        "AdamW with parameters and gradients, or states, in 16 and 8 bits, beside float32; and torch's, whose "
-        "parameters are bfloat16.",
+        "AdamW with parameters and gradients, or states, in 16 and 8 bits. `fastopt` is all in float32; the parameters "
+        "of torch's are bfloat16.",
     ),
 }
 

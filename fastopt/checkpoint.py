@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from fastopt.files import file_at, replace_file
 from fastopt.hyper import EMA
 from fastopt.kernels import get_backend
+from fastopt.kernels.contract import BFLOAT16
 from fastopt.state import (
     NO_PLACE,
     STATE_FORMAT,
@@ -37,6 +38,7 @@ from fastopt.state import (
     try_step,
 )
 from fastopt.storage.conversion import STORAGE, converted
+from fastopt.storage.formats import dtype_of
 from fastopt.version import __version__
 
 __all__ = ["describe"]
@@ -158,6 +160,8 @@ def load(
             for key, place in there.items()
             if convert or (mine.get(key) == place and _kind(file, key) == (NAMES[own[key].dtype.name], own[key].shape))
         ]
+        if any(_kind(file, key)[0] == NAMES[BFLOAT16] for key in fitting):
+            dtype_of(BFLOAT16, where)  # makes the dtype known to NumPy
         # Copies, so that nothing can change them between the check and the use.
         arrays = {key: file.get_tensor(key) for key in fitting}
         held: dict[str, dict[str, np.ndarray]] = {"": {}}
@@ -455,8 +459,8 @@ def _kind(file: Any, key: str) -> tuple[str, tuple[int, ...]]:
 
 def _stand_in(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return an array of this shape and dtype that takes no memory, for an array that is not read."""
-    known = {name: np.dtype(numpys) for numpys, name in NAMES.items()}
-    return np.broadcast_to(np.zeros((), known.get(dtype, np.dtype("V1"))), shape)
+    known = {name: numpys for numpys, name in NAMES.items() if numpys != BFLOAT16}  # which NumPy may not know
+    return np.broadcast_to(np.zeros((), np.dtype(known.get(dtype, "V1"))), shape)
 
 
 def _check_arrays(where: str, file: Any, own: Mapping[str, np.ndarray]) -> None:

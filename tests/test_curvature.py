@@ -328,7 +328,7 @@ ONES = {"w": np.ones(3)}
         ({"rng": "0"}, TypeError, "rng: must be None, an int seed"),
         ({"params": {}}, ValueError, "params: must hold at least one array"),
         ({"params": {"w": np.ones((0, 3))}}, ValueError, "params: must have at least one element, got none"),
-        ({"params": {"w": np.ones(3, int)}}, TypeError, "parameter 'w': must have dtype float32 or float64"),
+        ({"params": {"w": np.ones(3, int)}}, TypeError, "parameter 'w': must have dtype float32, float64"),
         (
             {"params": {"w": np.array([1.0, math.nan, 0.0])}},
             ValueError,

@@ -6,6 +6,8 @@ import copy
 import pickle
 import platform
 import re
+import subprocess
+import sys
 import warnings
 
 import ml_dtypes
@@ -539,6 +541,18 @@ def test_another_format_is_converted_where_it_is_asked_for(there, here, tmp_path
                 with np.errstate(over="ignore"):
                     assert bits(after[name][k]) == bits(numbers.astype(after[name][k].dtype))
     opt.step(gradients(opt, 5))
+
+
+def test_a_process_that_has_not_seen_bfloat16_converts_it(tmp_path):
+    trained("bfloat16", {"states": "bfloat16"}).save(tmp_path / "a.safetensors")
+    code = f"""
+import numpy as np, fastopt
+opt = fastopt.Adam({{"W": np.zeros((80, 60), np.float32), "b": np.zeros(7, np.float32)}}, lr=0.01, ema=0.9)
+opt.load({str(tmp_path / "a.safetensors")!r}, convert=True)
+print(opt.step_count, float(opt.params["b"][0]) > 0.5)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["3", "True"]
 
 
 def test_float64_is_converted_as_well(tmp_path):

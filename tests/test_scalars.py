@@ -348,7 +348,7 @@ def test_masked_arrays_are_refused_everywhere(where, mask):
 @pytest.mark.parametrize(
     ("array", "named"),
     [
-        (np.ones(3, np.float16), r"got float16; use \w+\.astype\('float32'\)"),
+        (np.ones(3, int), r"got int64; use \w+\.astype\('float32'\)"),
         (np.ones(3, bool), "got bool"),
         (np.array(["a"] * 3), "got str"),
         (np.ones(3, complex), "got complex128"),
