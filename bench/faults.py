@@ -2465,7 +2465,7 @@ FORMATS: Sequence[Fault] = (
         ROUNDED_ONCE,
         ("return kept if ROUNDED(kept) == p else p", "return kept", OF_FORMATS + "-k that_is_written"),
         ("return (rounded, *new[1:], new[0] - rounded)", "return (rounded, *new[1:], new[0] - p)"),
-        ("        return (rounded, *new[1:], new[0])\n", "        return (rounded, *new[1:], rounded)\n"),
+        ("        return (*new, new[0])\n", "        return (*new, ROUNDED(new[0]))\n"),
         (
             "return ELEMENT(step, EXACT(p, rest[-2]), g, *rest[:-2], rest[-1])",
             "return ELEMENT(step, p, g, *rest[:-2], rest[-1])",

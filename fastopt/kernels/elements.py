@@ -128,9 +128,9 @@ def kept_apart(step, p, g, *rest):
     new = ELEMENT(step, EXACT(p, rest[-2]), g, *rest[:-2], rest[-1])
     if N_STATES == 0:
         new = (new,)
-    rounded = ROUNDED(new[0])
     if MASTER:
-        return (rounded, *new[1:], new[0])
+        return (*new, new[0])
+    rounded = ROUNDED(new[0])
     return (rounded, *new[1:], new[0] - rounded)
 
 

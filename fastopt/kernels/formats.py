@@ -34,8 +34,10 @@ def emit_decoded(builder: Any, name: str, stored: Any) -> Any:
     return stored
 
 
-def emit_encoded(builder: Any, name: str, number: Any) -> Any:
-    """Emit the rounding of a number to a format, as it is stored there."""
+def emit_encoded(builder: Any, name: str, number: Any, *, exact: bool = False) -> Any:
+    """Emit the rounding of a number to a format, as it is stored there. exact : the number is one of the format."""
+    if name == BFLOAT16 and exact:
+        return builder.trunc(builder.lshr(builder.bitcast(number, INT32), INT32(16)), INT16)
     if name == BFLOAT16:
         bits = builder.select(builder.fcmp_unordered("uno", number, number), INT32(NAN), builder.bitcast(number, INT32))
         odd = builder.and_(builder.lshr(bits, INT32(16)), INT32(1))
@@ -75,8 +77,11 @@ def reading(names: tuple[str, ...]) -> Callable[..., Any]:
 
 
 @cache
-def writing(names: tuple[str, ...]) -> Callable[..., Any]:
-    """Return an intrinsic ``(arrays, i, values)`` that stores a tuple of values, or one, rounded to these formats."""
+def writing(names: tuple[str, ...], exact: tuple[bool, ...]) -> Callable[..., Any]:
+    """Return an intrinsic ``(arrays, i, values)`` that stores a tuple of values, or one, rounded to these formats.
+
+    exact : for each whether its values are numbers of the format already.
+    """
     if _plain(names):
         return put_values
 
@@ -87,7 +92,8 @@ def writing(names: tuple[str, ...]) -> Callable[..., Any]:
             for k, (kind, name) in enumerate(zip(signature.args[0], names, strict=True)):
                 view = context.make_array(kind)(context, builder, builder.extract_value(arguments[0], k))
                 value = builder.extract_value(arguments[2], k) if several else arguments[2]
-                builder.store(emit_encoded(builder, name, value), builder.gep(view.data, [arguments[1]]))
+                stored = emit_encoded(builder, name, value, exact=exact[k])
+                builder.store(stored, builder.gep(view.data, [arguments[1]]))
             return context.get_dummy_value()
 
         return types.none(arrays, types.intp, values), build
