@@ -121,6 +121,7 @@ def table_of(rng: np.random.Generator, hyper: Any, dtype: Any, **step: float) ->
         "keep": 0.95,
         "ema_weight": 0.3,
         "proceeds": 1.0,
+        "noise": 0.0,
     }
     of_step = StepHyper(**{**usual, **step})
     return np.array([[*of_step, *rng.uniform(0.1, 0.9, len(hyper._fields))] for _ in range(2)], dtype)
@@ -464,4 +465,4 @@ def test_one_file_imports_numba_cuda_and_both_backends_have_the_same_files():
     assert importing == {"kernels/cuda/target.py"}
     of_cpu, of_cuda = ({path.name for path in (folder / "kernels" / name).glob("*.py")} for name in ("cpu", "cuda"))
     of_batchnorm = {name for name in of_cpu if name.startswith("batchnorm_")}  # its loops share nothing with a device's
-    assert of_cpu - of_batchnorm <= of_cuda
+    assert of_cpu - of_batchnorm - {"coded.py"} <= of_cuda  # states of 8 bits are for the CPU

@@ -105,7 +105,7 @@ def _dtype_of(form: str) -> np.dtype[Any]:
 
 
 def memory(
-    dtype: np.dtype[Any], width: int, at_once: bool, formats: tuple[str, ...]
+    dtype: np.dtype[Any], width: int, at_once: bool, formats: tuple[str, ...] = ()
 ) -> tuple[Callable[..., Any], Callable[..., None]]:
     """As ``memory`` of memory.py, for threads that run Python."""
 
