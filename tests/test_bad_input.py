@@ -253,6 +253,12 @@ BELOW_ONE = r"must be a number in \[0, 1\)"
 UP_TO_ONE = r"must be a number in \[0, 1\]"
 PAIR = r"must be 2 numbers, each in \[0, 1\)"
 NUMBERS = [
+    (
+        "threshold of 0",
+        lambda: fastopt.Adafactor({"w": W}, clip_threshold=0.0),
+        V,
+        r"^clip_threshold: must be .*\(0, inf",
+    ),
     *[
         (
             f"{name} {value}",

@@ -71,7 +71,7 @@ def prepare(
 DOMAINS: dict[str, Domain] = {
     "beta2_decay": Interval(-math.inf, 0.0),
     "min_rms": Interval(0.0),
-    "clip_threshold": Interval(0.0, open=True),
+    "clip_threshold": Interval(0.0, open_low=True),
     "bound_mean": Flag(),
 }
 
