@@ -31,6 +31,9 @@ INT8, UINT8 = "int8", "uint8"
 CODES = 256
 """Numbers with one scale. Blocks are counted from the beginning of each parameter."""
 
+CODE_BASE = (127 - 31) << 3
+"""What the first bits of a float32, exponent and 3 of the significand, are more than its code of UINT8."""
+
 STORED: Mapping[str, np.dtype[Any]] = {
     FLOAT32: np.dtype(np.float32),
     FLOAT64: np.dtype(np.float64),

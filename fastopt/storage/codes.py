@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.kernels.contract import CODES
+from fastopt.kernels.contract import CODE_BASE, CODES
 from fastopt.storage.layout import Layout
 
 MOST_SIGNED, MOST_UNSIGNED = 127, 255
-BASE = (127 - 31) << 3
-"""As in coded.py."""
 
 
 def unit_of(name: str) -> str:
@@ -81,7 +79,7 @@ def encode(numbers: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
         else:
             bits = share.view(np.int32)
             moved = (bits + ((bits >> 20) & 1) + 0x7FFFF) >> 20
-            codes = np.where(blocks > 0.0, np.clip(moved - BASE, 1, MOST_UNSIGNED), 0)
+            codes = np.where(blocks > 0.0, np.clip(moved - CODE_BASE, 1, MOST_UNSIGNED), 0)
     return codes.astype(kind).reshape(-1)[: flat.size].reshape(np.shape(numbers)), units
 
 

@@ -281,11 +281,12 @@ class FlatParams:
         >>> [view.shape for view in flat.state_views(flat.new_state())]
         [(1,), (2,)]
         """
-        layout = self.layout
-        offsets = layout.offsets if layout.states is None else layout.states
+        return self._parts_of(buffer, self.layout.states or self.layout.offsets)
+
+    def _parts_of(self, buffer: np.ndarray, offsets: Sequence[int]) -> list[np.ndarray]:
         return [
             buffer[offset : offset + size].reshape(shape)
-            for offset, size, shape in zip(offsets, layout.sizes, layout.shapes, strict=True)
+            for offset, size, shape in zip(offsets, self.layout.sizes, self.layout.shapes, strict=True)
         ]
 
     def new_numbers(self, over: str = "tensor") -> np.ndarray:
@@ -342,11 +343,7 @@ class FlatParams:
         >>> flat.paths, flat.views(flat.data)
         (('b', 'w'), [array([0.]), array([1., 1.])])
         """
-        layout = self.layout
-        return [
-            buffer[offset : offset + size].reshape(shape)
-            for offset, size, shape in zip(layout.offsets, layout.sizes, layout.shapes, strict=True)
-        ]
+        return self._parts_of(buffer, self.layout.offsets)
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """Put leaves into the structure of the parameters.

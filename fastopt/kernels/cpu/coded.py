@@ -21,7 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastopt.kernels.bind import bind
-from fastopt.kernels.contract import CODES, INT8, N_CHUNK, N_PLACE, PROCEEDS, UINT8, Chunk, Place, Storage
+from fastopt.kernels.contract import CODE_BASE, CODES, INT8, N_CHUNK, N_PLACE, PROCEEDS, UINT8, Chunk, Place, Storage
 from fastopt.kernels.elements import MAX_STATES, scalar
 from fastopt.kernels.formats import emit_counted, emit_mixed
 from fastopt.kernels.intrinsics import at_address, record, rooms_for, window
@@ -64,8 +64,6 @@ LARGEST_UNSIGNED = 1.875
 # With these the loops over a block are vectorised: integers of 32 bits, no branch, no table.
 
 FLOAT, INT32 = ir.FloatType(), ir.IntType(32)
-BASE = (127 - 31) << 3
-"""What the bits of exponent and significand of a number are more than its unsigned code."""
 
 
 @intrinsic
@@ -134,7 +132,7 @@ def unsigned_number(typing_context, code, unit):
 
     def build(context, builder, signature, arguments):
         code = builder.zext(arguments[0], INT32)
-        number = builder.bitcast(builder.shl(builder.add(code, INT32(BASE)), INT32(20)), FLOAT)
+        number = builder.bitcast(builder.shl(builder.add(code, INT32(CODE_BASE)), INT32(20)), FLOAT)
         number = builder.select(builder.icmp_signed("==", code, INT32(0)), FLOAT(0.0), number)
         return builder.fmul(number, arguments[1])
 
@@ -193,7 +191,7 @@ def unsigned_code(random: bool) -> Any:
             else:
                 odd = builder.and_(builder.lshr(bits, INT32(20)), INT32(1))
                 moved = builder.add(bits, builder.add(odd, INT32(0x7FFFF)))
-            code = builder.sub(builder.lshr(moved, INT32(20)), INT32(BASE))
+            code = builder.sub(builder.lshr(moved, INT32(20)), INT32(CODE_BASE))
             code = builder.select(builder.icmp_signed(">", code, INT32(255)), INT32(255), code)
             code = builder.select(builder.icmp_signed("<", code, INT32(1)), INT32(1), code)
             return builder.trunc(builder.select(positive, code, INT32(0)), ir.IntType(8))
