@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import pytest
+from numba import float64
 
 import fastopt
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import BLOCK, Adder, Chunk, Features, Place, StepHyper, sums_per_block
+from fastopt.kernels.cuda.target import THREADS
+from fastopt.kernels.cuda.target import cuda as numba_cuda
 from fastopt.rule import Rule
 from fastopt.step.features import features_of
 from fastopt.storage.layout import Layout
@@ -431,6 +435,28 @@ def test_arrays_however_they_are_made_are_known():
     made += [base[2:], base[3], xp.ascontiguousarray(base[::2]), cuda().adopt(Foreign()), xp.array(base)]
     for array in made:
         assert load((cuda().address(array),), 0)[0][0] == cuda().host(array).reshape(-1)[0]
+
+
+@simulator_only
+def test_the_threads_of_a_block_share_an_array_that_all_of_them_make_at_once(monkeypatch):
+    made = np.empty
+
+    def slowly(shape: Any, dtype: Any) -> np.ndarray:
+        time.sleep(0.01)
+        return made(shape, dtype)
+
+    found = []
+
+    def kernel() -> None:
+        numbers = numba_cuda.shared.array(THREADS, float64)
+        found.append(numbers)
+        found.append(numba_cuda.shared.array(THREADS, float64))
+
+    launch = numba_cuda.jit(kernel)[1, THREADS]
+    monkeypatch.setattr(np, "empty", slowly)
+    launch()
+    assert len(found) == 2 * THREADS
+    assert len({id(array) for array in found}) == 2, "an array of each line"
 
 
 @simulator_only

@@ -5,6 +5,7 @@ In numba's simulator (NUMBA_ENABLE_CUDASIM=1), where there is no device, a threa
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import cache
 from importlib import import_module
@@ -31,6 +32,32 @@ BLOCKS_PER_SM = 8
 
 THREADS = 32 if SIMULATED else 256
 """In a block. Sums are of THREADS strided parts and then of a tree, so their bits depend on it; it is never changed."""
+
+
+def _share_safely() -> None:
+    """Have the threads of a block in the simulator agree on every shared array.
+
+    numba's own function looks for the array of a line of code and makes it where there is none: two threads that look
+    at the same time get one each, and what one of them adds is lost.
+    """
+    from numba import types
+    from numba.cuda.simulator.kernelapi import FakeCUDAShared
+    from numba.np.numpy_support import as_dtype
+
+    dynamic = FakeCUDAShared.array
+
+    def array(self: Any, shape: Any, dtype: Any) -> Any:
+        if shape == 0:  # the dynamic one, which a launch makes
+            return dynamic(self, shape, dtype)
+        caller = sys._getframe(1)
+        made = np.empty(shape, as_dtype(dtype) if isinstance(dtype, types.Type) else dtype)
+        return self._allocations.setdefault((caller.f_code, caller.f_lineno), made)
+
+    FakeCUDAShared.array = array
+
+
+if SIMULATED:
+    _share_safely()
 
 
 def device(function: FunctionType) -> Any:
