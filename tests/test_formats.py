@@ -175,6 +175,16 @@ def test_the_bits_do_not_depend_on_threads_or_chunks(dtype, options, threads, mo
 # --- stochastic rounding ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
+def test_parameters_beside_a_master_are_its_rounding_to_the_nearest(kind):
+    rng = np.random.default_rng(0)
+    flat = fastopt.pack({"w": rng.standard_normal(1000).astype(kind)})
+    opt = fastopt.Adam(flat, states="bfloat16", rounding="stochastic", master=True)
+    for _ in range(5):
+        opt.step({"w": rng.standard_normal(1000).astype(kind)})
+        np.testing.assert_array_equal(opt._pipeline.kept[:1000].astype(kind), opt.params["w"])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("target", [1.0 + 0.3 / 256, -1.0 - 0.3 / 2048, 3.1e-6, -7.7e-8, 0.0, 1000.3])
 def test_stochastic_rounding_is_right_on_average(dtype, target):

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastopt.kernels.contract import BFLOAT16, FLOAT16, STORED
+from fastopt.kernels.contract import BFLOAT16, FLOAT16, FLOAT32, MASTER, STORED, Storage
 from fastopt.kernels.intrinsics import put_values, values_at
 
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
@@ -102,8 +102,11 @@ def writing(names: tuple[str, ...], exact: tuple[bool, ...]) -> Callable[..., An
 
 
 @cache
-def rounding(name: str) -> Callable[..., Any]:
-    """Return an intrinsic ``(number)``: the number rounded to a format, in the compute dtype again."""
+def rounding(name: str, intrinsic: Callable[..., Any] = intrinsic) -> Callable[..., Any]:
+    """Return an intrinsic ``(number)``: the number rounded to a format, in the compute dtype again.
+
+    intrinsic : what makes it one of the compiler that is to know it.
+    """
 
     @intrinsic
     def rounded_to(typing_context, number):
@@ -158,6 +161,28 @@ def emit_dithered(builder: Any, name: str, number: Any, noise: Any) -> Any:
     return builder.bitcast(builder.select(finite, moved, bits), FLOAT)
 
 
+def drawn(storage: Storage) -> tuple[str, ...]:
+    """Return the formats to which p and the states are rounded at random; the compute dtype's where they are not.
+
+    Where there is a MASTER, p is its rounding to the nearest, and no draw of its own. 8 bits are drawn as codes.
+    """
+    params = FLOAT32 if storage.keeps == MASTER else storage.params
+    return params, *[name if name in (BFLOAT16, FLOAT16) else FLOAT32 for name in storage.states]
+
+
+def emit_draws(builder: Any, names: tuple[str, ...], values: list[Any], seed: Any, index: Any) -> list[Any]:
+    """Emit the rounding at random of the numbers of one element, those of 16-bit formats, by their place."""
+    found, count = [], 0
+    for name, value in zip(names, values, strict=True):
+        if name in (BFLOAT16, FLOAT16):
+            mixed = emit_mixed(builder, emit_counted(builder, seed, index, count // 2))
+            noise = builder.lshr(mixed, INT32(16)) if count % 2 else builder.and_(mixed, INT32(0xFFFF))
+            value = emit_dithered(builder, name, value, noise)
+            count += 1
+        found.append(value)
+    return found
+
+
 @cache
 def dithering(names: tuple[str, ...]) -> Callable[..., Any]:
     """Return an intrinsic ``(values, seed, index)``: the tuple of values, those of 16-bit formats rounded at random.
@@ -172,15 +197,8 @@ def dithering(names: tuple[str, ...]) -> Callable[..., Any]:
 
         def build(context, builder, signature, arguments):
             given, seed, index = arguments
-            found, drawn = [], 0
-            for k, name in enumerate(names):
-                value = builder.extract_value(given, k) if several else given
-                if name in (BFLOAT16, FLOAT16):
-                    mixed = emit_mixed(builder, emit_counted(builder, seed, index, drawn // 2))
-                    noise = builder.lshr(mixed, INT32(16)) if drawn % 2 else builder.and_(mixed, INT32(0xFFFF))
-                    value = emit_dithered(builder, name, value, noise)
-                    drawn += 1
-                found.append(value)
+            numbers = [builder.extract_value(given, k) for k in range(len(names))] if several else [given]
+            found = emit_draws(builder, names, numbers, seed, index)
             return context.make_tuple(builder, signature.return_type, found) if several else found[0]
 
         return values(values, seed, index), build

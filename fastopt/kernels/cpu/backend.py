@@ -52,7 +52,7 @@ from fastopt.kernels.elements import (
     surrounded,
     terms_of_kept,
 )
-from fastopt.kernels.formats import dithering, reading, rounding, stored_type, writing
+from fastopt.kernels.formats import dithering, drawn, reading, rounding, stored_type, writing
 from fastopt.kernels.intrinsics import fetching, replacing
 from fastopt.kernels.threads import COMPILING, get_num_threads
 from fastopt.source import written
@@ -405,6 +405,7 @@ def _stored(storage: Storage, count: int) -> dict[str, Any]:
     own += [f"states[{len(storage.states) - 1}]"] if storage.keeps else []
     of_terms = ", ".join([*own, ""]) if own else ""
     kept = storage.states[-1:] if storage.keeps else ()
+    p_is_exact = storage.keeps == REST or (storage.stochastic and storage.keeps != MASTER)
     of_kept = {"MASTER": storage.keeps == MASTER, "ROUNDED": rounding(storage.params) if storage.keeps else None}
     return {
         **of_kept,
@@ -414,9 +415,9 @@ def _stored(storage: Storage, count: int) -> dict[str, Any]:
         "READ_GRAD": reading((storage.grads,)),
         "READ_TERMS": reading((storage.params, *in_room[:count], *kept)),
         "OF_TERMS": written("of_terms", ["states"], [f"return ({of_terms})"], {}, __name__),
-        "WRITE": writing(formats, (storage.stochastic or storage.keeps == REST, *[storage.stochastic] * len(in_room))),
+        "WRITE": writing(formats, (p_is_exact, *[storage.stochastic] * len(in_room))),
         "STOCHASTIC": storage.stochastic,
-        "DITHERED": dithering(formats) if storage.stochastic else None,
+        "DITHERED": dithering(drawn(storage)) if storage.stochastic else None,
         "KEPT": bool(storage.keeps),
         "EXACT": bind(exact, of_kept, label="exact", scalar=scalar) if storage.keeps else None,
     }
