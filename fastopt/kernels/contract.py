@@ -27,6 +27,7 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = "float32", "float64", "bfloat16", "float16
 """Storage formats of floats. Numbers of 16 bits are computed in float32."""
 INT8, UINT8 = "int8", "uint8"
 """Codes of 8 bits with a scale for each block of `CODES`: the first for any numbers, the second for none below 0."""
+CODED = (INT8, UINT8)
 
 CODES = 256
 """Numbers with one scale. Blocks are counted from the beginning of each parameter."""

@@ -14,6 +14,7 @@ from numba import types
 from fastopt.kernels.bind import bind, compile_loop, inlined
 from fastopt.kernels.contract import (
     ALIGNMENT,
+    CODED,
     FLOAT32,
     LEVEL,
     MASTER,
@@ -28,7 +29,7 @@ from fastopt.kernels.contract import (
     StepHyper,
     Storage,
 )
-from fastopt.kernels.cpu.coded import KINDS, coded, functions_of
+from fastopt.kernels.cpu.coded import coded, functions_of
 from fastopt.kernels.cpu.elementwise import ElementwiseKernel, elementwise, hyperparameters
 from fastopt.kernels.cpu.lines import LinedKernel, LinedStage, sum_tile
 from fastopt.kernels.cpu.lines import settle as settle_lines
@@ -212,7 +213,7 @@ class CPU:
     ) -> ElementwiseKernel | SummedKernel | LinedKernel:
         storage = storage or Storage(dtype.name, dtype.name, (dtype.name,) * (len(rule.states) + features.ema))
         table = types.Array(numba.from_dtype(dtype), 2, "C")
-        scales = [dtype.name for name in storage.states if name in KINDS]
+        scales = [dtype.name for name in storage.states if name in CODED]
         states = types.Tuple([types.Array(stored_type(name), 1, "C") for name in (*storage.states, *scales)])
         arguments = (INTEGERS, states, table, INTEGERS)
 
@@ -399,7 +400,7 @@ class CPU:
 
 def _stored(storage: Storage, count: int) -> dict[str, Any]:
     """What a loop reads and writes buffers by. count : how many states the rule has."""
-    in_room = [FLOAT32 if name in KINDS else name for name in storage.states]
+    in_room = [FLOAT32 if name in CODED else name for name in storage.states]
     formats = (storage.params, *in_room)
     own = [f"states[{k}]" for k in range(count)]
     own += [f"states[{len(storage.states) - 1}]"] if storage.keeps else []
