@@ -812,8 +812,8 @@ DEVICE: Sequence[Fault] = (
         SIMULATED + "tests/test_cuda.py -k 'elements_left_over or every_rule_with and SGD'",
         ("        c += cuda.gridDim.x\n\n\n# --- the launch", "        c += n\n\n\n# --- the launch"),
         (
-            "g = OPAQUE(place.g + ITEMSIZE * chunk.grad - first)",
-            "g = OPAQUE(place.g + ITEMSIZE * chunk.start - first)",
+            "g = OPAQUE(place.g + G_BYTES * chunk.grad - (first >> G_SHIFT))",
+            "g = OPAQUE(place.g + G_BYTES * chunk.start - (first >> G_SHIFT))",
             SIMULATED + "tests/test_cuda_places.py -k gradients_are_elsewhere",
         ),
         (
@@ -2438,6 +2438,7 @@ POPULATIONS: Sequence[Fault] = (
 )
 
 OF_FORMATS = "tests/test_formats.py "
+OF_FORMATS_THERE = SIMULATED + "tests/test_cuda_formats.py "
 ROUNDED_ONCE = OF_FORMATS + "-k 'float32_rounded and Adam and not AdamW and not AdamMini'"
 
 FORMATS: Sequence[Fault] = (
@@ -2458,7 +2459,12 @@ FORMATS: Sequence[Fault] = (
         ),
         ("builder.lshr(noise, INT32(3))", "noise", OF_FORMATS + "-k average"),
         ('builder.icmp_unsigned("<", size, INT32(0x38800000))', "ir.IntType(1)(0)", OF_FORMATS + "-k average"),
-        ("seed, index, drawn // 2)", "seed, index, 0)", OF_FORMATS + "-k drawn_apart"),
+        ("seed, index, count // 2)", "seed, index, 0)", OF_FORMATS + "-k drawn_apart"),
+        (
+            "params = FLOAT32 if storage.keeps == MASTER else storage.params",
+            "params = storage.params",
+            OF_FORMATS + "-k beside_a_master",
+        ),
     ),
     *faults_of(
         "fastopt/kernels/elements.py",
@@ -2473,9 +2479,9 @@ FORMATS: Sequence[Fault] = (
         ),
     ),
     *faults_of(
-        "fastopt/kernels/cpu/coded.py",
+        "fastopt/kernels/codes.py",
         OF_FORMATS + "-k 'float32_encoded and Adam'",
-        ("units[first // CODES] = unit", "units[first // CODES] = of_bits(largest)"),
+        ("    return unit, inverse\n", "    return OF_BITS(largest), inverse\n"),
         ("INT32(0x7FFFF)", "INT32(0)"),
         ("builder.fadd(root, FLOAT(0.5))", "root"),
         ("MAX_STATES + place", "0", OF_FORMATS + "-k drawn_apart"),
@@ -2485,15 +2491,48 @@ FORMATS: Sequence[Fault] = (
             OF_FORMATS + "-k never_becomes_zero",
         ),
         (
-            "window(units, first - codes.size + codes.size // CODES, size)\n        for i in range(size):\n            stored[i]",
-            "window(units, first - codes.size, size)\n        for i in range(size):\n            stored[i]",
-        ),
-        ("NOISE(seed, first + i)", "NOISE(seed, i)", OF_FORMATS + "-k codes_are_right_on_average"),
-        (
             'builder.fcmp_ordered("<", builder.fmul(drawn, width), over)',
             'builder.fcmp_ordered("<", drawn, over)',
             OF_FORMATS + "-k codes_are_right_on_average",
         ),
+    ),
+    *faults_of(
+        "fastopt/kernels/cpu/coded.py",
+        OF_FORMATS + "-k 'float32_encoded and Adam'",
+        (
+            "windows(units, at - all_codes + all_codes // CODES, size)\n                for i in range(size):\n                    put_values(numbers",
+            "windows(units, at - all_codes, size)\n                for i in range(size):\n                    put_values(numbers",
+        ),
+        (
+            "step.noise, at + i))\n            else:",
+            "step.noise, i))\n            else:",
+            OF_FORMATS + "-k codes_are_right_on_average",
+        ),
+        ("                largest = LARGER_OF(largest, new)\n", "                largest = LARGER_OF(NO_BITS, new)\n"),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/coded.py",
+        OF_FORMATS_THERE + "-k of_8_bits",
+        ("at + i, i == 0, rooms", "at + i, i == 1, rooms"),
+        ("MERGED(maxima, thread, thread + width)", "MERGED(maxima, thread, thread)"),
+        ("UNIT_BYTES * (at - coded + coded // CODES))[0][0]", "UNIT_BYTES * (at - coded))[0][0]"),
+        ("context[0].noise, at + i)[0]", "context[0].noise, i)[0]"),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/memory.py",
+        OF_FORMATS_THERE + "-k 'of_the_cpu and Adam'",
+        ("context[0].noise, i // ITEMSIZE)", "context[0].noise, i)"),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/lines.py",
+        OF_FORMATS_THERE + "-k rows_and_columns",
+        ("step.noise, of_states // ITEMSIZE)[0]", "step.noise, i // ITEMSIZE)[0]"),
+        ("            own = (*own, buffers[end - 1])\n", "            own = (*own, buffers[end - 2])\n"),
+    ),
+    *faults_of(
+        "fastopt/kernels/cuda/sums.py",
+        OF_FORMATS_THERE + "-k 'of_the_cpu and LAMB'",
+        ("            own = (*own, buffers[end - 1])\n", "            own = (*own, buffers[end - 2])\n"),
     ),
     *faults_of(
         "fastopt/kernels/cpu/elementwise.py",
@@ -2513,6 +2552,11 @@ FORMATS: Sequence[Fault] = (
         OF_FORMATS + "-k 'come_back or copies_and_files'",
         ("return [*self.flat.arrays, *(() if self.kept is None else (self.kept,))]", "return list(self.flat.arrays)"),
         ("self.kernel_buffers(ema=False), plan", "self.kernel_buffers(), plan"),
+        (
+            "own=own, summed=self.pending is not None)\n            chunks",
+            "own=own)\n            chunks",
+            OF_FORMATS_THERE + "-k 'of_the_cpu and Adam'",
+        ),
         ("                self.kept.fill(0)\n", "                pass\n", OF_FORMATS + "-k set_params_forgets"),
     ),
     *faults_of(

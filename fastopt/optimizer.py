@@ -370,9 +370,9 @@ class Optimizer:
     def states(self) -> Mapping[str, Any]:
         """The rule's states by name, each as a tree of views. Assigning to an item writes into the view.
 
-        States of 8 bits are copies, decoded and read-only.
+        States of 8 bits are copies, decoded, and on the CPU read-only.
         """
-        arrays = decoded(self.state.arrays)
+        arrays = decoded(self.state.arrays, self._running.backend)
         names = (*self.rule.states, *self.rule.numbers, *self.rule.matrices)
         trees = {name: handed_out(self.flat.treespec, arrays[name], f"opt.states[{name!r}]") for name in names}
         return MappingProxyType(trees)

@@ -42,20 +42,20 @@ CURRENT = SimpleNamespace(stream=None)
 
 
 class Simulated(memory.DeviceMemory):
-    def array(self, tensor: Any) -> Any:
+    def _array(self, tensor: Any) -> Any:
         if tensor.numel() == 0:
-            return super().array(tensor)
+            return super()._array(tensor)
         assert device_of(tensor) == self.device
         return tensor.numpy().view(simulated.ndarray)
 
-    def tensor(self, array: Any) -> Any:
+    def _tensor(self, array: Any) -> Any:
         assert type(array) is simulated.ndarray
         assert array.device.id == simulated.cuda.Device.current == self.device.index
         return torch.from_numpy(array.view(np.ndarray))
 
     def empty(self, shape: Sequence[int], dtype: Any, strides: Sequence[int] | None = None) -> Any:
         like = torch.empty_strided(tuple(shape), tuple(strides)) if strides is not None else torch.empty(tuple(shape))
-        flat = there(torch.zeros(like.untyped_storage().nbytes() // 4, dtype=dtype), self.device.index)
+        flat = there(torch.zeros(like.untyped_storage().nbytes() // 4, dtype=dtype), self.device.index)  # of float32
         return flat.as_strided(like.shape, like.stride())
 
 
@@ -93,9 +93,10 @@ def there(tensor: Any, device: int = 0) -> Any:
     if not SIMULATED:
         return tensor.detach().to(torch.device("cuda", device), copy=True)
     with simulated.cuda.Device(device):
-        array = simulated.array(tensor.detach().contiguous().numpy())
+        bits = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+        array = simulated.array(bits.detach().contiguous().numpy())
     assert simulated.cuda.get_current_stream().ptr == 0
-    found = torch.from_numpy(array.view(np.ndarray)).reshape(tensor.shape)
+    found = torch.from_numpy(array.view(np.ndarray)).view(tensor.dtype).reshape(tensor.shape)
     found.there = torch.device("cuda", device)
     return found
 
@@ -233,6 +234,32 @@ def test_options_of_a_step(dtype):
         pair.step(step, without=[1] if step == 1 else [])
         assert pair.on_device.info.grad_norm == pytest.approx(pair.on_host.info.grad_norm, rel=1e-6)
         assert pair.on_device.info.clip_coefficient == pytest.approx(pair.on_host.info.clip_coefficient, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"states": "bfloat16", "rounding": "stochastic", "seed": 3}),
+        (torch.float16, {"compensated": True}),
+        (torch.float32, {"states": "bfloat16"}),
+    ],
+    ids=str,
+)
+def test_numbers_of_16_bits_are_those_on_the_cpu(dtype, options):
+    """Bit for bit in the simulator, whose arithmetic is the CPU's; states are tensors of the device."""
+    pair = Pair(ft.AdamW, dtype=dtype, lr=0.02, **options)
+    for step in range(3):
+        for params, opt in pair.both:
+            give(params, step, without=[1] if step == 1 else [])
+            opt.step()
+    for p, q in zip(pair.mine, pair.theirs, strict=True):
+        mine, theirs = pair.on_device.state[p], pair.on_host.state[q]
+        assert list(mine) == list(theirs)
+        for name, found, expected in [("p", p, q), *[(name, mine[name], theirs[name]) for name in theirs]]:
+            assert found.dtype == expected.dtype, name
+            off = {"rtol": 0.0, "atol": 0.0} if SIMULATED else {"rtol": 1e-2, "atol": 1e-5}
+            torch.testing.assert_close(found.detach().cpu(), expected.detach(), **off, msg=name)
 
 
 def test_each_gradient_is_clipped_by_its_own_norm():

@@ -409,7 +409,7 @@ def test_the_dtype_is_looked_at_in_every_step():
     for p in model.parameters():
         p.data = p.data.to(torch.complex64)
         p.grad = torch.ones_like(p)
-    with pytest.raises(TypeError, match=r"must have dtype torch.float32 .*, got torch.complex64"):
+    with pytest.raises(TypeError, match=r"must have dtype torch\.float32, .*, got torch\.complex64"):
         opt.step()
 
 

@@ -153,8 +153,8 @@ def emit_dithered(builder: Any, name: str, number: Any, noise: Any) -> Any:
         moved = builder.and_(builder.add(bits, builder.lshr(noise, INT32(3))), INT32(-0x2000))
         unit = builder.fmul(builder.uitofp(noise, FLOAT), FLOAT(2.0**-16))
         steps = builder.fadd(builder.fmul(builder.bitcast(size, FLOAT), FLOAT(2.0**24)), unit)
-        floor = builder.module.declare_intrinsic("llvm.floor", [FLOAT])
-        small = builder.bitcast(builder.fmul(builder.call(floor, [steps]), FLOAT(2.0**-24)), INT32)
+        whole = builder.sitofp(builder.fptosi(steps, INT32), FLOAT)  # CUDA's compiler knows no llvm.floor
+        small = builder.bitcast(builder.fmul(whole, FLOAT(2.0**-24)), INT32)
         small = builder.or_(small, builder.and_(bits, INT32(-0x80000000)))
         moved = builder.select(builder.icmp_unsigned("<", size, INT32(0x38800000)), small, moved)
     finite = builder.icmp_unsigned("<", size, INT32(0x7F800000))

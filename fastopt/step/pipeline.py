@@ -584,7 +584,8 @@ class Pipeline:
                 table = plan.table.array
             self._put(further)
             self._transform(plan, places, rows, table, scaled=scaled)
-            kernel, chunks = plan.kernel(scaled=scaled, own=own), plan.chunks(rows, apart=not own)
+            kernel = plan.kernel(scaled=scaled, own=own, summed=self.pending is not None)
+            chunks = plan.chunks(rows, apart=not own)
             kernel.launch(places, self.buffers, table, chunks, self.size)
             if capturing:
                 device.recorded = Recorded(table, rows, scaled, decision)

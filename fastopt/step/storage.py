@@ -11,6 +11,7 @@ import numpy as np
 from fastopt.hyper import EMA
 from fastopt.kernels.contract import (
     BFLOAT16,
+    CODED,
     CODES,
     FLOAT16,
     FLOAT32,
@@ -85,7 +86,7 @@ class StateFormats:
             if options.stochastic:
                 raise ValueError("rounding: must be 'nearest' where no buffer has 16 bits, got 'stochastic'")
         else:
-            _check_possible(rule, flat, formats)
+            _check_possible(rule)
         return formats
 
     @property
@@ -96,7 +97,7 @@ class StateFormats:
     @property
     def coded(self) -> tuple[str, ...]:
         """The states that have codes of 8 bits."""
-        return tuple([name for name, form in self.states.items() if form in (INT8, UINT8)])
+        return tuple([name for name, form in self.states.items() if form in CODED])
 
     def advice(self, rule: Rule) -> list[str]:
         """What is allowed here and seldom works, for warnings."""
@@ -127,7 +128,7 @@ class StateFormats:
     def dtype(self, name: str) -> np.dtype[Any]:
         """The dtype of the buffer of a state."""
         form = self.states[name]
-        return STORED[form] if form in (INT8, UINT8) else dtype_of(form, f"states: {name}")
+        return STORED[form] if form in CODED else dtype_of(form, f"states: {name}")
 
     def storage(self, rule: Rule, grads: str | None = None, *, ema: bool = True) -> Storage | None:
         """What a kernel is told; None where all buffers are of the dtype.
@@ -197,14 +198,8 @@ def _kept(params: str, options: StepOptions) -> str:
     return MASTER if options.master else ""
 
 
-def _check_possible(rule: Rule, flat: FlatParams, formats: StateFormats) -> None:
-    """Refuse formats where kernels of the rule or of the backend do not know them."""
-    if flat.device is not None and (formats.coded or formats.stochastic or rule.lined):
-        got = "states of 8 bits" if formats.coded else "rounding='stochastic'" if formats.stochastic else rule.name
-        raise ValueError(
-            f"states: must be 'bfloat16' or 'float16', rounded to the nearest, for parameters on a device and a rule "
-            f"without sums over rows or columns, got {got}"
-        )
+def _check_possible(rule: Rule) -> None:
+    """Refuse formats where the rule does not know them."""
     if rule.matrixwise is not None:
         raise ValueError(
             f"states: must be None, and parameters float32 or float64, for rule {rule.name!r}, whose linear algebra "

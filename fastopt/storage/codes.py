@@ -1,4 +1,4 @@
-"""States of 8 bits in NumPy: what the codes of fastopt/kernels/cpu/coded.py stand for, and where they lie."""
+"""States of 8 bits in NumPy: what the codes of fastopt/kernels/codes.py stand for, and where they lie."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.kernels.contract import CODE_BASE, CODES
+from fastopt.kernels.contract import CODE_BASE, CODES, Backend
 from fastopt.storage.layout import Layout
 
 MOST_SIGNED, MOST_UNSIGNED = 127, 255
@@ -116,21 +116,30 @@ def coded_views(layout: Layout, codes: np.ndarray, units: np.ndarray) -> tuple[l
     return own_codes, own_units
 
 
-def decoded(arrays: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """The states of an optimizer by name, those of 8 bits as read-only numbers.
+def decoded(arrays: Mapping[str, list[Any]], backend: Backend) -> dict[str, list[Any]]:
+    """The states of an optimizer by name, those of 8 bits as copies: numbers, on the CPU read-only.
 
     Args:
         arrays: by name, an array for each parameter; of codes, also the units, under `unit_of` the name.
+        backend: that of the arrays.
     """
     found = {}
     for name, own in arrays.items():
         units = arrays.get(unit_of(name))
         if units is not None:
-            own = [
-                decode(array, of_blocks) if array.dtype.kind in "iu" else array.copy()
-                for array, of_blocks in zip(own, units, strict=True)
-            ]
-            for array in own:
-                array.flags.writeable = False
+            own = [_decoded(array, of_blocks, backend) for array, of_blocks in zip(own, units, strict=True)]
         found[name] = own
     return found
+
+
+def _decoded(array: Any, units: Any, backend: Backend) -> Any:
+    if array.dtype.kind not in "iu":
+        made = array.copy()
+    elif backend.device is None:
+        made = decode(array, units)
+    else:
+        made = backend.empty(array.shape, np.dtype(np.float32))
+        backend.copy(made, decode(backend.host(array), backend.host(units)))
+    if backend.device is None:
+        made.flags.writeable = False
+    return made

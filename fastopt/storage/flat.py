@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -246,7 +245,8 @@ class FlatParams:
         >>> flat.layout.states, flat.layout.coded
         ((5120, 0), 5120)
         """
-        twin = copy.copy(self)
+        twin = FlatParams.__new__(FlatParams)  # copy.copy goes by what is pickled: NumPy arrays
+        twin.__dict__.update(self.__dict__)
         twin.layout = twin.split = self.layout.with_codes()
         for name in ("places", "neighbours"):
             twin.__dict__.pop(name, None)
@@ -812,8 +812,6 @@ def pack(
     arrays = [_check_leaf(path, leaf, memory, wanted) for path, leaf in zip(paths, leaves, strict=True)]
     _refuse_sharing(leaves, memory, paths)
     found = arrays[0].dtype if wanted is None else wanted
-    if found.itemsize == 2 and memory.name != "cpu":
-        raise TypeError(f"parameter {paths[0]!r}: must be float32 or float64 on a device, got {found}")
     for path, leaf in zip(paths, arrays, strict=True):
         if leaf.dtype != found and (wanted is None or not copy):
             raise TypeError(

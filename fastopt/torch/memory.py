@@ -21,15 +21,23 @@ class HostMemory:
     device = torch.device("cpu")
 
     def array(self, tensor: torch.Tensor) -> Any:
-        """An array over the memory of a contiguous tensor that requires no gradient."""
-        if tensor.dtype is torch.bfloat16:
-            return tensor.view(torch.uint16).numpy().view(dtype_of(BFLOAT16, "parameters"))
-        return tensor.numpy()
+        """An array over the memory of a contiguous tensor that requires no gradient, inside `current`."""
+        if tensor.dtype is torch.bfloat16:  # which neither NumPy nor the interface of CUDA's arrays knows by name
+            return self._array(tensor.view(torch.int16)).view(dtype_of(BFLOAT16, "parameters"))
+        return self._array(tensor)
 
     def tensor(self, array: Any) -> torch.Tensor:
-        """A tensor over the memory of an array of ours."""
+        """A tensor over the memory of an array of ours, which it keeps, inside `current`."""
         if array.dtype.name == BFLOAT16:
-            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+            return self._tensor(array.view(np.int16)).view(torch.bfloat16)
+        return self._tensor(array)
+
+    def _array(self, tensor: torch.Tensor) -> Any:
+        """`array`, of dtypes that NumPy has."""
+        return tensor.numpy()
+
+    def _tensor(self, array: Any) -> torch.Tensor:
+        """`tensor`, of dtypes that NumPy has."""
         return torch.from_numpy(array)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> torch.Tensor:
@@ -59,14 +67,12 @@ class DeviceMemory(HostMemory):
         self._xp = get_backend("cuda").xp  # type: ignore[attr-defined]
         self._streams: dict[int, Any] = {}
 
-    def array(self, tensor: torch.Tensor) -> Any:
-        """An array over the memory of a contiguous tensor that requires no gradient, inside `current`."""
+    def _array(self, tensor: torch.Tensor) -> Any:
         if tensor.numel() == 0:  # which has no address
             return self._xp.empty(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         return self._xp.asarray(tensor)
 
-    def tensor(self, array: Any) -> torch.Tensor:
-        """A tensor over the memory of an array of ours, which it keeps, inside `current`."""
+    def _tensor(self, array: Any) -> torch.Tensor:
         return torch.as_tensor(array, device=self.device)
 
     @contextmanager

@@ -48,7 +48,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError, ValueError: naming the argument or the parameter: a hyperparameter out of range, ``capturable`` or
-            ``differentiable``; float16, bfloat16 and complex parameters, sparse ones, those of other devices.
+            ``differentiable``; complex parameters, sparse ones, those of other devices.
         RuntimeError: a parameter is on a CUDA device, and the CUDA backend cannot work here.
 
     >>> import torch, fastopt.torch

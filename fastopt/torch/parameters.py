@@ -11,20 +11,20 @@ from fastopt.torch.memory import device_of, memory_of
 
 DTYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 HALF = (torch.bfloat16, torch.float16)
-"""Those of 16 bits, which are updated on the CPU alone."""
+"""Those of 16 bits."""
 
 
 def check_param(name: str, p: torch.Tensor) -> None:
     """Refuse a parameter that our kernels cannot update.
 
-    Raises TypeError that names it: another dtype (float16, bfloat16, complex), device or layout, a wrapper of tensors;
+    Raises TypeError that names it: another dtype (complex, float8), device or layout, a wrapper of tensors;
     RuntimeError where it is on a CUDA device, and the CUDA backend cannot work.
     """
     if torch.nn.parameter.is_lazy(p):
         return  # it has its dtype and device from the first forward pass on
     device = device_of(p)
-    if p.dtype not in (*DTYPES, *(HALF if device.type == "cpu" else ())):
-        expected = "torch.float32 or torch.float64, or on the CPU torch.bfloat16 or torch.float16"
+    if p.dtype not in (*DTYPES, *HALF):
+        expected = "torch.float32, torch.float64, torch.bfloat16 or torch.float16"
         remedy = "use torch.optim for it, or model.float()"
         raise TypeError(f"{name}: must have dtype {expected}, got {p.dtype}; {remedy}")
     if device.type not in ("cpu", "cuda"):

@@ -50,13 +50,22 @@ static inline b32 load32(const Thread *thread, const uint8_t *at, b32 site) {
     if (x == UNWRITTEN32) thread->unwritten(thread, site);
     return x;
 }
-/* Of 16 bits no pattern is free to tell what was not written. */
+/* Of 16 and 8 bits no pattern is free to tell what was not written. */
 static inline b16 load16(const Thread *thread, const uint8_t *at, b32 site) {
     b16 x;
     memcpy(&x, at, 2);
     (void)thread, (void)site;
     return x;
 }
+static inline b32 load8(const Thread *thread, const uint8_t *at, b32 site) {
+    (void)thread, (void)site;
+    return *at;
+}
+static inline b32 load8_signed(const Thread *thread, const uint8_t *at, b32 site) {
+    (void)thread, (void)site;
+    return (int8_t)*at;
+}
+static inline void store8(uint8_t *at, b32 x) { *at = (uint8_t)x; }
 static inline void store16(uint8_t *at, b16 x) { memcpy(at, &x, 2); }
 static inline void store64(uint8_t *at, b64 x) { memcpy(at, &x, 8); }
 static inline void store32(uint8_t *at, b32 x) { memcpy(at, &x, 4); }
@@ -176,7 +185,12 @@ static inline b16 to_half(float x) { /* to the nearest, ties to even */
 }
 CONVERSION(f32_f16, b32, b16, bits32(of_half(a)))
 CONVERSION(f16_f32, b16, b32, to_half(real32(a)))
+COMPARISON(eq_s16, b16, a == b)
+COMPARISON(ne_s16, b16, a != b)
 CONVERSION(u32_u16, b32, b16, a)
+CONVERSION(s32_s16, b32, b16, (int16_t)a)
+CONVERSION(f32_s16, b32, b16, bits32((int16_t)a))
+CONVERSION(f32_u16, b32, b16, bits32(a))
 CONVERSION(u16_u32, b16, b32, a)
 CONVERSION(s64_s32, b64, b32, (int64_t)(int32_t)a)
 CONVERSION(u64_u32, b64, b32, a)
@@ -191,3 +205,7 @@ CONVERSION(f64_s32, b64, b32, bits64((int32_t)a))
 CONVERSION(f64_u32, b64, b32, bits64(a))
 CONVERSION(f32_s64, b32, b64, bits32((int64_t)a))
 CONVERSION(f32_s32, b32, b32, bits32((int32_t)a))
+CONVERSION(f32_u32, b32, b32, bits32(a))
+/* What is out of range becomes the nearest that is not, and NaN 0. */
+CONVERSION(rzi_s32_f32, b32, b32, isnan(real32(a)) ? 0 : real32(a) >= 0x1p31f ? 0x7fffffffu : real32(a) <= -0x1p31f ? 0x80000000u : (b32)(int32_t)real32(a))
+CONVERSION(rzi_u32_f32, b32, b32, !(real32(a) > 0) ? 0 : real32(a) >= 0x1p32f ? ~0u : (b32)real32(a))

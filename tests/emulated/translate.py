@@ -206,6 +206,7 @@ const Kernel kernel = {{body, sizeof(Registers), {self.shared_size}, {min(self.u
             if writes:
                 moves += f" store{bits}({place}, {self._operand(value)});"
             else:
-                moves += f" {self._register(value)} = load{bits}(thread, {place}, {site});"
+                load = f"load{bits}_signed" if words[-1] == "s8" else f"load{bits}"
+                moves += f" {self._register(value)} = {load}(thread, {place}, {site});"
         size = bits // 8 * len(each)
         return f"{{ uint8_t *at = thread->reach(thread, {where}, {size}, {int(writes)}, {site});{moves} }}"

@@ -20,15 +20,17 @@ import numpy as np
 from fastopt.kernels import elements
 from fastopt.kernels.bind import bind
 from fastopt.kernels.contract import (
-    BFLOAT16,
     BLOCK,
-    FLOAT16,
+    CODED,
+    FLOAT32,
     LEVEL,
+    MASTER,
     N_LINE,
     N_STEP,
     N_TILE,
     SCALE_DOWN,
     SCALE_UP,
+    STORED,
     Adder,
     Array,
     Chunk,
@@ -53,7 +55,17 @@ from fastopt.kernels.cuda.lines import settle as settle_lines
 from fastopt.kernels.cuda.lines import sum_terms as sum_terms_of_lines
 from fastopt.kernels.cuda.lines import total as total_lines
 from fastopt.kernels.cuda.lines import update as update_tiles
-from fastopt.kernels.cuda.memory import UNPACKING, loop, looping, memory, packing, unpacking
+from fastopt.kernels.cuda.memory import (
+    UNPACKING,
+    dithering,
+    loop,
+    looping,
+    memory,
+    opaque,
+    packing,
+    rounding,
+    unpacking,
+)
 from fastopt.kernels.cuda.norms import (
     SquaresKernel,
     add,
@@ -361,7 +373,7 @@ class CUDA:
         first: tuple[Callable[..., Any], type] | None = None,
         storage: Storage | None = None,
     ) -> Kernel:
-        """As `fastopt.kernels.contract.Backend`. Only states may be of other formats, of 16 bits."""
+        """As `fastopt.kernels.contract.Backend`."""
         key = (rule, hyper, dtype, features, first, storage)
         if key not in self._kernels:
             self._kernels[key] = self._bind(rule, hyper, dtype, features, first, storage)
@@ -370,14 +382,15 @@ class CUDA:
 
     def norm(self, dtype: np.dtype[Any], features: Features, grads: str | None = None) -> SquaresKernel:
         """As `fastopt.kernels.contract.Backend`."""
-        key = ("norm", dtype, features)
+        stored = grads or dtype.name
+        key = ("norm", dtype, features, stored)
         if key not in self._kernels:
-            constants = _of_dtype(dtype)
+            constants = {**_of_dtype(dtype), **_of_format("G", stored, dtype)}
             constants |= elements.conditioning(dtype, features, device)
-            measuring = {**constants, **looping(squared, constants, dtype, 1, in_order=True)}
+            measuring = {**constants, **looping(squared, constants, dtype, 1, in_order=True, formats=(stored,))}
             self._kernels[key] = SquaresKernel(
                 self,
-                self.compiled(squares, measuring, f"squares_{dtype.name}"),
+                self.compiled(squares, measuring, f"squares_{stored}"),
                 self._measuring_again(dtype, constants, selects=False),
                 sums_per_block(dtype),
             )
@@ -456,7 +469,7 @@ class CUDA:
             for overwriting in (False, True):
                 selected = present & (overwrite == overwriting)
                 if selected.any():
-                    kernel, again = self._adding(dtype, adder, overwriting)
+                    kernel, again = self._adding(dtype, adder, overwriting, grads or dtype.name)
                     flags = self.upload(selected.astype(np.int64))
                     lines = (found.lines, found.length, partials)
                     self.launch(kernel, found.length, where, flags, float(weight[0]), *lines)
@@ -475,20 +488,22 @@ class CUDA:
         self.launch(self._kernels[key], runs, grads, numbers, ends, runs, width, sums)
         return sums
 
-    def _adding(self, dtype: np.dtype[Any], adder: Adder, overwriting: bool) -> Any:
-        key = ("add", dtype, adder, overwriting)
+    def _adding(self, dtype: np.dtype[Any], adder: Adder, overwriting: bool, grads: str) -> Any:
+        key = ("add", dtype, adder, overwriting, grads)
         if key not in self._kernels:
             features = Features(zero_nonfinite=adder.zero_nonfinite)
             constants = {
                 **_of_dtype(dtype),
+                **_of_format("G", grads, dtype),
                 "MEASURE": adder.measure,
                 "OVERWRITE": overwriting,
                 "STEP": StepHyper(*[0.0] * N_STEP),  # not looked at: none of its features is on
                 **elements.conditioning(dtype, features, device),
             }
-            adding = {**constants, **looping(added, constants, dtype, 2, in_order=adder.measure)}
+            formats = (dtype.name, grads)
+            adding = {**constants, **looping(added, constants, dtype, 2, in_order=adder.measure, formats=formats)}
             again = self._measuring_again(dtype, constants, selects=True)
-            self._kernels[key] = self.compiled(add, adding, f"add_{dtype.name}"), again if adder.measure else None
+            self._kernels[key] = self.compiled(add, adding, f"add_{grads}"), again if adder.measure else None
         return self._kernels[key]
 
     def batchnorm(self, formulas: ModuleType, dtype: np.dtype[Any], *, relu: bool, residual: bool) -> Any:
@@ -512,20 +527,33 @@ class CUDA:
         storage: Storage | None,
     ) -> Kernel:
         teach()
-        formats = _formats_of(storage, dtype, lined=rule.lined)
+        storage = storage or Storage(dtype.name, dtype.name, (dtype.name,) * (len(rule.states) + features.ema))
         # What numba infers for the host holds for the device; this needs no device.
         on_host = elements.scalar(bind(rule.scalar, {}, label=f"{rule.name}_{dtype}", scalar=elements.scalar))
         elements.check_rule(rule, on_host, hyper, dtype)
         compiled = device(bind(rule.scalar, {}, label=f"{rule.name}_{dtype}", scalar=device))
         constants, label = elements.surrounded(rule, compiled, hyper, dtype, features, first, device)
-        constants |= {**_of_dtype(dtype), **_of_rows(hyper, None if first is None else first[1])}
+        constants |= {
+            **_of_dtype(dtype),
+            **_of_rows(hyper, None if first is None else first[1]),
+            **_stored(storage, dtype),
+        }
+        if storage.keeps:
+            constants["ELEMENT"] = bind(elements.kept_apart, constants, label="kept_apart", scalar=device)
         constants["HYPERPARAMETERS"] = bind(hyperparameters, constants, label="hyperparameters", scalar=device)
         if rule.lined:
-            return self._bind_lines(rule, hyper, dtype, features, constants, label)
+            return self._bind_lines(rule, hyper, dtype, features, constants, label, storage)
         constants["READS_GRADIENT"] = features.zero_grad or not features.still
-        buffers = 1 + constants["N_STATES"] + constants["READS_GRADIENT"]
-        every = (dtype.name, *formats, dtype.name)[:buffers] if formats else ()
-        updating = {**constants, **looping(updated, constants, dtype, buffers, in_order=False, formats=every)}
+        constants["ALONE"] = constants["N_STATES"] == 0 and not storage.keeps
+        codes = [k for k, form in enumerate(storage.states) if form in CODED]
+        if codes:
+            kernel = self._bind_codes(constants, storage, f"coded_{label}")
+            return ElementwiseKernel(self, kernel, features.scattered, codes[0])
+        formats = (storage.params, *storage.states, *[storage.grads] * constants["READS_GRADIENT"])
+        buffers = len(formats)
+        drawn = _drawn(storage, features)
+        looped = looping(updated, constants, dtype, buffers, in_order=False, formats=formats, drawn=drawn)
+        updating = {**constants, **looped}
         blocks = at_once(buffers, dtype)
         if features.gated and buffers == 4:  # the old values are kept until the new ones are written
             blocks = min(blocks, 3)
@@ -534,8 +562,23 @@ class CUDA:
         kernel = self.compiled(elementwise, updating, label, blocks)
         update = ElementwiseKernel(self, kernel, features.scattered)
         if rule.sums:
-            return self._bind_sums(rule, hyper, dtype, features, constants, label, update, formats)
+            return self._bind_sums(rule, hyper, dtype, features, constants, label, update, storage)
         return update
+
+    def _bind_codes(self, constants: dict[str, Any], storage: Storage, label: str) -> Any:
+        """The kernel of a rule with states of 8 bits. constants : of the update."""
+        from fastopt.kernels.cuda.coded import coded, functions_of  # loaded by those who use it
+
+        names = _drawn(storage, Features(zero_grad=constants["ZERO_GRAD"]))
+        constants = {
+            **constants,
+            **functions_of(storage, constants),
+            "UPDATED": bind(updated, constants, label="updated", scalar=device),
+            "OPAQUE": opaque(),
+            "STOCHASTIC": storage.stochastic,
+            "DITHERED": dithering(names, 1) if storage.stochastic else None,
+        }
+        return self.compiled(coded, constants, label)
 
     def _bind_sums(
         self,
@@ -546,9 +589,9 @@ class CUDA:
         constants: dict[str, Any],
         label: str,
         update: ElementwiseKernel,
-        formats: tuple[str, ...],
+        storage: Storage,
     ) -> SummedKernel:
-        """constants, label, formats : of the update."""
+        """constants, label : of the update."""
         stages: list[Stage] = []
         names = list(rule.numbers)
         for sums in rule.sums:
@@ -558,8 +601,9 @@ class CUDA:
             def passing(kernel: Any, pair: tuple[Any, ...], of_pairs: dict[str, Any] = of_pairs) -> Any:
                 adding, of_pair = elements.of_terms(rule, pair, hyper, dtype, features, device)
                 adding |= of_pairs
-                every = (*formats[: len(rule.states)], dtype.name, dtype.name) if formats else ()
-                adding |= looping(termed, adding, dtype, 2 + len(rule.states), in_order=True, formats=every)
+                adding = _of_kept(constants, adding)
+                formats = (*_read_by_terms(storage, rule), storage.grads, storage.params)
+                adding |= looping(termed, adding, dtype, len(formats), in_order=True, formats=formats)
                 return self.compiled(kernel, adding, f"{kernel.__name__}_{of_pair}")
 
             found = elements.settling(rule, sums, hyper, device, PAIR * len(pairs) if again else None)
@@ -590,7 +634,7 @@ class CUDA:
                     sums.over == "all",
                 )
             )
-        return SummedKernel(self, tuple(stages), update, len(rule.states), len(names))
+        return SummedKernel(self, tuple(stages), update, len(rule.states), len(names), kept=bool(storage.keeps))
 
     def _bind_lines(
         self,
@@ -600,15 +644,22 @@ class CUDA:
         features: Features,
         constants: dict[str, Any],
         label: str,
+        storage: Storage,
     ) -> LinedKernel:
         """constants, label : of the update."""
         fields: dict[str, tuple[int, ...]] = {"tensor": (), "row": (), "column": ()}
         """Of h, those that are settled so far."""
         load, store = memory(dtype, 1, True)
         load_numbers, store_numbers = memory(np.dtype(np.float64), 1, True)
+        load_both, store_param = memory(dtype, 1, True, (storage.params, storage.grads))
+        drawn, read = _drawn(storage, Features()), _read_by_terms(storage, rule)
         constants = {
             **constants,
-            "LOAD": load,
+            "LOAD_BOTH": load_both,
+            "STORE_PARAM": store_param,
+            "STORE_GRAD": memory(dtype, 1, True, (storage.grads,))[1],
+            "DITHERED": dithering(drawn, 1) if drawn else None,
+            "STOCHASTIC": bool(drawn),
             "STORE": store,
             "LOAD_NUMBERS": load_numbers,
             "STORE_NUMBERS": store_numbers,
@@ -640,7 +691,8 @@ class CUDA:
             pairs = []
             for pair in of_terms:
                 adding, of_pair = elements.of_terms(rule, pair, hyper, dtype, features, device)
-                adding = {**settling, **adding}
+                adding = {**settling, **_of_kept(constants, adding), "N_BUFFERS": len(read)}
+                adding["LOAD_STATES"], _ = memory(dtype, 1, True, read)
                 adding["AT"] = bind(terms_at, adding, label="terms_at", scalar=device)
                 pairs.append(self.compiled(sum_terms_of_lines, adding, f"sum_terms_of_lines_{of_pair}"))
             stages.append(
@@ -654,10 +706,13 @@ class CUDA:
                 )
             )
             fields[level] += elements.fields_of(rule, sums, hyper)
-        updating = {**constants, **replaced()}
+        load_states, store_states = memory(dtype, 1, True, storage.states)
+        updating = {**constants, **replaced(), "N_BUFFERS": len(storage.states)}
+        updating |= {"LOAD_STATES": load_states, "STORE_STATES": store_states}
         updating["AT"] = bind(update_at, updating, label="update_at", scalar=device)
         update = self.compiled(update_tiles, updating, f"tiles_{label}")
-        return LinedKernel(self, tuple(stages), update, dtype, len(rule.states), len(names))
+        kept = bool(storage.keeps)
+        return LinedKernel(self, tuple(stages), update, dtype, len(rule.states), len(names), kept=kept)
 
     def compiled(
         self, function: Callable[..., None], constants: dict[str, Any], label: str, blocks: int | None = None
@@ -850,15 +905,45 @@ def _of_dtype(dtype: np.dtype[Any]) -> dict[str, Any]:
     }
 
 
-def _formats_of(storage: Storage | None, dtype: np.dtype[Any], *, lined: bool) -> tuple[str, ...]:
-    """The formats of the buffers of states; none where all are of the dtype."""
-    if storage is None:
+def _of_format(buffer: str, form: str, dtype: np.dtype[Any]) -> dict[str, int]:
+    """The constants by which a kernel finds a number of a buffer, "P" or "G", of a format."""
+    size = STORED[form].itemsize
+    return {f"{buffer}_BYTES": size, f"{buffer}_SHIFT": int(size < dtype.itemsize)}
+
+
+def _stored(storage: Storage, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """What a kernel needs to know of the formats of its buffers, besides those of the loads and stores."""
+    of_kept = {"MASTER": storage.keeps == MASTER, "ROUNDED": rounding(storage.params) if storage.keeps else None}
+    return {
+        **of_kept,
+        **_of_format("P", storage.params, dtype),
+        **_of_format("G", storage.grads, dtype),
+        "KEPT": bool(storage.keeps),
+        "EXACT": bind(elements.exact, of_kept, label="exact", scalar=device) if storage.keeps else None,
+    }
+
+
+def _drawn(storage: Storage, features: Features) -> tuple[str, ...]:
+    """Of the values of an element that are written, the formats to which they are rounded at random, if at all."""
+    if not storage.stochastic:
         return ()
-    given = {storage.params, storage.grads}
-    known = {dtype.name, BFLOAT16, FLOAT16}
-    if given != {dtype.name} or storage.keeps or storage.stochastic or not {*storage.states} <= known or lined:
-        raise ValueError(f"storage: must have states of 16 bits alone on a device, got {storage}")
-    return storage.states
+    from fastopt.kernels.formats import drawn
+
+    return (*drawn(storage), *[FLOAT32] * features.zero_grad)
+
+
+def _read_by_terms(storage: Storage, rule: KernelRule) -> tuple[str, ...]:
+    """The formats of the buffers of states that terms of sums read: the rule's, and what is kept of the parameters."""
+    return storage.states[: len(rule.states)] + (storage.states[-1:] if storage.keeps else ())
+
+
+def _of_kept(constants: dict[str, Any], of_terms: dict[str, Any]) -> dict[str, Any]:
+    """The constants of a kernel over terms, for the storage in those of the update."""
+    names = ("KEPT", "EXACT", "P_BYTES", "P_SHIFT", "G_BYTES", "G_SHIFT")
+    found = {**of_terms, **{name: constants[name] for name in names}}
+    if constants["KEPT"]:
+        found["ELEMENT"] = bind(elements.terms_of_kept, found, label="terms_of_kept", scalar=device)
+    return found
 
 
 def _of_rows(hyper: Any, first: Any) -> dict[str, Any]:

@@ -32,12 +32,18 @@ UNPACK_HYPER: Callable[..., Any]
 UNPACK_FIRST: Callable[..., Any]
 ZERO: Any
 ITEMSIZE: int
+P_BYTES: int
+G_BYTES: int
+"""Bytes of a number of p and g as they are stored ..."""
+P_SHIFT: int
+G_SHIFT: int
+"""... and 1 where these are half of ITEMSIZE, as memory.py knows it."""
 N_HYPER: int
 """How many fields HYPER has."""
 N_ROW: int
 """How many columns the table of hyperparameters has."""
-N_STATES: int
-"""How many buffers of states the rule has, and the average."""
+ALONE: bool
+"""Whether ELEMENT returns p alone, not in a tuple."""
 FIRST: bool
 """Whether another update is made before the rule's."""
 READS_GRADIENT: bool
@@ -66,7 +72,7 @@ def updated(values, context):
         new = ELEMENT(step, values[0], values[-1], *values[1:-1], h)
     else:
         new = ELEMENT(step, values[0], ZERO, *values[1:], h)
-    if N_STATES == 0:  # noqa: SIM108 a branch is pruned, an expression is not
+    if ALONE:  # noqa: SIM108 a branch is pruned, an expression is not
         kept = (new,)
     else:
         kept = new
@@ -87,9 +93,9 @@ def elementwise(places, states, table, chunks, n):
         first = OPAQUE(ITEMSIZE * (place.state + chunk.start))
         size = chunk.stop - chunk.start
         context = HYPERPARAMETERS(table, chunk.group)
-        p = OPAQUE(place.p + ITEMSIZE * chunk.start - first)
+        p = OPAQUE(place.p + P_BYTES * chunk.start - (first >> P_SHIFT))
         if READS_GRADIENT:
-            g = OPAQUE(place.g + ITEMSIZE * chunk.grad - first)
+            g = OPAQUE(place.g + G_BYTES * chunk.grad - (first >> G_SHIFT))
             LOOP((p, *states, g), first, size, context, ZERO, ZERO)
         else:
             LOOP((p, *states), first, size, context, ZERO, ZERO)
@@ -102,11 +108,15 @@ def elementwise(places, states, table, chunks, n):
 class ElementwiseKernel:
     """The update of one rule in one pass."""
 
-    def __init__(self, backend: Launcher, kernel: Any, scattered: bool):
-        """scattered : tables are made for one launch, and not kept on the device."""
+    def __init__(self, backend: Launcher, kernel: Any, scattered: bool, codes: int | None = None):
+        """scattered : tables are made for one launch, and not kept on the device.
+
+        codes : which buffer of states is the first of codes, whose number the kernel is told; None where there is none.
+        """
         self._backend = backend
         self._kernel = kernel
         self._scattered = scattered
+        self._codes = codes
 
     def launch(self, places: Array, states: tuple[Array, ...], table: Array, chunks: Array, elements: int) -> None:
         """As `fastopt.kernels.contract.Kernel`."""
@@ -118,7 +128,10 @@ class ElementwiseKernel:
             found = backend.chunks(chunks)
             where, on_device = backend.places(places), backend.table(table)
             lines, count = found.lines, found.length
-        self.launch_on(where, backend.addresses(states), on_device, lines, count)
+        addresses = backend.addresses(states)
+        if self._codes is not None:
+            addresses = (*addresses, int(states[self._codes].size))
+        self.launch_on(where, addresses, on_device, lines, count)
 
     def launch_on(self, places: Array, states: tuple[int, ...], table: Array, lines: Array, count: int) -> None:
         """The same, with tables and `count` chunks that are on the device, the lines of each one after the other."""

@@ -40,9 +40,16 @@ FOLD: Callable[..., Any]
 """`fold`, as part of the kernel."""
 LEAVE_SUMS: Callable[..., Any]
 """``leave_sums`` of norms.py, as part of the kernel."""
-LOAD: Callable[..., Any]
+LOAD_BOTH: Callable[..., Any]
+STORE_PARAM: Callable[..., Any]
+STORE_GRAD: Callable[..., Any]
+LOAD_STATES: Callable[..., Any]
+STORE_STATES: Callable[..., Any]
 STORE: Callable[..., Any]
-"""``memory`` of memory.py, of one element in each buffer."""
+"""``memory`` of memory.py: of one element of p and g, of p, of g, of the buffers of states, and of those of results."""
+DITHERED: Callable[..., Any]
+STOCHASTIC: bool
+"""As in memory.py."""
 LOAD_NUMBERS: Callable[..., Any]
 STORE_NUMBERS: Callable[..., Any]
 """The same, of one float64 in each buffer of numbers."""
@@ -52,7 +59,8 @@ UNPACK_LINE: Callable[..., Any]
 UNPACK_SUMS: Callable[..., Any]
 ZERO: Any
 ITEMSIZE: int
-N_STATES: int
+N_BUFFERS: int
+"""How many buffers of states the kernel reads."""
 N_TERMS: int
 N_TOTALS: int
 """How many sums a line has, as in sums.py."""
@@ -72,9 +80,9 @@ def terms_at(tile, place, states, step, h, of_rows, of_columns, row, column):
     """Two terms of the element in a row and a column of a tile."""
     i = ITEMSIZE * ((tile.row + row) * tile.columns + tile.column + column)
     own = OF_COLUMN(OF_ROW(h, of_rows, tile.row_line + row), of_columns, tile.column_line + column)
-    p, g = LOAD((place.p, place.g), i)[0]
-    if N_STATES > 0:
-        found = ELEMENT(step, p, g, *LOAD(states, i + ITEMSIZE * place.state)[0], own)
+    p, g = LOAD_BOTH((place.p, place.g), i)[0]
+    if N_BUFFERS > 0:
+        found = ELEMENT(step, p, g, *LOAD_STATES(states, i + ITEMSIZE * place.state)[0], own)
     else:
         found = ELEMENT(step, p, g, own)
     return float64(found[0]), float64(found[1])
@@ -84,16 +92,19 @@ def update_at(tile, place, states, step, h, of_rows, of_columns, row, column):
     """Update the element in a row and a column of a tile."""
     i = ITEMSIZE * ((tile.row + row) * tile.columns + tile.column + column)
     own = OF_COLUMN(OF_ROW(h, of_rows, tile.row_line + row), of_columns, tile.column_line + column)
-    p, g = LOAD((place.p, place.g), i)[0]
-    if N_STATES > 0:
-        of_states = i + ITEMSIZE * place.state
-        new = ELEMENT(step, p, g, *LOAD(states, of_states)[0], own)
-        STORE((place.p,), i, ((new[0],),))
-        STORE(states, of_states, (new[1:],))
+    p, g = LOAD_BOTH((place.p, place.g), i)[0]
+    of_states = i + ITEMSIZE * place.state
+    if N_BUFFERS > 0:  # noqa: SIM108
+        new = ELEMENT(step, p, g, *LOAD_STATES(states, of_states)[0], own)
     else:
-        STORE((place.p,), i, ((ELEMENT(step, p, g, own),),))
+        new = (ELEMENT(step, p, g, own),)
+    if STOCHASTIC:
+        new = DITHERED((new,), step.noise, of_states // ITEMSIZE)[0]
+    STORE_PARAM((place.p,), i, ((new[0],),))
+    if N_BUFFERS > 0:
+        STORE_STATES(states, of_states, (new[1:],))
     if ZERO_GRAD:
-        STORE((place.g,), i, ((ZERO,),))
+        STORE_GRAD((place.g,), i, ((ZERO,),))
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
@@ -314,15 +325,27 @@ class LinedKernel:
     """The update of a rule whose h depends on sums over rows or columns: for each stage passes that add, then it."""
 
     def __init__(
-        self, backend: Launcher, stages: tuple[LinedStage, ...], update: Any, dtype: Any, n_states: int, n_numbers: int
+        self,
+        backend: Launcher,
+        stages: tuple[LinedStage, ...],
+        update: Any,
+        dtype: Any,
+        n_states: int,
+        n_numbers: int,
+        *,
+        kept: bool,
     ):
-        """n_states, n_numbers : how many of the first states are the rule's, and of the last ones numbers."""
+        """n_states, n_numbers : how many of the first states are the rule's, and of the last ones numbers.
+
+        kept : as for `SummedKernel`.
+        """
         self._backend = backend
         self._stages = stages
         self._update = update
         self._dtype = dtype
         self._n_states = n_states
         self._n_numbers = n_numbers
+        self._kept = kept
 
     def launch(self, places: Array, states: tuple[Array, ...], table: Array, chunks: Tiles, elements: int) -> None:
         """As `fastopt.kernels.contract.Kernel`."""
@@ -333,7 +356,9 @@ class LinedKernel:
         where, flat = backend.places(places), backend.table(table).reshape(-1)
         buffers = backend.addresses(states)
         end = len(states) - self._n_numbers
-        numbers = buffers[end:]
+        own, numbers = buffers[: self._n_states], buffers[end:]
+        if self._kept:
+            own = (*own, buffers[end - 1])
         found: dict[str, tuple[Array, ...]] = {"tensor": (), "row": (), "column": ()}
         n = tiles.length
 
@@ -347,7 +372,6 @@ class LinedKernel:
             totals = backend.empty(PAIR * max(1, len(stage.pairs)) * count)
             for number, kernel in enumerate(stage.pairs):
                 partials = backend.empty(PAIR * chunks.parts[over])
-                own = buffers[: self._n_states]
                 backend.launch(kernel, n, where, own, flat, tiles.table, n, *settled(), partials)
                 backend.launch(stage.total, of_lines, tiles.table, lines, of_lines, partials, PAIR * number, totals)
             results = tuple([backend.empty(count, self._dtype) for _ in range(stage.results)])

@@ -24,6 +24,10 @@ ELEMENTS: Callable[..., Any]
 """What becomes of several elements: see `several`."""
 LOAD: Callable[..., Any]
 STORE: Callable[..., Any]
+STOCHASTIC: bool
+"""Whether numbers of 16 bits are rounded at random ..."""
+DITHERED: Callable[..., Any]
+"""... by `dithering`."""
 ITEMSIZE: int
 IN_ORDER: bool
 """Whether sums are taken, whose bits depend on which elements a thread takes: not on where these are."""
@@ -44,6 +48,8 @@ def strided(buffers, i, stop, stride, context, s, t):
     """The elements at i that LOAD takes at a time, then those a stride further; their sums are added to s and t."""
     while i < stop:
         new, more, others = ELEMENTS(LOAD(buffers, i), context)
+        if STOCHASTIC:
+            new = DITHERED(new, context[0].noise, i // ITEMSIZE)
         STORE(buffers, i, new)
         s += more
         t += others
@@ -84,12 +90,14 @@ def looping(
     *,
     in_order: bool,
     formats: tuple[str, ...] = (),
+    drawn: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """What a kernel needs to call `loop`: the loops over elements of `buffers` buffers of a dtype.
 
     element : the element function, ``(values, context) -> (new, s, t)``, bound here to the constants. `values` has an
         element of each buffer; `new` is written back to the first buffers, as many as it has values.
-    in_order : as IN_ORDER. formats : as for `memory`.
+    in_order : as IN_ORDER. formats : as for `memory`. drawn : of the values that are written, the formats to which they
+        are rounded at random; none where they are rounded to the nearest.
     """
     bound = bind(element, constants, label=element.__name__, scalar=device)
     vector = WIDE_BYTES // dtype.itemsize
@@ -101,7 +109,8 @@ def looping(
     }
     for name, width, at_once in (("VECTORS", vector, True), ("SPLIT", vector, False), ("SINGLES", 1, True)):
         load, store = memory(dtype, width, at_once, formats)
-        own = {"LOAD": load, "STORE": store, "ELEMENTS": several(width, bound)}
+        own = {"LOAD": load, "STORE": store, "ELEMENTS": several(width, bound), "ITEMSIZE": dtype.itemsize}
+        own |= {"STOCHASTIC": bool(drawn), "DITHERED": dithering(drawn, width) if drawn else None}
         found[name] = bind(strided, own, label=f"{element.__name__}_{name.lower()}", scalar=device)
     return found
 
@@ -221,6 +230,59 @@ def bits_of(size: int) -> Callable[..., Any]:
 
 def _same_bits(number, numbers):
     return number
+
+
+# --- storage formats --------------------------------------------------------------------------------------------------
+
+
+@cache
+def rounding(name: str) -> Callable[..., Any]:
+    """``rounding`` of formats.py, for the device."""
+    if SIMULATED:
+        return simulated.rounding(name)
+    from fastopt.kernels import formats
+
+    return formats.rounding(name, extending()[1])
+
+
+@cache
+def dithering(names: tuple[str, ...], width: int) -> Callable[..., Any]:
+    """A function ``(elements, seed, index)`` for `width` elements, each a tuple: ``dithering`` of formats.py of each.
+
+    index : that of the first; the others follow it.
+    """
+    if SIMULATED:
+        return simulated.dithering(names)
+    from llvmlite import ir
+
+    from fastopt.kernels.formats import emit_draws
+
+    _, intrinsic = extending()
+
+    @intrinsic
+    def dithered(typing_context, elements, seed, index):
+        def build(context, builder, signature, arguments):
+            given, seed, index = arguments
+            made = []
+            for k in range(width):
+                element, at = builder.extract_value(given, k), builder.add(index, ir.Constant(index.type, k))
+                numbers = [builder.extract_value(element, place) for place in range(len(names))]
+                drawn = emit_draws(builder, names, numbers, seed, at)
+                made.append(context.make_tuple(builder, elements[k], drawn))
+            return context.make_tuple(builder, signature.return_type, made)
+
+        return elements(elements, seed, index), build
+
+    return dithered
+
+
+def codec(form: str, place: int, random: bool) -> Any:
+    """``codec`` of codes.py, for the device."""
+    if SIMULATED:
+        return simulated.codec(form, place, random)
+    from fastopt.kernels import codes
+
+    return codes.codec(form, place, random, *extending())
 
 
 # --- loads and stores -------------------------------------------------------------------------------------------------

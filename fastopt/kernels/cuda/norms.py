@@ -45,6 +45,8 @@ UNPACK_CHUNK: Callable[..., Any]
 UNPACK_STEP: Callable[..., Any]
 ZERO: Any
 ITEMSIZE: int
+G_BYTES: int
+"""Bytes of a number of a gradient as it is stored."""
 MEASURE: bool
 """Whether sums of squares are taken of the new sums."""
 OVERWRITE: bool
@@ -103,7 +105,7 @@ def squares(places, table, columns, chunks, n, partials):
         chunk = Chunk(*UNPACK_CHUNK(chunks, N_CHUNK * c))
         place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
         step = StepHyper(*UNPACK_STEP(table, chunk.group * columns))
-        x = place.g + ITEMSIZE * chunk.grad
+        x = place.g + G_BYTES * chunk.grad
         s, bad = LOOP((x,), 0, chunk.stop - chunk.start, step, 0.0, ZERO)
         LEAVE_SUMS(total, marks, s, bad, partials, WIDTH * chunk.block)
         c += cuda.gridDim.x
@@ -165,7 +167,7 @@ def add(places, selected, weight, chunks, n, partials):
         chunk = Chunk(*UNPACK_CHUNK(chunks, N_CHUNK * c))
         if selected[chunk.place] != 0:
             place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
-            buffers = (place.p + ITEMSIZE * chunk.start, place.g + ITEMSIZE * chunk.start)
+            buffers = (place.p + ITEMSIZE * chunk.start, place.g + G_BYTES * chunk.start)
             if MEASURE:
                 s, bad = LOOP(buffers, 0, chunk.stop - chunk.start, factor, 0.0, ZERO)
                 LEAVE_SUMS(total, marks, s, bad, partials, WIDTH * chunk.block)

@@ -17,7 +17,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastopt.kernels.contract import BFLOAT16
+from fastopt.kernels.codes import Codec
+from fastopt.kernels.contract import BFLOAT16, CODE_BASE, INT8
+from fastopt.kernels.elements import MAX_STATES
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
@@ -129,6 +131,114 @@ def memory(
                 numbers[...] = np.array(values, dtype) if formats else values
 
     return load, store
+
+
+# --- storage formats: what intrinsics do on a device ------------------------------------------------------------------
+
+WORD = 0xFFFFFFFF
+
+
+def rounding(name: str) -> Callable[..., Any]:
+    """As ``rounding`` of memory.py."""
+    stored = _dtype_of(name)
+
+    def rounded(number: Any) -> Any:
+        return np.float32(np.float32(number).astype(stored))
+
+    return rounded
+
+
+def _bits(number: Any) -> int:
+    return int(np.float32(number).view(np.uint32))
+
+
+def _of_bits(bits: int) -> Any:
+    return np.uint32(bits).view(np.float32)
+
+
+def _mixed(word: int) -> int:
+    """As ``emit_mixed`` of formats.py."""
+    word ^= word >> 16
+    word = word * 0x7FEB352D & WORD
+    word ^= word >> 15
+    word = word * 0x846CA68B & WORD
+    return word ^ word >> 16
+
+
+def _counted(seed: Any, index: Any, draw: int) -> int:
+    """As ``emit_counted`` of formats.py, mixed."""
+    word = int(index) * 0x9E3779B9 & WORD ^ _mixed(int(seed))
+    return _mixed(word + draw & WORD)
+
+
+def _dithered(name: str, number: Any, noise: int) -> Any:
+    """As ``emit_dithered`` of formats.py."""
+    bits = _bits(number)
+    if bits & 0x7F800000 == 0x7F800000:
+        return number
+    if name == BFLOAT16:
+        return _of_bits(bits + noise & 0xFFFF0000)
+    if bits & 0x7FFFFFFF < 0x38800000:
+        steps = np.floor(abs(np.float32(number)) * np.float32(2.0**24) + np.float32(noise * 2.0**-16))
+        return np.copysign(steps * np.float32(2.0**-24), number)
+    return _of_bits(bits + (noise >> 3) & 0xFFFFE000)
+
+
+def dithering(names: tuple[str, ...]) -> Callable[..., Any]:
+    """As ``dithering`` of memory.py."""
+    drawn = [k for k, name in enumerate(names) if _dtype_of(name).itemsize == 2]
+
+    def one(element: tuple[Any, ...], seed: Any, index: Any) -> tuple[Any, ...]:
+        found = list(element)
+        for count, k in enumerate(drawn):
+            word = _counted(seed, index, count // 2)
+            found[k] = _dithered(names[k], found[k], word >> 16 if count % 2 else word & 0xFFFF)
+        return tuple(found)
+
+    def dithered(elements: tuple[Any, ...], seed: Any, index: Any) -> tuple[Any, ...]:
+        return tuple([one(element, seed, int(index) + k) for k, element in enumerate(elements)])
+
+    return dithered
+
+
+def codec(form: str, place: int, random: bool) -> Codec:
+    """As ``codec`` of codes.py."""
+
+    def signed_number(code: Any, unit: Any) -> Any:
+        k = np.float32(code)
+        return k * abs(k) * unit
+
+    def unsigned_number(code: Any, unit: Any) -> Any:
+        return (_of_bits(int(code) + CODE_BASE << 20) if code else np.float32(0)) * unit
+
+    def signed_code(number: Any, share: Any, noise: int) -> Any:
+        root = np.sqrt(share if share > 0 else np.float32(0))
+        if random:
+            code = int(root)
+            k = np.float32(code)
+            code += int(np.float32((noise >> 8) * 2.0**-24) * (k + k + np.float32(1)) < share - k * k)
+        else:
+            code = int(root + np.float32(0.5))
+        return np.int8(-min(code, 127) if np.signbit(number) else min(code, 127))
+
+    def unsigned_code(number: Any, share: Any, noise: int) -> Any:
+        if not number > 0:
+            return np.uint8(0)
+        bits = _bits(share) if share > 0 else 0
+        bits += noise >> 12 if random else (bits >> 20 & 1) + 0x7FFFF
+        return np.uint8(min(max((bits >> 20) - CODE_BASE, 1), 255))
+
+    def size_bits(number: Any) -> Any:
+        return np.int32(_bits(number) & 0x7FFFFFFF)
+
+    return Codec(
+        signed_number if form == INT8 else unsigned_number,
+        signed_code if form == INT8 else unsigned_code,
+        lambda seed, index: _counted(seed, index, MAX_STATES + place),
+        size_bits,
+        _of_bits,
+        max,
+    )
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------

@@ -75,6 +75,11 @@ UNPACK_NUMBERS: Callable[..., Any]
 PACK_VALUES: Callable[..., Any]
 ZERO: Any
 ITEMSIZE: int
+P_BYTES: int
+P_SHIFT: int
+G_BYTES: int
+G_SHIFT: int
+"""As in elementwise.py."""
 N_ROW: int
 """How many columns the table of hyperparameters has."""
 N_TERMS: int
@@ -125,8 +130,8 @@ def sum_terms(places, states, table, chunks, n, partials):
         chunk = Chunk(*UNPACK_CHUNK(chunks, N_CHUNK * c))
         place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
         first = OPAQUE(ITEMSIZE * (place.state + chunk.start))
-        p = OPAQUE(place.p + ITEMSIZE * chunk.start - first)
-        g = OPAQUE(place.g + ITEMSIZE * chunk.grad - first)
+        p = OPAQUE(place.p + P_BYTES * chunk.start - (first >> P_SHIFT))
+        g = OPAQUE(place.g + G_BYTES * chunk.grad - (first >> G_SHIFT))
         s, t = LOOP((*states, g, p), first, chunk.stop - chunk.start, HYPERPARAMETERS(table, chunk.group), 0.0, 0.0)
         LEAVE_SUMS(left, right, s, t, partials, PAIR * chunk.block)
         c += cuda.gridDim.x
@@ -152,8 +157,8 @@ def sum_again(places, states, table, chunks, n, known, column, partials):
         if not in_range(squares):
             place = Place(*UNPACK_PLACE(places, N_PLACE * chunk.place))
             first = OPAQUE(ITEMSIZE * (place.state + chunk.start))
-            p = OPAQUE(place.p + ITEMSIZE * chunk.start - first)
-            g = OPAQUE(place.g + ITEMSIZE * chunk.grad - first)
+            p = OPAQUE(place.p + P_BYTES * chunk.start - (first >> P_SHIFT))
+            g = OPAQUE(place.g + G_BYTES * chunk.grad - (first >> G_SHIFT))
             s, t = LOOP((*states, g, p), first, chunk.stop - chunk.start, HYPERPARAMETERS(table, chunk.group), 0.0, 0.0)
         LEAVE_SUMS(above, below, s, t, partials, PAIR * chunk.block)
         c += cuda.gridDim.x
@@ -277,14 +282,25 @@ class SummedKernel:
     """The update of a rule whose h depends on sums: for each `Stage` passes that add, then the update."""
 
     def __init__(
-        self, backend: Launcher, stages: tuple[Stage, ...], update: ElementwiseKernel, n_states: int, n_numbers: int
+        self,
+        backend: Launcher,
+        stages: tuple[Stage, ...],
+        update: ElementwiseKernel,
+        n_states: int,
+        n_numbers: int,
+        *,
+        kept: bool,
     ):
-        """n_states, n_numbers : how many of the first states are the rule's, and of the last ones per-tensor states."""
+        """n_states, n_numbers : how many of the first states are the rule's, and of the last ones per-tensor states.
+
+        kept : whether the one before these holds what is kept of the parameters, which terms read.
+        """
         self._backend = backend
         self._stages = stages
         self._update = update
         self._n_states = n_states
         self._n_numbers = n_numbers
+        self._kept = kept
 
     def launch(self, places: Array, states: tuple[Array, ...], table: Array, chunks: Array, elements: int) -> None:
         """As `fastopt.kernels.contract.Kernel`."""
@@ -297,6 +313,8 @@ class SummedKernel:
         buffers = backend.addresses(states)
         end = len(states) - self._n_numbers
         own, numbers = buffers[: self._n_states], buffers[end:]
+        if self._kept:
+            own = (*own, buffers[end - 1])
         spans, n = found.spans, found.spanned
         count = len(places) // (int(places[-1, NETWORK]) + 1)
         for stage in self._stages:
