@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from numba.core.errors import NumbaError
 
 import fastopt
 from fastopt import rules
@@ -1588,6 +1589,15 @@ def test_bodies_of_rules(function, message):
     assert all((array == 1.0).all() for array in arrays)
     with pytest.raises(TypeError, match=message):
         fastopt.Optimizer({"w": np.ones(5, np.float32)}, made)
+
+
+def test_an_error_that_numba_writes_in_bold_is_read_as_well(monkeypatch):
+    """It does so wherever colorama is installed."""
+    plain = NumbaError.__str__
+    bold = "\x1b[1m\\g<0>\x1b[0m"
+    monkeypatch.setattr(NumbaError, "__str__", lambda error: re.sub(r"(?m)^.+$", bold, plain(error)))
+    with pytest.raises(TypeError, match=r"must read fields of Hyper \(lr\), got h\.lrr in line \d+ .*mean h\.lr"):
+        fastopt.Optimizer({"w": np.ones(3, np.float32)}, rule(prepare)(of_no_field))
 
 
 def clamps(p, g, h):

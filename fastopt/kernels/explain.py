@@ -45,7 +45,8 @@ def refusal(compiled: Any, hyper: Any, error: Exception) -> str:
         error: what numba raised.
     """
     functions = list(_reached(compiled.py_func, set()))
-    message = re.sub(r"\A(Failed in \w+ mode pipeline \(step: .*\)\s*)+", "", str(error))
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # numba writes in bold where colorama is installed
+    message = re.sub(r"\A(Failed in \w+ mode pipeline \(step: .*\)\s*)+", "", plain)
     first = message.strip().partition("\n")[0]
     if found := re.match(r"NameError: name '(\w+)' is not defined", first):
         name = found[1]
