@@ -1,4 +1,4 @@
-"""What the site is built with besides its pages: pictures made by their own commands, and tables made from the code.
+"""What the site is built with besides its pages: pictures made by their commands, tables made from the code, formulas.
 
 A command with ``--plot FILE`` or ``--animate FILE`` is run if it stands in a table of a page, or behind a prompt in a
 code block (``$ fastopt ...``). Its pictures are shown beside it, or below the block: a new row is a new picture. A
@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from formulas import in_html
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "build" / "pictures"
@@ -195,6 +197,11 @@ def on_files(files: Any, config: Any) -> Any:
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "contributing.md", content=contributing))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Typeset the formulas."""
+    return in_html(html)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
