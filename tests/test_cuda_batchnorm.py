@@ -6,8 +6,6 @@ NUMBA_ENABLE_CUDASIM=1 pytest tests/test_cuda_batchnorm.py
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -50,13 +48,9 @@ FLAGS = [(False, False), (True, False), (False, True), (True, True)]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+def _device(request: pytest.FixtureRequest) -> None:
     if not SIMULATED and not request.config.getoption("--gpu", default=False):
         pytest.skip("needs numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1, as in CI) or a GPU (--gpu)")
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)  # the simulator waits in a loop, which else keeps the interpreter from its own threads
-    yield
-    sys.setswitchinterval(interval)
 
 
 def case(shape: tuple[int, ...], axis: int, dtype: Any = np.float64, seed: int = 0) -> dict[str, np.ndarray]:

@@ -1,11 +1,10 @@
-"""numba's CUDA target: the only file that imports numba.cuda. The other files of this folder import it from here.
+"""numba's CUDA target, which the other files of this folder import from here.
 
 In numba's simulator (NUMBA_ENABLE_CUDASIM=1), where there is no device, a thread runs Python.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from functools import cache
 from importlib import import_module
@@ -26,38 +25,16 @@ with warnings.catch_warnings():
     from numba import cuda as cuda  # for the other files
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
+if SIMULATED:
+    from fastopt.kernels.cuda.block import take_turns
+
+    take_turns()
 
 BLOCKS_PER_SM = 8
 """Blocks of a launch for each multiprocessor, at most."""
 
 THREADS = 32 if SIMULATED else 256
 """In a block. Sums are of THREADS strided parts and then of a tree, so their bits depend on it; it is never changed."""
-
-
-def _share_safely() -> None:
-    """Have the threads of a block in the simulator agree on every shared array.
-
-    numba's own function looks for the array of a line of code and makes it where there is none: two threads that look
-    at the same time get one each, and what one of them adds is lost.
-    """
-    from numba import types
-    from numba.cuda.simulator.kernelapi import FakeCUDAShared
-    from numba.np.numpy_support import as_dtype
-
-    dynamic = FakeCUDAShared.array
-
-    def array(self: Any, shape: Any, dtype: Any) -> Any:
-        if shape == 0:  # the dynamic one, which a launch makes
-            return dynamic(self, shape, dtype)
-        caller = sys._getframe(1)
-        made = np.empty(shape, as_dtype(dtype) if isinstance(dtype, types.Type) else dtype)
-        return self._allocations.setdefault((caller.f_code, caller.f_lineno), made)
-
-    FakeCUDAShared.array = array
-
-
-if SIMULATED:
-    _share_safely()
 
 
 def device(function: FunctionType) -> Any:
