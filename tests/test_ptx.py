@@ -30,7 +30,7 @@ import fastopt
 from fastopt.batchnorm import formulas
 from fastopt.kernels import elements
 from fastopt.kernels.bind import bind
-from fastopt.kernels.contract import Adder, Chunk, Features, Place, StepHyper, sums_per_block
+from fastopt.kernels.contract import CODED, STORED, Adder, Chunk, Features, Place, StepHyper, Storage, sums_per_block
 from fastopt.rule import Rule
 from fastopt.step.features import features_of
 from fastopt.step.rows import form_of
@@ -45,7 +45,7 @@ pytest.importorskip("cuda.bindings.nvjitlink", reason=WHY)
 from compiler import code_of, linked  # noqa: E402 not before both are known to be there
 
 from fastopt.kernels.cuda import backend as backend_module  # noqa: E402
-from fastopt.kernels.cuda import batchnorm, decisions, elementwise, lines, norms, simulated, sums  # noqa: E402
+from fastopt.kernels.cuda import batchnorm, coded, decisions, elementwise, lines, norms, simulated, sums  # noqa: E402
 from fastopt.kernels.cuda.target import THREADS, type_of  # noqa: E402
 
 NEW, OTHERS = (9, 0), ((7, 5), (8, 0), (10, 0))
@@ -242,6 +242,25 @@ def of_rule(name: str, dtype: Any, everything: bool, cc: tuple[int, int] = NEW, 
 
 
 @cache
+def of_formats(name: str, storage: Storage, cc: tuple[int, int] = NEW) -> list[Code]:
+    """The kernels of a rule's step with all features, its buffers in other formats."""
+    rule = RULES[name]
+    hyper = hyper_of(rule)
+    features = features_of(rule, decays=True, **MANY)
+    coded = [form for form in storage.states if form in CODED]
+
+    def use(backend: Recorder) -> None:
+        numbers = [np.zeros(SIZE) for _ in rule.numbers]
+        states = [np.zeros(2 * SIZE, STORED[form]) for form in storage.states]
+        units = [np.zeros(SIZE, np.float32) for _ in coded]
+        kernel = backend.kernel(rule, hyper, np.dtype(np.float32), features, None, storage)
+        work = Layout.of([(16, SIZE // 16)]).tiles([0]) if rule.lined else chunks()
+        kernel.launch(places(), (*states, *units, *numbers), rows_of(hyper, dtype=np.float32), work, SIZE)
+
+    return codes(cc, use)
+
+
+@cache
 def of_mathematics(name: str, dtype: Any, cc: tuple[int, int] = NEW) -> list[Code]:
     """The kernel of a rule that calls a function of `fastopt.math`, or `fastopt.uniform`."""
 
@@ -410,6 +429,22 @@ def test_so_it_is_on_other_architectures(name):
             assert faults(code, np.float32) == []
 
 
+FORMATS = {
+    "bfloat16 states": ("adamw", Storage("float32", "float32", ("bfloat16", "bfloat16", "float32"))),
+    "bfloat16 at random": ("lamb", Storage("bfloat16", "bfloat16", ("bfloat16",) * 3, "", True)),
+    "float16, master": ("adafactor", Storage("float16", "float16", ("float32", "float32"), "master")),
+    "codes": ("adamw", Storage("bfloat16", "bfloat16", ("int8", "uint8", "float32", "bfloat16"), "rest")),
+}
+
+
+@pytest.mark.parametrize(("name", "storage"), FORMATS.values(), ids=FORMATS)
+def test_kernels_of_other_formats_are_exact_and_spill_no_register(name, storage):
+    """What threads read at once is less than of float32: numbers of 16 bits come 8 bytes at a time."""
+    for cc in (NEW, OTHERS[0]):
+        for code in of_formats(name, storage, cc):
+            assert [fault for fault in faults(code, np.float32) if "at once" not in fault] == []
+
+
 LEFT_ALONE = {
     ("direction of muon", False): (2, 1),
     ("direction of muon", True): (1, 1),  # the average looks at p
@@ -572,11 +607,11 @@ def test_no_rule_is_missing_here():
 
 
 def test_no_loop_of_the_backend_is_missing_here():
-    modules = (elementwise, norms, sums, lines, decisions, batchnorm)
+    modules = (elementwise, coded, norms, sums, lines, decisions, batchnorm)
     functions = [value for module in modules for value in vars(module).values() if isinstance(value, FunctionType)]
     loops = {function.__name__ for function in functions if "blockIdx" in function.__code__.co_names}
     loops |= {"decide", "record"}  # of one block
-    found = [code for name in (*OF_EACH_KIND, LINED) for dtype in DTYPES for code in of_rule(name, dtype, True)]
+    found = of_rule("lamb", np.float64, False) + of_rule(LINED, np.float32, False) + of_formats(*FORMATS["codes"])
     found += of_norm(np.float64, True) + of_add(np.float32, Adder(True, True)) + of_decision(np.float32, True)
     found += of_sums_of_rows(np.float32)
     found += of_batchnorm(np.float32, True, True, True, True)
