@@ -10,6 +10,7 @@ no command is run, and the pages show no pictures of commands.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 import shlex
@@ -18,7 +19,9 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from formulas import in_html
@@ -174,6 +177,35 @@ def shown(arguments: Any) -> str:
     return fixed or "*as it is*"
 
 
+DOCUMENTED = re.compile(r"^::: ([\w.]+)$", flags=re.MULTILINE)
+
+
+def with_summary(text: str) -> str:
+    """A page that documents several things, with a table of them before the first: names and first lines."""
+    found = [(name, thing) for name in DOCUMENTED.findall(text) if not isinstance(thing := named(name), ModuleType)]
+    if len(found) < 2:
+        return text
+    lines = [f"| [`{name.rpartition('.')[2]}`][{name}] | {first_line(thing)} |" for name, thing in found]
+    first = DOCUMENTED.search(text)
+    assert first is not None
+    return "\n".join([text[: first.start()], "| name | what it is |", "|---|---|", *lines, "", text[first.start() :]])
+
+
+def named(name: str) -> Any:
+    """The module, class or function of a dotted name."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        module, _, last = name.rpartition(".")
+        return getattr(named(module), last)
+
+
+def first_line(thing: Any) -> str:
+    """The first sentence or line of a docstring, as the cell of a table."""
+    text = (inspect.getdoc(thing) or "").partition("\n\n")[0]
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 GENERATED = {"<!-- optimizers -->": optimizers, "<!-- conventions -->": conventions}
 
 
@@ -211,4 +243,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     for mark, make_text in GENERATED.items():
         if mark in markdown:
             markdown = markdown.replace(mark, make_text())
-    return markdown
+    return with_summary(markdown)

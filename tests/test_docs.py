@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -180,6 +181,19 @@ def test_every_public_name_has_its_place_in_the_api():
         assert own in told or module in told, f"docs/api tells nothing of fastopt.{name}: add `::: {own}`"
     for name in fastopt.interop.__all__:
         assert f"{getattr(fastopt.interop, name).__module__}.{name}" in told
+
+
+def test_a_page_of_several_things_begins_with_a_table_of_them():
+    page = "# Arrays\n\nTwo.\n\n::: fastopt.storage.flat.pack\n\n::: fastopt.storage.flat.FlatParams\n"
+    before, head, rule, *lines = [line for line in hooks.with_summary(page).splitlines() if line][1:]
+    assert (before, head, rule) == ("Two.", "| name | what it is |", "|---|---|")
+    assert lines[0].startswith("| [`pack`][fastopt.storage.flat.pack] | ")
+    assert lines[1].startswith("| [`FlatParams`][fastopt.storage.flat.FlatParams] | ")
+    for line, thing in zip(lines[:2], (fastopt.pack, fastopt.FlatParams), strict=True):
+        assert " ".join(inspect.getdoc(thing).partition("\n\n")[0].split()) in line
+    assert lines[2:] == ["::: fastopt.storage.flat.pack", "::: fastopt.storage.flat.FlatParams"]
+    for alone in ("# One\n\n::: fastopt.schedules\n", "::: fastopt.storage.flat.pack\n"):
+        assert hooks.with_summary(alone) == alone
 
 
 def test_the_readme_and_the_site_lead_to_each_other():
