@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastopt import bare as bare  # which attaches Rule.update_
-from fastopt import curvature, init, math, optimizers, reference, rules, schedules, wrappers
+from fastopt import curvature, distributed, init, math, optimizers, reference, rules, schedules, wrappers
 from fastopt.batches import minibatches
 from fastopt.batchnorm import BatchNorm, batchnorm_backward, batchnorm_forward, fold_batchnorm
 from fastopt.closed_forms.linear import Linear
@@ -79,6 +79,7 @@ __all__ = [
     "batchnorm_backward",
     "batchnorm_forward",
     "curvature",
+    "distributed",
     "fold_batchnorm",
     "get_num_threads",
     "init",

@@ -43,6 +43,7 @@ import fastopt
 
 MADE_BY = {
     "BatchNormGrads": "batchnorm_backward",
+    "Communicator": "run_threads",
     "FlatParams": "pack",
     "Minibatches": "minibatches",
     "Rule": "rule",
@@ -206,7 +207,8 @@ def lacks(name: Public, package: str = "fastopt") -> list[str]:
         missing += arguments(name, doc, shared)
         if ">>>" not in doc:
             missing.append("an example (>>>)")
-    told = tuple(getattr(builtins, word) for word in re.findall(r"\b[A-Z]\w*Error\b", doc + shared))
+    words = re.findall(r"\b[A-Z]\w*Error\b", doc + shared)
+    told = tuple(getattr(builtins, word) for word in words if hasattr(builtins, word))
     missing += [f"that it raises {kind}" for kind in sorted(raised(name, package)) if not isa(kind, told)]
     if name.owner is None and module.startswith(MATHEMATICS) and name.name not in NOT_MATHEMATICS:
         if not re.search(r"^Formula:|^ {4,}\S.* = ", doc, flags=re.MULTILINE):

@@ -22,7 +22,7 @@ FLOORS = [
     ("fastopt.measure",),
     ("fastopt.torch",),
     ("fastopt",),
-    ("fastopt.interop",),
+    ("fastopt.interop", "fastopt.distributed"),
     ("fastopt.optimizers", "fastopt.batchnorm", "fastopt.curvature", "fastopt.batches", "fastopt.scaling"),
     ("fastopt.optimizer", "fastopt.bare"),
     ("fastopt.checkpoint",),
@@ -41,6 +41,7 @@ FLOORS = [
         "fastopt.version",
         "fastopt.lazy",
         "fastopt.files",
+        "fastopt.communicators",
     ),
     ("fastopt.scalars", "fastopt.signals", "fastopt.source", "fastopt.suggest", "fastopt.warned"),
 ]
