@@ -90,6 +90,8 @@ class Loaded(NamedTuple):
     snapshot: Snapshot
     params: list[Any]
     report: LoadReport
+    digest: str
+    """Of the description, which holds those of the arrays."""
 
 
 def save(
@@ -142,7 +144,7 @@ def load(
     if convert:
         keep |= STORAGE
     with _opened(path) as (where, file):
-        document = _document_of(where, file)
+        document, digest = _document_of(where, file), file.metadata()[DIGEST]
         own = _arrays_of(here.expecting(document, keep))
         _check_kind(where, document, here, optimizer, strict=strict, convert=convert)
         if strict:
@@ -209,7 +211,7 @@ def load(
         report.kept,
         document["extra"],
     )
-    return Loaded(snapshot, [params.get(path, view) for path, view in views.items()], report)
+    return Loaded(snapshot, [params.get(path, view) for path, view in views.items()], report, digest)
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:

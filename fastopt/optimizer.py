@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, overload
 import numpy as np
 
 from fastopt import scalars, suggest
+from fastopt.communicators import communicator_of
 from fastopt.hyper import EMA, POSITIVE_OR_ZERO, Flag, Interval, differs
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
@@ -26,14 +27,16 @@ from fastopt.step.info import StepInfo
 from fastopt.step.options import StepOptions
 from fastopt.step.pipeline import Pipeline
 from fastopt.step.population import HyperView
+from fastopt.step.ranks import ORDER, Ranks
 from fastopt.step.rows import check_indices
 from fastopt.step.storage import Memory
+from fastopt.step.together import RankPipeline
 from fastopt.storage.codes import decoded
 from fastopt.storage.flat import FlatParams, check_members, pack
 from fastopt.storage.trees import adopt, handed_out
 from fastopt.warned import warn_caller
 
-SHARED = frozenset({"rule", "_base", "_overrides"})
+SHARED = frozenset({"rule", "_base", "_overrides", "_ranks"})
 """Attributes that hold rules or schedules, which a deep copy shares."""
 
 
@@ -91,6 +94,14 @@ class Optimizer:
             the optimizer has there, for what is not given: where eps and lr stand, at what states begin, which weight
             decay. `conventions` of the class lists the ones it has. Clipping is no part of it: Keras' ``clipnorm`` is
             `clip_norm_per_tensor` here, its ``global_clipnorm`` is `max_norm`, and its ``clipvalue`` is `clip_value`.
+        comm: of a run on several processes, their communicator: one of mpi4py, a process group of torch.distributed, or
+            any `fastopt.distributed.Communicator`. Every process constructs the optimizer with the same parameters and
+            options, and calls the same methods; a step is that of the mean of their gradients, as if one process had
+            accumulated them. An error on one is an error on all: see `fastopt.distributed`.
+        shard: must be False with `comm` in this version: every process holds all states.
+        order: with `comm`, in which order gradients are added up: ``"engine"`` leaves it to the communicator;
+            ``"fixed"`` is that of the ranks, so that N processes compute what one computes from N micro-batches, to the
+            bit.
         **hyper: the rule's hyperparameters, and ``weight_decay``. Each is a number or a callable of the step number
             (0 at the first update) that returns one.
 
@@ -143,6 +154,7 @@ class Optimizer:
     rule: Rule
     _members: int | None
     _pipeline: Pipeline | None
+    _ranks: Ranks | None
 
     def __init__(
         self,
@@ -167,6 +179,9 @@ class Optimizer:
         seed: int = 0,
         decoupled_weight_decay: bool | None = None,
         members: int | None = None,
+        comm: Any = None,
+        shard: bool = True,
+        order: str = "engine",
         **hyper: Any,
     ):
         if not isinstance(rule, Rule):
@@ -185,6 +200,7 @@ class Optimizer:
             "_base": rule.check_all(rule.complete(hyper, also=(*self._arguments, *OPTIONS)), members=members),
             "_overrides": overrides or {},
             "_backend": backend,
+            "_ranks": _ranks_of(comm, Flag().check("shard", shard), ORDER.check("order", order)),
             "_pipeline": None,
         }
         self.__dict__.update(own)
@@ -201,6 +217,20 @@ class Optimizer:
 
     def _begin(self, params: Any, copies: bool) -> Pipeline:
         """Take the parameters, and make the states."""
+        ranks = self._ranks
+        if ranks is None:
+            self._pipeline = self._made(params, copies)
+            return self._pipeline
+        ranks.parameters = 0
+        with ranks.together(type(self).__name__) as same:
+            pipeline = self._made(params, copies)
+            same.extend(pipeline.identity)
+        ranks.parameters = len(pipeline.flat.paths)
+        self._pipeline = pipeline
+        return pipeline
+
+    def _made(self, params: Any, copies: bool) -> Any:
+        """The pipeline of these parameters."""
         if isinstance(params, FlatParams):
             if self._backend not in ("auto", params.backend):
                 raise ValueError(
@@ -219,10 +249,11 @@ class Optimizer:
         ]
         if rule.matrixwise is not None:
             check_acting(rule.matrixwise, flat.paths, checked, self._base)
-        self._pipeline = Pipeline(rule, flat, self._options, self._base, checked)
-        for advice in self._pipeline.formats.advice(rule):
+        made = rule, flat, self._options, self._base, checked
+        pipeline = Pipeline(*made) if self._ranks is None else RankPipeline(*made, self._ranks)
+        for advice in pipeline.formats.advice(rule):
             warn_caller(advice)
-        return self._pipeline
+        return pipeline
 
     # --- attributes: hyperparameters are alive, and what does not exist is refused ------------------------------------
 
@@ -443,6 +474,7 @@ class Optimizer:
         *,
         extra: Mapping[str, Any] | None = None,
         loss: float | None = None,
+        weight: float | None = None,
     ) -> StepInfo:
         """Update every parameter and state in place, in one launch, or two where the gradients' norm is asked for.
 
@@ -461,6 +493,11 @@ class Optimizer:
                 `grads`: arrays where the gradient is one. They are used as they are: not unscaled, clipped or decayed.
                 A rule whose `prepare` has an argument of the name goes without it where it is left out.
             loss: a finite number, for a rule whose `prepare` has the argument ``loss``; None for others.
+            weight: a finite number >= 0 that these gradients are multiplied by, such as the number of samples; None for
+                1. With `comm`, the mean is that of the gradients of all processes by their weights, and 0 is for one
+                that has no batch: its gradients are not read, and may all be None.
+
+        With `comm`, every process calls this. `extra` must be the same on all, `loss` becomes the mean.
 
         Returns:
             `StepInfo`.
@@ -468,7 +505,9 @@ class Optimizer:
         Raises:
             TypeError, ValueError: naming the parameter's path or the hyperparameter, before anything is changed.
             FloatingPointError: a gradient is NaN or infinite, and ``nonfinite="raise"``; nothing was updated.
-            RuntimeError: inside a ``with`` block that holds the parameters elsewhere (`swap_ema`).
+            RuntimeError: inside a ``with`` block that holds the parameters elsewhere (`swap_ema`). With `comm`,
+                `CommunicatorError`: another process has raised an error, or differs in hyperparameters or the number of
+                updates; nothing was updated.
 
         >>> import numpy as np, fastopt
         >>> opt = fastopt.SGD({"w": np.zeros(2), "b": np.zeros(1)}, lr=0.5)
@@ -484,7 +523,9 @@ class Optimizer:
         try:
             if gate.taken:
                 gate.wait()
-            return pipeline.step(grads, grad_scale, reduction, extra, loss)
+            if weight is None:
+                return pipeline.step(grads, grad_scale, reduction, extra, loss)
+            return pipeline.step_weighted(grads, grad_scale, reduction, extra, loss, weight)
         except (TypeError, ValueError):
             if _is_tree(grad_scale):
                 raise TypeError(
@@ -989,9 +1030,10 @@ class Optimizer:
         """
         from fastopt import checkpoint  # and safetensors, which is loaded by those who save
 
-        with self._running.gate.take("save"):
+        with self._running.gate.take("save"), self._running.together("save"):
             self._running.refuse_while_held("save")
-            checkpoint.save(self.state, type(self).__name__, path, extra)
+            if self._running.writes:
+                checkpoint.save(self.state, type(self).__name__, path, extra)
 
     @overload
     def load(
@@ -1065,12 +1107,14 @@ class Optimizer:
 
         pipeline = self._running
         with pipeline.gate.take("load"):
-            pipeline.refuse_while_held("load")
-            convert = Flag().check("convert", convert)
-            if convert and not strict:
-                raise ValueError("convert: must be False with strict=False, got True")
-            kind = type(self).__name__
-            found = checkpoint.load(self.state, kind, path, strict=strict, keep=keep, convert=convert)
+            with pipeline.together("load") as same:
+                pipeline.refuse_while_held("load")
+                convert = Flag().check("convert", convert)
+                if convert and not strict:
+                    raise ValueError("convert: must be False with strict=False, got True")
+                kind = type(self).__name__
+                found = checkpoint.load(self.state, kind, path, strict=strict, keep=keep, convert=convert)
+                same.append(("the file", found.digest.encode()))
             with deferred_signals:
                 self.restore(found.snapshot)
                 pipeline.put_params(found.params)
@@ -1084,6 +1128,16 @@ OPTIONS = tuple(
     if parameter.kind is parameter.KEYWORD_ONLY
 )
 """The options that every optimizer has."""
+
+
+def _ranks_of(comm: Any, shard: bool, order: str) -> Ranks | None:
+    """The ranks of a communicator; None without one."""
+    found = communicator_of(comm)
+    if found is None:
+        return None
+    if shard:
+        raise ValueError("shard: must be False with comm= in this version, got True")
+    return Ranks(found, order)
 
 
 def _is_tree(value: Any) -> bool:

@@ -318,10 +318,7 @@ class Pipeline:
                 places, kept = self._places_of_sums()
                 present = None if pending.present.all() else pending.present.tolist()
         elif pending is not None:
-            raise ValueError(
-                "grads: must be None while accumulated gradients are waiting; call step() without grads, or "
-                "zero_grad() to drop them"
-            )
+            self.refuse_two(grads)
         else:
             taken = grads if type(grads) is Taken else self.intake.take(grads)
             places, present, kept, beside = taken
@@ -383,6 +380,31 @@ class Pipeline:
             raise
         self.steps, self.pending, self.nonfinite = self.steps + 1, None, nonfinite
         return StepInfo(self.steps, self.groups.base.get("lr"), norm, coefficient, False, nonfinite)
+
+    @through_gate
+    def step_weighted(
+        self, grads: Any, grad_scale: float, reduction: str, extra: Any, loss: Any, weight: float
+    ) -> StepInfo:
+        """Make a step of gradients with a weight: of one micro-batch, which is accumulated."""
+        self.refuse_two(grads, weight)
+        steps = self.steps
+        self.accumulate(self.flat.grads if grads is None else grads, weight)
+        try:
+            return self.step(None, grad_scale, reduction, extra, loss)
+        finally:
+            if self.steps == steps:
+                self.pending = None
+            if grads is None and self.options.zero_grad:
+                self.flat.zero_grad()
+
+    def refuse_two(self, grads: Any, weight: float | None = None) -> None:
+        """Raise ValueError where there are gradients, or a weight, besides those that have been accumulated."""
+        if self.pending is not None and (grads is not None or weight is not None):
+            name = "weight" if grads is None else "grads"
+            raise ValueError(
+                f"{name}: must be None while accumulated gradients are waiting; call step() without {name}, or "
+                f"zero_grad() to drop them"
+            )
 
     @through_gate
     def update(self, params: Any, grads: Any, grad_scale: float, extra: Any, loss: Any) -> StepInfo:
@@ -790,32 +812,51 @@ class Pipeline:
         self.refuse_while_held("accumulate")
         if self.device is not None:
             self.device.check_place(self.flat.device)
-        number = POSITIVE_OR_ZERO.check("weight", weight)
+        number = self.checked_weight(weight)
+        given = self.intake.take_to_add(grads)
+        self.add_up(given, self.present_of(given, number), number)
+
+    def checked_weight(self, weight: Any) -> float:
+        """The weight of gradients as a float; TypeError or ValueError where it is out of range."""
+        number: float = POSITIVE_OR_ZERO.check("weight", weight)
         if number != 0.0 and not is_normal(number, self.flat.compute):
             raise ValueError(f"weight: must be in the range of {self.flat.compute}, got {weight!r}")
+        return number
+
+    def present_of(self, given: Taken, weight: float) -> np.ndarray:
+        """For each parameter whether gradients of this weight have one."""
+        present = np.ones(len(self.flat.paths), np.bool_) if given.present is None else np.array(given.present)
+        return present & (weight != 0.0)  # 0 times NaN, the mean over no samples, is no part of the sum
+
+    @property
+    def adder(self) -> Adder:
+        """What is done besides, where gradients are added up."""
+        return Adder(self.measures and self.options.clip_value is None, self.options.nonfinite == "zero")
+
+    def new_pending(self) -> Pending:
+        """No gradients yet."""
+        flat = self.flat
+        blocks = sum(-(-size // BLOCK) for size in flat.split.sizes)
+        width = sums_per_block(flat.compute)
+        partials = self.backend.zeros(width * blocks, np.dtype(np.float64)).reshape(blocks, width)
+        return Pending(len(flat.paths), partials)
+
+    def add_up(self, given: Taken, present: np.ndarray, weight: float) -> None:
+        """Add gradients that were checked to those of the next step. present : as `present_of` returned it."""
         flat, plan = self.flat, self.current_plan()
-        given = self.intake.take_to_add(grads)
         places = flat.split.places(self._places_of_sums()[0][:, 1], given.places[:, 1])
-        pending = self.pending
-        if pending is None:
-            blocks = sum(-(-size // BLOCK) for size in flat.split.sizes)
-            width = sums_per_block(flat.compute)
-            partials = self.backend.zeros(width * blocks, np.dtype(np.float64)).reshape(blocks, width)
-            pending = Pending(len(flat.paths), partials)
-        present = np.ones(len(flat.paths), np.bool_) if given.present is None else np.array(given.present)
-        present &= number != 0.0  # 0 times NaN, the mean over no samples, is no part of the sum
-        chunks, factor = plan.chunks(plan.of, whole=True), np.array([number, 0.0], flat.compute)
-        adder = Adder(self.measures and self.options.clip_value is None, self.options.nonfinite == "zero")
+        pending = self.new_pending() if self.pending is None else self.pending
+        chunks, factor = plan.chunks(plan.of, whole=True), np.array([weight, 0.0], flat.compute)
         overwrite, partials = ~pending.present, pending.partials
         each, written = (np.tile(mask, flat.members or 1) for mask in (present, overwrite))
         try:
             self.backend.add(
-                *(places, each, written, factor, chunks, partials, adder, flat.compute), self.formats.params
+                *(places, each, written, factor, chunks, partials, self.adder, flat.compute), self.formats.params
             )
         finally:  # also after an exception of a signal's handler, as in `step`
             if factor[1] != 0.0:
                 pending.present |= present
-                pending.weight += number
+                pending.weight += weight
                 self.pending = pending
 
     def _places_of_sums(self) -> tuple[np.ndarray, list[Any]]:
@@ -1036,6 +1077,16 @@ class Pipeline:
         except BaseException:
             self.__dict__.update(saved)
             raise
+
+    # --- several processes: see `fastopt.step.together` ---------------------------------------------------------------
+
+    writes = True
+    """Whether this process writes files."""
+
+    @contextmanager
+    def together(self, call: str) -> Iterator[list[tuple[str, bytes]]]:
+        """A block that raises on every process where it raises on one."""
+        yield []
 
     # --- parameters held elsewhere ------------------------------------------------------------------------------------
 
