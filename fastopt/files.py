@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable
@@ -12,6 +13,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastopt.signals import deferred_signals
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 """Names of files that are open already, and have to stay the same files."""
@@ -41,6 +47,7 @@ def replace_file(
     """
     temporary: Path | None = None
     file: BinaryIO | None = None
+    lock = -1
     try:
         try:
             old = target.stat()
@@ -51,7 +58,8 @@ def replace_file(
                 f"{target}: must be a regular file, which can be replaced, got another kind; choose another name"
             )
         with deferred_signals:  # a file that is made is known here, and removed
-            temporary, file = _new_file(target)
+            _remove_left_behind(target)
+            temporary, file, lock = _new_file(target)
         with file:
             write(file)
             file.flush()
@@ -73,15 +81,60 @@ def replace_file(
         if isinstance(error, OSError) and error.errno is not None:  # it names the temporary file, or no file
             raise OSError(error.errno, error.strerror, str(target)) from error
         raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
 
 
-def _new_file(target: Path) -> tuple[Path, BinaryIO]:
-    """Create a file beside `target`, open for writing, with a unique name and the default mode."""
+def _new_file(target: Path) -> tuple[Path, BinaryIO, int]:
+    """Create a file beside `target`, open for writing, with a unique name and the default mode.
+
+    The last result is a handle by which the file is locked, as long as it is open: see `_remove_left_behind`.
+    """
     while True:
         # A name has at most 255 bytes, and a character at most 4.
-        temporary = target.with_name(f".{target.name[:56]}.{secrets.token_hex(8)}.tmp")
+        temporary = target.with_name(f".{_stem(target)}.{secrets.token_hex(8)}.tmp")
         with contextlib.suppress(FileExistsError):
-            return temporary, temporary.open("xb")
+            file = temporary.open("xb")
+            lock = os.dup(file.fileno())
+            if _locked(lock) and not temporary.exists():  # removed before it was locked
+                file.close()
+                os.close(lock)
+                continue
+            return temporary, file, lock
+
+
+def _stem(target: Path) -> str:
+    return target.name[:56]
+
+
+def _locked(handle: int) -> bool:
+    """Lock an open file; return whether it is. Windows and some file systems have no such locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_left_behind(target: Path) -> None:
+    """Remove the temporary files of processes that were killed, which nobody locks any more."""
+    if fcntl is None:
+        return
+    try:
+        names = os.listdir(target.parent)  # noqa: PTH208 all at once
+    except OSError:
+        return
+    for name in filter(re.compile(rf"\.{re.escape(_stem(target))}\.[0-9a-f]{{16}}\.tmp").fullmatch, names):
+        with contextlib.suppress(OSError):
+            handle = os.open(target.with_name(name), os.O_RDWR)
+            try:
+                if _locked(handle):
+                    target.with_name(name).unlink()
+            finally:
+                os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:

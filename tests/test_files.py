@@ -57,6 +57,39 @@ def test_the_check_reads_what_was_written_before_it_replaces(tmp_path):
 
 
 @posix
+def test_files_that_killed_processes_left_behind_are_removed(tmp_path):
+    import fcntl
+
+    left, written, other = (tmp_path / f".{name}.{'0a' * 8}.tmp" for name in ("x", "x[1]", "xy"))
+    foreign = tmp_path / ".x.notes.tmp"
+    for path in (left, written, other, foreign):
+        path.write_bytes(b"half")
+    with written.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as the process does that writes it
+        write_file(tmp_path / "x", b"new")
+        write_file(tmp_path / "x[1]", b"new")
+        assert listing(tmp_path) == sorted(["x", "x[1]", written.name, other.name, foreign.name])
+    write_file(tmp_path / "x[1]", b"newer")
+    assert listing(tmp_path) == sorted(["x", "x[1]", other.name, foreign.name])
+
+
+@posix
+def test_a_file_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
+    seen = []
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        write_file(tmp_path / "x", b"other") if not seen.append(source) and len(seen) == 1 else None
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write_file(tmp_path / "x", b"first")  # while it is written, another one is: that does not remove this one
+    assert (tmp_path / "x").read_bytes() == b"first"
+    assert len(seen) == 2
+    assert listing(tmp_path) == ["x"]
+
+
+@posix
 def test_modes_and_links_stay(tmp_path):
     path, link = tmp_path / "x", tmp_path / "link"
     link.symlink_to(path)
