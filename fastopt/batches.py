@@ -27,6 +27,7 @@ def minibatches(
     rng: int | np.random.Generator | None = ...,
     shuffle: bool = ...,
     drop_last: bool = ...,
+    part: tuple[int, int] | None = ...,
 ) -> Minibatches[Array]: ...
 @overload
 def minibatches(
@@ -37,6 +38,7 @@ def minibatches(
     rng: int | np.random.Generator | None = ...,
     shuffle: bool = ...,
     drop_last: bool = ...,
+    part: tuple[int, int] | None = ...,
 ) -> Minibatches[tuple[Array, Array]]: ...
 @overload
 def minibatches(
@@ -47,6 +49,7 @@ def minibatches(
     rng: int | np.random.Generator | None = ...,
     shuffle: bool = ...,
     drop_last: bool = ...,
+    part: tuple[int, int] | None = ...,
 ) -> Minibatches[tuple[Array, ...]]: ...
 def minibatches(
     X: ArrayLike,
@@ -56,6 +59,7 @@ def minibatches(
     rng: int | np.random.Generator | None = None,
     shuffle: bool = True,
     drop_last: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> Minibatches[Any]:
     """Cut arrays into mini-batches along their first axis, reshuffled in every epoch.
 
@@ -90,6 +94,10 @@ def minibatches(
             fixes the whole series of epochs: two objects with the same seed give the same batches, epoch by epoch.
         shuffle: False keeps the rows in their own order, in every epoch.
         drop_last: drop the last batch of an epoch if it is short, so that all batches have `batch_size` rows.
+        part: (rank, size) of one of several processes, 0 <= rank < size: of each batch of `batch_size` rows it gets a
+            part, about 1 / size of them. All processes have the same number of batches. Some parts of a short batch may
+            have fewer rows, or none: pass ``weight=len(xb)`` to `Optimizer.step`. `rng` must then be a seed, or a
+            Generator in the same state on every process.
 
     Yields (at every iteration):
         Batches of `batch_size` rows; the last one is shorter if N is not a multiple. Shuffled batches are new arrays
@@ -98,8 +106,8 @@ def minibatches(
 
     Raises:
         ValueError: an array without a first axis, arrays of different length (the message names them), batch_size < 1,
-            or drop_last=True with fewer rows than one batch, which would silently train on nothing. Arrays without
-            rows are allowed and give no batches.
+            or drop_last=True with fewer rows than one batch, which would silently train on nothing; a part that does
+            not exist, or one of batches in an order of its own. Arrays without rows are allowed and give no batches.
         TypeError: an argument of the wrong type, a masked array, whose mask would be lost, or a mix of arrays on a
             device and on the host.
         RuntimeError: the arrays are on a device, and the CUDA backend cannot work here.
@@ -128,9 +136,12 @@ def minibatches(
         )
     source = generator(rng)  # check `rng` even if no draw needs it
     shuffled = shuffle and not isinstance(batch_size, str)
-    return Minibatches(
-        tuple(arrays.values()), size, rows - rows % size if drop_last else rows, source if shuffled else None
-    )
+    if part is not None:
+        part = _checked_part(part)
+        if rng is None and shuffled:
+            raise ValueError("rng: must be a seed with part=, so that all parts are of the same batches, got None")
+    stop = rows - rows % size if drop_last else rows
+    return Minibatches(tuple(arrays.values()), size, stop, source if shuffled else None, part)
 
 
 class Minibatches(Generic[Batch]):
@@ -148,10 +159,18 @@ class Minibatches(Generic[Batch]):
     (<Minibatches of (5,), in order: 3 batches of 2>, [[0, 1], [2, 3], [4]])
     """
 
-    __slots__ = ("_arrays", "_rng", "_stop", "batch_size")
+    __slots__ = ("_arrays", "_part", "_rng", "_stop", "batch_size")
 
-    def __init__(self, arrays: tuple[Array, ...], batch_size: int, stop: int, rng: np.random.Generator | None) -> None:
+    def __init__(
+        self,
+        arrays: tuple[Array, ...],
+        batch_size: int,
+        stop: int,
+        rng: np.random.Generator | None,
+        part: tuple[int, int] | None = None,
+    ) -> None:
         self._arrays = arrays
+        self._part = part
         self.batch_size = batch_size
         self._stop = stop
         self._rng = rng
@@ -170,8 +189,14 @@ class Minibatches(Generic[Batch]):
         size, several = self.batch_size, len(self._arrays) > 1
         sources = [(array, order is not None and _gathers_by_take(array)) for array in self._arrays]
         first, first_by_take = sources[0]
-        for start in range(0, self._stop, size):
-            rows: Any = slice(start, start + size) if order is None else order[start : start + size]
+        part, last = self._part, self._stop
+        for start in range(0, last, size):
+            begin, end = start, start + size
+            if part is not None:
+                rank, parts = part
+                count = min(size, last - start)
+                begin, end = start + count * rank // parts, start + count * (rank + 1) // parts
+            rows: Any = slice(begin, end) if order is None else order[begin:end]
             if several:
                 yield tuple([array.take(rows, 0) if by_take else array[rows] for array, by_take in sources])
             else:
@@ -180,7 +205,8 @@ class Minibatches(Generic[Batch]):
     def __repr__(self) -> str:
         order = "in order" if self._rng is None else "shuffled"
         shapes = ", ".join(str(array.shape) for array in self._arrays)
-        return f"<Minibatches of {shapes}, {order}: {len(self)} batches of {self.batch_size}>"
+        part = "" if self._part is None else ", part {} of {}".format(*self._part)
+        return f"<Minibatches of {shapes}, {order}: {len(self)} batches of {self.batch_size}{part}>"
 
 
 def _gathers_by_take(array: Array) -> bool:
@@ -218,6 +244,16 @@ def _as_rows(name: str, array: ArrayLike) -> Array:
             f"{name}: must have a first axis that counts the rows, got {type(array).__name__} without axes{hint}"
         )
     return rows
+
+
+def _checked_part(part: object) -> tuple[int, int]:
+    if not isinstance(part, tuple) or len(part) != 2:
+        raise TypeError(f"part: must be a tuple (rank, size), got {part!r}")
+    size = scalars.count("part: size", part[1], 1)
+    rank = scalars.count("part: rank", part[0], 0)
+    if rank >= size:
+        raise ValueError(f"part: must have a rank below its size {size}, got {rank}")
+    return rank, size
 
 
 def _checked_batch_size(batch_size: object, rows: int) -> int:

@@ -273,6 +273,27 @@ def test_batches_need_no_numba() -> None:
     assert run.stdout.strip() == "[]", run.stderr
 
 
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("options", [{"rng": 3}, {"shuffle": False}], ids=str)
+def test_the_parts_of_a_batch_are_the_batch(parts, drop_last, options):
+    X, y = np.arange(46.0).reshape(23, 2), np.arange(23)
+    arguments = {"batch_size": 5, "drop_last": drop_last, **options}
+    whole = minibatches(X, y, **arguments)
+    each = [minibatches(X, y, part=(rank, parts), **arguments) for rank in range(parts)]
+    assert {len(own) for own in each} == {len(whole)}
+    for _ in range(2):
+        for (xb, yb), *pieces in zip(whole, *each, strict=True):
+            np.testing.assert_array_equal(np.concatenate([piece[0] for piece in pieces]), xb)
+            np.testing.assert_array_equal(np.concatenate([piece[1] for piece in pieces]), yb)
+            sizes = [len(piece[1]) for piece in pieces]
+            assert max(sizes) - min(sizes) <= 1
+    assert repr(each[0]).endswith(f"batches of 5, part 0 of {parts}>")
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 X10, Y10 = np.zeros((10, 3)), np.zeros(10)
@@ -323,6 +344,11 @@ X10, Y10 = np.zeros((10, 3)), np.zeros(10)
         (lambda: minibatches(X10, rng=-1), ValueError, r"rng: must be a seed >= 0, got -1"),
         (lambda: minibatches(X10, rng="0"), TypeError, r"rng: must be None, an int seed or a numpy.random.Generator"),
         (lambda: minibatches(X10, rng=0.5, shuffle=False), TypeError, r"rng: must be None"),
+        (lambda: minibatches(X10, rng=0, part=1), TypeError, r"part: must be a tuple \(rank, size\), got 1"),
+        (lambda: minibatches(X10, rng=0, part=(2, 2)), ValueError, r"part: must have a rank below its size 2, got 2"),
+        (lambda: minibatches(X10, rng=0, part=(-1, 2)), ValueError, r"part: rank: must be an int >= 0, got -1"),
+        (lambda: minibatches(X10, rng=0, part=(0, 0)), ValueError, r"part: size: must be an int >= 1, got 0"),
+        (lambda: minibatches(X10, part=(0, 2)), ValueError, r"rng: must be a seed with part=, .*got None"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(make: Callable[[], object], error: type[Exception], message: str) -> None:
