@@ -37,6 +37,7 @@ from fastopt.state import (
     other_options,
     try_step,
 )
+from fastopt.step.ranks import Scattered
 from fastopt.storage.conversion import STORAGE, converted
 from fastopt.storage.formats import dtype_of
 from fastopt.version import __version__
@@ -95,12 +96,49 @@ class Loaded(NamedTuple):
 
 
 def save(
-    state: OptimizerState, optimizer: str, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None
+    state: OptimizerState,
+    optimizer: str,
+    path: str | os.PathLike[str],
+    extra: Mapping[str, Any] | None = None,
+    *,
+    writes: bool = True,
 ) -> None:
-    """Write an optimizer to a file: see `Optimizer.save`. optimizer : the name of its class."""
+    """Write an optimizer to a file: see `Optimizer.save`. optimizer : the name of its class.
+
+    Where several processes hold its states, all of them call this; `writes` is for the one that writes.
+    """
+    # The widest dtype comes first, so that every array is aligned in the file.
+    arrays = dict(sorted(_arrays_of(state).items(), key=lambda item: -item[1].itemsize))
+    windows = (window for array in arrays.values() if isinstance(array, Scattered) for window in array.windows())
+    try:
+        if writes:
+            _write(state, optimizer, path, extra, arrays, windows)
+    finally:
+        for _ in windows:  # which the others go through, also where this process cannot write them
+            pass
+
+
+def _write(
+    state: OptimizerState,
+    optimizer: str,
+    path: str | os.PathLike[str],
+    extra: Mapping[str, Any] | None,
+    arrays: Mapping[str, Any],
+    windows: Iterator[np.ndarray],
+) -> None:
+    """windows : those of the arrays of which others hold a part, one after the other."""
     target = file_at(path)
     host = get_backend(state.flat.backend).host
-    own = {key: np.require(host(array), requirements="C") for key, array in _arrays_of(state).items()}
+    parts = {key for key, array in arrays.items() if isinstance(array, Scattered)}
+    own: dict[str, Any] = {
+        key: array if key in parts else np.require(host(array), requirements="C") for key, array in arrays.items()
+    }
+    digests = {
+        key: _digest(b"")
+        if key in parts
+        else _digest(_bytes_of(own[key]))  # of parts, to be known once they are written
+        for key in _arrays_of(state)
+    }
     document = {
         "format": CHECKPOINT_FORMAT,
         "fastopt": __version__,
@@ -110,22 +148,37 @@ def save(
         "paths": list(state.flat.paths),
         "state_format": STATE_FORMAT,
         **state.described(),
-        "sha256": {key: _digest(_bytes_of(array)) for key, array in own.items()},
+        "sha256": digests,
         "extra": _checked_extra(extra),
     }
-    # Only `extra` could fail to be JSON, and `_checked_extra` has checked it.
-    text = json.dumps(document, allow_nan=False)
-    # The widest dtype comes first, so that every array is aligned in the file.
-    arrays = dict(sorted(own.items(), key=lambda item: -item[1].itemsize))
-    header = _header(arrays, {DOCUMENT: text, DIGEST: _digest(text.encode())})
+
+    def described() -> bytes:
+        # Only `extra` could fail to be JSON, and `_checked_extra` has checked it.
+        text = json.dumps(document, allow_nan=False)
+        return _header(own, {DOCUMENT: text, DIGEST: _digest(text.encode())})
+
+    header = described()
 
     def write(file: BinaryIO) -> None:
+        nonlocal header
         file.write(header)
-        for array in arrays.values():
-            file.write(_bytes_of(array))
+        for key, array in own.items():
+            if key in parts:
+                digest = hashlib.sha256()
+                for _ in range(array.count):
+                    content = _bytes_of(next(windows))
+                    digest.update(content)
+                    file.write(content)
+                digests[key] = digest.hexdigest()
+            else:
+                file.write(_bytes_of(array))
+        if parts:
+            header = described()  # of the same length
+            file.seek(0)
+            file.write(header)
 
     def check(file: BinaryIO) -> None:
-        _check_written(file, header, arrays, document["sha256"])
+        _check_written(file, header, own, digests)
 
     replace_file(target, write, check)
 
@@ -164,14 +217,21 @@ def load(
         ]
         if any(_kind(file, key)[0] == NAMES[BFLOAT16] for key in fitting):
             dtype_of(BFLOAT16, where)  # makes the dtype known to NumPy
-        # Copies, so that nothing can change them between the check and the use.
-        arrays = {key: file.get_tensor(key) for key in fitting}
+        parts = [key for key in fitting if isinstance(own.get(key), Scattered)]
+        if parts and (convert or not strict):
+            name = "convert: must be False" if convert else "strict: must be True"
+            raise ValueError(
+                f"{name} where processes hold a part of the states each; load with shard=False, and save that"
+            )
+        # Copies, so that nothing can change them between the check and the use; of parts, only these are read.
+        arrays = {key: file.get_tensor(key) for key in fitting if key not in parts}
+        arrays.update(_mapped(where, {key: own[key] for key in parts}, document["sha256"]))
         held: dict[str, dict[str, np.ndarray]] = {"": {}}
         for key, (name, of) in there.items():
             held.setdefault(name, {})[of] = arrays[key] if key in arrays else _stand_in(*_kind(file, key))
     for key, array in arrays.items():
-        if document["sha256"].get(key) != _digest(_bytes_of(np.require(array, requirements="C"))):
-            raise ValueError(f"{where}: {key!r}: must have the SHA-256 stored in the file, got another; it is damaged")
+        if key not in parts and document["sha256"].get(key) != _digest(_bytes_of(np.require(array, requirements="C"))):
+            raise _damaged(where, key)
     if convert:
         own_arrays: dict[str, dict[str, np.ndarray]] = {}
         for key, (name, of) in mine.items():
@@ -329,14 +389,8 @@ def _check_written(file: BinaryIO, header: bytes, arrays: Mapping[str, np.ndarra
     """Read a file back that was just written, and raise RuntimeError unless it holds what it should."""
     wrong = "the description" if file.read(len(header)) != header else ""
     for key, array in arrays.items():
-        digest, left = hashlib.sha256(), array.nbytes
-        while left:
-            part = file.read(min(left, BLOCK))
-            if not part:
-                break
-            digest.update(part)
-            left -= len(part)
-        if not wrong and digest.hexdigest() != digests[key]:
+        digest = _digest_of_next(file, array.nbytes)
+        if not wrong and digest != digests[key]:
             wrong = repr(key)
     if wrong:
         raise RuntimeError(
@@ -362,6 +416,39 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
             yield where, file
     except SafetensorError as error:
         raise ValueError(f"{where}: must be a fastopt checkpoint, got another or a damaged file: {error}") from None
+
+
+def _damaged(where: str, key: str) -> ValueError:
+    return ValueError(f"{where}: {key!r}: must have the SHA-256 stored in the file, got another; it is damaged")
+
+
+def _mapped(where: str, arrays: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Return arrays of a file as memory maps, after a look at every byte. arrays : of these shapes and dtypes."""
+    found: dict[str, np.ndarray] = {}
+    if not arrays:
+        return found
+    with Path(where).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+        for key, array in arrays.items():
+            start, stop = (8 + length + offset for offset in entries[key]["data_offsets"])
+            file.seek(start)
+            if _digest_of_next(file, stop - start) != digests.get(key):
+                raise _damaged(where, key)
+            stored = array.dtype.newbyteorder("<")
+            found[key] = (
+                np.memmap(where, stored, "r", start, array.shape) if array.size else np.empty(array.shape, stored)
+            )
+    return found
+
+
+def _digest_of_next(file: BinaryIO, size: int) -> str:
+    """The digest of the next bytes of a file, or of those there are."""
+    digest = hashlib.sha256()
+    while size and (part := file.read(min(size, BLOCK))):
+        digest.update(part)
+        size -= len(part)
+    return digest.hexdigest()
 
 
 def _document_of(where: str, file: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from fastopt.step.rows import check_indices
 from fastopt.step.storage import Memory
 from fastopt.step.together import RankPipeline
 from fastopt.storage.codes import decoded
-from fastopt.storage.flat import FlatParams, check_members, pack
+from fastopt.storage.flat import FlatParams, check_members, packed
 from fastopt.storage.trees import adopt, handed_out
 from fastopt.warned import warn_caller
 
@@ -98,7 +98,10 @@ class Optimizer:
             any `fastopt.distributed.Communicator`. Every process constructs the optimizer with the same parameters and
             options, and calls the same methods; a step is that of the mean of their gradients, as if one process had
             accumulated them. An error on one is an error on all: see `fastopt.distributed`.
-        shard: must be False with `comm` in this version: every process holds all states.
+        shard: with `comm`, whether each process updates a part of the parameters, and holds the states of that part
+            alone (ZeRO-1); False for data parallelism, in which each holds all. Rules that work on whole matrices or
+            on their rows and columns, populations, states of 8 bits, ``rounding="stochastic"``, ``copy=False`` and
+            devices need False.
         order: with `comm`, in which order gradients are added up: ``"engine"`` leaves it to the communicator;
             ``"fixed"`` is that of the ranks, so that N processes compute what one computes from N micro-batches, to the
             bit.
@@ -237,10 +240,23 @@ class Optimizer:
                     f"backend: must be {params.backend!r}, of the packed parameters, got {self._backend!r}"
                 )
             flat = params
+            parts = 1 if self._ranks is None else self._ranks.parts
+            if flat.layout.parts != parts:
+                raise ValueError(
+                    f"params: must be packed in {parts} parts, got {flat.layout.parts}; pass the tree of arrays, which "
+                    f"is packed here, or shard=False"
+                )
             if flat.members != self._members:
                 raise ValueError(f"members: must be {flat.members}, of the packed parameters, got {self._members}")
         else:
-            flat = pack(params, backend=self._backend, copy=copies, members=self._members)
+            part, parts = (0, 1) if self._ranks is None else (self._ranks.part, self._ranks.parts)
+            if parts > 1 and not copies:
+                raise ValueError(
+                    "shard: must be False with copy=False and in update(), because all parts are gathered in one "
+                    "buffer, got True"
+                )
+            where = {"backend": self._backend, "copy": copies, "members": self._members}
+            flat = packed(params, **where, part=part, parts=parts)
         rule, changes = self.rule, match_overrides(flat.paths, self._overrides)
         mark_matrices(rule, changes, flat.member_shapes)
         checked = [
@@ -402,7 +418,12 @@ class Optimizer:
         """The rule's states by name, each as a tree of views. Assigning to an item writes into the view.
 
         States of 8 bits are copies, decoded, and on the CPU read-only.
+
+        Raises:
+            RuntimeError: there are no parameters yet, or several processes hold a part of the states each:
+                `state_dict` gathers them.
         """
+        self._running.refuse_parts("states")
         arrays = decoded(self.state.arrays, self._running.backend)
         names = (*self.rule.states, *self.rule.numbers, *self.rule.matrices)
         trees = {name: handed_out(self.flat.treespec, arrays[name], f"opt.states[{name!r}]") for name in names}
@@ -421,7 +442,14 @@ class Optimizer:
 
     @property
     def ema(self) -> Any:
-        """The moving average of the parameters, a tree of views; AttributeError unless ``ema=`` asked for one."""
+        """The moving average of the parameters, a tree of views; AttributeError unless ``ema=`` asked for one.
+
+        Raises:
+            AttributeError: no average is kept.
+            RuntimeError: there are no parameters yet, or several processes hold a part of the average each:
+                `state_dict` gathers it, and `swap_ema` uses it.
+        """
+        self._running.refuse_parts("ema")
         arrays = self.state.arrays
         if EMA not in arrays:
             raise AttributeError("ema: this optimizer keeps no average of its parameters; construct it with ema=0.999")
@@ -445,7 +473,7 @@ class Optimizer:
             [dict(change) for change in groups.changes],
             [groups.list[number] for number in groups.of],
             pipeline.nonfinite,
-            pipeline.views(),
+            pipeline.shown(),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -757,9 +785,8 @@ class Optimizer:
         pipeline.refuse_while_held("swap_ema")
         if pipeline.average is None:
             raise RuntimeError("swap_ema(): this optimizer keeps no average; construct it with ema=0.999")
-        views = pipeline.flat.state_views(pipeline.average)
-        with pipeline.elsewhere("swap_ema", lambda: pipeline.put_params(views)):
-            yield self.params
+        with pipeline.at_average("swap_ema") as params:
+            yield params
 
     @contextmanager
     def ascent(self, rho: Any = 0.05, grads: Any = None) -> Iterator[Any]:
@@ -922,7 +949,8 @@ class Optimizer:
         Keys: ``format``, ``rule``, ``options``, ``step``, ``missed`` (updates without a gradient, by path), ``hyper``
         and ``overrides`` (by path; a schedule is kept as its repr: it is a function of the step, and is given again at
         construction), ``state`` (by state name, then path), ``ema`` (by path; None where no average is kept) and
-        ``nonfinite`` (the counters of `StepInfo`). Gradients that are being accumulated are not part of it.
+        ``nonfinite`` (the counters of `StepInfo`). Gradients that are being accumulated are not part of it. Where
+        several processes hold a part of the states each, all of them call this, and it gathers the states.
 
         >>> import numpy as np, fastopt
         >>> opt = fastopt.Adam({"w": np.ones(2)})
@@ -930,6 +958,7 @@ class Optimizer:
         ['m', 'v']
         """
         with self._running.gate.take("state_dict"):
+            self._running.begin_together("state_dict")
             return self.state.as_dict()
 
     def load_state_dict(
@@ -960,10 +989,12 @@ class Optimizer:
         """
         pipeline = self._running
         with pipeline.gate.take("load_state_dict"):
-            pipeline.refuse_while_held("load_state_dict")
-            here = self.state
-            fitted, report = fit(state, here, strict=strict, keep=check_keep(keep, here))
-            self.restore(Snapshot.of(fitted, here))
+            with pipeline.together("load_state_dict"):
+                pipeline.refuse_while_held("load_state_dict")
+                here = self.state
+                fitted, report = fit(state, here, strict=strict, keep=check_keep(keep, here))
+                snapshot = Snapshot.of(fitted, here)
+            self.restore(snapshot)
         return report
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -994,8 +1025,9 @@ class Optimizer:
         """Write the parameters and everything else that a resumed run needs to one file, a safetensors one.
 
         The file is complete at every moment: a temporary one beside it (``.<name>.<random>.tmp``) takes its place once
-        it is on the disk and was read back. A killed process may leave such a file behind, which may be deleted. The
-        mode of the old file is kept, and a symbolic link stays one.
+        it is on the disk and was read back. A killed process may leave such a file behind, which the next save removes.
+        The mode of the old file is kept, and a symbolic link stays one. With `comm`, every process calls this, and the
+        first one writes: the file is that of one process, and any number of processes loads it.
 
         Arrays are not copied: steps in other threads wait until the file is written. To go on meanwhile, save a copy,
         ``copy.deepcopy(opt)``, in the other thread.
@@ -1030,10 +1062,12 @@ class Optimizer:
         """
         from fastopt import checkpoint  # and safetensors, which is loaded by those who save
 
-        with self._running.gate.take("save"), self._running.together("save"):
-            self._running.refuse_while_held("save")
-            if self._running.writes:
-                checkpoint.save(self.state, type(self).__name__, path, extra)
+        pipeline = self._running
+        with pipeline.gate.take("save"):
+            pipeline.begin_together("save")
+            with pipeline.together("save"):
+                pipeline.refuse_while_held("save")
+                checkpoint.save(self.state, type(self).__name__, path, extra, writes=pipeline.writes)
 
     @overload
     def load(
@@ -1065,7 +1099,8 @@ class Optimizer:
     ) -> dict[str, Any] | LoadReport:
         """Continue from a file that `save` wrote: parameters, states, average, step count and hyperparameters.
 
-        All of it is read and checked, to the last bit, before anything is changed.
+        All of it is read and checked, to the last bit, before anything is changed. With `comm`, every process calls
+        this, and keeps its part of the states.
 
         Args:
             path: of the file.
@@ -1133,11 +1168,7 @@ OPTIONS = tuple(
 def _ranks_of(comm: Any, shard: bool, order: str) -> Ranks | None:
     """The ranks of a communicator; None without one."""
     found = communicator_of(comm)
-    if found is None:
-        return None
-    if shard:
-        raise ValueError("shard: must be False with comm= in this version, got True")
-    return Ranks(found, order)
+    return None if found is None else Ranks(found, order, shard=shard)
 
 
 def _is_tree(value: Any) -> bool:

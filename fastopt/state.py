@@ -17,6 +17,7 @@ from fastopt.rule import Rule
 from fastopt.step.groups import FROZEN, LR_SCALE, ParamGroup, check_change
 from fastopt.step.matrices import shape_in
 from fastopt.step.options import StepOptions
+from fastopt.step.ranks import Scattered
 from fastopt.step.table import Table, hyper_of
 from fastopt.storage.flat import FlatParams
 
@@ -50,7 +51,8 @@ class OptimizerState(NamedTuple):
     nonfinite: tuple[Any, Any]
     """The number of steps whose gradients were not finite: the latest consecutive ones, and all; or arrays of them."""
     arrays: dict[str, list[Any]]
-    """By state, and ``"ema"``: an array of the backend for each parameter. They are views, not copies."""
+    """By state, and ``"ema"``: an array of the backend for each parameter, which are views, not copies; or a
+    `fastopt.step.ranks.Scattered`."""
 
     @property
     def values(self) -> list[dict[str, Any]]:
@@ -96,9 +98,12 @@ class OptimizerState(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain data and copies of the arrays: see `Optimizer.state_dict`."""
         host = get_backend(self.flat.backend).host
+
+        def copied(array: Any) -> np.ndarray:
+            return array.whole() if isinstance(array, Scattered) else host(array).copy()
+
         arrays = {
-            name: dict(zip(self.flat.paths, (host(array).copy() for array in views), strict=True))
-            for name, views in self.arrays.items()
+            name: dict(zip(self.flat.paths, map(copied, views), strict=True)) for name, views in self.arrays.items()
         }
         return {
             "format": STATE_FORMAT,
@@ -296,6 +301,8 @@ def fit(
     if strict:
         return fitted, LoadReport(tuple(f"{name}/{path}" for name in here.arrays for path in paths))
     other = "" if state["rule"] == here.rule.name else f"of rule {state['rule']!r}, not {here.rule.name!r}"
+    if any(isinstance(array, Scattered) for views in here.arrays.values() for array in views):
+        raise ValueError("strict: must be True where processes hold a part of the states each, got False")
     fitted["missed"], held, report = _fit_arrays(state, here, other, params)
     fitted |= {"state": {name: held[name] for name in held if name != EMA}, EMA: held.get(EMA)}
     if other:

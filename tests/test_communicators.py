@@ -44,9 +44,9 @@ def check_reductions(world: Any) -> None:
                 found = given[comm.rank].copy()
                 comm.allreduce(found, op)
                 np.testing.assert_array_equal(found, expected)
-            kept, own = given[comm.rank].copy(), np.empty(size, dtype)
+            kept, own = given[comm.rank].copy(), np.empty((1, size), dtype)
             comm.reduce_scatter(kept, own)
-            np.testing.assert_array_equal(own, np.sum(given, axis=0).reshape(comm.size, -1)[comm.rank])
+            np.testing.assert_array_equal(own[0], np.sum(given, axis=0).reshape(comm.size, -1)[comm.rank])
             np.testing.assert_array_equal(kept, given[comm.rank])
 
 
@@ -55,6 +55,9 @@ def check_exchanges(world: Any) -> None:
     for dtype in DTYPES:
         for size in (1, 5, 5000):
             given = np.array([numbers(rank, size, dtype) for rank in range(comm.size)])
+            whole = np.zeros((comm.size, size, 1), dtype)
+            comm.allgather(given[comm.rank].reshape(size, 1), whole)
+            np.testing.assert_array_equal(whole[..., 0], given)
             whole = np.zeros((comm.size, size), dtype)
             comm.allgather(given[comm.rank].copy(), whole)
             np.testing.assert_array_equal(whole, given)

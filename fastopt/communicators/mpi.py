@@ -41,7 +41,9 @@ class MPICommunicator:
 
     def allgather(self, own: Any, whole: Any) -> None:
         """As `Communicator`."""
-        whole.reshape(-1)[self.rank * own.size : (self.rank + 1) * own.size] = own  # where it may be already
+        part = whole.reshape(-1)[self.rank * own.size : (self.rank + 1) * own.size]
+        if _address(part) != _address(own):
+            part[...] = own.reshape(-1)
         self._comm.Allgather(self._in_place, _ready(whole))
 
     def alltoall(self, sent: Any, received: Any) -> None:
@@ -51,6 +53,11 @@ class MPICommunicator:
     def abort(self) -> None:
         """As `Communicator`."""
         self._comm.Abort(1)
+
+
+def _address(array: Any) -> int:
+    address: int = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return address
 
 
 def _ready(array: Any) -> Any:

@@ -86,7 +86,7 @@ class ThreadCommunicator:
         """As `Communicator`."""
         _check_parts(whole, own, self.size)
         parts = [self._part(each, self._rank) for each in self._exchanged("reduce_scatter", whole)]
-        _reduced(parts, "sum", own)
+        _reduced(parts, "sum", own.reshape(-1))
         self._meeting.wait()  # until everybody has read
 
     def allgather(self, own: Any, whole: Any) -> None:
@@ -94,7 +94,7 @@ class ThreadCommunicator:
         _check_parts(whole, own, self.size)
         for rank, part in enumerate(self._exchanged("allgather", own)):
             if rank != self._rank or not np.shares_memory(part, self._part(whole, rank)):
-                self._part(whole, rank)[...] = part
+                self._part(whole, rank)[...] = part.reshape(-1)
         self._meeting.wait()
 
     def alltoall(self, sent: Any, received: Any) -> None:

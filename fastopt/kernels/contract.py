@@ -76,6 +76,17 @@ class Chunk(NamedTuple):
     """The index of its first partial sum. Each sum covers `BLOCK` elements, counted from `start`."""
 
 
+class Cut(NamedTuple):
+    """The chunks of which a process works on a part, where several processes make a step."""
+
+    own: Array
+    """The chunks of this process, whose partial sums are numbered from 0 ..."""
+    whole: Array
+    """... and those of all."""
+    gathered: Callable[[Array], Array]
+    """Returns the partial sums of all chunks, given those of the own ones. Every process calls it."""
+
+
 class Tile(NamedTuple):
     """A piece of a matrix, for sums over its rows or columns: a line of the table of tiles, in int64."""
 
@@ -353,7 +364,7 @@ class Kernel(Protocol):
         table : a row of hyperparameters per param group, in the dtype of the buffers: the fields of `StepHyper`, then
             those of the rule's NamedTuple. A NumPy array, or what `Asynchronous.table` returned.
         chunks : lines of `Chunk`. Make them with ``whole=True`` for a rule that needs whole parameters; `Tiles` for a
-            rule that is `lined`.
+            rule that is `lined`; a `Cut` for a rule of sums where several processes make the step.
         elements : about how many elements the chunks hold. A second thread pays from some ten thousand elements on.
         """
 
@@ -370,7 +381,7 @@ class NormKernel(Protocol):
 
         Read or use them before the next launch over the same table of chunks, which may overwrite them.
 
-        chunks : as for `Kernel`, made with ``whole=True``.
+        chunks : as for `Kernel`, made with ``whole=True``; a `Cut` where several processes measure them together.
         """
 
 

@@ -37,21 +37,23 @@ class Born:
 
         views : the states by name. show : they are about to be handed out.
         """
+        arrays = flat.held(flat.arrays)
         for k in parameters:
             for name in self.names:
                 view, key = views[name][k], (name, flat.paths[k])
                 if key in self.shown and self.shown[key] != _hash(flat, view):
                     self.shown[key] = None
                     continue
-                view[...] = flat.arrays[k]
+                view[...] = arrays[k]
                 if show or key in self.shown:
                     self.shown[key] = _hash(flat, view)
 
     def keep_written(self, flat: FlatParams, views: Mapping[str, list[Any]], parameters: Iterable[int]) -> None:
         """After a load: a state that is not at its parameter, which has had no update, was written. Keep it."""
+        arrays = flat.held(flat.arrays)
         for k in parameters:
             for name in self.names:
-                if _hash(flat, views[name][k]) != _hash(flat, flat.arrays[k]):
+                if _hash(flat, views[name][k]) != _hash(flat, arrays[k]):
                     self.shown[name, flat.paths[k]] = None
 
 

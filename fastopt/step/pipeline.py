@@ -50,6 +50,8 @@ class Pipeline:
         changes: for each parameter those that differ, checked.
     """
 
+    _make_plan: Callable[..., Plan] = Plan
+
     def __init__(
         self,
         rule: Rule,
@@ -239,7 +241,7 @@ class Pipeline:
 
     def _planned(self) -> Plan:
         gated = self.device is not None and self.device.gated
-        return Plan(
+        return self._make_plan(
             *(self.rule, self.flat, self.options, self.groups, self.backend, self.formats), step=self.steps, gated=gated
         )
 
@@ -696,9 +698,9 @@ class Pipeline:
     ) -> tuple[Any, np.ndarray, float]:
         """The partial sums of the squares of the gradients, their chunks, and a factor of the norm not in them."""
         if self.pending is not None and self.options.clip_value is None and not self.groups.frozen:
-            return self.pending.partials, plan.chunks(plan.of, whole=True), abs(unscale)
+            return self.pending.partials, plan.blocks, abs(unscale)
         kernel = plan.norm_kernel(scaled=unscale != 1.0, summed=self.pending is not None)
-        chunks = plan.chunks(rows, whole=True, apart=apart)
+        chunks = plan.for_sums(rows, apart=apart)
         table = plan.table.array if table is None else table
         return kernel.launch(places, table, chunks, self.size), chunks, 1.0
 
@@ -706,9 +708,10 @@ class Pipeline:
         """Copy the further inputs of a step into the states that take them, for the parameters that have them."""
         for name, leaves in further.items():
             views = self.flat.state_views(self.states[self.rule.states.index(name)])
-            for view, leaf in zip(views, leaves, strict=True):
+            whole = [own if leaf is None else leaf for own, leaf in zip(self.flat.arrays, leaves, strict=True)]
+            for view, leaf, array in zip(views, leaves, self.flat.held(whole), strict=True):
                 if leaf is not None:
-                    self.backend.copy(view, leaf)
+                    self.backend.copy(view, array)
 
     def _transform(self, plan: Plan, places: np.ndarray, rows: Sequence[int], table: Any, *, scaled: bool) -> None:
         """Turn the gradients of matrices into the directions of their update, where the rule treats any as such."""
@@ -757,10 +760,14 @@ class Pipeline:
             with np.errstate(over="ignore", invalid="ignore"):
                 for k, grad in enumerate(found):
                     if (present is None or present[k]) and grad is not None and not np.isfinite(factor * grad).all():
-                        raise FloatingPointError(
-                            f"gradient {self.flat.paths[k]!r} holds NaN or infinity; nothing was updated. "
-                            f"nonfinite='skip' would skip such steps"
-                        )
+                        self.refuse_gradient(k)
+
+    def refuse_gradient(self, k: int) -> None:
+        """Raise FloatingPointError for the gradient of parameter number k."""
+        raise FloatingPointError(
+            f"gradient {self.flat.paths[k]!r} holds NaN or infinity; nothing was updated. nonfinite='skip' would skip "
+            f"such steps"
+        )
 
     def _skip(self, *, finite: Any, own: bool = True) -> None:
         """Count a step that is skipped. own : whether the gradients are in opt.grads."""
@@ -846,7 +853,7 @@ class Pipeline:
         flat, plan = self.flat, self.current_plan()
         places = flat.split.places(self._places_of_sums()[0][:, 1], given.places[:, 1])
         pending = self.new_pending() if self.pending is None else self.pending
-        chunks, factor = plan.chunks(plan.of, whole=True), np.array([weight, 0.0], flat.compute)
+        chunks, factor = plan.blocks, np.array([weight, 0.0], flat.compute)
         overwrite, partials = ~pending.present, pending.partials
         each, written = (np.tile(mask, flat.members or 1) for mask in (present, overwrite))
         try:
@@ -1083,6 +1090,15 @@ class Pipeline:
     writes = True
     """Whether this process writes files."""
 
+    def spread(self) -> None:
+        """Send the parameters that this process has written to the others."""
+
+    def refuse_parts(self, what: str) -> None:
+        """Raise RuntimeError where this process holds the states of a part of the parameters only."""
+
+    def begin_together(self, call: str) -> None:
+        """Raise on every process where not all of them call this."""
+
     @contextmanager
     def together(self, call: str) -> Iterator[list[tuple[str, bytes]]]:
         """A block that raises on every process where it raises on one."""
@@ -1112,7 +1128,25 @@ class Pipeline:
         kernel = plan.moved_kernel(shift)
         chunks = plan.chunks(plan.of, whole=True)
         arguments = self.places_of_params, self.kernel_buffers(ema=False), plan.table.array, chunks, self.size
-        with self.elsewhere(context, lambda: kernel.launch(*arguments)):
+
+        def move() -> None:
+            kernel.launch(*arguments)
+            self.spread()
+
+        with self.elsewhere(context, move):
+            yield self.flat.params
+
+    @contextmanager
+    def at_average(self, context: str) -> Iterator[Any]:
+        """Hold the parameters at their moving average. context : the method that does so."""
+
+        def move() -> None:
+            views = self.flat.state_views(self.average)
+            for own, view in zip(self.flat.held(self.flat.arrays), views, strict=True):
+                self.backend.copy(own, view)
+            self.spread()
+
+        with self.elsewhere(context, move):
             yield self.flat.params
 
     @contextmanager
@@ -1283,6 +1317,10 @@ class Pipeline:
             views[name] = self.flat.number_views(numbers, over)
         return views | self.fit_matrices().arrays
 
+    def shown(self) -> dict[str, list[Any]]:
+        """The same, for who reads the state as a whole."""
+        return self.views()
+
     def replace(self, params: Any) -> bool:
         """Update other arrays from now on: see `FlatParams.replace`."""
         if self.clocks:
@@ -1297,7 +1335,8 @@ class Pipeline:
         Signals must be deferred until the groups are restored as well.
         """
         for name, views in self.views().items():
-            for view, array in zip(views, arrays[name], strict=True):
+            own = self.flat.held(arrays[name]) if name in self.formats.states else arrays[name]
+            for view, array in zip(views, own, strict=True):
                 self.backend.copy(view, array)
         self.steps = steps
         self.entered_at = -1

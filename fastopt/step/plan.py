@@ -111,6 +111,11 @@ class Plan:
         """The chunks of all parameters, for gradients in our buffer."""
         return self.chunks(self.of)
 
+    @property
+    def blocks(self) -> Any:
+        """The chunks of all parameters, each with partial sums of its own, on every process."""
+        return Plan.chunks(self, self.of, whole=True)
+
     def forget_chunks(self) -> None:
         """Lay out the chunks again: the parameters may be neighbours elsewhere."""
         self._chunks.clear()
@@ -140,6 +145,10 @@ class Plan:
             made = layout.tiles(rows) if tiled else layout.chunks(rows, neighbours=neighbours, whole=whole)
             found = self._chunks[key] = (rows, made)
         return found[1]
+
+    def for_sums(self, rows: Sequence[int], *, apart: bool = False) -> Any:
+        """The chunks of parameters of these rows, for a kernel that returns their partial sums."""
+        return self.chunks(rows, whole=True, apart=apart)
 
     def dense_chunks(self, dense: tuple[bool, ...], rows: Sequence[int]) -> np.ndarray:
         """The chunks (whole ones) of some of these parameters: those with an ordinary gradient, or matrices."""

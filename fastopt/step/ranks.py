@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -44,12 +45,15 @@ class Ranks:
     Args:
         comm: how they exchange arrays.
         order: ``"fixed"`` adds up gradients in the order of ranks; ``"engine"`` leaves the order to the engine.
+        shard: whether each updates a part of the parameters.
     """
 
-    def __init__(self, comm: Communicator, order: str = "engine"):
+    def __init__(self, comm: Communicator, order: str = "engine", *, shard: bool = True):
         self.comm = comm
         self.order = order
         self.rank, self.size = comm.rank, comm.size
+        self.part, self.parts = (self.rank, self.size) if shard else (0, 1)
+        """Which part of the parameters this rank updates, of how many."""
         self.parameters = 0
         """How many the optimizer has; 0 while it is being made."""
 
@@ -57,9 +61,7 @@ class Ranks:
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        raise TypeError(
-            "an optimizer with comm= cannot be pickled, because another process has other ranks; use save()"
-        )
+        raise TypeError("comm: must be None to pickle an optimizer, got one, whose ranks are this run's; use save()")
 
     def vote(
         self,
@@ -137,6 +139,28 @@ class Ranks:
         else:
             self._add_up_in_order(array, backend, None)
 
+    def add_up_parts(self, array: Array, own: Array, backend: Backend) -> None:
+        """Write this rank's part of the sum of the arrays of all ranks into `own`."""
+        if self.order == "engine":
+            self.comm.reduce_scatter(array, own)
+        else:
+            self._add_up_in_order(array, backend, own)
+
+    def spread(self, array: Array) -> None:
+        """Let every rank have the parts of all: of each rank the part that is its own."""
+        whole = array.view(np.uint8)
+        part = whole.size // self.size
+        self.comm.allgather(whole[self.rank * part : (self.rank + 1) * part], whole)
+
+    def gathered(self, lines: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """The lines of all ranks, in their order. counts : how many each rank has."""
+        most = max(counts)
+        own = np.zeros((most, lines.shape[1]), lines.dtype)
+        own[: len(lines)] = lines
+        everyone = np.empty((self.size, *own.shape), own.dtype)
+        self.comm.allgather(own, everyone)  # of equal parts, as some engines demand
+        return np.concatenate([of_rank[:count] for of_rank, count in zip(everyone, counts, strict=True)])
+
     def _add_up_in_order(self, array: Array, backend: Backend, own: Array | None) -> None:
         """The same in the order of ranks. own : takes this rank's part of the sum; None: `array` takes all of it.
 
@@ -163,6 +187,47 @@ class Ranks:
             else:
                 count = min(width, part - first)
                 own[first : first + count] = total[:count]
+
+
+class Scattered:
+    """A state of one parameter, whose elements lie on several ranks. It has the attributes of an array.
+
+    Args:
+        own: 1-D: the elements on this rank.
+        first: which element of the state is its first one.
+        shape: that of the parameter.
+        ranks: those that have the others.
+    """
+
+    def __init__(self, own: np.ndarray, first: int, shape: tuple[int, ...], ranks: Ranks):
+        self._own = own
+        self._first = first
+        self._ranks = ranks
+        self.shape, self.dtype = shape, own.dtype
+        self.ndim, self.size, self.itemsize = len(shape), math.prod(shape), own.itemsize
+        self.nbytes = self.size * own.itemsize
+
+    @property
+    def count(self) -> int:
+        """How many windows there are."""
+        return -(-self.size // WINDOW)
+
+    def windows(self) -> Iterator[np.ndarray]:
+        """All elements in order, a window at a time. Every rank goes through all windows."""
+        last = self._first + self._own.size
+        for start in range(0, self.size, WINDOW):
+            window = np.zeros(min(WINDOW, self.size - start), self.dtype)
+            begin, end = max(start, self._first), min(start + window.size, last)
+            if begin < end:
+                window[begin - start : end - start] = self._own[begin - self._first : end - self._first]
+            self._ranks.comm.allreduce(window.view(np.uint8), "max")  # the bytes of the others are 0
+            yield window
+
+    def whole(self) -> np.ndarray:
+        """All elements. Every rank calls this."""
+        pieces = [*self.windows(), np.empty(0, self.dtype)]
+        found: np.ndarray = np.concatenate(pieces).reshape(self.shape)
+        return found
 
 
 def in_order(numbers: Sequence[float]) -> float:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastopt.kernels.contract import Adder
+from fastopt.kernels.contract import Adder, Cut
 from fastopt.signals import deferred_signals
 from fastopt.step.inputs import Inputs
 from fastopt.step.norms import Pending
 from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.pipeline import Pipeline
-from fastopt.step.ranks import Ranks, Same, Votes, in_order
+from fastopt.step.plan import MOST_MASKS, Plan
+from fastopt.step.ranks import Ranks, Same, Scattered, Votes, in_order
+from fastopt.step.storage import StateFormats
 from fastopt.storage.intake import Taken
+from fastopt.storage.layout import LINE, PLACE
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule
@@ -38,6 +42,36 @@ class Offer(NamedTuple):
     """What must be the same on every rank."""
 
 
+class RankPlan(Plan):
+    """A plan for the part of the parameters that a rank updates."""
+
+    def __init__(self, ranks: Ranks, *args: Any, **kwargs: Any):
+        self._ranks = ranks
+        self._cuts: dict[int, tuple[Any, Cut]] = {}
+        super().__init__(*args, **kwargs)
+
+    def chunks(self, rows: Sequence[int], *, whole: bool = False, apart: bool = False) -> Any:
+        """As `Plan`: those of this rank; with those of all for the update of a rule of sums."""
+        cut = self._cut(rows, whole, apart)
+        return cut if self.rule.sums and not whole else cut.own
+
+    def for_sums(self, rows: Sequence[int], *, apart: bool = False) -> Cut:
+        """As `Plan`: those of this rank, with those of all."""
+        return self._cut(rows, True, apart)
+
+    def _cut(self, rows: Sequence[int], whole: bool, apart: bool) -> Cut:
+        chunks = super().chunks(rows, whole=whole, apart=apart)
+        found = self._cuts.get(id(chunks))
+        if found is None or found[0] is not chunks:  # which are kept, so that their id is not given to others
+            if len(self._cuts) >= MOST_MASKS:
+                self._cuts.clear()
+            layout = self.flat.layout
+            counts = layout.blocks_by_part(chunks)
+            cut = Cut(layout.cut(chunks), chunks, lambda lines: self._ranks.gathered(lines, counts))
+            found = self._cuts[id(chunks)] = (chunks, cut)
+        return found[1]
+
+
 class RankPipeline(Pipeline):
     """A pipeline whose gradients are the mean over the ranks.
 
@@ -55,12 +89,55 @@ class RankPipeline(Pipeline):
         ranks: Ranks,
     ):
         self.ranks = ranks
+        self.sharded = flat.layout.parts > 1
+        """Whether each rank updates a part of the parameters, and holds the states of this part alone."""
+        self.sums_of_part: Any = None
+        """Of the gradients of all ranks, those that this rank updates by; made when they are first needed."""
+        self._exchanged = False
+        """Whether the gradients of this step have been added up over the ranks."""
+        if self.sharded:
+            self._check_shards(rule, flat, options)
+            self._make_plan = partial(RankPlan, ranks)
         super().__init__(rule, flat, options, base, changes)
+        self.size = flat.layout.length
+
+    def __copy__(self) -> RankPipeline:
+        """A shallow copy, for a deep one of the same ranks."""
+        twin = object.__new__(RankPipeline)
+        twin.__dict__.update(self.__dict__, sums_of_part=None)
+        return twin
+
+    def _check_shards(self, rule: Rule, flat: FlatParams, options: StepOptions) -> None:
+        """Refuse what cannot be cut into parts."""
+        formats = StateFormats.of(rule, flat, options)
+        for refused, reason in (
+            (rule.matrixwise is not None, f"rule {rule.name!r} treats parameters as whole matrices"),
+            (rule.lined, f"rule {rule.name!r} has sums over rows or columns"),
+            (flat.members is not None, "the members of a population would be cut"),
+            (flat.device is not None, "the kernels of the CUDA backend do not gather partial sums"),
+            (bool(formats.coded), "blocks of codes would be cut"),
+            (formats.stochastic, "rounding='stochastic' draws by the place in the buffer of one process"),
+        ):
+            if refused:
+                raise ValueError(f"shard: must be False, because {reason}, got True")
 
     @property
     def writes(self) -> bool:  # type: ignore[override]
         """Whether this rank writes files: the first one."""
         return self.ranks.rank == 0
+
+    def refuse_parts(self, what: str) -> None:
+        """As `Pipeline`."""
+        if self.sharded:
+            raise RuntimeError(
+                f"{what}: must be read where one process holds all of it, got ranks with a part each; state_dict(), "
+                f"which every rank calls, gathers the parts"
+            )
+
+    def begin_together(self, call: str) -> None:
+        """As `Pipeline`: where parts are gathered."""
+        if self.sharded:
+            self.ranks.vote(call)
 
     def together(self, call: str) -> Any:
         """A block that raises on every rank where it raises on one."""
@@ -116,9 +193,12 @@ class RankPipeline(Pipeline):
             try:
                 with self.ranks.committed():
                     self._exchange(offer, votes, total)
-                return super().step(None, grad_scale, reduction, extra, loss, deferred=deferred)
+                info = super().step(None, grad_scale, reduction, extra, loss, deferred=deferred)
+                if info.skipped is False:
+                    self.spread()
+                return info
             finally:
-                self.pending = None
+                self.pending, self._exchanged = None, False
                 if own and self.options.zero_grad:
                     self.flat.zero_grad()
 
@@ -139,6 +219,10 @@ class RankPipeline(Pipeline):
     def add(self, params: Any, hyper: Mapping[str, Any]) -> None:
         """Add parameters on every rank: see `Optimizer.add`."""
         with self.ranks.together("add"):
+            if self.sharded:
+                raise RuntimeError(
+                    "add(): must have shard=False, because parts are cut at construction, got shard=True"
+                )
             super().add(params, hyper)
         self.ranks.parameters = len(self.flat.paths)
 
@@ -203,22 +287,82 @@ class RankPipeline(Pipeline):
         """Add up the gradients of all ranks, and let them be those that were accumulated."""
         if offer.taken is not None:
             self.add_up(offer.taken, offer.present, offer.weight)
-        places, views = self._places_of_sums()
+        _, views = self._places_of_sums()
         for k in np.flatnonzero(votes.mask & ~offer.present).tolist():
             views[k].fill(-0.0)  # which leaves every number as it is: 0 would make 0 of a -0
-        self.ranks.add_up(self.sums, self.backend)
         pending = self.new_pending()
         pending.present, pending.weight = votes.mask, total
+        if self.sharded:
+            if self.sums_of_part is None:
+                self.sums_of_part = self.backend.zeros(self.flat.layout.length, self.flat.compute)
+            self.ranks.add_up_parts(self.sums, self.sums_of_part, self.backend)
+        else:
+            self.ranks.add_up(self.sums, self.backend)
+        self._exchanged = True
         adder = self.adder
         if adder.measure:
-            self._measure_sums(places, pending, adder)
+            self._measure_sums(pending, adder)
         self.pending = pending
 
-    def _measure_sums(self, places: np.ndarray, pending: Pending, adder: Adder) -> None:
+    def _places_of_sums(self) -> tuple[np.ndarray, list[Any]]:
+        if not self._exchanged or not self.sharded:
+            return super()._places_of_sums()
+        flat = self.flat
+        distances = flat.compute.itemsize * np.subtract(flat.offsets, flat.layout.start)
+        return flat.places_of(flat.addresses, self.backend.address(self.sums_of_part) + distances), []
+
+    def _measure_sums(self, pending: Pending, adder: Adder) -> None:
         """Leave the partial sums that adding up the gradients would have left, by the same kernel."""
-        places = self.flat.split.places(places[:, 1], places[:, 1])
-        present = np.tile(pending.present, self.flat.members or 1)
-        once = np.array([1.0, 0.0], self.flat.compute)
-        chunks = self.plan.chunks(self.plan.of, whole=True)
+        flat, plan = self.flat, self.plan
+        at = self._places_of_sums()[0][:, 1]
+        places = flat.split.places(at, at)
+        present = np.tile(pending.present, flat.members or 1)
+        once = np.array([1.0, 0.0], flat.compute)
+        cut = plan.for_sums(plan.of)
+        chunks = cut.own if self.sharded else cut
+        partials = self.backend.zeros(pending.partials.size, pending.partials.dtype).reshape(pending.partials.shape)
+        if self.sharded:
+            partials = partials[: flat.layout.blocks_by_part(cut.whole)[self.ranks.rank]]
         everything = np.ones(len(present), np.bool_)
-        self.backend.add(places, present, everything, once, chunks, pending.partials, adder, self.flat.compute)
+        self.backend.add(places, present, everything, once, chunks, partials, adder, flat.compute)
+        pending.partials = cut.gathered(partials) if self.sharded else partials
+
+    def _partials(self, *args: Any, **kwargs: Any) -> tuple[Any, np.ndarray, float]:
+        partials, chunks, factor = super()._partials(*args, **kwargs)
+        return partials, chunks.whole if type(chunks) is Cut else chunks, factor
+
+    def _decided(self, plan: Plan, parts: Sequence[tuple[Any, np.ndarray]], *args: Any, **kwargs: Any) -> Any:
+        self._measured = parts
+        return super()._decided(plan, parts, *args, **kwargs)
+
+    def _refuse_nonfinite(self, finite: bool, present: Sequence[bool] | None, grads: Any, unscale: float) -> None:
+        if not self.sharded or finite or self.options.nonfinite != "raise":
+            super()._refuse_nonfinite(finite, present, grads, unscale)
+            return
+        (partials, chunks), *_ = self._measured
+        block = int(np.flatnonzero(partials[:, 1] != 0.0)[0])
+        k = int(chunks[np.searchsorted(chunks[:, LINE], block, side="right") - 1, PLACE])
+        self.refuse_gradient(k)
+
+    def spread(self) -> None:
+        """Send the parameters that this rank has written to the others."""
+        if self.sharded:
+            with self.ranks.committed():
+                self.ranks.spread(self.flat.data)
+
+    def elsewhere(self, context: str, move: Callable[[], None]) -> Any:
+        """As `Pipeline`; where parts are moved, every rank enters the block."""
+        self.begin_together(context)
+        return super().elsewhere(context, move)
+
+    def shown(self) -> dict[str, list[Any]]:
+        """What is kept for each parameter: see `Pipeline.shown`. Arrays of which others hold a part are `Scattered`."""
+        found = self.views()
+        if self.sharded:
+            layout = self.flat.layout
+            for name in self.formats.states:
+                found[name] = [
+                    Scattered(own, held.start, shape, self.ranks)
+                    for own, held, shape in zip(found[name], layout.held, layout.shapes, strict=True)
+                ]
+        return found

@@ -69,9 +69,11 @@ class FlatParams:
         *,
         copy: bool = True,
         members: int | None = None,
+        part: int = 0,
+        parts: int = 1,
     ):
         self._backend = get_backend(backend)
-        self.layout = Layout.of([leaf.shape for leaf in leaves], dtype.itemsize)
+        self.layout = Layout.of([leaf.shape for leaf in leaves], dtype.itemsize, part, parts)
         self.members = members
         self.split = self.layout if members is None else self.layout.split(members)
         self.paths = tuple(paths)
@@ -153,7 +155,14 @@ class FlatParams:
 
     def _like(self, leaves: Sequence[Any], *, copy: bool) -> FlatParams:
         """These parameters with other leaves."""
-        return FlatParams(leaves, self.paths, self.treespec, self.dtype, self.backend, copy=copy, members=self.members)
+        part, parts = self.layout.part, self.layout.parts
+        return FlatParams(
+            *(leaves, self.paths, self.treespec, self.dtype, self.backend),
+            copy=copy,
+            members=self.members,
+            part=part,
+            parts=parts,
+        )
 
     def _copied_grads(self, memo: Mapping[int, Any]) -> list[Any]:
         return [memo.get(id(array)) for array in self._grad_arrays or ()]
@@ -274,14 +283,41 @@ class FlatParams:
             buffer: 1-D, as `new_state` returned it.
 
         Returns:
-            A list of views of the buffer in the parameters' shapes, in the order of `paths`.
+            A list of views of the buffer in the parameters' shapes, in the order of `paths`; where this process holds
+            the states of a part only, they are 1-D, of the elements in it.
 
         >>> import numpy as np, fastopt
         >>> flat = fastopt.pack({"w": np.ones(2), "b": np.zeros(1)})
         >>> [view.shape for view in flat.state_views(flat.new_state())]
         [(1,), (2,)]
         """
-        return self._parts_of(buffer, self.layout.states or self.layout.offsets)
+        layout = self.layout
+        if layout.parts > 1:
+            return [
+                buffer[offset + own.start - layout.start : offset + own.stop - layout.start]
+                if own.start < own.stop
+                else buffer[:0]
+                for offset, own in zip(layout.offsets, layout.held, strict=True)
+            ]
+        return self._parts_of(buffer, layout.states or layout.offsets)
+
+    def held(self, arrays: Sequence[Any]) -> Sequence[Any]:
+        """The elements of arrays like the parameters of which this process holds the states.
+
+        Args:
+            arrays: a list in the order of `paths`, of contiguous arrays of any dtype.
+
+        Returns:
+            `arrays`; where this process holds the states of a part only, a list of 1-D views of the elements in it.
+
+        >>> import numpy as np, fastopt
+        >>> flat = fastopt.pack({"w": np.ones(2)})
+        >>> flat.held(flat.arrays) is flat.arrays
+        True
+        """
+        if self.layout.parts == 1:
+            return arrays
+        return [array.reshape(-1)[own] for array, own in zip(arrays, self.layout.held, strict=True)]
 
     def _parts_of(self, buffer: np.ndarray, offsets: Sequence[int]) -> list[np.ndarray]:
         return [
@@ -792,6 +828,20 @@ def pack(
     >>> float(flat.data[0])
     5.0
     """
+    return packed(params, backend=backend, dtype=dtype, copy=copy, members=members)
+
+
+def packed(
+    params: Any,
+    *,
+    backend: str = "auto",
+    dtype: Any = None,
+    copy: bool = True,
+    members: int | None = None,
+    part: int = 0,
+    parts: int = 1,
+) -> FlatParams:
+    """As `pack`. part, parts : which part of the buffer this process updates, of how many equal ones."""
     leaves, treespec, paths = flatten(params)
     if not leaves:
         raise ValueError("params: must hold at least one array, got a tree without any")
@@ -831,7 +881,9 @@ def pack(
                     f"parameter {path!r}: must have a first axis of length members={members}, got shape {leaf.shape}; "
                     f"stack the networks with np.stack"
                 )
-    return FlatParams(arrays, paths, treespec, np.dtype(found), backend, copy=copy, members=members)
+    return FlatParams(
+        *(arrays, paths, treespec, np.dtype(found), backend), copy=copy, members=members, part=part, parts=parts
+    )
 
 
 def _wanted(dtype: Any) -> np.dtype[Any]:

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from fastopt.kernels.contract import ALIGNMENT, BLOCK, CODES, N_CHUNK, N_LINE, N_PLACE, N_TILE, Tiles
+from fastopt.kernels.contract import ALIGNMENT, BLOCK, CODES, N_CHUNK, N_LINE, N_PLACE, N_TILE, Chunk, Tiles
 from fastopt.lazy import lazy
 
 MIN_CHUNK = 1024
@@ -25,6 +25,9 @@ TILE = 32_768
 """The most elements of a tile of a matrix ..."""
 TILE_ROWS = 16
 """... which has as many rows, if there are, so that the partial sums of its columns are few beside its elements."""
+
+
+PLACE, START, STOP, GRAD, LINE = (Chunk._fields.index(name) for name in ("place", "start", "stop", "grad", "block"))
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -46,18 +49,73 @@ class Layout:
     """How many elements of these buffers have codes: the first ones."""
     networks: int = 1
     """How many networks the parameters belong to: those of the first one come first, as many as of every other."""
+    part: int = 0
+    """Which part of the buffer this process updates, and holds the states of ..."""
+    parts: int = 1
+    """... of so many equal ones."""
 
     @classmethod
-    def of(cls, shapes: Sequence[tuple[int, ...]], itemsize: int = 4) -> Layout:
-        """Lay out parameters of these shapes, each on a 64-byte boundary; the gaps between them are padding."""
+    def of(cls, shapes: Sequence[tuple[int, ...]], itemsize: int = 4, part: int = 0, parts: int = 1) -> Layout:
+        """Lay out parameters of these shapes, each on a 64-byte boundary; the gaps between them are padding.
+
+        Several parts are whole numbers of `BLOCK`, and a parameter that does not lie in one of them begins at one: the
+        blocks of its sums are those of a single part.
+        """
         step = ALIGNMENT // itemsize
         sizes = tuple(math.prod(shape) for shape in shapes)
-        offsets = []
-        end = 0
-        for size in sizes:
-            offsets.append(end)
-            end += -(-size // step) * step
-        return cls(tuple(tuple(shape) for shape in shapes), sizes, tuple(offsets), end)
+        shapes = tuple(tuple(shape) for shape in shapes)
+        length = sum(-(-size // step) * step for size in sizes)
+        if parts == 1:
+            return cls(shapes, sizes, _offsets(sizes, step, max(length, 1))[0], length)
+        length = max(1, -(-length // (parts * BLOCK))) * BLOCK
+        offsets, end = _offsets(sizes, step, length)
+        while end > parts * length:
+            length += BLOCK
+            offsets, end = _offsets(sizes, step, length)
+        return cls(shapes, sizes, offsets, parts * length, part=part, parts=parts)
+
+    @property
+    def start(self) -> int:
+        """Where the part of this process begins ..."""
+        return self.part * self.length
+
+    @property
+    def length(self) -> int:
+        """... and how many elements it has."""
+        return self.size // self.parts
+
+    @lazy
+    def held(self) -> tuple[slice, ...]:
+        """For each parameter, the elements in the part of this process."""
+        ends = [self.start - offset for offset in self.offsets]
+        return tuple(
+            slice(min(max(end, 0), size), min(max(end + self.length, 0), size))
+            for end, size in zip(ends, self.sizes, strict=True)
+        )
+
+    def cut(self, chunks: np.ndarray) -> np.ndarray:
+        """The chunks of the part of this process, whose partial sums are numbered from 0.
+
+        chunks : those of all parts; made with ``whole=True`` where partial sums are asked for.
+        """
+        origin = np.array(self.offsets, np.int64)[chunks[:, PLACE]]
+        first = np.maximum(chunks[:, START], self.start - origin)
+        last = np.minimum(chunks[:, STOP], self.start + self.length - origin)
+        own = chunks.copy()
+        own[:, GRAD] += first - chunks[:, START]
+        own[:, LINE] += (first - chunks[:, START]) // BLOCK
+        own[:, START], own[:, STOP] = first, last
+        own = np.ascontiguousarray(own[first < last])
+        own[:, LINE] -= own[:1, LINE]
+        return own
+
+    def blocks_by_part(self, chunks: np.ndarray) -> list[int]:
+        """How many partial sums the chunks have in each part. chunks : made with ``whole=True``."""
+        begin = np.array(self.offsets, np.int64)[chunks[:, PLACE]] + chunks[:, START]
+        counts = -(-(chunks[:, STOP] - chunks[:, START]) // BLOCK)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        parts = (np.repeat(begin, counts) + BLOCK * within) // self.length
+        return np.bincount(parts, minlength=self.parts).tolist()
 
     def split(self, members: int) -> Layout:
         """The layout of the parameters of each member of a population, the first axis of whose arrays these have."""
@@ -88,7 +146,7 @@ class Layout:
     def size_of_states(self) -> int:
         """The elements of a buffer of states, including padding."""
         if self.states is None:
-            return self.size
+            return self.length
         ends = [end + -(-size // 16) * 16 for end, size in zip(self.states, self.sizes, strict=True)]
         return max(self.coded, *ends)
 
@@ -98,11 +156,14 @@ class Layout:
         return self.coded // CODES + self.size_of_states - self.coded
 
     def places(self, p: int | np.ndarray, g: int | np.ndarray) -> np.ndarray:
-        """A table of `fastopt.kernels.contract.Place`: the addresses of parameters and gradients, and these offsets."""
+        """A table of `fastopt.kernels.contract.Place`: the addresses of parameters and gradients, and these offsets.
+
+        Those of states are counted from the beginning of this process's part, also where a parameter begins before it.
+        """
         table = np.empty((len(self.sizes), N_PLACE), np.int64)
         table[:, 0] = p
         table[:, 1] = g
-        table[:, 2] = self.offsets if self.states is None else self.states
+        table[:, 2] = np.subtract(self.offsets, self.start) if self.states is None else self.states
         table[:, 3] = np.repeat(np.arange(self.networks), len(self.sizes) // self.networks)
         return table
 
@@ -219,6 +280,17 @@ class Layout:
                 runs.append((k, size, group))
             end = k + 1
         return runs
+
+
+def _offsets(sizes: Sequence[int], step: int, length: int) -> tuple[tuple[int, ...], int]:
+    """Where parameters begin in parts of this length, and where the last one ends."""
+    offsets, end = [], 0
+    for size in sizes:
+        if size and end // length != (end + size - 1) // length:
+            end = -(-end // BLOCK) * BLOCK
+        offsets.append(end)
+        end += -(-size // step) * step
+    return tuple(offsets), end
 
 
 def _pieces(length: int, longest: int) -> list[tuple[int, int]]:

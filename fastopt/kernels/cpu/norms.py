@@ -15,6 +15,7 @@ from fastopt.kernels.contract import (
     SCALE_UP,
     Array,
     Chunk,
+    Cut,
     Place,
     StepHyper,
     in_range,
@@ -147,6 +148,8 @@ class SquaresKernel:
 
     def launch(self, places: Array, table: Array, chunks: Array, elements: int) -> Array:
         """As `fastopt.kernels.contract.NormKernel`."""
+        if type(chunks) is Cut:
+            return chunks.gathered(self.launch(places, table, chunks.own, elements))
         partials = np.empty((blocks_of(chunks), self._width))
         self._loop.run(places, table, chunks, partials, elements=elements, units=chunks.shape[0])
         return partials

@@ -16,6 +16,7 @@ from fastopt.kernels.contract import (
     SCALE_UP,
     Array,
     Chunk,
+    Cut,
     Place,
     in_range,
     rescaled,
@@ -83,7 +84,7 @@ N_NUMBERS: int
 OVER_ALL: bool
 """Whether the sums go over all parameters."""
 
-GROUP = Chunk._fields.index("group")
+GROUP, PLACE = Chunk._fields.index("group"), Chunk._fields.index("place")
 
 RUN = 64
 """Elements whose terms are computed before they are added up: few, so that the processor begins with the next ones."""
@@ -237,9 +238,12 @@ class SummedKernel:
 
     def launch(self, places: Array, states: tuple[Array, ...], table: Array, chunks: Array, elements: int) -> None:
         """As `fastopt.kernels.contract.Kernel`."""
-        units = chunks.shape[0]
-        if units == 0:
+        whole, gathered = chunks, None
+        if type(chunks) is Cut:
+            chunks, whole, gathered = chunks
+        if whole.shape[0] == 0:
             return
+        units = chunks.shape[0]
         own, update = len(states) - self._n_numbers, self._update
         states, numbers = states[:own], states[own:]
         with deferred_signals:
@@ -257,9 +261,16 @@ class SummedKernel:
                         units=units,
                         backwards=update.backwards,
                     )
+                    if gathered is not None:
+                        partials = gathered(partials)
                 rows = np.empty((places.shape[0], table.shape[1]), table.dtype)
-                own_rows = np.empty_like(chunks)
+                own_rows = np.empty_like(whole)
                 of_stage = tuple([numbers[k] for k in stage.numbers])
-                stage.settle(places, chunks, partials, table, of_stage, rows, own_rows)
-                table, chunks = rows, own_rows
+                stage.settle(places, whole, partials, table, of_stage, rows, own_rows)
+                table, whole = rows, own_rows
+                if gathered is None:
+                    chunks = whole
+                else:
+                    chunks = chunks.copy()
+                    chunks[:, GROUP] = chunks[:, PLACE]
             update.launch(places, states, table, chunks, elements)
