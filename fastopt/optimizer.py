@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from threading import get_ident
@@ -24,6 +24,7 @@ from fastopt.signals import deferred_signals
 from fastopt.state import LoadReport, OptimizerState, Snapshot, check_keep, fit
 from fastopt.step.groups import GroupsView, check_change, mark_matrices, match_overrides
 from fastopt.step.info import StepInfo
+from fastopt.step.matrices import chosen_by
 from fastopt.step.options import StepOptions
 from fastopt.step.pipeline import Pipeline
 from fastopt.step.population import HyperView
@@ -99,9 +100,9 @@ class Optimizer:
             options, and calls the same methods; a step is that of the mean of their gradients, as if one process had
             accumulated them. An error on one is an error on all: see `fastopt.distributed`.
         shard: with `comm`, whether each process updates a part of the parameters, and holds the states of that part
-            alone (ZeRO-1); False for data parallelism, in which each holds all. Rules that work on whole matrices or
-            on their rows and columns, populations, states of 8 bits, ``rounding="stochastic"``, ``copy=False`` and
-            devices need False.
+            alone (ZeRO-1); False for data parallelism, in which each holds all. Populations, states of 8 bits,
+            ``rounding="stochastic"``, ``copy=False`` and devices need False. Parameters that a rule treats as matrices
+            (Muon), or sums by rows or columns (Adafactor), are not cut: such rules suit a few processes.
         order: with `comm`, in which order gradients are added up: ``"engine"`` leaves it to the communicator;
             ``"fixed"`` is that of the ranks, so that N processes compute what one computes from N micro-batches, to the
             bit.
@@ -256,7 +257,7 @@ class Optimizer:
                     "buffer, got True"
                 )
             where = {"backend": self._backend, "copy": copies, "members": self._members}
-            flat = packed(params, **where, part=part, parts=parts)
+            flat = packed(params, **where, part=part, parts=parts, uncut=self._uncut)
         rule, changes = self.rule, match_overrides(flat.paths, self._overrides)
         mark_matrices(rule, changes, flat.member_shapes)
         checked = [
@@ -270,6 +271,15 @@ class Optimizer:
         for advice in pipeline.formats.advice(rule):
             warn_caller(advice)
         return pipeline
+
+    def _uncut(self, paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[bool]:
+        """For each parameter whether processes must not share it: the rule looks at whole matrices, or their lines."""
+        rule, whole = self.rule, self.rule.matrixwise
+        if whole is None:
+            return [rule.lined] * len(paths)
+        changes = match_overrides(paths, self._overrides)
+        mark_matrices(rule, changes, shapes)
+        return list(chosen_by([change.get(whole.chosen, self._base[whole.chosen]) for change in changes]))
 
     # --- attributes: hyperparameters are alive, and what does not exist is refused ------------------------------------
 
@@ -1015,7 +1025,7 @@ class Optimizer:
         pipeline = self._running
         with pipeline.gate.take("restore"), deferred_signals:
             pipeline.flush_rows()  # the parameters are not part of the state, and keep what their rows have missed
-            matrices = pipeline.matrices.fitted_to(snapshot.values, snapshot.changes)  # takes memory, and may fail
+            matrices = pipeline.matrices_for(snapshot.values, snapshot.changes)  # takes memory, and may fail
             pipeline.groups.base = dict(snapshot.values)
             pipeline.groups.regroup(snapshot.changes, snapshot.missed)
             pipeline.matrices = matrices

@@ -30,16 +30,17 @@ from fastopt.storage.flat import packed
 from fastopt.storage.layout import Layout
 
 ALL = {str(case): case for case in (*PER_RULE, *WRAPPED)}
-WHOLE = {str(case) for case in ALL.values() if case.rule.lined or case.rule.matrixwise is not None}
-"""Rules whose parameters are not cut into parts."""
 ADAM, LAMB, SGD = BY_NAME["Adam"], BY_NAME["LAMB"], BY_NAME["SGD-lr=0.1"]
 
 
-def tree(dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Parameters some of which a boundary cuts, among them one that is 0-d and one that is empty."""
+def tree(dtype: Any = np.float32, *, small: bool = False) -> dict[str, np.ndarray]:
+    """Parameters some of which a boundary cuts, among them one that is 0-d and one that is empty.
+
+    small : for rules whose linear algebra takes long.
+    """
     rng = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {"a": (300, 37), "b": (97,), "c": (5, 2, 3), "w": (131, 97)}
-    shapes |= {"s": (), "empty": (0, 3)}
+    shapes: dict[str, tuple[int, ...]] = {"a": (100, 111), "b": (97,), "c": (5, 2, 3), "w": (100, 127)}
+    shapes |= {"s": (), "empty": (0, 3)} | ({"a": (64, 64), "w": (50, 70)} if small else {})
     return {name: np.asarray(rng.normal(size=shape), dtype=dtype) for name, shape in shapes.items()}
 
 
@@ -65,9 +66,13 @@ def communicator(world: Any) -> Communicator:
     return comm
 
 
+def tree_for(case: Case) -> dict[str, np.ndarray]:
+    return tree(small=case.rule.matrixwise is not None)
+
+
 def alone(case: Case, size: int, steps: int, **options: Any) -> fastopt.Optimizer:
     """One process that accumulates the gradients of all ranks."""
-    opt = case.make(tree(), **options)
+    opt = case.make(tree_for(case), **options)
     for step in range(steps):
         for rank in range(size):
             opt.accumulate(gradients(step, rank, opt.params))
@@ -77,7 +82,7 @@ def alone(case: Case, size: int, steps: int, **options: Any) -> fastopt.Optimize
 
 def together(world: Any, case: Case, steps: int, **options: Any) -> fastopt.Optimizer:
     """The same by ranks."""
-    opt = case.make(tree(), comm=world, **options)
+    opt = case.make(tree_for(case), comm=world, **options)
     for step in range(steps):
         opt.step(gradients(step, communicator(world).rank, opt.params))
     return opt
@@ -121,10 +126,6 @@ def shared_folder(world: Any) -> Path:
     return Path(bytes(name).rstrip(b"\0").decode())
 
 
-def shards_of(case: Case) -> tuple[bool, ...]:
-    return (False,) if str(case) in WHOLE else (False, True)
-
-
 # --- checks: what each rank runs --------------------------------------------------------------------------------------
 
 
@@ -138,13 +139,13 @@ def rule_agrees(world: Any, case: Case, shard: bool, **options: Any) -> None:
 
 def check_rules(world: Any) -> None:
     for case in ALL.values() if communicator(world).size <= 2 else OF_EACH_KIND:
-        for shard in shards_of(case):
+        for shard in (False, True):
             rule_agrees(world, case, shard)
 
 
 def check_flags(world: Any) -> None:
     for case in OF_EACH_KIND:
-        for shard in shards_of(case):
+        for shard in (False, True):
             rule_agrees(world, case, shard, **EVERYTHING)
 
 
@@ -537,7 +538,7 @@ def check_inputs_of_rules(world: Any) -> None:
 def check_refusals(world: Any) -> None:
     comm = communicator(world)
     opt = ADAM.make(tree(), comm=world, shard=False)
-    rows = {"a": (np.array([1]), np.ones((1, 37), np.float32))}
+    rows = {"a": (np.array([1]), np.ones((1, 111), np.float32))}
     with pytest.raises(RuntimeError, match=r"^step_rows\(\): must be of one process, got an optimizer with comm="):
         opt.step_rows(rows)
     with pytest.raises(RuntimeError, match=r"^ascent\(\): must be of one process, got"), opt.ascent(0.1, tree()):
@@ -556,13 +557,24 @@ def check_refusals(world: Any) -> None:
         return
     for match, make in (
         ("copy=False", lambda: fastopt.Adam(tree(), comm=world, copy=False)),
-        ("sums over rows or columns", lambda: fastopt.Adafactor(tree(), comm=world)),
-        ("whole matrices", lambda: fastopt.Muon(tree(), comm=world)),
         ("population", lambda: fastopt.Adam({"w": np.ones((2, 3))}, members=2, comm=world)),
         ("blocks of codes", lambda: fastopt.Adam({"w": np.ones(9000, np.float32)}, states={"m": "int8"}, comm=world)),
     ):
         with pytest.raises(ValueError, match=f"^shard: must be False.*{match}.*got True$"):
             make()
+    params = {"a": np.ones((60, 185), np.float32), "w": np.ones((40, 40), np.float32)}
+    muon = fastopt.Muon(params, comm=world, overrides={"a": {"orthogonal": False}}, **in_one_order(world))
+    assert muon.flat.layout.is_cut == (True, False)
+    muon.step(params)
+    before = content(muon)
+    muon.groups["a"].orthogonal = True
+    with pytest.raises(
+        ValueError, match=r"^parameter 'a': must have orthogonal from construction on, as in overrides="
+    ):
+        muon.step(params)
+    assert_same(content(muon), before)
+    muon.groups["a"].orthogonal = False
+    muon.step(params)
     with pytest.raises(ValueError, match=r"^params: must be packed in \d parts, got 1"):
         fastopt.Adam(fastopt.pack(tree()), comm=world)
     sharded = ADAM.make(tree(), comm=world)
@@ -603,13 +615,13 @@ ONE_BY_ONE = {"check_rules", "check_flags"}
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", ALL)
 def test_rules(name, size):
-    for shard in shards_of(ALL[name]):
+    for shard in (False, True):
         run_threads(size, rule_agrees, ALL[name], shard)
 
 
 @pytest.mark.parametrize("case", OF_EACH_KIND, ids=str)
 def test_flags(case):
-    for shard in shards_of(case):
+    for shard in (False, True):
         run_threads(3, partial(rule_agrees, case=case, shard=shard, **EVERYTHING))
 
 
@@ -654,7 +666,7 @@ def test_processes(engine, size):
 
 
 def test_a_file_of_any_number_of_ranks_is_read_by_any_number(tmp_path):
-    for case in (ADAM, LAMB):
+    for case in (ADAM, LAMB, BY_NAME["Adafactor-weight_decay=0.1"], BY_NAME["Shampoo-momentum=0.9-weight_decay=0.1"]):
         other = alone(case, 4, 3, ema=0.9)
         other.save(tmp_path / "one")
         expected = content(other)
@@ -667,7 +679,7 @@ def test_a_file_of_any_number_of_ranks_is_read_by_any_number(tmp_path):
         assert (tmp_path / "four").read_bytes() == (tmp_path / "one").read_bytes()
 
         def read(comm, case=case, expected=expected):
-            opt = case.make(tree(), ema=0.9, comm=comm)
+            opt = case.make(tree_for(case), ema=0.9, comm=comm)
             opt.load(tmp_path / "four")
             assert_same(content(opt), expected)
 
@@ -793,6 +805,17 @@ def test_parts_cover_the_whole(parts):
     ]
     for size, held in zip(layouts[0].sizes, (pieces[k] for k in range(len(shapes))), strict=True):
         assert [k for piece in held for k in range(size)[piece]] == list(range(size))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_parameters_that_must_not_be_cut_are_not(parts):
+    shapes = [(30, 300), (5,), (100, 100), (90, 200), (7,), (2, 3)]
+    whole = [len(shape) == 2 for shape in shapes]
+    layout = Layout.of(shapes, 4, 0, parts, whole)
+    assert not any(cut for cut, alone in zip(layout.is_cut, whole, strict=True) if alone)
+    assert layout.length >= 90 * 200
+    held = [Layout.of(shapes, 4, part, parts, whole).is_held for part in range(parts)]
+    assert [sum(of_rank[k] for of_rank in held) for k in range(len(shapes))] == [1] * len(shapes)
 
 
 def test_one_part_is_the_layout_of_before():

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastopt.hyper import EMA, POSITIVE_OR_ZERO
 from fastopt.kernels import get_backend
-from fastopt.kernels.contract import BLOCK, PROCEEDS, REST, Adder, Decision, Features, sums_per_block
+from fastopt.kernels.contract import BLOCK, PROCEEDS, REST, Adder, Cut, Decision, Features, sums_per_block
 from fastopt.rule import Rule, check_acting
 from fastopt.signals import deferred_signals
 from fastopt.step.born import Born
@@ -700,7 +700,7 @@ class Pipeline:
         if self.pending is not None and self.options.clip_value is None and not self.groups.frozen:
             return self.pending.partials, plan.blocks, abs(unscale)
         kernel = plan.norm_kernel(scaled=unscale != 1.0, summed=self.pending is not None)
-        chunks = plan.for_sums(rows, apart=apart)
+        chunks = plan.chunks(rows, whole=True, apart=apart)
         table = plan.table.array if table is None else table
         return kernel.launch(places, table, chunks, self.size), chunks, 1.0
 
@@ -1127,7 +1127,8 @@ class Pipeline:
         plan.write_table(self.groups, self.steps + 1, 1.0)
         kernel = plan.moved_kernel(shift)
         chunks = plan.chunks(plan.of, whole=True)
-        arguments = self.places_of_params, self.kernel_buffers(ema=False), plan.table.array, chunks, self.size
+        own = chunks.own if type(chunks) is Cut else chunks
+        arguments = self.places_of_params, self.kernel_buffers(ema=False), plan.table.array, own, self.size
 
         def move() -> None:
             kernel.launch(*arguments)
@@ -1335,8 +1336,7 @@ class Pipeline:
         Signals must be deferred until the groups are restored as well.
         """
         for name, views in self.views().items():
-            own = self.flat.held(arrays[name]) if name in self.formats.states else arrays[name]
-            for view, array in zip(views, own, strict=True):
+            for view, array in zip(views, self._own_of(name, arrays[name]), strict=True):
                 self.backend.copy(view, array)
         self.steps = steps
         self.entered_at = -1
@@ -1346,6 +1346,14 @@ class Pipeline:
         self.born.wait(len(self.flat.paths))
         if self.device is not None:
             self.device.recorded = None
+
+    def _own_of(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
+        """Of arrays that are to be restored, what this process holds."""
+        return arrays
+
+    def matrices_for(self, values: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> Matrices:
+        """The matrices that there are with other hyperparameters: see `Matrices.fitted_to`."""
+        return self.matrices.fitted_to(values, changes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
         """A pipeline at the same point, on memory of its own; the rule and schedules are shared."""

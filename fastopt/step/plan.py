@@ -146,10 +146,6 @@ class Plan:
             found = self._chunks[key] = (rows, made)
         return found[1]
 
-    def for_sums(self, rows: Sequence[int], *, apart: bool = False) -> Any:
-        """The chunks of parameters of these rows, for a kernel that returns their partial sums."""
-        return self.chunks(rows, whole=True, apart=apart)
-
     def dense_chunks(self, dense: tuple[bool, ...], rows: Sequence[int]) -> np.ndarray:
         """The chunks (whole ones) of some of these parameters: those with an ordinary gradient, or matrices."""
         key = (id(rows), dense)

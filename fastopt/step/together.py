@@ -12,6 +12,7 @@ import numpy as np
 from fastopt.kernels.contract import Adder, Cut
 from fastopt.signals import deferred_signals
 from fastopt.step.inputs import Inputs
+from fastopt.step.matrices import Matrices, chosen_by, shape_in
 from fastopt.step.norms import Pending
 from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.pipeline import Pipeline
@@ -48,18 +49,13 @@ class RankPlan(Plan):
     def __init__(self, ranks: Ranks, *args: Any, **kwargs: Any):
         self._ranks = ranks
         self._cuts: dict[int, tuple[Any, Cut]] = {}
+        self._held: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
         super().__init__(*args, **kwargs)
 
     def chunks(self, rows: Sequence[int], *, whole: bool = False, apart: bool = False) -> Any:
-        """As `Plan`: those of this rank; with those of all for the update of a rule of sums."""
-        cut = self._cut(rows, whole, apart)
-        return cut if self.rule.sums and not whole else cut.own
-
-    def for_sums(self, rows: Sequence[int], *, apart: bool = False) -> Cut:
-        """As `Plan`: those of this rank, with those of all."""
-        return self._cut(rows, True, apart)
-
-    def _cut(self, rows: Sequence[int], whole: bool, apart: bool) -> Cut:
+        """As `Plan`: those of this rank; with those of all where they are for partial sums."""
+        if self._tiled and not whole:
+            return super().chunks(self.held(rows))
         chunks = super().chunks(rows, whole=whole, apart=apart)
         found = self._cuts.get(id(chunks))
         if found is None or found[0] is not chunks:  # which are kept, so that their id is not given to others
@@ -69,6 +65,16 @@ class RankPlan(Plan):
             counts = layout.blocks_by_part(chunks)
             cut = Cut(layout.cut(chunks), chunks, lambda lines: self._ranks.gathered(lines, counts))
             found = self._cuts[id(chunks)] = (chunks, cut)
+        return found[1] if whole or self.rule.sums else found[1].own
+
+    def held(self, rows: Sequence[int]) -> Sequence[int]:
+        """The rows of the table of the parameters that this rank has whole, and -1 for the others."""
+        found = self._held.get(id(rows))
+        if found is None or found[0] is not rows:
+            if len(self._held) >= MOST_MASKS:
+                self._held.clear()
+            own = [row if here else -1 for row, here in zip(rows, self.flat.layout.is_held, strict=True)]
+            found = self._held[id(rows)] = (rows, own)
         return found[1]
 
 
@@ -111,8 +117,10 @@ class RankPipeline(Pipeline):
         """Refuse what cannot be cut into parts."""
         formats = StateFormats.of(rule, flat, options)
         for refused, reason in (
-            (rule.matrixwise is not None, f"rule {rule.name!r} treats parameters as whole matrices"),
-            (rule.lined, f"rule {rule.name!r} has sums over rows or columns"),
+            (
+                rule.lined and any(sums.over == "all" for sums in rule.sums),
+                f"rule {rule.name!r} has sums over lines of parameters and over all of them",
+            ),
             (flat.members is not None, "the members of a population would be cut"),
             (flat.device is not None, "the kernels of the CUDA backend do not gather partial sums"),
             (bool(formats.coded), "blocks of codes would be cut"),
@@ -318,7 +326,7 @@ class RankPipeline(Pipeline):
         places = flat.split.places(at, at)
         present = np.tile(pending.present, flat.members or 1)
         once = np.array([1.0, 0.0], flat.compute)
-        cut = plan.for_sums(plan.of)
+        cut = plan.chunks(plan.of, whole=True)
         chunks = cut.own if self.sharded else cut
         partials = self.backend.zeros(pending.partials.size, pending.partials.dtype).reshape(pending.partials.shape)
         if self.sharded:
@@ -344,6 +352,50 @@ class RankPipeline(Pipeline):
         k = int(chunks[np.searchsorted(chunks[:, LINE], block, side="right") - 1, PLACE])
         self.refuse_gradient(k)
 
+    def _transform(self, plan: Plan, places: np.ndarray, rows: Sequence[int], table: Any, *, scaled: bool) -> None:
+        whole = self.rule.matrixwise
+        if isinstance(plan, RankPlan) and whole is not None:
+            self._refuse_cut(chosen_by(self.groups.given(whole.chosen)), whole.chosen)
+            rows = plan.held(rows)
+        super()._transform(plan, places, rows, table, scaled=scaled)
+
+    def _refuse_cut(self, chosen: Sequence[bool], name: str) -> None:
+        """Refuse to treat a parameter as a matrix of which ranks have a part each. name : what `chosen` is called."""
+        for path, is_chosen, is_cut in zip(self.flat.paths, chosen, self.flat.layout.is_cut, strict=True):
+            if is_chosen and is_cut:
+                raise ValueError(
+                    f"parameter {path!r}: must have {name} from construction on, as in overrides={{{path!r}: "
+                    f"{{{name!r}: True}}}}, because it was cut among ranks, got it later; or use shard=False"
+                )
+
+    def _chosen(self) -> tuple[bool, ...]:
+        """As `Pipeline`, of the parameters that this rank has whole: of others it keeps no matrices."""
+        return self._of_this_rank(super()._chosen())
+
+    def _of_this_rank(self, chosen: tuple[bool, ...]) -> tuple[bool, ...]:
+        """The same, but for parameters that other ranks have."""
+        held = self.flat.layout.is_held if chosen else ()
+        return tuple([here and own for here, own in zip(chosen, held, strict=True)])
+
+    def matrices_for(self, values: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> Matrices:
+        """As `Pipeline`, of the parameters that this rank has whole."""
+        whole = self.rule.matrixwise
+        if whole is None or not whole.matrices:
+            return self.matrices
+        chosen = chosen_by([change.get(whole.chosen, values[whole.chosen]) for change in changes])
+        return self.matrices.fitted(self._of_this_rank(chosen))
+
+    def _own_of(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
+        if not self.sharded:
+            return arrays
+        if name in self.rule.matrices:
+            views = self.matrices.arrays[name]
+            return [
+                array if here else view
+                for array, view, here in zip(arrays, views, self.flat.layout.is_held, strict=True)
+            ]
+        return self.flat.held(arrays) if name in self.formats.states else arrays
+
     def spread(self) -> None:
         """Send the parameters that this rank has written to the others."""
         if self.sharded:
@@ -358,11 +410,22 @@ class RankPipeline(Pipeline):
     def shown(self) -> dict[str, list[Any]]:
         """What is kept for each parameter: see `Pipeline.shown`. Arrays of which others hold a part are `Scattered`."""
         found = self.views()
-        if self.sharded:
-            layout = self.flat.layout
-            for name in self.formats.states:
-                found[name] = [
-                    Scattered(own, held.start, shape, self.ranks)
-                    for own, held, shape in zip(found[name], layout.held, layout.shapes, strict=True)
-                ]
+        if not self.sharded:
+            return found
+        layout, rule = self.flat.layout, self.rule
+        for name in self.formats.states:
+            found[name] = [
+                Scattered(own, held.start, shape, self.ranks)
+                for own, held, shape in zip(found[name], layout.held, layout.shapes, strict=True)
+            ]
+        for name in rule.numbers if rule.lined else ():
+            found[name] = [
+                Scattered(own.reshape(-1) if here else own.reshape(-1)[:0], 0, own.shape, self.ranks)
+                for own, here in zip(found[name], layout.is_held, strict=True)
+            ]
+        for name in rule.matrices:
+            shapes = [shape_in(self.flat, rule, name, k, chosen=here) for k, here in enumerate(super()._chosen())]
+            found[name] = [
+                Scattered(own.reshape(-1), 0, shape, self.ranks) for own, shape in zip(found[name], shapes, strict=True)
+            ]
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -71,9 +71,10 @@ class FlatParams:
         members: int | None = None,
         part: int = 0,
         parts: int = 1,
+        uncut: Sequence[bool] = (),
     ):
         self._backend = get_backend(backend)
-        self.layout = Layout.of([leaf.shape for leaf in leaves], dtype.itemsize, part, parts)
+        self.layout = Layout.of([leaf.shape for leaf in leaves], dtype.itemsize, part, parts, uncut)
         self.members = members
         self.split = self.layout if members is None else self.layout.split(members)
         self.paths = tuple(paths)
@@ -155,13 +156,14 @@ class FlatParams:
 
     def _like(self, leaves: Sequence[Any], *, copy: bool) -> FlatParams:
         """These parameters with other leaves."""
-        part, parts = self.layout.part, self.layout.parts
+        layout = self.layout
         return FlatParams(
             *(leaves, self.paths, self.treespec, self.dtype, self.backend),
             copy=copy,
             members=self.members,
-            part=part,
-            parts=parts,
+            part=layout.part,
+            parts=layout.parts,
+            uncut=layout.uncut,
         )
 
     def _copied_grads(self, memo: Mapping[int, Any]) -> list[Any]:
@@ -840,8 +842,13 @@ def packed(
     members: int | None = None,
     part: int = 0,
     parts: int = 1,
+    uncut: Callable[[Sequence[str], Sequence[tuple[int, ...]]], Sequence[bool]] | None = None,
 ) -> FlatParams:
-    """As `pack`. part, parts : which part of the buffer this process updates, of how many equal ones."""
+    """As `pack`.
+
+    part, parts : which part of the buffer this process updates, of how many equal ones. uncut : called with the paths
+    and shapes; returns for each parameter whether it must lie in one part.
+    """
     leaves, treespec, paths = flatten(params)
     if not leaves:
         raise ValueError("params: must hold at least one array, got a tree without any")
@@ -881,8 +888,14 @@ def packed(
                     f"parameter {path!r}: must have a first axis of length members={members}, got shape {leaf.shape}; "
                     f"stack the networks with np.stack"
                 )
+    whole = () if uncut is None or parts == 1 else uncut(paths, [leaf.shape for leaf in arrays])
     return FlatParams(
-        *(arrays, paths, treespec, np.dtype(found), backend), copy=copy, members=members, part=part, parts=parts
+        *(arrays, paths, treespec, np.dtype(found), backend),
+        copy=copy,
+        members=members,
+        part=part,
+        parts=parts,
+        uncut=whole,
     )
 
 

@@ -53,26 +53,37 @@ class Layout:
     """Which part of the buffer this process updates, and holds the states of ..."""
     parts: int = 1
     """... of so many equal ones."""
+    uncut: tuple[bool, ...] = ()
+    """For each parameter whether it lies in one part; empty where all may be cut."""
 
     @classmethod
-    def of(cls, shapes: Sequence[tuple[int, ...]], itemsize: int = 4, part: int = 0, parts: int = 1) -> Layout:
+    def of(
+        cls,
+        shapes: Sequence[tuple[int, ...]],
+        itemsize: int = 4,
+        part: int = 0,
+        parts: int = 1,
+        uncut: Sequence[bool] = (),
+    ) -> Layout:
         """Lay out parameters of these shapes, each on a 64-byte boundary; the gaps between them are padding.
 
         Several parts are whole numbers of `BLOCK`, and a parameter that does not lie in one of them begins at one: the
-        blocks of its sums are those of a single part.
+        blocks of its sums are those of a single part. uncut : for each parameter whether it must lie in one part.
         """
         step = ALIGNMENT // itemsize
         sizes = tuple(math.prod(shape) for shape in shapes)
         shapes = tuple(tuple(shape) for shape in shapes)
-        length = sum(-(-size // step) * step for size in sizes)
+        total = sum(-(-size // step) * step for size in sizes)
         if parts == 1:
-            return cls(shapes, sizes, _offsets(sizes, step, max(length, 1))[0], length)
-        length = max(1, -(-length // (parts * BLOCK))) * BLOCK
-        offsets, end = _offsets(sizes, step, length)
-        while end > parts * length:
-            length += BLOCK
-            offsets, end = _offsets(sizes, step, length)
-        return cls(shapes, sizes, offsets, parts * length, part=part, parts=parts)
+            return cls(shapes, sizes, _offsets(sizes, step, max(total, 1), ())[0], total)
+        uncut = tuple(uncut)
+        longest = max((size for size, whole in zip(sizes, uncut, strict=False) if whole), default=0)
+        blocks = max(1, -(-total // (parts * BLOCK)), -(-longest // BLOCK))
+        offsets, end = _offsets(sizes, step, blocks * BLOCK, uncut)
+        while end > parts * blocks * BLOCK:
+            blocks += 1 + (blocks // 256 if longest else 0)
+            offsets, end = _offsets(sizes, step, blocks * BLOCK, uncut)
+        return cls(shapes, sizes, offsets, parts * blocks * BLOCK, part=part, parts=parts, uncut=uncut)
 
     @property
     def start(self) -> int:
@@ -91,6 +102,19 @@ class Layout:
         return tuple(
             slice(min(max(end, 0), size), min(max(end + self.length, 0), size))
             for end, size in zip(ends, self.sizes, strict=True)
+        )
+
+    @lazy
+    def is_held(self) -> tuple[bool, ...]:
+        """For each parameter whether this process has all of it in its part."""
+        return tuple(own.stop - own.start == size for own, size in zip(self.held, self.sizes, strict=True))
+
+    @lazy
+    def is_cut(self) -> tuple[bool, ...]:
+        """For each parameter whether it lies in several parts."""
+        return tuple(
+            size > 0 and offset // self.length != (offset + size - 1) // self.length
+            for offset, size in zip(self.offsets, self.sizes, strict=True)
         )
 
     def cut(self, chunks: np.ndarray) -> np.ndarray:
@@ -282,12 +306,13 @@ class Layout:
         return runs
 
 
-def _offsets(sizes: Sequence[int], step: int, length: int) -> tuple[tuple[int, ...], int]:
+def _offsets(sizes: Sequence[int], step: int, length: int, uncut: Sequence[bool]) -> tuple[tuple[int, ...], int]:
     """Where parameters begin in parts of this length, and where the last one ends."""
     offsets, end = [], 0
-    for size in sizes:
+    for k, size in enumerate(sizes):
         if size and end // length != (end + size - 1) // length:
-            end = -(-end // BLOCK) * BLOCK
+            unit = length if uncut and uncut[k] else BLOCK
+            end = -(-end // unit) * unit
         offsets.append(end)
         end += -(-size // step) * step
     return tuple(offsets), end
