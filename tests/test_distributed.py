@@ -516,6 +516,58 @@ def check_arrays_of_the_caller(world: Any) -> None:
     assert opt.step_count == 3
 
 
+def check_rows(world: Any) -> None:
+    """A step of rows is that of one process which is given the rows of all ranks, one after the other."""
+    comm = communicator(world)
+    options: dict[str, Any] = {"lr": 0.1, "max_norm": 1.0, "ema": 0.9}
+    opt = fastopt.Adam(tree(), comm=world, shard=False, **in_one_order(world), **options)
+    other = fastopt.Adam(tree(), **options)
+    sizes = dict(zip(opt.flat.paths, opt.flat.shapes, strict=True))
+
+    def rows_of(step: int, rank: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng((step, rank))
+        count = 0 if step == 2 and rank == 0 else 5 + rank
+        return rng.integers(0, 100, count), rng.normal(size=(count, sizes[name][1])).astype(np.float32)
+
+    for step in range(4):
+        names = ["a", "w"] if step == 1 else ["a"]
+        dense = [gradients(6, rank, tree()) | {"a": None, "w": None} for rank in range(comm.size)]
+        total = {name: np.zeros((), np.float32) - 0.0 for name in dense[0] if dense[0][name] is not None}
+        for of_rank in dense:
+            total = {name: np.asarray(total[name] + of_rank[name]) for name in total}
+        given = {name: rows_of(step, comm.rank, name) for name in names}
+        everything = {
+            name: tuple(
+                np.concatenate(each) for each in zip(*[rows_of(step, r, name) for r in range(comm.size)], strict=True)
+            )
+            for name in names
+        }
+        info = opt.step_rows(given, dense[comm.rank] if step else None)
+        expected = other.step_rows(everything, total | {"a": None, "w": None} if step else None, float(comm.size))
+        assert info.grad_norm == expected.grad_norm
+        each = [np.arange(rank, 20 + rank) for rank in range(comm.size)]
+        read = opt.read_rows("a", each[comm.rank])
+        other.read_rows("a", np.unique(np.concatenate(each)))
+        np.testing.assert_array_equal(read, other.read_rows("a", each[comm.rank]))
+    if comm.size > 1:
+        wrong = {"a": (np.array([1000 if comm.rank == 0 else 1]), np.ones((1, 111), np.float32))}
+        with pytest.raises(
+            (ValueError, CommunicatorError), match=r"row numbers from 0 to 99|rank 0 has raised an error"
+        ):
+            opt.step_rows(wrong)
+        names = ["a" if comm.rank == 0 else "w"]
+        both = {"a": tree()["a"]} if comm.rank else {}
+        with pytest.raises(ValueError, match=r"^grads: must be None on every rank for 'a', which is in rows as well"):
+            opt.step_rows({name: rows_of(0, 0, name) for name in names}, dict.fromkeys(opt.params) | both)
+        if comm.rank == 0:
+            opt.flush_rows()
+        with pytest.raises(CommunicatorError, match="what is up to date of rows must be the same on every rank"):
+            opt.step(gradients(0, comm.rank, opt.params))
+    opt.flush_rows()
+    other.flush_rows()
+    assert_same(content(opt), content(other))
+
+
 def check_inputs_of_rules(world: Any) -> None:
     comm = communicator(world)
     sophia = BY_NAME["Sophia-weight_decay=0.1"]
@@ -538,9 +590,6 @@ def check_inputs_of_rules(world: Any) -> None:
 def check_refusals(world: Any) -> None:
     comm = communicator(world)
     opt = ADAM.make(tree(), comm=world, shard=False)
-    rows = {"a": (np.array([1]), np.ones((1, 111), np.float32))}
-    with pytest.raises(RuntimeError, match=r"^step_rows\(\): must be of one process, got an optimizer with comm="):
-        opt.step_rows(rows)
     with pytest.raises(RuntimeError, match=r"^ascent\(\): must be of one process, got"), opt.ascent(0.1, tree()):
         pass
     opt.accumulate(tree())
@@ -578,6 +627,9 @@ def check_refusals(world: Any) -> None:
     with pytest.raises(ValueError, match=r"^params: must be packed in \d parts, got 1"):
         fastopt.Adam(fastopt.pack(tree()), comm=world)
     sharded = ADAM.make(tree(), comm=world)
+    rows = {"a": (np.array([1]), np.ones((1, 111), np.float32))}
+    with pytest.raises(RuntimeError, match=r"^step_rows\(\): must have shard=False"):
+        sharded.step_rows(rows)
     with pytest.raises(RuntimeError, match=r"^add\(\): must have shard=False"):
         sharded.add({"more": np.ones(3, np.float32)})
 
@@ -660,6 +712,19 @@ def test_more_ranks_than_blocks():
 )
 def test_processes(engine, size):
     launch(engine, size, "test_distributed", timeout=300.0)
+
+
+@pytest.mark.skipif(bool(LACKING["mpi"]), reason=LACKING["mpi"])
+def test_an_error_outside_of_steps_ends_all_processes():
+    with pytest.raises(AssertionError, match="KeyError: 'no data left'"):
+        launch("mpi", 2, "test_distributed", "fails_in_the_backward_pass", timeout=30.0)
+
+
+def fails_in_the_backward_pass(world: Any) -> None:
+    opt = fastopt.SGD(tree(), comm=world)
+    if world.rank == 1:
+        raise KeyError("no data left")
+    opt.step(tree())
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

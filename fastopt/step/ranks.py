@@ -16,7 +16,7 @@ from fastopt.kernels.contract import Array, Backend
 
 ORDER = Choice(("engine", "fixed"))
 
-COMPARED = 3
+COMPARED = 4
 """How many things can be compared besides the name of the call."""
 WORD = 8
 """Bytes of the hash of each of them."""
@@ -152,13 +152,15 @@ class Ranks:
         part = whole.size // self.size
         self.comm.allgather(whole[self.rank * part : (self.rank + 1) * part], whole)
 
-    def gathered(self, lines: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-        """The lines of all ranks, in their order. counts : how many each rank has."""
+    def gathered(self, lines: np.ndarray, counts: Sequence[int] | None = None) -> np.ndarray:
+        """The lines of all ranks, in their order. counts : how many each rank has; None for as many as this one."""
+        counts = [len(lines)] * self.size if counts is None else counts
         most = max(counts)
         own = np.zeros((most, lines.shape[1]), lines.dtype)
         own[: len(lines)] = lines
         everyone = np.empty((self.size, *own.shape), own.dtype)
-        self.comm.allgather(own, everyone)  # of equal parts, as some engines demand
+        if own.size:
+            self.comm.allgather(own, everyone)  # of equal parts, as some engines demand
         return np.concatenate([of_rank[:count] for of_rank, count in zip(everyone, counts, strict=True)])
 
     def _add_up_in_order(self, array: Array, backend: Backend, own: Array | None) -> None:

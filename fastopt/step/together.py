@@ -11,6 +11,7 @@ import numpy as np
 
 from fastopt.kernels.contract import Adder, Cut
 from fastopt.signals import deferred_signals
+from fastopt.step.gate import through_gate
 from fastopt.step.inputs import Inputs
 from fastopt.step.matrices import Matrices, chosen_by, shape_in
 from fastopt.step.norms import Pending
@@ -18,6 +19,7 @@ from fastopt.step.options import REDUCTION, StepOptions
 from fastopt.step.pipeline import Pipeline
 from fastopt.step.plan import MOST_MASKS, Plan
 from fastopt.step.ranks import Ranks, Same, Scattered, Votes, in_order
+from fastopt.step.rows import check_indices
 from fastopt.step.storage import StateFormats
 from fastopt.storage.intake import Taken
 from fastopt.storage.layout import LINE, PLACE
@@ -242,11 +244,89 @@ class RankPipeline(Pipeline):
             same.append(("the values of the parameters", crc))
         super().set_params(params)
 
+    @through_gate
     def step_rows(
         self, rows: Mapping[str, tuple[Any, np.ndarray]], grads: Any = None, grad_scale: float = 1.0
     ) -> StepInfo:
-        """Refuse: rows of several ranks are not added up yet."""
-        raise RuntimeError("step_rows(): must be of one process, got an optimizer with comm=; use step()")
+        """Make a step of the rows of all ranks, one after the other, and the mean of their sums."""
+        flat, ranks = self.flat, self.ranks
+        offer, error = Offer(np.zeros(len(flat.paths), np.bool_), 1.0), None
+        own: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        try:
+            if self.sharded or flat.device is not None:
+                raise RuntimeError("step_rows(): must have shard=False, and parameters on the CPU, with comm=")
+            offer, own = self._offer_of_rows(rows, grads, grad_scale)
+        except BaseException as raised:
+            error = raised
+        votes = ranks.vote("step_rows", error, offer.same, (1.0, 0.0), offer.present)
+        counts = ranks.gathered(np.array([[len(own[k][0]) if k in own else -1 for k in range(len(flat.paths))]]))
+        for k in np.flatnonzero(votes.mask & (counts >= 0).any(axis=0)).tolist():
+            raise ValueError(f"grads: must be None on every rank for {flat.paths[k]!r}, which is in rows as well")
+        everything = {}
+        for k in np.flatnonzero((counts >= 0).any(axis=0)).tolist():
+            of_ranks, width = np.maximum(counts[:, k], 0).tolist(), flat.shapes[k][1]
+            indices, row_grads = own.get(k, (np.zeros(0, np.int64), np.zeros((0, width), flat.compute)))
+            everything[flat.paths[k]] = (
+                ranks.gathered(indices[:, None], of_ranks)[:, 0],
+                ranks.gathered(row_grads, of_ranks),
+            )
+        dense = None
+        with deferred_signals:
+            if votes.mask.any():
+                with ranks.committed():
+                    self._exchange(offer, votes, float(ranks.size))
+                _, views = self._places_of_sums()
+                self.pending, self._exchanged = None, False
+                dense = flat.tree([view if here else None for view, here in zip(views, votes.mask, strict=True)])
+            return super().step_rows(everything, dense, grad_scale * ranks.size)
+
+    def _offer_of_rows(
+        self, rows: Mapping[str, tuple[Any, np.ndarray]], grads: Any, grad_scale: float
+    ) -> tuple[Offer, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        """Check what this rank brings to a step of rows: gradients, and by parameter indices and rows."""
+        self.refuse_while_held("step_rows")
+        if self.pending is not None:
+            raise ValueError("step_rows(): accumulated gradients are waiting; call step(), or zero_grad() to drop them")
+        plan, flat = self.current_plan(), self.flat
+        plan.table.unscale(grad_scale * self.ranks.size)
+        own = {}
+        for k in self.rows.check(rows, self.groups.values_of):
+            indices, row_grads = rows[flat.paths[k]]
+            found = check_indices("indices", indices, flat.shapes[k][0], self.backend)
+            own[k] = (found, np.ascontiguousarray(row_grads))
+        taken = None if grads is None else self.intake.take_to_add(grads)
+        present = np.zeros(len(flat.paths), np.bool_) if taken is None else self.present_of(taken, 1.0)
+        return Offer(present, 1.0, taken, 0.0, self._same(plan, repr(float(grad_scale)), self._behind())), own
+
+    def read_rows(self, path: str, indices: Any) -> np.ndarray:
+        """Rows of a parameter, after those that any rank reads were brought up to date on every rank."""
+        if self.clocks:  # on every rank
+            with self.ranks.together("read_rows") as same:
+                self.refuse_while_held("read_rows")
+                k = self.flat.matrix(path)
+                found = check_indices("indices", indices, self.flat.shapes[k][0], self.backend)
+                same.append(("the path", path.encode()))
+            counts = self.ranks.gathered(np.array([[found.size]]))[:, 0].tolist()
+            everything = np.unique(self.ranks.gathered(found[:, None], counts))
+            if k in self.clocks:
+                self.rows.catch_up(k, everything, self.current_plan())
+        return super().read_rows(path, indices)
+
+    def _behind(self) -> bytes:
+        """Which rows are behind."""
+        clocks = sorted(self.clocks.items())
+        return b"".join([repr((k, clock.now)).encode() + clock.last.tobytes() for k, clock in clocks])
+
+    def _same(self, plan: Plan, arguments: str, behind: bytes) -> Same:
+        """What must be the same on every rank in a step."""
+        plan.write_table(self.groups, self.steps + 1, 1.0)
+        groups = np.array([*self.groups.of, *[group.frozen for group in self.groups.list]], np.int64)
+        return (
+            ("the number of updates", self.steps.to_bytes(8, "little")),
+            ("the hyperparameters", plan.table.by_group.tobytes() + groups.tobytes()),
+            ("grad_scale, reduction and extra", arguments.encode()),
+            ("what is up to date of rows", behind),
+        )
 
     def ascended(self, rho: float, grads: Any, context: str) -> Any:
         """Refuse: the way would have to be that of the gradients of all ranks."""
@@ -261,6 +341,7 @@ class RankPipeline(Pipeline):
             self._check_context()
         if self.watched:
             self.check_trees()
+        behind = self._behind()
         self.flush_rows()
         if self.device is not None:
             self.device.check_place(self.flat.device)
@@ -279,16 +360,10 @@ class RankPipeline(Pipeline):
             taken = self.intake.take_to_add(self.flat.grads if grads is None else grads)
             present = self.present_of(taken, number)
         plan.table.inputs, _ = Inputs.checked(self.rule, self.flat, extra, loss, present.tolist())
-        plan.write_table(self.groups, self.steps + 1, 1.0)
-        groups = np.array([*self.groups.of, *[group.frozen for group in self.groups.list]], np.int64)
         trees = [(name, tree) for name, tree in sorted((extra or {}).items()) if tree is not None]
         crc = self._crc_of([leaf for name, tree in trees for leaf in self.flat.check_extra(tree, name)])
         given = [name for name, _ in trees]
-        same = (
-            ("the number of updates", self.steps.to_bytes(8, "little")),
-            ("the hyperparameters", plan.table.by_group.tobytes() + groups.tobytes()),
-            ("grad_scale, reduction and extra", repr((float(grad_scale), reduction, given, crc)).encode()),
-        )
+        same = self._same(plan, repr((float(grad_scale), reduction, given, crc)), behind)
         return Offer(present, number, taken, 0.0 if loss is None else number * float(loss), same)
 
     def _exchange(self, offer: Offer, votes: Votes, total: float) -> None:
