@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import resource
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -25,6 +27,7 @@ from ranks import LACKING, launch
 import fastopt
 from fastopt.communicators import Communicator, communicator_of, run_threads
 from fastopt.distributed import CommunicatorError
+from fastopt.interop import from_torch_state, to_torch_state
 from fastopt.kernels.contract import BLOCK, N_CHUNK
 from fastopt.storage.flat import packed
 from fastopt.storage.layout import Layout
@@ -447,6 +450,19 @@ def check_parameters_held_elsewhere(world: Any) -> None:
                 opt.set_params({name: np.asarray(array + comm.rank) for name, array in values.items()})
 
 
+def check_states_of_torch(world: Any) -> None:
+    comm = communicator(world)
+    opt, other = together(world, ADAM, 2, **in_one_order(world)), alone(ADAM, comm.size, 2)
+    state, expected = to_torch_state(opt), to_torch_state(other)
+    assert state["param_groups"] == expected["param_groups"]
+    for k, of_parameter in expected["state"].items():
+        for name, array in of_parameter.items():
+            np.testing.assert_array_equal(state["state"][k][name], array)
+    resumed = ADAM.make({name: array.copy() for name, array in opt.params.items()}, comm=world)
+    from_torch_state(resumed, expected)
+    assert_same(content(resumed), content(opt))
+
+
 def check_formats(world: Any) -> None:
     """Parameters and states of 16 bits, where parts can be cut."""
     comm = communicator(world)
@@ -657,6 +673,20 @@ def check_constructors_allocate_a_part(world: Any) -> None:
     comm.allreduce(np.zeros(1))
 
 
+def constructor_takes_memory_for_a_part(world: Any) -> None:
+    """In a process of its own, whose peak it looks at."""
+    comm, elements = communicator(world), 2**24
+    options: dict[str, Any] = {"initial_accumulator_value": 0.1, "ema": 0.9, "comm": world}
+    params = {"w": np.ones(elements, np.float32)}
+    fastopt.Adagrad({"w": np.ones(10, np.float32)}, **options)  # loads what there is to load
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    opt = fastopt.Adagrad(params, **options)
+    taken = 2**10 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    states = 2 * 4 * elements
+    assert opt.nbytes.states <= states / comm.size + 2 * 4 * BLOCK
+    assert 4 * elements < taken < 4 * elements + states / comm.size + 2**24
+
+
 CHECKS = {name: thing for name, thing in globals().items() if name.startswith("check_")}
 ONE_BY_ONE = {"check_rules", "check_flags"}
 
@@ -712,6 +742,12 @@ def test_more_ranks_than_blocks():
 )
 def test_processes(engine, size):
     launch(engine, size, "test_distributed", timeout=300.0)
+
+
+@pytest.mark.skipif(bool(LACKING["mpi"]), reason=LACKING["mpi"])
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts KiB on Linux")
+def test_a_constructor_takes_memory_for_a_part():
+    launch("mpi", 2, "test_distributed", "constructor_takes_memory_for_a_part")
 
 
 @pytest.mark.skipif(bool(LACKING["mpi"]), reason=LACKING["mpi"])

@@ -93,8 +93,9 @@ class ThreadCommunicator:
         """As `Communicator`."""
         _check_parts(whole, own, self.size)
         for rank, part in enumerate(self._exchanged("allgather", own)):
-            if rank != self._rank or not np.shares_memory(part, self._part(whole, rank)):
-                self._part(whole, rank)[...] = part.reshape(-1)
+            here = self._part(whole, rank)
+            if rank != self._rank or type(here) is not np.ndarray or not np.shares_memory(part, here):
+                here[...] = part.reshape(-1)
         self._meeting.wait()
 
     def alltoall(self, sent: Any, received: Any) -> None:

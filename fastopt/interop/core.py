@@ -15,6 +15,7 @@ from fastopt import scalars
 from fastopt.hyper import WEIGHT_DECAY
 from fastopt.optimizer import Optimizer
 from fastopt.step.groups import LR_SCALE
+from fastopt.step.ranks import Scattered
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,6 +34,7 @@ def of_one_moment(function: Callable[Concatenate[Optimizer, P], R]) -> Callable[
                 f"has a form; use save() or state_dict()"
             )
         with opt._running.gate.take(function.__name__):
+            opt._running.begin_together(function.__name__)
             return function(opt, *args, **kwargs)
 
     return waiting
@@ -163,9 +165,15 @@ def check_positions(opt: Optimizer, other: str) -> None:
 
 
 def views_of(opt: Optimizer) -> dict[str, list[np.ndarray]]:
-    """Return the arrays of the rule's states by name, one per parameter, not copied, after all rows caught up."""
+    """Return the arrays of the rule's states by name, one per parameter, not copied, after all rows caught up.
+
+    Those of which several processes hold a part each are gathered: all of them call this.
+    """
     arrays = opt.state.arrays
-    return {name: arrays[name] for name in opt.rule.states}
+    return {
+        name: [array.whole() if isinstance(array, Scattered) else array for array in arrays[name]]
+        for name in opt.rule.states
+    }
 
 
 def values_of(opt: Optimizer) -> list[dict[str, Any]]:
