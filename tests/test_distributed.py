@@ -56,6 +56,7 @@ def gradients(step: int, rank: int, params: Mapping[str, np.ndarray]) -> dict[st
     }
     if step % 2:
         found["b"][:5] = -0.0
+        found["w"][0, :5] = -0.0
     if step % 3 == 1 and rank == 0:
         found["w"] = None
     if step % 3 == 2:
@@ -448,6 +449,23 @@ def check_parameters_held_elsewhere(world: Any) -> None:
                 CommunicatorError, match=r"set_params\(\): the values of the parameters must be the same"
             ):
                 opt.set_params({name: np.asarray(array + comm.rank) for name, array in values.items()})
+
+
+def check_no_rank_goes_elsewhere_alone(world: Any) -> None:
+    comm = communicator(world)
+    if comm.size == 1:
+        return
+    opt = together(world, ADAM, 1, ema=0.9)
+
+    def elsewhere() -> None:
+        with opt.swap_ema():
+            pass
+
+    call = elsewhere if comm.rank == 0 else partial(opt.step, gradients(0, comm.rank, opt.params))
+    with pytest.raises(CommunicatorError, match=r"^(swap_ema|step)\(\): must be called by every rank at the same time"):
+        call()
+    opt.step(gradients(0, comm.rank, opt.params))
+    assert same_on_all(world, b"".join(content(opt).values()))
 
 
 def check_states_of_torch(world: Any) -> None:
