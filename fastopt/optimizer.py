@@ -268,7 +268,7 @@ class Optimizer:
             check_acting(rule.matrixwise, flat.paths, checked, self._base)
         made = rule, flat, self._options, self._base, checked
         pipeline = Pipeline(*made) if self._ranks is None else RankPipeline(*made, self._ranks)
-        for advice in pipeline.formats.advice(rule):
+        for advice in pipeline.advice:
             warn_caller(advice)
         return pipeline
 

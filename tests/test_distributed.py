@@ -229,6 +229,17 @@ def check_own_gradients_weights_and_accumulation(world: Any) -> None:
                 assert_same(content(opt), content(other))
 
 
+def check_a_step_for_which_no_rank_has_a_batch(world: Any) -> None:
+    for shard in (False, True):
+        opt = together(world, ADAM, 1, shard=shard)
+        before = content(opt)
+        opt.step(dict.fromkeys(opt.params), weight=0.0)
+        found = content(opt)
+        assert opt.step_count == 2
+        assert opt.state_dict()["missed"] == dict.fromkeys(opt.flat.paths, 1)
+        assert_same({**found, "step": b"", "missed": b""}, {**before, "step": b"", "missed": b""})
+
+
 def check_several_micro_batches_on_each_rank(world: Any) -> None:
     comm = communicator(world)
     found = []
@@ -518,6 +529,9 @@ def check_populations_and_more_parameters(world: Any) -> None:
     other = fastopt.Adam(params, **options)
     for step in range(4):
         if step == 2:
+            if comm.size > 1:
+                with pytest.raises(CommunicatorError, match=r"^add\(\): the values of the parameters must be the same"):
+                    opt.add({"head": more["head"] + comm.rank})
             opt.add(more)
             other.add(more)
         each = [
@@ -854,6 +868,29 @@ def test_a_full_disk_is_an_error_on_every_rank(tmp_path, monkeypatch, moment):
     assert run_threads(2, save) == [3, 3]
     assert (path.read_bytes() == old) == (moment != 100)
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def test_parts_that_are_much_longer_than_parameters_are_warned_of():
+    params = {"large": np.ones((1100, 1000), np.float32), "small": np.ones((10, 10), np.float32)}
+
+    def construct(comm):
+        return fastopt.Muon(params, comm=comm).flat.size
+
+    with pytest.warns(UserWarning, match=r"^shard: 2 parts that cut no matrix take 2\.0 times the memory of the param"):
+        run_threads(2, construct)
+
+
+def test_an_error_in_the_middle_of_a_step_ends_the_others(monkeypatch):
+    """One that nobody has foreseen, such as that memory is exhausted."""
+
+    def fail(comm):
+        opt = together(comm, ADAM, 1)
+        if comm.rank == 1:
+            opt._pipeline._exchange = lambda *args: [][0]
+        opt.step(gradients(1, comm.rank, opt.params))
+
+    with pytest.raises(IndexError):
+        run_threads(3, fail)
 
 
 def test_parts_are_not_loaded_otherwise(tmp_path):

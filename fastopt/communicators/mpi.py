@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,10 @@ class MPICommunicator:
         self._comm.Alltoall(_ready(sent), received)
 
     def abort(self) -> None:
-        """As `Communicator`."""
+        """As `Communicator`; an error that is being handled is printed before, as nobody will after."""
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+            sys.stderr.flush()
         self._comm.Abort(1)
 
 

@@ -101,6 +101,11 @@ class Pipeline:
         self._initialise(range(len(flat.paths)))
         self._collect_buffers()
 
+    @property
+    def advice(self) -> list[str]:
+        """What is allowed here and seldom works, for warnings."""
+        return self.formats.advice(self.rule)
+
     def _no_steps(self) -> tuple[Any, Any]:
         """`nonfinite` at the beginning."""
         members = self.flat.members

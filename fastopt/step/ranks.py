@@ -125,9 +125,14 @@ class Ranks:
 
     @contextmanager
     def committed(self) -> Iterator[None]:
-        """A block in which the others wait for this rank: where it raises, they are ended."""
+        """A block in which the others wait for this rank: where it raises, they are ended.
+
+        FloatingPointError is of the gradients of all, and is raised by all.
+        """
         try:
             yield
+        except FloatingPointError:
+            raise
         except BaseException:
             self.comm.abort()
             raise

@@ -23,11 +23,16 @@ from fastopt.step.rows import check_indices
 from fastopt.step.storage import StateFormats
 from fastopt.storage.intake import Taken
 from fastopt.storage.layout import LINE, PLACE
+from fastopt.storage.trees import flatten
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule
     from fastopt.step.info import StepInfo
     from fastopt.storage.flat import FlatParams
+
+
+LARGE, MOST_PADDED = 2**20, 1.5
+"""Parameters of so many elements whose buffer is so many times as long are worth a warning."""
 
 
 class Offer(NamedTuple):
@@ -132,6 +137,18 @@ class RankPipeline(Pipeline):
                 raise ValueError(f"shard: must be False, because {reason}, got True")
 
     @property
+    def advice(self) -> list[str]:
+        """As `Pipeline`; and where parts that cut no matrix are much longer than the parameters."""
+        found, layout = super().advice, self.flat.layout
+        own = sum(layout.sizes)
+        if any(layout.uncut) and own > LARGE and layout.size > MOST_PADDED * own:
+            found.append(
+                f"shard: {layout.parts} parts that cut no matrix take {layout.size / own:.1f} times the memory of the "
+                f"parameters: use fewer processes, or shard=False"
+            )
+        return found
+
+    @property
     def writes(self) -> bool:  # type: ignore[override]
         """Whether this rank writes files: the first one."""
         return self.ranks.rank == 0
@@ -199,10 +216,10 @@ class RankPipeline(Pipeline):
             self.plan.table.unscale(grad_scale, total or 1.0)  # out of range on every rank or on none
         if loss is not None:
             loss = in_order([of_rank[1] for of_rank in votes.numbers]) / (total or 1.0)
-        with deferred_signals:
+        Inputs.checked(self.rule, self.flat, extra, loss, votes.mask.tolist())  # the same
+        with deferred_signals, self.ranks.committed():
             try:
-                with self.ranks.committed():
-                    self._exchange(offer, votes, total)
+                self._exchange(offer, votes, total)
                 info = super().step(None, grad_scale, reduction, extra, loss, deferred=deferred)
                 if info.skipped is False:
                     self.spread()
@@ -228,11 +245,14 @@ class RankPipeline(Pipeline):
 
     def add(self, params: Any, hyper: Mapping[str, Any]) -> None:
         """Add parameters on every rank: see `Optimizer.add`."""
-        with self.ranks.together("add"):
+        with self.ranks.together("add") as same:
             if self.sharded:
                 raise RuntimeError(
                     "add(): must have shard=False, because parts are cut at construction, got shard=True"
                 )
+            leaves = map(self.backend.adopt, flatten(params)[0])
+            same.append(("the values of the parameters", self._crc_of(leaves)))
+        with self.ranks.together("add"):
             super().add(params, hyper)
         self.ranks.parameters = len(self.flat.paths)
 
@@ -359,6 +379,9 @@ class RankPipeline(Pipeline):
             number = 1.0 if weight is None else self.checked_weight(weight)
             taken = self.intake.take_to_add(self.flat.grads if grads is None else grads)
             present = self.present_of(taken, number)
+        whole = self.rule.matrixwise
+        if whole is not None:
+            self._refuse_cut(chosen_by(self.groups.given(whole.chosen)), whole.chosen)
         plan.table.inputs, _ = Inputs.checked(self.rule, self.flat, extra, loss, present.tolist())
         trees = [(name, tree) for name, tree in sorted((extra or {}).items()) if tree is not None]
         crc = self._crc_of([leaf for name, tree in trees for leaf in self.flat.check_extra(tree, name)])
@@ -430,7 +453,6 @@ class RankPipeline(Pipeline):
     def _transform(self, plan: Plan, places: np.ndarray, rows: Sequence[int], table: Any, *, scaled: bool) -> None:
         whole = self.rule.matrixwise
         if isinstance(plan, RankPlan) and whole is not None:
-            self._refuse_cut(chosen_by(self.groups.given(whole.chosen)), whole.chosen)
             rows = plan.held(rows)
         super()._transform(plan, places, rows, table, scaled=scaled)
 
