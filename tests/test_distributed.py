@@ -6,6 +6,7 @@ A check is a function of a communicator. Threads run each as a test of its own; 
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import re
 import resource
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+import weakref
 import zlib
 from collections.abc import Mapping
 from functools import partial
@@ -868,6 +870,21 @@ def test_a_full_disk_is_an_error_on_every_rank(tmp_path, monkeypatch, moment):
     assert run_threads(2, save) == [3, 3]
     assert (path.read_bytes() == old) == (moment != 100)
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_an_optimizer_is_freed_when_it_is_dropped(shard):
+    def drop(comm):
+        opt = together(comm, LAMB, 2, shard=shard, max_norm=1.0)
+        pipeline, buffer = weakref.ref(opt._pipeline), weakref.ref(opt._pipeline.states[0].base)
+        del opt
+        return pipeline() is None and buffer() is None
+
+    gc.disable()
+    try:
+        assert run_threads(2, drop) == [True, True]
+    finally:
+        gc.enable()
 
 
 def test_parts_that_are_much_longer_than_parameters_are_warned_of():

@@ -68,9 +68,9 @@ class RankPlan(Plan):
         if found is None or found[0] is not chunks:  # which are kept, so that their id is not given to others
             if len(self._cuts) >= MOST_MASKS:
                 self._cuts.clear()
-            layout = self.flat.layout
+            layout, ranks = self.flat.layout, self._ranks
             counts = layout.blocks_by_part(chunks)
-            cut = Cut(layout.cut(chunks), chunks, lambda lines: self._ranks.gathered(lines, counts))
+            cut = Cut(layout.cut(chunks), chunks, lambda lines: ranks.gathered(lines, counts))
             found = self._cuts[id(chunks)] = (chunks, cut)
         return found[1] if whole or self.rule.sums else found[1].own
 
