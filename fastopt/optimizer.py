@@ -709,6 +709,9 @@ class Optimizer:
                 others are left untouched.
             grad_scale: a positive finite number, as for `step`.
 
+        With `comm` and ``shard=False``, every process passes rows of its own (some may have none, arrays of length 0),
+        and the step is that of the rows of all, one process after the other, divided by the number of processes.
+
         Returns:
             `StepInfo`.
 
@@ -729,6 +732,8 @@ class Optimizer:
 
     def read_rows(self, path: str, indices: Any) -> np.ndarray:
         """A copy of rows of a parameter, after they were brought up to date: what a forward pass looks up.
+
+        With `comm`, every process calls this, with indices of its own.
 
         Args:
             path: of a 2-D parameter.

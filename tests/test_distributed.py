@@ -315,6 +315,9 @@ def check_states_are_those_of_a_part(world: Any) -> None:
     for found in (opt.nbytes, opt.step({"a": params["a"], "b": None}) and opt.nbytes):
         assert found.states <= whole.nbytes.states / size + 4 * states * BLOCK
         assert found.parameters <= whole.nbytes.parameters + 4 * size * BLOCK
+    own = fastopt.AdamW(params, ema=0.9, comm=world)
+    own.step()  # of what is in opt.grads, which is not copied
+    assert size == 1 or own.nbytes.scratch == 4 * own.flat.layout.length
     matrices = {str(k): np.ones((64, 64), np.float32) for k in range(4)}
     shampoo = fastopt.Shampoo(matrices, comm=world)
     held = np.array([shampoo.nbytes.states])

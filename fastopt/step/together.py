@@ -20,7 +20,7 @@ from fastopt.step.pipeline import Pipeline
 from fastopt.step.plan import MOST_MASKS, Plan
 from fastopt.step.ranks import Ranks, Same, Scattered, Votes, in_order
 from fastopt.step.rows import check_indices
-from fastopt.step.storage import StateFormats
+from fastopt.step.storage import Memory, StateFormats
 from fastopt.storage.intake import Taken
 from fastopt.storage.layout import LINE, PLACE
 from fastopt.storage.trees import flatten
@@ -44,6 +44,8 @@ class Offer(NamedTuple):
     """The weight of its gradients in the mean."""
     taken: Taken | None = None
     """The gradients; None for those that were accumulated."""
+    own: bool = False
+    """Whether they are those in opt.grads."""
     loss: float = 0.0
     """The loss times the weight."""
     same: Same = ()
@@ -316,7 +318,8 @@ class RankPipeline(Pipeline):
             own[k] = (found, np.ascontiguousarray(row_grads))
         taken = None if grads is None else self.intake.take_to_add(grads)
         present = np.zeros(len(flat.paths), np.bool_) if taken is None else self.present_of(taken, 1.0)
-        return Offer(present, 1.0, taken, 0.0, self._same(plan, repr(float(grad_scale)), self._behind())), own
+        same = self._same(plan, repr(float(grad_scale)), self._behind())
+        return Offer(present, 1.0, taken, same=same), own
 
     def read_rows(self, path: str, indices: Any) -> np.ndarray:
         """Rows of a parameter, after those that any rank reads were brought up to date on every rank."""
@@ -347,6 +350,12 @@ class RankPipeline(Pipeline):
             ("grad_scale, reduction and extra", arguments.encode()),
             ("what is up to date of rows", behind),
         )
+
+    @property
+    def nbytes(self) -> Memory:
+        """What this rank holds."""
+        found = super().nbytes
+        return found if self.sums_of_part is None else found._replace(scratch=found.scratch + self.sums_of_part.nbytes)
 
     def ascended(self, rho: float, grads: Any, context: str) -> Any:
         """Refuse: the way would have to be that of the gradients of all ranks."""
@@ -387,21 +396,26 @@ class RankPipeline(Pipeline):
         crc = self._crc_of([leaf for name, tree in trees for leaf in self.flat.check_extra(tree, name)])
         given = [name for name, _ in trees]
         same = self._same(plan, repr((float(grad_scale), reduction, given, crc)), behind)
-        return Offer(present, number, taken, 0.0 if loss is None else number * float(loss), same)
+        own = taken is not None and grads is None
+        return Offer(present, number, taken, own, 0.0 if loss is None else number * float(loss), same)
 
     def _exchange(self, offer: Offer, votes: Votes, total: float) -> None:
         """Add up the gradients of all ranks, and let them be those that were accumulated."""
-        if offer.taken is not None:
+        flat = self.flat
+        as_they_are = self.sharded and offer.own and offer.weight == 1.0 and flat.dtype == flat.compute
+        if offer.taken is not None and not as_they_are:
             self.add_up(offer.taken, offer.present, offer.weight)
-        _, views = self._places_of_sums()
-        for k in np.flatnonzero(votes.mask & ~offer.present).tolist():
-            views[k].fill(-0.0)  # which leaves every number as it is: 0 would make 0 of a -0
+        if not as_they_are:
+            _, views = self._places_of_sums()
+            for k in np.flatnonzero(votes.mask & ~offer.present).tolist():
+                views[k].fill(-0.0)  # which leaves every number as it is: 0 would make 0 of a -0
         pending = self.new_pending()
         pending.present, pending.weight = votes.mask, total
         if self.sharded:
             if self.sums_of_part is None:
-                self.sums_of_part = self.backend.zeros(self.flat.layout.length, self.flat.compute)
-            self.ranks.add_up_parts(self.sums, self.sums_of_part, self.backend)
+                self.sums_of_part = self.backend.zeros(flat.layout.length, flat.compute)
+            whole = flat.grad if as_they_are else self.sums
+            self.ranks.add_up_parts(whole, self.sums_of_part, self.backend)
         else:
             self.ranks.add_up(self.sums, self.backend)
         self._exchanged = True
