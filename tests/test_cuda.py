@@ -22,9 +22,12 @@ from test_inputs import sophia
 from test_sums import centred, lined, of_chunks, of_tiles, prodigy, ruled
 
 import fastopt
+from fastopt.communicators import run_threads
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import BLOCK
+from fastopt.step.together import RankPipeline
 from fastopt.storage import layout
+from fastopt.storage.flat import packed
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
 BOUND = 4 if SIMULATED else 6
@@ -820,6 +823,33 @@ def test_parameters_stay_where_they_are(name, options):
         fastopt.pack(params, backend="cuda", copy=False)
     with pytest.raises(TypeError, match="must be an array of the device to be updated in place"):
         given.update(params, grads)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["engine", "fixed"])
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5}], ids=str)
+def test_a_rank_makes_the_step_of_accumulated_gradients(order, options):
+    """One rank: the simulator runs one kernel at a time."""
+    params = tree(0)
+
+    def train(comm):
+        opt = fastopt.Adam(params, backend="cuda", comm=comm, shard=False, order=order, **options)
+        other = fastopt.Adam(params, backend="cuda", **options)
+        for step in range(3):
+            grads = uploaded(grads_of(params, step) | ({"b": None} if step == 1 else {}))
+            info = opt.step(grads, weight=2.0)
+            other.accumulate(grads, 2.0)
+            assert info.grad_norm == other.step().grad_norm
+            for path in params:
+                assert host(opt.params[path]).tobytes() == host(other.params[path]).tobytes()
+        with pytest.raises(ValueError, match=r"^shard: must be False, because the kernels of the CUDA backend"):
+            RankPipeline(
+                opt.rule, packed(params, backend="cuda", parts=2), opt._options, opt._base, [{}] * 4, opt._ranks
+            )
+
+    run_threads(1, train)
 
 
 # --- functions for rules ----------------------------------------------------------------------------------------------
