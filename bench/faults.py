@@ -2602,7 +2602,7 @@ RANKS = (
         "fastopt/step/together.py",
         OF_RANKS + "-k 'test_rules and Adan'",
         ("views[k].fill(-0.0)", "views[k].fill(0.0)"),
-        ("            views[k].fill(-0.0)", "            pass"),
+        ("                views[k].fill(-0.0)", "                pass"),
         ("pending.present, pending.weight = votes.mask, total", "pending.present, pending.weight = votes.mask, 1.0"),
         (
             "pending.present, pending.weight = votes.mask, total",
