@@ -13,7 +13,7 @@ import numpy as np
 from fastopt import scalars
 from fastopt.batchnorm import formulas
 from fastopt.kernels import backend_of, check_device, get_backend
-from fastopt.kernels.contract import REFUSED, Backend
+from fastopt.kernels.contract import REFUSED, Backend, SumsOfRanks
 from fastopt.storage.door import Door, address_of
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -362,6 +362,7 @@ def forward_pass(
     residual: np.ndarray | None,
     out: np.ndarray | None,
     count: np.ndarray | None,
+    ranks: SumsOfRanks | None = None,
 ) -> tuple[np.ndarray, Saved]:
     """As `batchnorm_forward`; with `momentum` None the running statistics average all batches counted in `count`.
 
@@ -369,6 +370,8 @@ def forward_pass(
         x, gamma, beta, running_mean, running_var, training, eps, axis, activation, residual, out: as there.
         momentum: as there, or None.
         count: an array of one number, which goes up by 1 where the batch moves the running statistics; or None.
+        ranks: in training on the CPU, adds up the sums of all ranks, of whose batch x is a part, which may be empty;
+            or None.
     """
     key: tuple[Any, ...] = ()
     if (
@@ -389,7 +392,7 @@ def forward_pass(
             )
             if quick is not None:
                 return quick
-        elif kind is not None:
+        elif kind is not None and ranks is None:
             y = np.empty(x.shape, x.dtype) if out is None else out
             arrays = [x, residual, y, gamma, beta, running_mean, running_var]
             made = kind.quick(backward=False).forward(arrays, eps, momentum, None if running_mean is None else count)
@@ -415,6 +418,7 @@ def forward_pass(
             residual=_contiguous(residual, backend),
             out=out,
             count=count,
+            ranks=ranks,
         )
     _check_memory("x", x)
     for name, array in (("gamma", gamma), ("beta", beta)):
@@ -429,7 +433,7 @@ def forward_pass(
         momentum = check_momentum(momentum)
     values = shape[0] * shape[2]
     if training:
-        if values < 2:
+        if values < 2 and ranks is None:
             raise ValueError(
                 f"x: must have at least 2 values per channel in training, got {values} (shape {x.shape}); use a larger "
                 f"batch, or training=False"
@@ -475,7 +479,8 @@ def forward_pass(
     if of_device:
         QUICK_ARRAYS.add(type(x))
         key = (type(x), x.shape, x.dtype, axis, activation, residual is None, gamma is None, beta is None, training)
-    kind = KINDS.get(key) if of_device else None  # on the CPU the compiled checks have refused it
+    # On the CPU the compiled checks have refused it, unless there are ranks.
+    kind = KINDS.get(key) if of_device or ranks is not None else None
     if kind is None:
         kind = Kind(
             backend,
@@ -496,6 +501,7 @@ def forward_pass(
         eps=eps,
         weight=momentum,
         count=None if running_mean is None else count,
+        **({} if ranks is None else {"ranks": ranks}),
     )
     if key:
         _keep(key, kind)
@@ -630,7 +636,19 @@ def batchnorm_backward(
     >>> bool(abs(grads.dx.sum()) < 1e-12), grads.dgamma is None
     (True, True)
     """
-    if type(saved) is Saved and not saved.used and (saved._kind.gamma or dgamma is None):
+    return backward_pass(dy, saved, out, dgamma, dbeta)
+
+
+def backward_pass(
+    dy: np.ndarray,
+    saved: Saved,
+    out: np.ndarray | None,
+    dgamma: np.ndarray | None,
+    dbeta: np.ndarray | None,
+    ranks: SumsOfRanks | None = None,
+) -> BatchNormGrads:
+    """As `batchnorm_backward`; with `ranks`, which the forward pass had as well, dx is that of the batch of all."""
+    if ranks is None and type(saved) is Saved and not saved.used and (saved._kind.gamma or dgamma is None):
         kind, x = saved._kind, saved._x
         quick = x is not None and type(x) is np.ndarray and (not kind.residual or out is None)
         if kind.of_device and x is not None and (kind.beta or dbeta is None):
@@ -667,7 +685,7 @@ def batchnorm_backward(
     backend = kind.backend
     if is_strided(dy, backend):
         scalars.refuse_masked("dy", dy)
-        return batchnorm_backward(_contiguous(dy, backend), saved, out=out, dgamma=dgamma, dbeta=dbeta)
+        return backward_pass(_contiguous(dy, backend), saved, out, dgamma, dbeta, ranks)
     check_like("dy", dy, saved.shape, saved.dtype, backend)
     y = saved._y
     if out is not None:
@@ -703,6 +721,7 @@ def batchnorm_backward(
         tuple(sums),
         saved._state,
         training=kind.training,
+        **({} if ranks is None else {"ranks": ranks}),
     )
     saved._mark_used()
     return BatchNormGrads(out, sums[0] if kind.gamma else None, sums[1] if kind.beta else None, dresidual)

@@ -11,7 +11,7 @@ from fastopt import scalars
 from fastopt.batchnorm.functional import (
     DTYPES,
     Saved,
-    batchnorm_backward,
+    backward_pass,
     check_axis,
     check_like,
     check_momentum,
@@ -19,9 +19,12 @@ from fastopt.batchnorm.functional import (
     check_statistics,
     forward_pass,
 )
+from fastopt.batchnorm.synchronized import BACKWARD, FORWARD, Exchange
+from fastopt.communicators import communicator_of
 from fastopt.kernels import get_backend
 from fastopt.kernels.contract import Backend
 from fastopt.signals import deferred_signals
+from fastopt.step.ranks import Ranks
 from fastopt.storage.flat import check_apart
 
 STATE_FORMAT = 1
@@ -47,6 +50,15 @@ class BatchNorm:
         activation: None or ``"relu"``.
         dtype: float32 or float64, of x, parameters and running statistics.
         backend: ``"auto"`` (the CPU), ``"cpu"`` or ``"cuda"``: where the arrays of the layer, and x, are.
+        comm: of a run on several processes, their communicator, as for an optimizer. In training the statistics are
+            then those of the batches of all of them together (SyncBN), and so is dx; see below.
+
+    With `comm`, every process calls `forward` and `backward`, each with its part of the batch, which may be of any
+    size, or empty. The moments of the parts are merged in the order of ranks by Chan's formula, so the running
+    statistics are the same on all ranks, to the bit. Evaluation exchanges nothing. The gradients of gamma and beta are
+    those of the own part: an optimizer with `comm` adds them up. dx is the gradient of the sum of what the ranks have
+    as their loss: where their parts differ in size, divide each loss by the rows of all parts, and pass
+    ``reduction="sum"`` to `Optimizer.step`. An error on one rank, before anything is exchanged, is one on all.
 
     Attributes:
         params, grads: dicts of ``"gamma"`` and ``"beta"``, arrays of shape (C,) that begin as 1 and 0, and of their
@@ -57,9 +69,10 @@ class BatchNorm:
 
     Raises:
         TypeError, ValueError: naming the argument that is out of range.
-        RuntimeError: the backend cannot work here.
+        RuntimeError: the backend cannot work here. `CommunicatorError`: the layers of the ranks differ.
 
-    Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167
+    Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167; Chan, Golub and LeVeque 1983, Algorithms for
+    computing the sample variance.
 
     >>> import numpy as np, fastopt
     >>> from fastopt.batchnorm import BatchNorm
@@ -90,6 +103,7 @@ class BatchNorm:
     dtype: np.dtype[Any]
     backend: str
     _backend: Backend
+    _ranks: Ranks | None
 
     def __init__(
         self,
@@ -102,7 +116,33 @@ class BatchNorm:
         activation: str | None = None,
         dtype: Any = np.float32,
         backend: str = "auto",
+        comm: Any = None,
     ):
+        found = communicator_of(comm)
+        self._ranks = None if found is None else Ranks(found)
+        if self._ranks is None:
+            self._make(num_features, momentum, eps, affine, track_running_stats, axis, activation, dtype, backend)
+            return
+        with self._ranks.together("BatchNorm") as same:
+            self._make(num_features, momentum, eps, affine, track_running_stats, axis, activation, dtype, backend)
+            if self._backend.name != "cpu":
+                raise ValueError(
+                    f"comm: must be None with backend={backend!r}, whose kernels exchange no sums, got a communicator"
+                )
+            same.append(("num_features and options", f"{self!r}".encode()))
+
+    def _make(
+        self,
+        num_features: int,
+        momentum: float | None,
+        eps: float,
+        affine: bool,
+        track_running_stats: bool,
+        axis: int,
+        activation: str | None,
+        dtype: Any,
+        backend: str,
+    ) -> None:
         self.num_features = scalars.count("num_features", num_features, 1)
         self.momentum = None if momentum is None else check_momentum(momentum)
         self.axis = check_axis(axis)
@@ -264,6 +304,13 @@ class BatchNorm:
         >>> bn.running_mean, bn.running_var
         (array([0.5, 1.5]), array([1.5, 4.5]))
         """
+        use_batch = scalars.flag("training", training) or not self.track_running_stats
+        if self._ranks is None or not use_batch:
+            return self._forward(x, use_batch, residual, out, None)
+        with Exchange(self._ranks.comm, self.num_features, FORWARD).shared() as ranks:
+            return self._forward(x, use_batch, residual, out, ranks)
+
+    def _forward(self, x: Any, use_batch: bool, residual: Any, out: Any, ranks: Exchange | None) -> np.ndarray:
         array = isinstance(x, self._backend.array_type)
         if not array and self.backend != "cpu":
             raise TypeError(f"x: must be an array of the device, as the layer is, got {type(x).__name__}")
@@ -273,7 +320,6 @@ class BatchNorm:
             raise ValueError(
                 f"x: must have {self.num_features} channels (num_features) on axis {self.axis}, got shape {x.shape}"
             )
-        use_batch = scalars.flag("training", training) or not self.track_running_stats
         y, self._saved = forward_pass(
             x,
             self.params.get("gamma"),
@@ -288,6 +334,7 @@ class BatchNorm:
             residual=residual,
             out=out,
             count=self._count,
+            ranks=ranks,
         )
         return y
 
@@ -316,14 +363,20 @@ class BatchNorm:
         >>> bn.grads["beta"]
         array([1.])
         """
+        saved = self._saved
+        if self._ranks is None or (saved is not None and not saved.training):
+            return self._backward(dy, out, None)
+        with Exchange(self._ranks.comm, self.num_features, BACKWARD).shared() as ranks:
+            return self._backward(dy, out, ranks)
+
+    def _backward(self, dy: Any, out: Any, ranks: Exchange | None) -> Any:
         if self._saved is None:
             raise RuntimeError(
                 "backward: must follow a forward pass, got none since the last backward pass; call forward first"
             )
         residual = self._saved._kind.residual
-        grads = batchnorm_backward(
-            dy, self._saved, out=out, dgamma=self.grads.get("gamma"), dbeta=self.grads.get("beta")
-        )
+        of_gamma, of_beta = self.grads.get("gamma"), self.grads.get("beta")
+        grads = backward_pass(dy, self._saved, out, of_gamma, of_beta, ranks)
         self._saved = None
         return (grads.dx, grads.dresidual) if residual else grads.dx
 

@@ -187,6 +187,19 @@ REFUSED = -2
 the number of the input that it has written over, or -1."""
 
 
+class SumsOfRanks(Protocol):
+    """What adds up the sums of a pass of BatchNorm over all ranks, each of which has a part of the batch."""
+
+    def statistics(self, counts: Array, partials: Array) -> tuple[float, Array]:
+        """Return the values per channel of all parts, and (2, channels): their mean, and the squares about it.
+
+        counts, partials : of the blocks of this rank's part, the values per channel, and (2, blocks, channels).
+        """
+
+    def sums(self, counts: Array, partials: Array) -> tuple[float, Array]:
+        """Return the values per channel of all parts, and (2, channels): the sums of their gradients' terms."""
+
+
 class SumsFunctions(Protocol):
     """The part of `fastopt.Sums` that a kernel needs: sums over whole parameters, and what follows from them."""
 
@@ -512,7 +525,8 @@ class Backend(Protocol):
         """Return BatchNorm of `dtype` by the functions of `formulas`.
 
         It has ``forward``, ``backward``, and ``statistics``, which reads mean and inv_std of what ``forward`` returned.
-        On the CPU it has ``prepared`` as well, for passes whose arrays compiled code checks.
+        On the CPU it has ``prepared`` as well, for passes whose arrays compiled code checks, and its passes have the
+        argument ``ranks``, a `SumsOfRanks`.
         """
 
 

@@ -61,7 +61,9 @@ class Ranks:
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        raise TypeError("comm: must be None to pickle an optimizer, got one, whose ranks are this run's; use save()")
+        raise TypeError(
+            "comm: must be None to pickle an optimizer or a layer, got one, whose ranks are this run's; use save()"
+        )
 
     def vote(
         self,

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt.kernels.contract import REFUSED, Array
+from fastopt.kernels.contract import REFUSED, Array, SumsOfRanks
 from fastopt.kernels.cpu.batchnorm_loops import (
+    BackwardArrays,
     Fixed,
     OuterLoops,
     each_group,
     map_tiles,
     merge_channels,
+    partials_of,
     stats_of,
     sum_tiles,
     waiting_of,
@@ -89,6 +91,7 @@ class BatchNormCPU:
         eps: float,
         weight: float | None,
         count: Array | None = None,
+        ranks: SumsOfRanks | None = None,
     ) -> Array:
         """Write y to `out` and, in training, record the batch; return what `backward` needs.
 
@@ -99,11 +102,12 @@ class BatchNormCPU:
         channelwise : (gamma, beta, running_mean, running_var), any of them None.
         weight : of the new batch in the running statistics; None for 1 / (count + 1), the average of all batches.
         count : an array of one number: how many batches were recorded.
+        ranks : in training, adds up the sums of all ranks, each of which has a part of the batch.
         """
         prepared = self.prepared(view, backward=False, training=training)
         state = prepared.workspace()
         addresses = _addresses_of(x, residual, out, *channelwise, state)
-        found = prepared.forward(addresses.ctypes.data, state, eps, weight, count)
+        found = prepared.forward(addresses.ctypes.data, state, eps, weight, count, ranks)
         assert found != REFUSED  # the caller has checked the arrays
         return state
 
@@ -118,15 +122,20 @@ class BatchNormCPU:
         state: Array,
         *,
         training: bool,
+        ranks: SumsOfRanks | None = None,
     ) -> None:
         """Write dx, dgamma, dbeta and, where `outputs` has room for it, the residual's gradient.
 
         channelwise : (dgamma, dbeta).
         state : what `forward` returned; it is written to.
+        ranks : as in `forward`; dgamma and dbeta are the sums of this rank's part all the same.
         """
         prepared = self.prepared(view, backward=True, training=training)
         addresses = _addresses_of(x, dy, y, *outputs, *channelwise, state)
-        done = prepared.backward(addresses.ctypes.data)
+        if ranks is None:
+            done = prepared.backward(addresses.ctypes.data)
+        else:
+            done = prepared.backward_with(ranks, addresses, state)
         assert done  # as in `forward`
 
     def _pass(self, backward: bool, training: bool) -> _Pass:
@@ -197,10 +206,19 @@ class Prepared:
         """A new workspace. That of a forward pass serves its backward pass as well."""
         return (np.empty if self._size else np.zeros)(self._items, self._dtype)
 
-    def forward(self, arrays: int, workspace: Array, eps: float, weight: float | None, count: Array | None) -> int:
+    def forward(
+        self,
+        arrays: int,
+        workspace: Array,
+        eps: float,
+        weight: float | None,
+        count: Array | None,
+        ranks: SumsOfRanks | None = None,
+    ) -> int:
         """Make a pass over the arrays whose addresses are at `arrays`, unless `begin` refuses one; return what it says.
 
-        weight, count : as for `BatchNormCPU.forward`; `count` must be None where there are no running statistics.
+        weight, count, ranks : as for `BatchNormCPU.forward`; `count` must be None where there are no running
+            statistics.
         """
         fixed = self._fixed_address
         begun: int = self._begin(arrays, fixed)
@@ -209,7 +227,7 @@ class Prepared:
         if weight is None:
             weight = 0.0 if count is None else 1.0 / (float(count[0]) + 1.0)
         arguments = (arrays, fixed, self._map_loops.get(begun) or self._map_loop(begun), eps, weight)
-        by_group = self._run(arguments)
+        by_group = self._run(arguments) if ranks is None else self._run_with(ranks, workspace, arguments)
         if self._finish is not None:
             found = self._finish(arrays, fixed)
             if found > 0:  # rare, and once per shape
@@ -227,6 +245,65 @@ class Prepared:
         map_loop = self._map_loops.get(begun) or self._map_loop(begun)
         self._run((arrays, self._fixed_address, map_loop, 0.0, 0.0))
         return True
+
+    def backward_with(self, ranks: SumsOfRanks, addresses: Array, workspace: Array) -> bool:
+        """As `backward`, with the sums of all ranks for dx.
+
+        addresses : of the arrays, as `backward` reads them.
+        workspace : of the forward pass.
+        """
+        arrays = addresses.ctypes.data
+        begun = self._begin(arrays, self._fixed_address)
+        if begun == REFUSED:
+            return False
+        arguments = (arrays, self._fixed_address, self._map_loops.get(begun) or self._map_loop(begun), 0.0, 0.0)
+        self._sum(arguments)
+        count, sums = ranks.sums(*self._sums_of_blocks(workspace))
+        merge = self._one.outer(merge_channels).serial
+        merge(*arguments, 0, self._channels)  # dgamma and dbeta, of this rank alone
+        unread = np.empty((2, self._channels), self._dtype)
+        of_gamma, of_beta = (vector.ctypes.data for vector in unread)
+        others = np.array(BackwardArrays(*addresses.tolist())._replace(dgamma=of_gamma, dbeta=of_beta), np.int64)
+        self._merge_one((others.ctypes.data, *arguments[1:]), workspace, count, sums)
+        self._map(arguments)
+        return True
+
+    def _run_with(self, ranks: SumsOfRanks, workspace: Array, arguments: tuple[Any, ...]) -> bool:
+        """Run all phases of a forward pass, with the sums of all ranks; return False, as nothing is missing."""
+        self._sum(arguments)
+        waiting = waiting_of(workspace, self._channels, self._cut.groups)
+        if waiting.any():
+            self._compile_wide_sums()
+            waiting[:] = 0
+            self._sum(arguments)
+        count, moments = ranks.statistics(*self._sums_of_blocks(workspace))
+        self._merge_one(arguments, workspace, count, moments)
+        self._map(arguments)
+        return False
+
+    def _sums_of_blocks(self, workspace: Array) -> tuple[Array, Array]:
+        """The values per channel of each block, and its partial sums."""
+        partials = partials_of(workspace, self._channels, self._cut.counts.size, self._cut.groups)
+        if self._size > 0:
+            return self._cut.counts, partials
+        partials[...] = 0.0
+        return np.zeros_like(self._cut.counts), partials
+
+    def _merge_one(self, arguments: tuple[Any, ...], workspace: Array, count: float, sums: Array) -> None:
+        """Merge the sums of all ranks as those of one block."""
+        partials_of(workspace, self._channels, 1, self._cut.groups)[:, 0] = sums
+        counts, fixed = np.array([count]), self._fixed.copy()
+        fixed[BLOCKS], fixed[COUNTS] = 1, counts.ctypes.data
+        arrays, _, *more = arguments
+        self._one.outer(merge_channels).serial(arrays, fixed.ctypes.data, *more, 0, self._channels)
+
+    def _sum(self, arguments: tuple[Any, ...]) -> None:
+        if self._size > 0:
+            self._one.outer(sum_tiles).run(*arguments, elements=self._size, units=self._tiles)
+
+    def _map(self, arguments: tuple[Any, ...]) -> None:
+        if self._size > 0:
+            self._one.outer(map_tiles).run(*arguments, elements=self._size, units=self._tiles, backwards=True)
 
     def _map_loop(self, over: int) -> int:
         """The address of the map of a tile."""
@@ -247,17 +324,15 @@ class Prepared:
         if size <= GROUP_SIZE * groups and groups >= 2 * threads and size > 0:
             outer(each_group).run(*arguments, elements=size, units=groups)
             return True
-        if outer.summed and size > 0:
-            outer(sum_tiles).run(*arguments, elements=size, units=self._tiles)
+        if outer.summed:
+            self._sum(arguments)
         outer(merge_channels).serial(*arguments, 0, self._channels)
-        if size > 0:
-            outer(map_tiles).run(*arguments, elements=size, units=self._tiles, backwards=True)
+        self._map(arguments)
         return False
 
     def _run_with_wide_sums(self, workspace: Array, arguments: tuple[Any, ...], by_group: bool) -> None:
         """Run what `_run` has left out, with sums in float64 where they are needed."""
-        with COMPILING:
-            self._fixed[WIDE_SUM_LOOP] = self._one.loops.sums(self._spatial, wide=True)
+        self._compile_wide_sums()
         waiting = waiting_of(workspace, self._channels, self._cut.groups)
         groups = np.flatnonzero(waiting).tolist()
         waiting[:] = 0
@@ -266,6 +341,10 @@ class Prepared:
                 self._one.outer(each_group).serial(*arguments, group, group + 1)
         else:
             self._run(arguments)
+
+    def _compile_wide_sums(self) -> None:
+        with COMPILING:
+            self._fixed[WIDE_SUM_LOOP] = self._one.loops.sums(self._spatial, wide=True)
 
 
 def _addresses_of(*arrays: Array | None) -> Array:
@@ -279,4 +358,4 @@ def _plan(view: tuple[int, int, int], *, across: bool = False) -> Plan:
     return plan(max(1, samples), channels, max(1, spatial), across=across)
 
 
-WIDE_SUM_LOOP = Fixed._fields.index("wide_sum_loop")
+WIDE_SUM_LOOP, BLOCKS, COUNTS = (Fixed._fields.index(name) for name in ("wide_sum_loop", "blocks", "counts"))

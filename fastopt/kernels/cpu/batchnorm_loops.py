@@ -153,6 +153,13 @@ def waiting_of(workspace: np.ndarray, channels: int, groups: int) -> np.ndarray:
     return workspace.view(np.uint8)[first : first + 8 * groups].view(np.int64)
 
 
+def partials_of(workspace: np.ndarray, channels: int, blocks: int, groups: int) -> np.ndarray:
+    """`Workspace.partials` of a workspace, of shape (2, blocks, channels)."""
+    first = channels * (16 + VECTORS * workspace.itemsize) + 8 * (1 + groups)
+    size = 8 * 2 * blocks * channels
+    return workspace.view(np.uint8)[first : first + size].view(np.float64).reshape(2, blocks, channels)
+
+
 def workspace_at(where, fixed):
     """The addresses of the parts of the workspace at an address."""
     channels = fixed.channels
