@@ -32,6 +32,7 @@ from fastopt.step.ranks import ORDER, Ranks
 from fastopt.step.rows import check_indices
 from fastopt.step.storage import Memory
 from fastopt.step.together import RankPipeline
+from fastopt.step.wire import checked_wire
 from fastopt.storage.codes import decoded
 from fastopt.storage.flat import FlatParams, check_members, packed
 from fastopt.storage.trees import adopt, handed_out
@@ -106,6 +107,12 @@ class Optimizer:
         order: with `comm`, in which order gradients are added up: ``"engine"`` leaves it to the communicator;
             ``"fixed"`` is that of the ranks, so that N processes compute what one computes from N micro-batches, to the
             bit.
+        wire: with `comm`, the format in which gradients are sent: None for float32 or float64, ``"bfloat16"``, a half
+            of float32's bytes, or ``"int8"``, a quarter: blocks of 256 codes with a unit each. Each process then keeps
+            what its codes have not held, in float32, and adds it to the next gradients (error feedback); it is no part
+            of a checkpoint. Sums are made in float32 in the order of ranks; parameters are sent as they are. On the CPU
+            and for gradients that are added up in float32. With ``"int8"`` a NaN is one of a whole block, for
+            `nonfinite`.
         **hyper: the rule's hyperparameters, and ``weight_decay``. Each is a number or a callable of the step number
             (0 at the first update) that returns one.
 
@@ -186,6 +193,7 @@ class Optimizer:
         comm: Any = None,
         shard: bool = True,
         order: str = "engine",
+        wire: str | None = None,
         **hyper: Any,
     ):
         if not isinstance(rule, Rule):
@@ -204,7 +212,9 @@ class Optimizer:
             "_base": rule.check_all(rule.complete(hyper, also=(*self._arguments, *OPTIONS)), members=members),
             "_overrides": overrides or {},
             "_backend": backend,
-            "_ranks": _ranks_of(comm, Flag().check("shard", shard), ORDER.check("order", order)),
+            "_ranks": _ranks_of(
+                comm, Flag().check("shard", shard), ORDER.check("order", order), checked_wire(wire, comm)
+            ),
             "_pipeline": None,
         }
         self.__dict__.update(own)
@@ -1180,10 +1190,10 @@ OPTIONS = tuple(
 """The options that every optimizer has."""
 
 
-def _ranks_of(comm: Any, shard: bool, order: str) -> Ranks | None:
+def _ranks_of(comm: Any, shard: bool, order: str, wire: str | None) -> Ranks | None:
     """The ranks of a communicator; None without one."""
     found = communicator_of(comm)
-    return None if found is None else Ranks(found, order, shard=shard)
+    return None if found is None else Ranks(found, order, shard=shard, wire=wire)
 
 
 def _is_tree(value: Any) -> bool:

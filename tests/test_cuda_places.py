@@ -534,4 +534,4 @@ def test_two_files_import_numba_cuda_and_both_backends_have_the_same_files():
     assert importing == {"kernels/cuda/block.py", "kernels/cuda/target.py"}  # the first in the simulator
     of_cpu, of_cuda = ({path.name for path in (folder / "kernels" / name).glob("*.py")} for name in ("cpu", "cuda"))
     of_batchnorm = {name for name in of_cpu if name.startswith("batchnorm_")}  # its loops share nothing with a device's
-    assert of_cpu - of_batchnorm <= of_cuda
+    assert of_cpu - of_batchnorm - {"wire.py"} <= of_cuda  # messages between processes are of the host

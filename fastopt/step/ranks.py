@@ -46,11 +46,13 @@ class Ranks:
         comm: how they exchange arrays.
         order: ``"fixed"`` adds up gradients in the order of ranks; ``"engine"`` leaves the order to the engine.
         shard: whether each updates a part of the parameters.
+        wire: the format in which gradients are sent; None for that in which they are added up.
     """
 
-    def __init__(self, comm: Communicator, order: str = "engine", *, shard: bool = True):
+    def __init__(self, comm: Communicator, order: str = "engine", *, shard: bool = True, wire: str | None = None):
         self.comm = comm
         self.order = order
+        self.wire = wire
         self.rank, self.size = comm.rank, comm.size
         self.part, self.parts = (self.rank, self.size) if shard else (0, 1)
         """Which part of the parameters this rank updates, of how many."""

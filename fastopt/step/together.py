@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from fastopt.step.plan import MOST_MASKS, Plan
 from fastopt.step.ranks import Ranks, Same, Scattered, Votes, in_order
 from fastopt.step.rows import check_indices
 from fastopt.step.storage import Memory, StateFormats
+from fastopt.step.wire import Wire
 from fastopt.storage.intake import Taken
 from fastopt.storage.layout import LINE, PLACE
 from fastopt.storage.trees import flatten
@@ -110,6 +112,11 @@ class RankPipeline(Pipeline):
         """Of the gradients of all ranks, those that this rank updates by; made when they are first needed."""
         self._exchanged = False
         """Whether the gradients of this step have been added up over the ranks."""
+        self._wire = None if ranks.wire is None else Wire(ranks.wire, ranks.comm)
+        """What sends them in fewer bytes; or None."""
+        if self._wire is not None and (flat.device is not None or flat.compute != np.float32):
+            found = f"{flat.compute} on {flat.backend!r}"
+            raise ValueError(f"wire: must be None unless gradients are added up in float32 on the CPU, got {found}")
         if self.sharded:
             self._check_shards(rule, flat, options)
             self._make_plan = partial(RankPlan, ranks)
@@ -119,7 +126,7 @@ class RankPipeline(Pipeline):
     def __copy__(self) -> RankPipeline:
         """A shallow copy, for a deep one of the same ranks."""
         twin = object.__new__(RankPipeline)
-        twin.__dict__.update(self.__dict__, sums_of_part=None)
+        twin.__dict__.update(self.__dict__, sums_of_part=None, _wire=copy.deepcopy(self._wire))
         return twin
 
     def _check_shards(self, rule: Rule, flat: FlatParams, options: StepOptions) -> None:
@@ -177,7 +184,8 @@ class RankPipeline(Pipeline):
         """What ranks must have in common to begin."""
         flat, groups = self.flat, self.groups
         tree = repr((flat.paths, flat.shapes, flat.dtype.name, flat.members))
-        options = repr((self.rule.name, self.options, self.ranks.order, self.ranks.size, sorted(groups.base)))
+        of_ranks = (self.ranks.order, self.ranks.wire, self.ranks.size)
+        options = repr((self.rule.name, self.options, *of_ranks, sorted(groups.base)))
         return (
             ("the tree of parameters", tree.encode()),
             ("rule and options", options.encode()),
@@ -355,7 +363,8 @@ class RankPipeline(Pipeline):
     def nbytes(self) -> Memory:
         """What this rank holds."""
         found = super().nbytes
-        return found if self.sums_of_part is None else found._replace(scratch=found.scratch + self.sums_of_part.nbytes)
+        kept = (self.sums_of_part, self._wire)
+        return found._replace(scratch=found.scratch + sum(each.nbytes for each in kept if each is not None))
 
     def ascended(self, rho: float, grads: Any, context: str) -> Any:
         """Refuse: the way would have to be that of the gradients of all ranks."""
@@ -411,10 +420,14 @@ class RankPipeline(Pipeline):
                 views[k].fill(-0.0)  # which leaves every number as it is: 0 would make 0 of a -0
         pending = self.new_pending()
         pending.present, pending.weight = votes.mask, total
-        if self.sharded:
-            if self.sums_of_part is None:
-                self.sums_of_part = self.backend.zeros(flat.layout.length, flat.compute)
-            whole = flat.grad if as_they_are else self.sums
+        if self.sharded and self.sums_of_part is None:
+            self.sums_of_part = self.backend.zeros(flat.layout.length, flat.compute)
+        whole = flat.grad if as_they_are else self.sums
+        if self._wire is not None:
+            if not as_they_are:
+                self._clear(votes.mask)
+            self._wire.add_up(whole, self.sums_of_part)
+        elif self.sharded:
             self.ranks.add_up_parts(whole, self.sums_of_part, self.backend)
         else:
             self.ranks.add_up(self.sums, self.backend)
@@ -430,6 +443,16 @@ class RankPipeline(Pipeline):
         flat = self.flat
         distances = flat.compute.itemsize * np.subtract(flat.offsets, flat.layout.start)
         return flat.places_of(flat.addresses, self.backend.address(self.sums_of_part) + distances), []
+
+    def _clear(self, mask: np.ndarray) -> None:
+        """Let the sums be 0 wherever no rank has a gradient: a NaN of an earlier step would be one of a whole block."""
+        end = 0
+        places = zip(self.flat.offsets, self.flat.layout.sizes, mask.tolist(), strict=True)
+        for offset, size, present in sorted(places):
+            if present:
+                self.sums[end:offset] = 0.0
+                end = max(end, offset + size)
+        self.sums[end:] = 0.0
 
     def _measure_sums(self, pending: Pending, adder: Adder) -> None:
         """Leave the partial sums that adding up the gradients would have left, by the same kernel."""
@@ -506,6 +529,18 @@ class RankPipeline(Pipeline):
                 for array, view, here in zip(arrays, views, self.flat.layout.is_held, strict=True)
             ]
         return self.flat.held(arrays) if name in self.formats.states else arrays
+
+    def restart(self) -> None:
+        """As `Pipeline`."""
+        super().restart()
+        if self._wire is not None:
+            self._wire.forget()
+
+    def restore(self, arrays: Mapping[str, Sequence[Any]], steps: int, nonfinite: tuple[int, int]) -> None:
+        """As `Pipeline`."""
+        super().restore(arrays, steps, nonfinite)
+        if self._wire is not None:
+            self._wire.forget()
 
     def spread(self) -> None:
         """Send the parameters that this rank has written to the others."""
