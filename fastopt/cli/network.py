@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastopt import BatchNorm, init
+from fastopt.distributed import Communicator
 
 Array = NDArray[Any]
 
@@ -65,11 +66,12 @@ def module_of(array: Array) -> ModuleType:
 
 
 def new_norms(
-    layers: Sequence[Layer], backend: str = "cpu", activation: str = "relu"
+    layers: Sequence[Layer], backend: str = "cpu", activation: str = "relu", comm: Communicator | None = None
 ) -> tuple[list[Layer], list[BatchNorm]]:
     """Add batch normalisation after every layer but the last; return the layers with its parameters, and the norms.
 
-    The pass of the norm includes ReLU; tanh is a separate pass after it.
+    The pass of the norm includes ReLU; tanh is a separate pass after it. `comm`: the processes over whose batches the
+    norms take their statistics.
 
     Let the optimizer pack the layers, then `attach` each norm to its views:
 
@@ -80,7 +82,8 @@ def new_norms(
     """
     fused = "relu" if activation == "relu" else None
     norms = [
-        BatchNorm(layer.W.shape[1], activation=fused, dtype=layer.W.dtype, backend=backend) for layer in layers[:-1]
+        BatchNorm(layer.W.shape[1], activation=fused, dtype=layer.W.dtype, backend=backend, comm=comm)
+        for layer in layers[:-1]
     ]
     normed = [layer._replace(bn=norm.params) for layer, norm in zip(layers, norms, strict=False)]
     return [*normed, layers[-1]], norms
@@ -112,17 +115,21 @@ def forward(
     return activations
 
 
-def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Any, Array]:
-    """Return the mean of ``log(sum(exp(z))) - z[label]`` over the rows and its gradient ``(softmax - onehot)/rows``."""
+def softmax_cross_entropy(logits: Array, labels: Array, rows: int | None = None) -> tuple[Any, Array]:
+    """Return the mean of ``log(sum(exp(z))) - z[label]`` over the rows and its gradient ``(softmax - onehot)/rows``.
+
+    rows: of the batch of which these are a part, whose sums are then divided by that number; None: of these.
+    """
+    rows = len(labels) if rows is None else rows
     xp = module_of(logits)
     picks = xp.arange(len(labels)), labels
     shifted = logits - logits.max(axis=1, keepdims=True)  # the same softmax, whose largest term is exp(0)
     terms = xp.exp(shifted)
     sums = terms.sum(axis=1)
-    loss = (xp.log(sums) - shifted[picks]).mean()
+    loss = (xp.log(sums) - shifted[picks]).sum() / rows
     gradient = terms / sums[:, None]
     gradient[picks] -= 1
-    gradient /= len(labels)
+    gradient /= rows
     return loss, gradient
 
 
@@ -133,11 +140,15 @@ def backward(
     out: Sequence[Layer],
     norms: Sequence[BatchNorm] = (),
     activation: str = "relu",
+    rows: int | None = None,
 ) -> Any:
-    """Return the mean loss of a batch; write its gradient by every parameter into `out`, in place."""
+    """Return the mean loss of a batch; write its gradient by every parameter into `out`, in place.
+
+    rows: as in `softmax_cross_entropy`.
+    """
     xp = module_of(x)
     *inputs, logits = forward(layers, x, norms, training=True, activation=activation)
-    loss, delta = softmax_cross_entropy(logits, labels)
+    loss, delta = softmax_cross_entropy(logits, labels, rows)
     for k in reversed(range(len(layers))):
         xp.matmul(inputs[k].T, delta, out=out[k].W)
         delta.sum(axis=0, out=out[k].b)

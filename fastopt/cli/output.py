@@ -25,10 +25,11 @@ def console(*, for_json: Path | None = None) -> Console:
     return Console(stderr=for_json == STDOUT, highlight=False, markup=False)
 
 
-def progress(unit: str) -> Progress:
+def progress(unit: str, shown: bool = True) -> Progress:
     """Return progress bars, one per task, on standard error; they show nothing unless standard error is a terminal.
 
-    `unit` names what is counted; as a format string of rich it may show fields of the task.
+    `unit` names what is counted; as a format string of rich it may show fields of the task. `shown`: False shows
+    nothing anywhere.
     """
     return Progress(
         TextColumn("{task.description}"),
@@ -37,19 +38,20 @@ def progress(unit: str) -> Progress:
         TextColumn(unit),
         TimeElapsedColumn(),
         console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
+        disable=not (shown and sys.stderr.isatty()),
     )
 
 
 @contextmanager
-def waiting() -> Iterator[Callable[..., None]]:
+def waiting(shown: bool = True) -> Iterator[Callable[..., None]]:
     """Show what the command waits for before its own work, as in ``compiling adan (7/25)``, until the block ends.
 
     The block calls the returned function with a text, and for one of many things also with its index and their number.
-    Shows nothing unless standard error is a terminal.
+    Shows nothing unless standard error is a terminal, and nothing at all if `shown` is False.
     """
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+    hidden = not (shown and sys.stderr.isatty())
+    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         from fastopt.kernels.bind import WAIT  # imports numba
 

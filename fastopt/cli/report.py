@@ -89,6 +89,7 @@ def settings_of(setting: Setting, plans: Sequence[Plan]) -> dict[str, Any]:
         **shared,
         **({"steps": steps.pop()} if len(steps) == 1 else {}),
         "backend": setting.backend,
+        **({} if setting.comm is None else {"ranks": setting.comm.size}),
         "seed": setting.seed,
     }
 
@@ -101,6 +102,7 @@ def title_of(settings: dict[str, Any]) -> str:
         "schedule": "schedule {}",
         "init": "init {}",
         "activation": "activation {}",
+        "ranks": "{} ranks",
         "seed": "seed {}",
     }
     layers = "-".join(map(str, settings["layers"]))

@@ -23,6 +23,7 @@ from fastopt.cli.network import Layer, backward, new_layers, new_norms
 from fastopt.cli.output import blame, progress, writing
 from fastopt.cli.resume import OPTIONS, Keeper
 from fastopt.cli.trainer import Outcome, train_network
+from fastopt.distributed import Communicator
 
 
 class Trial(NamedTuple):
@@ -57,6 +58,8 @@ class Setting:
     epochs: int
     backend: str
     seed: int
+    comm: Communicator | None = None
+    """The processes that share out each mini-batch; None for one."""
 
     def __post_init__(self) -> None:
         self.rows = data.load(self.dataset, self.rng("split"))
@@ -73,6 +76,11 @@ class Setting:
         """The widths of the network, from its inputs to its classes."""
         return [self.rows.x_train.shape[1], *self.hidden, self.rows.classes]
 
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that shows what all do."""
+        return self.comm is None or self.comm.rank == 0
+
     def batch_rows(self, plan: Plan) -> int:
         """Return the number of rows in a mini-batch; the last one of an epoch may have fewer."""
         n = len(self.rows.x_train)
@@ -83,12 +91,15 @@ class Setting:
         return -(-len(self.rows.x_train) // self.batch_rows(plan))
 
     def network(
-        self, plan: Plan, backend: str = "cpu", dtype: DTypeLike = np.float32
+        self, plan: Plan, backend: str = "cpu", dtype: DTypeLike = np.float32, comm: Communicator | None = None
     ) -> tuple[list[Layer], list[fastopt.BatchNorm]]:
-        """Return the initial network in NumPy arrays, and its norms for this backend, if the plan has norms."""
+        """Return the initial network in NumPy arrays, and its norms for this backend, if the plan has norms.
+
+        comm: the processes over whose batches the norms take their statistics.
+        """
         layers = new_layers(self.layers, INITS[plan.init], self.rng("weights"))
         layers = [Layer(layer.W.astype(dtype), layer.b.astype(dtype)) for layer in layers]  # equal weights in any dtype
-        return new_norms(layers, backend, plan.activation) if plan.batch_norm else (layers, [])
+        return new_norms(layers, backend, plan.activation, comm) if plan.batch_norm else (layers, [])
 
     def eigenvalue(self, plan: Plan) -> float:
         """Return the largest eigenvalue of the Hessian of the loss over all training rows, at the initial weights.
@@ -152,7 +163,7 @@ def scan_rates(runs: Sequence[Run], setting: Setting) -> list[Run]:
     comparison. The rate with the lowest loss over the training rows wins.
     """
     chosen = []
-    with progress("learning rates {task.fields[best]}") as bar:
+    with progress("learning rates {task.fields[best]}", setting.first) as bar:
         for given in runs:
             plan = given.plan
             task = bar.add_task(plan.label, total=len(SCANNED), best="")
@@ -193,11 +204,13 @@ def make_run(plan: Plan, setting: Setting, checkpoint: Path | None = None) -> Ru
     else:
         lr = choice.lr(setting.batch_rows(plan))
     lr *= plan.lr_factor
-    layers, norms = setting.network(plan, setting.backend)
+    layers, norms = setting.network(plan, setting.backend, comm=setting.comm)
     steps_per_epoch = setting.steps_per_epoch(plan)
     schedule = SCHEDULES[plan.schedule][1](lr, setting.epochs * steps_per_epoch)
     started = perf_counter()
-    opt = choice.kind(layers, lr=schedule, backend=setting.backend, **choice.options)
+    # Added up in the order of ranks, the gradients are those of one process that takes the parts one after the other.
+    shared: dict[str, Any] = {} if setting.comm is None else {"comm": setting.comm, "shard": False, "order": "fixed"}
+    opt = choice.kind(layers, lr=schedule, backend=setting.backend, **shared, **choice.options)
     if choice.looks_ahead and isinstance(opt, fastopt.Nesterov):
         with opt.lookahead():  # lookahead has its own kernel: compile it here, not in the training loop
             pass
@@ -231,7 +244,7 @@ def beside(checkpoint: Path) -> Path:
 def train_all(runs: Sequence[Run], setting: Setting, begun: Sequence[Outcome | None]) -> list[Outcome]:
     """Train every run, with a progress bar for each, and return the outcomes; `begun` holds those to continue from."""
     outcomes = []
-    with progress("epochs {task.fields[loss]}") as bar:
+    with progress("epochs {task.fields[loss]}", setting.first) as bar:
         for run, before in zip(runs, begun, strict=True):
             done = 0 if before is None else before.epochs
             task = bar.add_task(run.plan.label, total=setting.epochs, completed=done, loss="")
@@ -251,6 +264,7 @@ def train(run: Run, setting: Setting, *, epochs: int, **options: Any) -> Outcome
         norms=run.norms,
         activation=run.plan.activation,
         looks_ahead=run.plan.choice.looks_ahead,
+        comm=setting.comm,
         **options,
     )
 

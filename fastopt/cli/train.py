@@ -24,9 +24,11 @@ from fastopt.cli.choices import (
 from fastopt.cli.compare import COMPARISONS, PLAIN, own_defaults
 from fastopt.cli.network import ACTIVATIONS
 from fastopt.cli.output import STDOUT, blame, check_files, console, waiting, write_json, writing
+from fastopt.cli.ranks import given_arguments, start, world
 from fastopt.cli.report import Result, print_results, report, settings_of, title_of
 from fastopt.cli.resume import Keeper
 from fastopt.cli.runs import SCANNED, Plan, Setting, beside, make_runs, scan_rates, train_all
+from fastopt.distributed import communicator_of
 
 RATES = ("scan", "defaults")
 
@@ -46,6 +48,7 @@ EXAMPLES = "\n\n".join(
         "fastopt train --compare batch-sizes --plot batch-sizes.png",
         "fastopt train --compare inits --plot inits.png --json inits.json",
         "fastopt train --epochs 300 --schedule cosine --checkpoint run.safetensors --resume",
+        "fastopt train --ranks 2 --batch-size 256",
         "fastopt train --backend cuda --hidden 4096,4096 --batch-size 256",
     ]
 )
@@ -142,6 +145,15 @@ def train(
         str,
         typer.Option(metavar="NUMBER|full", help="Rows in a mini-batch, from 1, or full: all rows in every step."),
     ] = "32",
+    ranks: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="NUMBER",
+            help="Processes that share out the rows of every mini-batch: started here, by mpiexec with mpi4py, or by "
+            "torch.distributed; or by yourself: mpiexec -n 2 python -m mpi4py -m fastopt train.",
+        ),
+    ] = 1,
     backend: Annotated[
         str,
         typer.Option(
@@ -233,6 +245,17 @@ def train(
             raise ValueError("must be given with --compare optimizers, whose learning rates it chooses")
         if rates == "scan" and "rates" in given and rate is not None:
             raise ValueError(f"must be defaults with --lr {lr}, got scan; drop --rates or --lr")
+    with blame("--ranks"):
+        if ranks > 1 and backend == "cuda":
+            raise ValueError("must be 1 with --backend cuda, got several processes, which would share the GPU")
+        if ranks > 1 and checkpoint is not None:
+            raise ValueError("must be 1 with --checkpoint, got several processes")
+        comm = communicator_of(world())
+        if comm is not None and "ranks" in given and ranks != comm.size:
+            raise ValueError(f"must be {comm.size}, as many processes as were started, or left out, got {ranks}")
+        if comm is not None and (backend == "cuda" or checkpoint is not None):
+            raise ValueError(f"must be 1 with --backend cuda and with --checkpoint, got {comm.size} processes")
+    first = comm is None or comm.rank == 0
     second = {"--checkpoint with --batch-norm": beside(checkpoint)} if checkpoint is not None and batch_norm else {}
     check_files({"--plot": plot, "--json": json, "--checkpoint": checkpoint, **second})
     with blame("--resume"):
@@ -242,9 +265,13 @@ def train(
         if checkpoint is not None:
             _check_checkpoint(checkpoint, len(choices), batch_norm, resume)
 
-    with waiting() as show:
+    if ranks > 1 and comm is None:
+        with blame("--ranks"):
+            code = start(ranks, given_arguments(ctx, without="ranks"))
+        raise typer.Exit(code)
+    with waiting(first) as show:
         show(f"loading {dataset}")
-        setting = Setting(dataset, widths, chosen("epochs"), backend, seed)
+        setting = Setting(dataset, widths, chosen("epochs"), backend, seed, comm)
         with blame("--batch-size"):
             rows = len(setting.rows.x_train)
             if rows_per_batch != "full" and rows_per_batch > rows:
@@ -282,6 +309,8 @@ def train(
         typer.echo(_interrupted([run.keeper for run in runs if run.keeper is not None], setting.epochs), err=True)
         raise typer.Exit(INTERRUPTED) from None
 
+    if not first:
+        return  # all ranks have the same results
     results = [Result(*parts) for parts in zip(runs, outcomes, seen, strict=True)]
     settings = settings_of(setting, plans)
     out = console(for_json=json)

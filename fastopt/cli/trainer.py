@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from fastopt import BatchNorm, Nesterov, Optimizer, ScheduleFreeAdamW, minibatches
 from fastopt.cli.data import Dataset
 from fastopt.cli.network import Array, backward, evaluate, module_of
+from fastopt.distributed import Communicator
 
 
 @dataclass
@@ -89,6 +91,7 @@ def train_network(
     norms: Sequence[BatchNorm] = (),
     activation: str = "relu",
     looks_ahead: bool = False,
+    comm: Communicator | None = None,
     begun: Outcome | None = None,
     after_epoch: Callable[[Outcome], Any] = lambda outcome: None,
 ) -> Outcome:
@@ -98,13 +101,19 @@ def train_network(
     of threads: matrix products run on one thread, because BLAS may round differently on two. The data are copied to
     the optimizer's backend, and the matrix products run there; only the loss after each epoch is fetched from a device.
 
+    `comm`: the processes of `opt` and `norms`, each of which takes a part of every mini-batch.
+
     `begun` is the outcome of earlier epochs of `opt` and `norms`; pass `rng` in its state before those epochs.
     """
     outcome = Outcome() if begun is None else begun
     xp = module_of(opt.flat.data)
     data = data.on(xp)
     stopwatch = Stopwatch(xp)
-    batches = minibatches(data.x_train, data.y_train, batch_size=batch_size, rng=rng)
+    part = None if comm is None else (comm.rank, comm.size)
+    batches = minibatches(data.x_train, data.y_train, batch_size=batch_size, rng=rng, part=part)
+    rows = len(data.x_train)
+    most = rows if batch_size == "full" else min(batch_size, rows)
+    step = opt.step if comm is None else partial(opt.step, reduction="sum")  # of gradients of the whole batch's mean
     for _ in range(outcome.epochs):
         iter(batches)  # draw the order of a finished epoch
     first = True
@@ -114,13 +123,14 @@ def train_network(
         if not outcome.losses:
             outcome.losses.append(_evaluate(opt, data.x_train, data.y_train, norms, activation)[0])
         while outcome.epochs < epochs and outcome.diverged_in_epoch is None:
-            for x, labels in batches:
+            for number, (x, labels) in enumerate(batches):
+                of_batch = min(most, rows - number * most)
                 with gradient_point(opt, looks_ahead) as layers:
-                    backward(layers, x, labels, out=opt.grads, norms=norms, activation=activation)
+                    backward(layers, x, labels, out=opt.grads, norms=norms, activation=activation, rows=of_batch)
                 if first:
-                    opt.step()
+                    step()
                 else:
-                    stopwatch.time(opt.step)
+                    stopwatch.time(step)
                     outcome.timed_steps += 1
                 first = False
                 outcome.steps += 1
