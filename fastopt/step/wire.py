@@ -13,7 +13,7 @@ from fastopt.kernels.contract import CODES, Array
 if TYPE_CHECKING:
     from fastopt.kernels.cpu.wire import Codec
 
-WINDOW = 2**20
+WINDOW = 2**24
 """Elements that are exchanged at a time: messages are short beside the gradients."""
 
 
