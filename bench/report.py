@@ -133,6 +133,12 @@ SECTIONS = {
         "AdamW with parameters and gradients, or states, in 16 and 8 bits. `fastopt` is all in float32; the parameters "
         "of torch's are bfloat16.",
     ),
+    "ranks": (
+        "Two processes",
+        "Adam on two processes of MPI with one thread each; `fastopt` is one process with two threads, and a call is "
+        "several steps. `exchange` sums the gradients and sends the parameters; `half a step` is one part, on one "
+        "thread, without an exchange. Below, float32 numbers into messages and out of them: `fastopt` encodes int8.",
+    ),
 }
 
 

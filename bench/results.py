@@ -22,6 +22,7 @@ FILES = (
     "torch",
     "population",
     "formats",
+    "ranks",
 )
 BUSY = 0.5
 """Load per core before the run above which the machine counts as busy."""

@@ -39,15 +39,23 @@ ZERO: Any
 
 def encode_rounded(numbers, codes, first, last):
     """Round numbers to the format of codes."""
-    for k in range(first * CODES, min(last * CODES, numbers.size)):
-        WRITE((codes,), k, (numbers[k],))
+    start = first * CODES
+    size = min(last * CODES, numbers.size) - start
+    given = window(numbers, start, size)
+    stored = window(codes, start, size)
+    for i in range(size):
+        WRITE((stored,), i, (given[i],))
 
 
 def decode_rounded(codes, numbers, first, last):
     """Write what codes stand for, or add it."""
-    for k in range(first * CODES, min(last * CODES, numbers.size)):
-        value = READ((codes,), k)[0]
-        numbers[k] = numbers[k] + value if ADDS else value
+    start = first * CODES
+    size = min(last * CODES, numbers.size) - start
+    stored = window(codes, start, size)
+    room = window(numbers, start, size)
+    for i in range(size):
+        value = READ((stored,), i)[0]
+        room[i] = room[i] + value if ADDS else value
 
 
 def encode_blocks(numbers, errors, codes, units, first, last):
