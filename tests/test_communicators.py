@@ -236,18 +236,24 @@ def test_nccl_is_called_with_addresses_counts_and_types(monkeypatch):
     group = {name: lambda name=name: comm.made.append((name,)) for name in ("groupStart", "groupEnd")}
     nccl = SimpleNamespace(**names, **group)
     cuda = SimpleNamespace(nccl=nccl, get_current_stream=lambda: stream)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    sent = on_device(np.int64, 2, 600)
+    sent.get = lambda: np.array([5, 7])
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, asarray=lambda array: sent))
     monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
     own = communicator_of(comm)
     assert (own.rank, own.size) == (1, 2)
     whole, part, other = on_device(np.float32, 6, 1000), on_device(np.float32, 3, 2000), on_device(np.float32, 6, 3000)
     own.allreduce(on_device(np.uint8, 6, 500), "max")
+    numbers = np.array([1, 2])
+    own.allreduce(numbers)  # which goes to the device and back
+    assert numbers.tolist() == [5, 7]
     own.reduce_scatter(whole, part)
     own.allgather(part, whole)
     own.alltoall(whole, other)
     own.abort()
     assert comm.made == [
         ("allReduce", 500, 500, 6, "UINT8", "MAX", 77),
+        ("allReduce", 600, 600, 2, "INT64", "SUM", 77),
         ("reduceScatter", 1000, 2000, 3, "FLOAT32", "SUM", 77),
         ("allGather", 2000, 1000, 3, "FLOAT32", 77),
         ("groupStart",),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 
 class NCCLCommunicator:
     """A `Communicator` on an ``NcclCommunicator`` of CuPy, for arrays of a device, on CuPy's current stream.
@@ -20,6 +22,7 @@ class NCCLCommunicator:
         from cupy.cuda import nccl
 
         self._comm = comm
+        self._cupy = cupy
         self._nccl = nccl
         self._stream = cupy.cuda.get_current_stream
         self._types = {name: getattr(nccl, f"NCCL_{name.upper()}") for name in ("float32", "float64", "int64", "uint8")}
@@ -28,9 +31,12 @@ class NCCLCommunicator:
         self.size: int = comm.size()
 
     def allreduce(self, array: Any, op: str = "sum") -> None:
-        """As `Communicator`."""
-        address, operation = array.data.ptr, self._operations[op]
-        self._comm.allReduce(address, address, array.size, self._type(array), operation, self._stream().ptr)
+        """As `Communicator`; an array of NumPy goes to the device and back."""
+        there = self._cupy.asarray(array) if isinstance(array, np.ndarray) else array
+        address, operation = there.data.ptr, self._operations[op]
+        self._comm.allReduce(address, address, there.size, self._type(there), operation, self._stream().ptr)
+        if there is not array:
+            array[...] = there.get()
 
     def reduce_scatter(self, whole: Any, own: Any) -> None:
         """As `Communicator`."""

@@ -27,14 +27,19 @@ class ProcessGroupCommunicator:
         self._to: Any = torch.distributed
         self._group = group
         self._operations = {"sum": self._to.ReduceOp.SUM, "max": self._to.ReduceOp.MAX}
+        self._on_device = self._to.get_backend(group) == "nccl"
         self.rank: int = self._to.get_rank(group)
         self.size: int = self._to.get_world_size(group)
         if self.rank < 0:
             raise ValueError("comm: must be a process group that this process belongs to, got another one")
 
     def allreduce(self, array: Any, op: str = "sum") -> None:
-        """As `Communicator`."""
-        self._to.all_reduce(self._tensor(array), op=self._operations[op], group=self._group)
+        """As `Communicator`; with NCCL, an array of NumPy goes to the device and back."""
+        tensor = self._tensor(array)
+        there = tensor.cuda() if self._on_device and isinstance(array, np.ndarray) else tensor
+        self._to.all_reduce(there, op=self._operations[op], group=self._group)
+        if there is not tensor:
+            tensor.copy_(there)
 
     def reduce_scatter(self, whole: Any, own: Any) -> None:
         """As `Communicator`."""

@@ -54,7 +54,7 @@ class Communicator(Protocol):
         """Write the sum, or the maximum, of the arrays of all ranks into the array of every rank.
 
         Args:
-            array: of any shape; overwritten.
+            array: of any shape, also one of NumPy where the backend has others; overwritten.
             op: ``"sum"``, in an order of the engine's choice, which is the same on every rank; or ``"max"``.
 
         >>> import numpy as np, fastopt
