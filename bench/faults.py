@@ -2671,7 +2671,84 @@ RANKS = (
     ),
 )
 
+OF_WIRE, OF_LOCAL_SGD = "tests/test_distributed_wire.py ", "tests/test_distributed_local_sgd.py "
+
+BETWEEN_RANKS = (
+    *faults_of(
+        "fastopt/batchnorm/synchronized.py",
+        "tests/test_distributed_batchnorm.py -k 'threads and parts_of_a_batch'",
+        ("return float(found.sum()), np.add.reduce(everyone", "return float(found[0]), np.add.reduce(everyone"),
+        (
+            "count, *own = merged(counts, partials.swapaxes(0, 1))",
+            "count, *own = merged(counts, partials.swapaxes(0, 1)[::-1])",
+        ),
+        (
+            "            if not self._made:\n",
+            "            if False:\n",
+            "tests/test_distributed_batchnorm.py -k errors_of_one_rank",
+        ),
+        ("if total < 2.0:", "if total < 1.0:", "tests/test_distributed_batchnorm.py -k errors_of_one_rank"),
+    ),
+    *faults_of(
+        "fastopt/kernels/cpu/batchnorm.py",
+        "tests/test_distributed_batchnorm.py -k 'threads and parts_of_a_batch'",
+        ("        partials[...] = 0.0\n        return np.zeros_like", "        return np.zeros_like"),
+        ("._replace(dgamma=of_gamma, dbeta=of_beta)", ""),
+        ("fixed[BLOCKS], fixed[COUNTS] = 1, counts.ctypes.data", "fixed[BLOCKS] = 1"),
+        (
+            "            self._compile_wide_sums()\n            waiting[:] = 0\n",
+            "            waiting[:] = 0\n",
+            "tests/test_distributed_batchnorm.py -k need_float64",
+        ),
+    ),
+    *faults_of(
+        "fastopt/distributed/local_sgd.py",
+        OF_LOCAL_SGD + "-k 'threads and formula'",
+        ("            change -= after\n", "            change += after\n"),
+        ("        self._take_outer()\n", ""),
+        ("        self._since = 0\n        return info", "        return info"),
+        ('"since": self._since}', '"since": 0}', OF_LOCAL_SGD + "-k from_its_files"),
+        ("                if old != own:\n", "                if True:\n", OF_LOCAL_SGD + "-k from_its_files"),
+        ("copy.deepcopy(self.inner).load(own)", "self.inner.load(own)", OF_LOCAL_SGD + "-k lacking"),
+        ('kept["ranks"] != self._ranks.size', "False", OF_LOCAL_SGD + "-k as_many_ranks"),
+    ),
+    *faults_of(
+        "fastopt/kernels/cpu/wire.py",
+        OF_WIRE + "-k 'numpy or finite'",
+        ("            room[i] = room[i] + given[i]\n", "            room[i] = given[i]\n", OF_WIRE + "-k sent_later"),
+        ("                room[i] = ZERO\n", "                pass\n"),
+        ("blocks * (CODES + 4) if", "blocks * CODES if", OF_WIRE + "-k short"),
+        ("room[i] + value if ADDS else value\n\n\ndef encode", "value\n\n\ndef encode"),
+    ),
+    *faults_of(
+        "fastopt/step/wire.py",
+        OF_WIRE + "-k 'check_sums or window or sent_later'",
+        ("(rank + 1) * part, array.size)", "array.size)"),
+        ('self._kept("sums", part)[first : first + count]', 'self._kept("sums", part)[:count]'),
+        ("add=rank > 0", "add=True"),
+        ("message, errors[piece])", "message, errors[piece].copy())"),
+        ("        twin._errors = {", "        twin._errors = {} and {", OF_WIRE + "-k copy_keeps"),
+    ),
+    *faults_of(
+        "fastopt/step/together.py",
+        OF_WIRE + "-k not_finite",
+        ("                self._clear(votes.mask)\n", "                pass\n"),
+        ("                self.sums[end:offset] = 0.0\n", ""),
+        (
+            "            self._wire.forget()\n\n    def restore",
+            "            pass\n\n    def restore",
+            OF_WIRE + "-k restart",
+        ),
+    ),
+    *faults_of(
+        "fastopt/cli/trainer.py",
+        "tests/test_cli_ranks.py -k threads",
+        ('partial(opt.step, reduction="sum")', "opt.step"),
+        ("of_batch = min(most, rows - number * most)", "of_batch = most"),
+    ),
+)
+
 FAULTS: tuple[Fault, ...] = (
     *(*RULES, *STEP, *LOOPS, *BATCHNORM, *DEVICE, *AROUND, *TRUST, *MATHEMATICS, *TORCH, *POPULATIONS, *FORMATS),
-    *RANKS,
+    *(*RANKS, *BETWEEN_RANKS),
 )

@@ -110,18 +110,28 @@ def test_where_a_process_fails_the_others_are_ended():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
+def test_threads_are_one_process(size):
+    def train(comm):
+        setting = Setting("digits", [16], 2, "cpu", 0, comm)
+        plan = Plan("adam", parse_optimizer("adam", 0.01), 100, "constant", "he_normal", "relu")
+        return train_run(make_run(plan, setting), setting, epochs=2).parameters
+
+    assert set(run_threads(size, train)) == {of_micro_batches(size)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_threads_train_one_network_with_batch_normalisation(size):
     def train(comm):
         setting = Setting("digits", [16], 2, "cpu", 0, comm)
-        plan = Plan("adam", parse_optimizer("adam", 0.01), 100, "constant", "he_normal", "relu", batch_norm=True)
+        plan = Plan("sgd", parse_optimizer("sgd", 0.01), 100, "constant", "he_normal", "relu", batch_norm=True)
         made = make_run(plan, setting)
         outcome = train_run(made, setting, epochs=2)
         return outcome, made.norms[0].running_var.tobytes()
 
     found = run_threads(size, train)
     outcome, variances = found[0]
-    expected = alone("--batch-norm")["runs"][1]
-    assert outcome.losses == pytest.approx(expected["losses"], rel=1e-2)
+    expected = alone("--batch-norm", "--optimizer", "sgd")["runs"][1]
+    assert outcome.losses == pytest.approx(expected["losses"], rel=1e-5)
     assert outcome.steps == expected["steps"]
     for other, other_variances in found[1:]:
         assert other.parameters == outcome.parameters

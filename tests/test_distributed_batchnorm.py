@@ -20,7 +20,7 @@ from fastopt.batchnorm.synchronized import merged
 from fastopt.communicators import CommunicatorError, run_threads
 
 BATCHES: dict[str, tuple[tuple[int, ...], int, float]] = {
-    "columns": ((23, 17), 1, 0.0),
+    "columns": ((1100, 130), 1, 0.0),
     "small maps": ((9, 5, 7, 7), 1, 1e4),
     "large maps": ((6, 3, 41, 43), 1, 1e4),
     "channels last": ((11, 6, 5), -1, -3.0),
@@ -107,10 +107,10 @@ def agrees(world: Any, name: str, dtype: Any, edges: list[int], activation: str 
 def check_parts_of_a_batch(world: Any) -> None:
     for name, (shape, *_) in BATCHES.items():
         for kind, edges in cuts(shape[0], communicator(world).size).items():
-            for dtype in (np.float64, np.float32) if kind == "one row" else (np.float32,):
+            for dtype in (np.float64, np.float32) if kind == "one row" or name == "columns" else (np.float32,):
                 agrees(world, name, dtype, edges, "relu", False)
-    agrees(world, "columns", np.float32, cuts(23, communicator(world).size)["even"], "relu", True)
-    agrees(world, "columns", np.float32, cuts(23, communicator(world).size)["even"], None, False)
+    agrees(world, "columns", np.float32, cuts(1100, communicator(world).size)["even"], "relu", True)
+    agrees(world, "columns", np.float32, cuts(1100, communicator(world).size)["even"], None, False)
 
 
 def check_gradients_are_central_differences(world: Any) -> None:

@@ -218,6 +218,19 @@ def test_a_copy_keeps_its_own_errors_and_a_load_drops_them(tmp_path):
     run_threads(2, train)
 
 
+def test_a_restart_drops_what_was_not_sent():
+    def train(comm):
+        opt, new = (BY_NAME["Adam"].make(tree(), comm=comm, wire="int8") for _ in range(2))
+        opt.step(gradients(0, comm.rank, opt.params))
+        opt.set_params(tree())
+        opt.restart()
+        for each in (opt, new):
+            each.step(gradients(3, comm.rank, each.params))
+        assert_same(content(opt), content(new))
+
+    run_threads(2, train)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -95,6 +95,6 @@ def merged(counts: np.ndarray, moments: np.ndarray) -> tuple[float, np.ndarray, 
     found: tuple[float, Any, Any] = (0.0, *np.zeros_like(moments[0]))
     for count, (mean, squares) in zip(counts, moments, strict=True):
         with np.errstate(invalid="ignore", over="ignore"):  # of data that are not finite
-            found = (count, mean, squares) if found[0] == 0.0 else formulas.merge_moments(*found, count, mean, squares)
+            found = formulas.merge_moments(*found, count, mean, squares)
     total, mean, squares = found
     return float(total), mean, squares
