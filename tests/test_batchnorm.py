@@ -975,3 +975,12 @@ def test_state_goes_from_one_layer_to_another():
 
 if __name__ == "__main__" and sys.argv[1:] == ["drivers"]:
     report_drivers()
+
+
+def test_calling_a_layer_is_its_forward_pass():
+    x, residual = (np.random.default_rng(seed).normal(size=(5, 3)).astype(np.float32) for seed in (0, 1))
+    called, passed = (BatchNorm(3, activation="relu") for _ in range(2))
+    for training in (True, False):
+        y = called(x, training, residual=residual)
+        assert y.tobytes() == passed.forward(x, training=training, residual=residual).tobytes()
+    assert called.running_mean.tobytes() == passed.running_mean.tobytes()

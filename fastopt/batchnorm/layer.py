@@ -338,6 +338,16 @@ class BatchNorm:
         )
         return y
 
+    def __call__(self, x: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Return what `forward` returns, as layers of torch and Keras are called.
+
+        >>> import numpy as np, fastopt
+        >>> bn = fastopt.BatchNorm(1)
+        >>> bn(np.array([[1.0], [3.0]], np.float32)).round(3).tolist()
+        [[-1.0], [1.0]]
+        """
+        return self.forward(x, *args, **kwargs)
+
     def backward(self, dy: np.ndarray, out: np.ndarray | None = None) -> Any:
         """Return the gradient with respect to x of the last forward pass; write those of gamma and beta to ``grads``.
 
