@@ -10,14 +10,16 @@ import gc
 import pickle
 import re
 import resource
+import shutil
 import sys
 import tempfile
 import time
 import tracemalloc
 import weakref
 import zlib
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +124,31 @@ def same_on_all(world: Any, data: bytes) -> bool:
     return len(set(found.tolist())) == 1
 
 
-def shared_folder(world: Any) -> Path:
-    """A new folder that all ranks know."""
+@contextmanager
+def shared_folder(world: Any) -> Iterator[Path]:
+    """A new folder that all ranks know, for a block."""
     comm = communicator(world)
     name = np.zeros(200, np.uint8)
     if comm.rank == 0:
         text = tempfile.mkdtemp(prefix="ranks").encode()
         name[: len(text)] = np.frombuffer(text, np.uint8)
     comm.allreduce(name, "max")
-    return Path(bytes(name).rstrip(b"\0").decode())
+    folder = Path(bytes(name).rstrip(b"\0").decode())
+    try:
+        yield folder
+        comm.allreduce(np.zeros(1))  # nobody uses it any more
+    finally:
+        if comm.rank == 0:
+            shutil.rmtree(folder)
+
+
+def in_a_shared_folder(check: Callable[[Any, Path], None]) -> Callable[[Any], None]:
+    @wraps(check)
+    def checked(world: Any) -> None:
+        with shared_folder(world) as folder:
+            check(world, folder)
+
+    return checked
 
 
 # --- checks: what each rank runs --------------------------------------------------------------------------------------
@@ -391,9 +409,9 @@ def check_constructors_that_differ(world: Any) -> None:
             fastopt.Adam(params if last else tree(), comm=world, **(options if last else {}))
 
 
-def check_files(world: Any) -> None:
+@in_a_shared_folder
+def check_files(world: Any, folder: Path) -> None:
     comm = communicator(world)
-    folder = shared_folder(world)
     for case in (ADAM, LAMB):
         opt = together(world, case, 3, ema=0.9, **in_one_order(world))
         opt.save(folder / "ranks", extra={"epoch": 3})
@@ -416,9 +434,9 @@ def check_files(world: Any) -> None:
                 assert resumed.step_count == 3
 
 
-def check_files_that_cannot_be_written_or_read(world: Any) -> None:
+@in_a_shared_folder
+def check_files_that_cannot_be_written_or_read(world: Any, folder: Path) -> None:
     comm = communicator(world)
-    folder = shared_folder(world)
     opt = together(world, ADAM, 1)
     before = content(opt)
 
