@@ -126,11 +126,11 @@ def spelled(time: float) -> str:
 
 
 def table_of_times() -> str:
-    counts = [f"{ranks:,}" for ranks in SHOWN]
-    heads = [f"{network.name.partition(',')[0]}, {', '.join(counts)} ranks" for network in NETWORKS]
+    counts = " / ".join([f"{ranks:,}" for ranks in SHOWN])
+    heads = [f"{network.name.partition(',')[0]}: {counts} ranks" for network in NETWORKS]
     lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for method in METHODS:
-        cells = [", ".join(spelled(seconds(method, network, ranks)) for ranks in SHOWN) for network in NETWORKS]
+        cells = [" / ".join(spelled(seconds(method, network, ranks)) for ranks in SHOWN) for network in NETWORKS]
         lines.append(f"| {method.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from ranks import LACKING, launch
-from test_distributed import communicator, content, same_on_all, shared_folder
+from test_distributed import communicator, content, in_a_shared_folder, same_on_all
 
 import fastopt
 from fastopt.communicators import CommunicatorError, run_threads
@@ -99,9 +100,9 @@ def check_the_mean_after_each_step_is_data_parallel(world: Any) -> None:
         np.testing.assert_allclose(opt.params[name], p, rtol=1e-12, atol=1e-13)
 
 
-def check_a_run_goes_on_from_its_files(world: Any) -> None:
+@in_a_shared_folder
+def check_a_run_goes_on_from_its_files(world: Any, folder: Path) -> None:
     comm = communicator(world)
-    folder = shared_folder(world)
     for shard, since in itertools.product((False, True), (0, 2)):
         path = folder / f"run-{shard}-{since}"
         opt = made(world, 3, np.float32, shard=shard)
@@ -124,9 +125,9 @@ def check_a_run_goes_on_from_its_files(world: Any) -> None:
         assert alone.step_count == 1
 
 
-def check_files_that_are_lacking_change_nothing(world: Any) -> None:
+@in_a_shared_folder
+def check_files_that_are_lacking_change_nothing(world: Any, folder: Path) -> None:
     comm = communicator(world)
-    folder = shared_folder(world)
     last = comm.rank == comm.size - 1
     opt = made(world, 3)
     opt.step(gradients(0, comm.rank, opt.params))

@@ -50,8 +50,9 @@ class BatchNorm:
         activation: None or ``"relu"``.
         dtype: float32 or float64, of x, parameters and running statistics.
         backend: ``"auto"`` (the CPU), ``"cpu"`` or ``"cuda"``: where the arrays of the layer, and x, are.
-        comm: of a run on several processes, their communicator, as for an optimizer. In training the statistics are
-            then those of the batches of all of them together (SyncBN), and so is dx; see below.
+        comm: of a run on several processes, their communicator, as for an optimizer: of MPI or gloo, not of NCCL. In
+            training the statistics are then those of the batches of all of them together (SyncBN), and so is dx; see
+            below.
 
     With `comm`, every process calls `forward` and `backward`, each with its part of the batch, which may be of any
     size, or empty. The moments of the parts are merged in the order of ranks by Chan's formula, so the running
