@@ -9,8 +9,8 @@ no command is run, and the pages show no pictures of commands.
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import inspect
 import os
 import re
 import shlex
@@ -19,9 +19,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from formulas import in_html
@@ -182,28 +180,31 @@ DOCUMENTED = re.compile(r"^::: ([\w.]+)$", flags=re.MULTILINE)
 
 def with_summary(text: str) -> str:
     """A page that documents several things, with a table of them before the first: names and first lines."""
-    found = [(name, thing) for name in DOCUMENTED.findall(text) if not isinstance(thing := named(name), ModuleType)]
+    found = [(name, line) for name in DOCUMENTED.findall(text) if (line := first_line(name)) is not None]
     if len(found) < 2:
         return text
-    lines = [f"| [`{name.rpartition('.')[2]}`][{name}] | {first_line(thing)} |" for name, thing in found]
+    lines = [f"| [`{name.rpartition('.')[2]}`][{name}] | {line} |" for name, line in found]
     first = DOCUMENTED.search(text)
     assert first is not None
     return "\n".join([text[: first.start()], "| name | what it is |", "|---|---|", *lines, "", text[first.start() :]])
 
 
-def named(name: str) -> Any:
-    """The module, class or function of a dotted name."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        module, _, last = name.rpartition(".")
-        return getattr(named(module), last)
+def first_line(name: str) -> str | None:
+    """The first paragraph of the docstring of a class or function, as the cell of a table; None for a module.
 
-
-def first_line(thing: Any) -> str:
-    """The first sentence or line of a docstring, as the cell of a table."""
-    text = (inspect.getdoc(thing) or "").partition("\n\n")[0]
-    return " ".join(text.split()).replace("|", "\\|")
+    It is read, and not imported: what it needs may not be installed.
+    """
+    module, inside = ROOT, name.split(".")
+    while inside and (module / inside[0]).is_dir():
+        module /= inside.pop(0)
+    file = module / "__init__.py"
+    if inside and (module / f"{inside[0]}.py").is_file():
+        file = module / f"{inside.pop(0)}.py"
+    node: Any = ast.parse(file.read_text(encoding="utf-8"))
+    for part in inside:
+        node = next(each for each in node.body if getattr(each, "name", None) == part)
+    text = (ast.get_docstring(node) or "").partition("\n\n")[0]
+    return " ".join(text.split()).replace("|", "\\|") if inside else None
 
 
 GENERATED = {"<!-- optimizers -->": optimizers, "<!-- conventions -->": conventions}
