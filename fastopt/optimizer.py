@@ -25,7 +25,7 @@ from fastopt.state import LoadReport, OptimizerState, Snapshot, check_keep, fit
 from fastopt.step.groups import GroupsView, check_change, mark_matrices, match_overrides
 from fastopt.step.info import StepInfo
 from fastopt.step.matrices import chosen_by
-from fastopt.step.options import StepOptions
+from fastopt.step.options import MIN_8BIT_SIZE, StepOptions
 from fastopt.step.pipeline import Pipeline
 from fastopt.step.population import HyperView
 from fastopt.step.ranks import ORDER, Ranks
@@ -76,8 +76,8 @@ class Optimizer:
         grad_norm: measure the norm of the gradients in every step, for `StepInfo.grad_norm`.
         states: in which format the states are stored, which are computed in float32: ``"bfloat16"``, ``"float16"`` or
             ``"int8"``, or a dict of these by the names of states, as ``{"m": "int8", "v": "bfloat16"}``; None for the
-            dtype that is computed in. ``"int8"`` has blocks of 256 codes with a float32 unit, for parameters of 4,096
-            elements or more; those of smaller ones stay float32.
+            dtype that is computed in. ``"int8"`` has blocks of 256 codes with a float32 unit; the states of parameters
+            below `min_8bit_size` stay float32.
         master: for parameters of 16 bits, whether a state holds them in float32 as well, and p is its rounding; None
             for True, unless one of the next two is asked for.
         rounding: ``"nearest"``, or ``"stochastic"``: numbers of 16 and 8 bits are rounded up or down at random, in
@@ -85,6 +85,8 @@ class Optimizer:
             the step and the element alone, for any number of threads.
         compensated: for parameters of 16 bits, whether a second number of 16 bits holds what their rounding leaves.
         seed: of ``rounding="stochastic"``, an int from 0.
+        min_8bit_size: elements of the smallest parameters whose states have codes of 8 bits; or a dict of such numbers
+            by globs of paths, as ``{"embedding.*": 10**9}`` for none of these, where others have the default.
         members: of a population, how many independent networks the arrays hold along their first axis. Each is updated
             as by an optimizer of its own, to the bit: norms, clipping, skipped steps and the sums of rules are its
             own, and every number among the hyperparameters may be an array with one for each member, as
@@ -188,6 +190,7 @@ class Optimizer:
         rounding: str = "nearest",
         compensated: bool = False,
         seed: int = 0,
+        min_8bit_size: int | Mapping[str, int] = MIN_8BIT_SIZE,
         decoupled_weight_decay: bool | None = None,
         members: int | None = None,
         comm: Any = None,
@@ -207,7 +210,7 @@ class Optimizer:
             "_names": frozenset(name for name in rule.names() if name == "lr" or not hasattr(type(self), name)),
             "_options": StepOptions.checked(
                 *(max_norm, clip_norm_per_tensor, clip_value, nonfinite, ema, zero_grad, maximize, grad_norm),
-                *(states, master, rounding, compensated, seed),
+                *(states, master, rounding, compensated, seed, min_8bit_size),
             ),
             "_base": rule.check_all(rule.complete(hyper, also=(*self._arguments, *OPTIONS)), members=members),
             "_overrides": overrides or {},

@@ -17,7 +17,7 @@ from fastopt.kernels.cuda.target import SIMULATED
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SIZES = {"a": (1,), "b": (7,), "d": (33,), "W": (5, 8)}
 LARGE = {"coded": (CODES + 1,), "plain": (20,)}
-"""The first is long enough for codes where `step.storage` takes any."""
+"""The first has codes, by `min_8bit_size`."""
 ALL = {"states": "bfloat16", "rounding": "stochastic"}
 WAYS: list[tuple[str, str, dict[str, Any]]] = [
     ("Adam", "float32", {"states": "bfloat16"}),
@@ -130,17 +130,17 @@ def test_rules_of_rows_and_columns_agree_with_the_cpu(dtype, options):
 )
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
 @pytest.mark.filterwarnings("ignore:states", "ignore:parameters of")
-def test_so_are_those_of_8_bits(name, dtype, options, everything, monkeypatch):
-    monkeypatch.setattr("fastopt.storage.layout.LEAST_CODED", 100)
-    assert_same_bits(name, dtype, {**options, **(EVERYTHING if everything else {})}, LARGE)
+def test_so_are_those_of_8_bits(name, dtype, options, everything):
+    more = {"min_8bit_size": 100, **(EVERYTHING if everything else {})}
+    assert_same_bits(name, dtype, {**options, **more}, LARGE)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, 1e-45], ids=str)
-def test_blocks_of_numbers_without_codes_are_those_of_the_cpu(bad, monkeypatch):
-    monkeypatch.setattr("fastopt.storage.layout.LEAST_CODED", 100)
+def test_blocks_of_numbers_without_codes_are_those_of_the_cpu(bad):
     found = []
     for place in ("cpu", "cuda"):
-        opt = fastopt.Adam(fastopt.pack({"w": np.ones(2 * CODES, np.float32)}, backend=place), states="int8")
+        flat = fastopt.pack({"w": np.ones(2 * CODES, np.float32)}, backend=place)
+        opt = fastopt.Adam(flat, states="int8", min_8bit_size=100)
         grads = np.zeros(2 * CODES, np.float32)
         grads[3] = bad
         opt.step({"w": opt._pipeline.backend.upload(grads) if place == "cuda" else grads})

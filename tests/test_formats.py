@@ -488,6 +488,26 @@ BAD = {
         "compensated: must be False together with rounding",
     ),
     "seed": (lambda: fastopt.Adam({"w": W16}, seed=-1), ValueError, "seed: must be an int >= 0, got -1"),
+    "size of codes": (
+        lambda: fastopt.Adam({"w": W32}, states="int8", min_8bit_size=-1),
+        ValueError,
+        "min_8bit_size: must be an int from 0, or a dict .* got -1",
+    ),
+    "size of codes by glob": (
+        lambda: fastopt.Adam({"w": W32}, states="int8", min_8bit_size={"w": 2.5}),
+        TypeError,
+        r"min_8bit_size\['w'\]: must be .*, got 2.5",
+    ),
+    "no glob": (
+        lambda: fastopt.Adam({"w": W32}, states="int8", min_8bit_size={3: 4}),
+        TypeError,
+        "min_8bit_size: must be .* got the key 3",
+    ),
+    "glob of nothing": (
+        lambda: fastopt.Adam({"w": W32}, states="int8", min_8bit_size={"v*": 4}),
+        ValueError,
+        r"min_8bit_size\['v\*'\]: must match a parameter; the paths are w",
+    ),
     "sums": (lambda: fastopt.LAMB({"w": W32}, states="int8"), ValueError, "states: m: must not be 'int8'.*sums"),
     "matrices": (lambda: fastopt.Muon({"w": W32}, states="bfloat16"), ValueError, "states: must be None, .*'muon'"),
     "members": (
@@ -681,6 +701,55 @@ def test_codes_are_right_on_average():
         assert len({array.tobytes() for array in found[name]}) == 40
         blocks = found[name][0].reshape(-1, 255)
         assert len({block.tobytes() for block in blocks}) == len(blocks)  # no block draws as another does
+
+
+SHAPES = {"b": (300,), "emb.in": (40, 128), "emb.out": (20, 128), "w": (5000,)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "coded"),
+    [
+        (4096, ["emb.in", "w"]),
+        (0, [*SHAPES]),
+        (301, ["emb.in", "emb.out", "w"]),
+        (10**9, []),
+        ({"emb*": 10**9}, ["w"]),
+        ({"emb*": 10**9, "emb.in": 1, "b": 300}, ["b", "emb.in", "w"]),
+    ],
+    ids=str,
+)
+def test_which_parameters_have_codes_can_be_chosen(sizes, coded):
+    """The others have the states of float32, to the bit."""
+    rng = np.random.default_rng(0)
+    start, *grads = [{k: rng.standard_normal(s).astype(np.float32) for k, s in SHAPES.items()} for _ in range(3)]
+    opt, plain = fastopt.Adam(start, states="int8", min_8bit_size=sizes), fastopt.Adam(start)
+    for g in grads:
+        opt.step(g)
+        plain.step(g)
+    for name, kind in (("m", np.int8), ("v", np.uint8)):
+        for path, array, exact in zip(opt.flat.paths, opt.state.arrays[name], plain.state.arrays[name], strict=True):
+            assert array.dtype == (kind if path in coded else np.float32), path
+            assert path in coded or bits(array) == bits(exact)
+    for path in {*SHAPES} - {*coded}:
+        assert bits(opt.params[path]) == bits(plain.params[path])
+
+
+def test_a_file_of_other_sizes_says_so_and_is_converted(tmp_path):
+    rng = np.random.default_rng(0)
+    start = {k: rng.standard_normal(s).astype(np.float32) for k, s in SHAPES.items()}
+    opt = fastopt.Adam(start, states="int8", min_8bit_size={"emb*": 10**9})
+    opt.step(start)
+    opt.save(tmp_path / "run")
+    other = fastopt.Adam(start, states="int8")
+    with pytest.raises(ValueError, match=r"must be saved with min_8bit_size=4096, as this optimizer, got .*'emb\*'"):
+        other.load(tmp_path / "run")
+    other.load(tmp_path / "run", convert=True)
+    assert bits(other.params["emb.in"]) == bits(opt.params["emb.in"])
+    np.testing.assert_allclose(other.states["m"]["emb.in"], opt.states["m"]["emb.in"], atol=0.01 * 0.5)
+    same = fastopt.Adam(start, states="int8", min_8bit_size={"emb*": 10**9})
+    same.load(tmp_path / "run")
+    for mine, theirs in zip(same._pipeline.buffers, opt._pipeline.buffers, strict=True):
+        assert bits(mine) == bits(theirs)
 
 
 def test_set_params_forgets_what_rounding_had_left():

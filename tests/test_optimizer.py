@@ -643,6 +643,7 @@ def test_state_dict_holds_what_a_resumed_run_needs():
             "rounding": "nearest",
             "compensated": False,
             "seed": 0,
+            "min_8bit_size": 4096,
             "decoupled_weight_decay": False,
             "members": None,
         },

@@ -13,6 +13,8 @@ from fastopt import scalars
 from fastopt.hyper import Choice, Flag, Interval
 from fastopt.kernels.contract import clip_coefficient, rescaling
 
+MIN_8BIT_SIZE = 4096
+"""The smallest parameters whose states have codes of 8 bits: biases and the gains of norms are few and matter."""
 ROUNDING = Choice(("nearest", "stochastic"))
 NONFINITE = Choice(("propagate", "skip", "zero", "raise"))
 REDUCTION = Choice(("mean", "sum"))
@@ -25,6 +27,17 @@ def positive(name: str, value: Any, below: float = math.inf) -> float:
         expected = "a number > 0" + (f" and < {below:g}" if below < math.inf else "")
         raise ValueError(f"{name}: must be {expected}, got {value!r}")
     return number
+
+
+def _sizes(given: Any) -> int | dict[str, int]:
+    """`min_8bit_size`, checked."""
+    expected = "an int from 0, or a dict of such by globs of parameter paths"
+    if not isinstance(given, Mapping):
+        return scalars.count("min_8bit_size", given, 0, expected)
+    for glob in given:
+        if not isinstance(glob, str):
+            raise TypeError(f"min_8bit_size: must be {expected}, got the key {glob!r}")
+    return {glob: scalars.count(f"min_8bit_size[{glob!r}]", size, 0, expected) for glob, size in given.items()}
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,7 @@ class StepOptions:
     rounding: str = "nearest"
     compensated: bool = False
     seed: int = 0
+    min_8bit_size: int | Mapping[str, int] = MIN_8BIT_SIZE
 
     @classmethod
     def checked(
@@ -61,6 +75,7 @@ class StepOptions:
         rounding: Any = "nearest",
         compensated: Any = False,
         seed: Any = 0,
+        min_8bit_size: Any = MIN_8BIT_SIZE,
     ) -> StepOptions:
         """These options, checked; TypeError or ValueError, naming the option, where one is out of range."""
         if max_norm is not None and clip_norm_per_tensor is not None:
@@ -82,6 +97,7 @@ class StepOptions:
             ROUNDING.check("rounding", rounding),
             Flag().check("compensated", compensated),
             scalars.count("seed", seed, 0),
+            _sizes(min_8bit_size),
         )
 
     @property

@@ -23,7 +23,8 @@ from fastopt.kernels.contract import (
     Storage,
 )
 from fastopt.rule import Rule
-from fastopt.step.options import StepOptions
+from fastopt.step.globs import Paths
+from fastopt.step.options import MIN_8BIT_SIZE, StepOptions
 from fastopt.storage.flat import FlatParams
 from fastopt.storage.formats import HALF, dtype_of, format_of
 
@@ -57,12 +58,14 @@ class StateFormats:
         states: by name, that of each state of the rule, of the average where there is one, and of what `keeps` adds.
         keeps: as `fastopt.kernels.contract.Storage`: MASTER, REST or "".
         stochastic: whether numbers of 16 bits are rounded at random.
+        sizes: the smallest parameters whose states have codes of 8 bits; or that by globs of paths.
     """
 
     params: str
     states: Mapping[str, str]
     keeps: str
     stochastic: bool
+    sizes: int | Mapping[str, int]
 
     @classmethod
     def of(cls, rule: Rule, flat: FlatParams, options: StepOptions) -> StateFormats:
@@ -81,7 +84,7 @@ class StateFormats:
             if keeps in states or keeps in rule.numbers:
                 raise ValueError(f"rule {rule.name!r}: must have no state {keeps!r}, which the optimizer keeps itself")
             states[keeps] = flat.compute.name if keeps == MASTER else params
-        formats = cls(params, states, keeps, options.stochastic)
+        formats = cls(params, states, keeps, options.stochastic, options.min_8bit_size)
         if formats.plain:
             if options.stochastic:
                 raise ValueError("rounding: must be 'nearest' where no buffer has 16 bits, got 'stochastic'")
@@ -123,7 +126,23 @@ class StateFormats:
 
     def laid_out(self, flat: FlatParams) -> FlatParams:
         """The parameters, with room for the states in these formats."""
-        return flat.with_codes() if self.coded else flat
+        return flat.with_codes(self._large(flat)) if self.coded else flat
+
+    def _large(self, flat: FlatParams) -> list[bool]:
+        """For each parameter whether its states have codes."""
+        least = [MIN_8BIT_SIZE] * len(flat.paths)
+        if isinstance(self.sizes, Mapping):
+            paths = Paths(flat.paths)
+            for glob, size in self.sizes.items():
+                found = paths.matching(glob)
+                if not found:
+                    names = ", ".join(flat.paths)
+                    raise ValueError(f"min_8bit_size[{glob!r}]: must match a parameter; the paths are {names}")
+                for k in found:
+                    least[k] = size
+        else:
+            least = [self.sizes] * len(flat.paths)
+        return [size >= max(1, smallest) for size, smallest in zip(flat.layout.sizes, least, strict=True)]
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """The dtype of the buffer of a state."""

@@ -10,7 +10,7 @@ import numpy as np
 from fastopt.kernels.contract import MASTER, REST
 from fastopt.storage.codes import decode, encode, unit_of
 
-STORAGE = frozenset({"states", "master", "rounding", "compensated", "seed"})
+STORAGE = frozenset({"states", "master", "rounding", "compensated", "seed", "min_8bit_size"})
 """The options that say how numbers are stored: see `fastopt.Optimizer`."""
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]

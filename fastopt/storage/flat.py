@@ -245,20 +245,23 @@ class FlatParams:
         """
         return self._backend.zeros(self.layout.size, self.dtype if dtype is None else np.dtype(dtype))
 
-    def with_codes(self) -> FlatParams:
-        """Return these parameters, with room for codes in buffers of states: see `Layout.with_codes`.
+    def with_codes(self, large: Sequence[bool]) -> FlatParams:
+        """Return these parameters, with room for codes in buffers of states.
+
+        Args:
+            large: for each parameter whether its states have codes.
 
         Returns:
             A `FlatParams` that shares its arrays with this one.
 
         >>> import numpy as np, fastopt
-        >>> flat = fastopt.pack({"b": np.ones(3), "w": np.ones(5000)}).with_codes()
+        >>> flat = fastopt.pack({"b": np.ones(3), "w": np.ones(5000)}).with_codes([False, True])
         >>> flat.layout.states, flat.layout.coded
         ((5120, 0), 5120)
         """
         twin = FlatParams.__new__(FlatParams)  # copy.copy goes by what is pickled: NumPy arrays
         twin.__dict__.update(self.__dict__)
-        twin.layout = twin.split = self.layout.with_codes()
+        twin.layout = twin.split = self.layout.with_codes(large)
         for name in ("places", "neighbours"):
             twin.__dict__.pop(name, None)
         return twin

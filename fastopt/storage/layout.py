@@ -18,9 +18,6 @@ CHUNKS = 64
 """The elements of all parameters are cut into about CHUNKS chunks of MIN_CHUNK to MAX_CHUNK elements: enough of them to
 share out evenly among threads, each long enough to hide the cost of starting a loop (10-20 ns)."""
 
-LEAST_CODED = 4096
-"""The smallest parameters whose states have codes of 8 bits: biases and the gains of norms are few and matter."""
-
 TILE = 32_768
 """The most elements of a tile of a matrix ..."""
 TILE_ROWS = 16
@@ -152,13 +149,12 @@ class Layout:
         )
         return Layout(shapes * members, sizes * members, offsets, self.size, networks=members)
 
-    def with_codes(self) -> Layout:
-        """The same, with the states of parameters of `LEAST_CODED` elements or more before the others, in whole blocks.
+    def with_codes(self, large: Sequence[bool]) -> Layout:
+        """The same, with the states of some parameters before the others, in whole blocks.
 
-        Those of the other parameters have no codes.
+        large : for each parameter whether its states have codes.
         """
         end, offsets = 0, [0] * len(self.sizes)
-        large = [size >= LEAST_CODED for size in self.sizes]
         for k in sorted(range(len(self.sizes)), key=lambda k: not large[k]):
             offsets[k] = end
             step = CODES if large[k] else ALIGNMENT // 4
