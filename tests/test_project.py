@@ -30,6 +30,7 @@ def test_the_oldest_versions_tested_are_the_lower_bounds():
     assert set(bounds) == {"numba", "numpy", "optree", "platformdirs", "safetensors"}
     workflow = text_of(".github/workflows/tests.yml")
     assert dict(re.findall(r"'(\w+)==([\d.]+)\.\*'", workflow)) == bounds
+    assert dict(re.findall(r'"(\w+)==([\d.]+)\.\*"', text_of("noxfile.py"))) == bounds
 
 
 def test_the_python_versions_are_the_same_everywhere():
