@@ -11,6 +11,7 @@ import dis
 import hashlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType, ModuleType
@@ -198,8 +199,10 @@ def _describe(value: Any, function: FunctionType, seen: frozenset[Any]) -> str:
     if isinstance(value, ModuleType):
         if value in seen:
             return value.__name__
-        attributes = [name for name in function.__code__.co_names if hasattr(value, name)]
-        inner = (f"{name}={_describe(getattr(value, name), function, seen | {value})}" for name in attributes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that a module still has: NumPy 1.26 has np.math
+            attributes = {name: getattr(value, name) for name in function.__code__.co_names if hasattr(value, name)}
+        inner = (f"{name}={_describe(each, function, seen | {value})}" for name, each in attributes.items())
         return f"{value.__name__}({','.join(inner)})"
     plain = scalar_of(value)
     if plain is not None:
